@@ -1,0 +1,1 @@
+"""BEiT: BERT pre-training of image Transformers."""

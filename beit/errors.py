@@ -1,0 +1,18 @@
+"""The one exception that means "the user gave something that cannot work", and help with misspelt names."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave: a path, a flag, a file, a size.
+
+    The message is one line that says what is wrong, where, and what to do. Launchers print it without a traceback
+    and exit with status 2; code that imports the library can catch it as a ``ValueError``.
+    """
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """Returns `` (did you mean 'a' or 'b'?)`` for the closest of ``choices``, or an empty string if none is close."""
+    matches = get_close_matches(word, list(choices), n=3, cutoff=0.6)
+    return f" (did you mean {' or '.join(repr(match) for match in matches)}?)" if matches else ""
