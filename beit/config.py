@@ -1,0 +1,250 @@
+"""Typed configurations: one frozen dataclass per job, whose fields are the command-line flags and the YAML keys.
+
+This is the only module that knows ``argparse`` and YAML. Values come from, weakest first: the dataclass defaults, a
+YAML file given with ``--config``, the flags on the command line.
+"""
+
+import argparse
+import dataclasses
+import logging
+import types
+import typing
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+
+from beit.errors import InputError, did_you_mean
+
+logger = logging.getLogger(__name__)
+
+ConfigT = TypeVar("ConfigT")
+Size = int | tuple[int, int]
+
+RECIPE_KEYS = ("base", "recipe")  # in a YAML file: the file it builds on, and facts about the run that are no settings
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    off: str | None = None,
+    choices: Sequence[str] | None = None,
+    no_effect: str | None = None,
+) -> Any:
+    """Declares a configuration field together with its flag.
+
+    Args:
+        default: The default value; its type is the field's annotation.
+        help: What the flag does, with units.
+        off: For a boolean, the flag that switches it off (``--no_<name>`` otherwise).
+        choices: The accepted values.
+        no_effect: Why a flag that the official scripts have does nothing here; said once when it is used.
+    """
+    return dataclasses.field(
+        default=default, metadata={"help": help, "off": off, "choices": choices, "no_effect": no_effect}
+    )
+
+
+def parse_size(text: str | int | Sequence[int]) -> Size:
+    """Reads ``224`` as a square size and ``192x256`` as height × width, in pixels."""
+    if isinstance(text, int):
+        return text
+    parts = text.lower().split("x") if isinstance(text, str) else list(text)
+    sizes = [int(part) for part in parts]
+    if len(sizes) not in (1, 2) or min(sizes) < 1:
+        raise ValueError("a size is one number, or HEIGHTxWIDTH")
+    return sizes[0] if len(sizes) == 1 else (sizes[0], sizes[1])
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """Reads ``key=value``, the value as YAML does (``depth=6`` is a number, ``qkv_bias=false`` a truth value)."""
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise ValueError(f"{text!r} is not of the form key=value")
+    return key, yaml.safe_load(value)
+
+
+def read_command_line(config_class: type[ConfigT], argv: Sequence[str], prog: str, description: str) -> ConfigT:
+    """Builds a configuration from command-line arguments and the YAML file that ``--config`` names.
+
+    Raises:
+        InputError: An unknown flag or key, or a value of the wrong type.
+    """
+    parser = _build_parser(config_class, prog, description)
+    flags = vars(parser.parse_args([_underscored(argument) for argument in argv]))
+    yaml_name = flags.pop("config", None)
+    values = read_yaml(config_class, yaml_name) if yaml_name else {}
+    config = config_class(**{**values, **flags})
+    _announce_flags_without_effect(config)
+    return config
+
+
+def read_yaml(config_class: type, name: str) -> dict[str, Any]:
+    """Reads the settings of a YAML file: a path, or the name of a recipe that comes with the package.
+
+    A file may name another one under ``base``, relative to itself, whose settings it overrides.
+
+    Raises:
+        InputError: No such file, not YAML, or a key that the job does not have.
+    """
+    path = _find_yaml(name)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold 'key: value' lines, one for each setting")
+    base = content.get("base")
+    values = read_yaml(config_class, str(path.parent / base)) if base else {}
+    readers = {name: reader for name, (_, reader) in _fields(config_class).items()}
+    for key, value in content.items():
+        if key in RECIPE_KEYS:
+            continue
+        if key not in readers:
+            raise InputError(f"{path}: unknown key {key!r}{did_you_mean(str(key), readers)}")
+        values[key] = _convert(readers[key], value, f"{path}: {key}")
+    return values
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """Returns the settings as a dict of plain values, as they go into checkpoints and YAML files."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(config).items()}
+
+
+def dump_yaml(config: Any) -> str:
+    """Returns the settings as a YAML text that ``--config`` reads back."""
+    return yaml.safe_dump(to_plain(config), sort_keys=False)
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are :class:`InputError`, with near matches for unknown flags."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see --help)")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            hint = did_you_mean(unknown[0].split("=")[0], self._option_string_actions)
+            self.error(f"unknown argument {unknown[0]}{hint}")
+        return parsed
+
+
+def _build_parser(config_class: type, prog: str, description: str) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=prog,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="YAML", help="settings file or recipe name; flags override it")
+    for name, (field, reader) in _fields(config_class).items():
+        _add_flag(parser, name, field, reader)
+    return parser
+
+
+def _add_flag(parser: argparse.ArgumentParser, name: str, field: dataclasses.Field, reader: Callable) -> None:
+    meta, flag = field.metadata, f"--{name}"
+    text = f"{meta['help']} (default: {field.default})".replace("%", "%%")
+    if reader is _read_bool:
+        parser.add_argument(flag, dest=name, action="store_true", help=text)
+        off_help = f"switch {flag} off" if field.default or meta["off"] else argparse.SUPPRESS
+        parser.add_argument(meta["off"] or f"--no_{name}", dest=name, action="store_false", help=off_help)
+        return
+    arguments: dict[str, Any] = {"type": _named_reader(reader), "help": text, "metavar": name.upper()}
+    if meta["choices"]:
+        arguments |= {"choices": meta["choices"], "metavar": None}
+    if reader is _read_assignments:
+        arguments |= {"nargs": "+", "type": parse_assignment, "action": _CollectAssignments, "metavar": "KEY=VALUE"}
+    elif reader is _read_floats:
+        arguments |= {"nargs": "+", "type": float, "action": _CollectTuple}
+    parser.add_argument(flag, dest=name, **arguments)
+
+
+class _CollectAssignments(argparse.Action):
+    def __call__(self, _parser: Any, namespace: Any, values: Any, _option: Any = None) -> None:
+        setattr(namespace, self.dest, {**getattr(namespace, self.dest, {}), **dict(values)})
+
+
+class _CollectTuple(argparse.Action):
+    def __call__(self, _parser: Any, namespace: Any, values: Any, _option: Any = None) -> None:
+        setattr(namespace, self.dest, tuple(values))
+
+
+def _fields(config_class: type) -> dict[str, tuple[dataclasses.Field, Callable]]:
+    """Returns each field of a configuration with the function that reads its value from a text or from YAML."""
+    hints = typing.get_type_hints(config_class)
+    return {field.name: (field, _reader(hints[field.name])) for field in dataclasses.fields(config_class)}
+
+
+def _reader(annotation: Any) -> Callable[[Any], Any]:
+    members = set(typing.get_args(annotation))
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        if tuple[int, int] in members:
+            return parse_size
+        (annotation,) = members - {types.NoneType}
+    if annotation is bool:
+        return _read_bool
+    if annotation == tuple[float, ...]:
+        return _read_floats
+    if typing.get_origin(annotation) is dict:
+        return _read_assignments
+    if annotation in (int, float, str):
+        return annotation
+    raise TypeError(f"no reader for a field of type {annotation}")
+
+
+def _read_bool(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("true or false expected")
+    return value
+
+
+def _read_floats(value: Any) -> tuple[float, ...]:
+    return tuple(float(item) for item in value)
+
+
+def _read_assignments(value: Any) -> dict[str, Any]:
+    return dict(value)
+
+
+def _convert(reader: Callable, value: Any, where: str) -> Any:
+    if value is None:
+        return None
+    try:
+        return reader(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where}: cannot use {value!r}: {error}") from error
+
+
+def _named_reader(reader: Callable) -> Callable:
+    """Gives ``parse_size`` the name that argparse shows in "invalid … value"."""
+    return type("size", (), {"__new__": lambda _cls, text: parse_size(text)}) if reader is parse_size else reader
+
+
+def _underscored(argument: str) -> str:
+    """Spells ``--local-rank`` as ``--local_rank``; leaves values alone."""
+    flag, equals, value = argument.partition("=")
+    return "--" + flag[2:].replace("-", "_") + equals + value if flag.startswith("--") else argument
+
+
+def _find_yaml(name: str) -> Path:
+    if Path(name).is_file():
+        return Path(name)
+    recipes = Path(str(resources.files("beit"))) / "recipes"
+    packaged = recipes / (name if name.endswith(".yaml") else f"{name}.yaml")
+    if packaged.is_file():
+        return packaged
+    known = sorted(path.stem for path in recipes.glob("*.yaml"))
+    raise InputError(f"no settings file {name}{did_you_mean(name, known)}; recipes in the package: {', '.join(known)}")
+
+
+def _announce_flags_without_effect(config: Any) -> None:
+    for field in dataclasses.fields(config):
+        reason = field.metadata["no_effect"]
+        if reason and getattr(config, field.name) != field.default:
+            logger.warning("--%s has no effect: %s", field.name, reason)

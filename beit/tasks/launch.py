@@ -1,0 +1,97 @@
+"""From a command line to an exit status: the one place that turns what went wrong into a line for the user."""
+
+import errno
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+
+from beit.config import read_command_line
+from beit.errors import InputError
+from beit.training import distributed
+from beit.training.logging import configure_console
+from beit.training.loop import NonFiniteLossError, Stopped
+
+logger = logging.getLogger(__name__)
+
+ConfigT = TypeVar("ConfigT")
+
+OK, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+OUT_OF_MEMORY = (
+    "out of memory on the {device}: lower --batch_size (and raise --update_freq to keep the effective batch), "
+    "or add --grad_checkpointing"
+)
+
+
+def launch(
+    config_class: type[ConfigT],
+    main: Callable[[ConfigT], None],
+    description: str | None,
+    argv: Sequence[str] | None = None,
+    prog: str | None = None,
+) -> int:
+    """Reads a job's flags, runs it and returns the exit status of the process.
+
+    Args:
+        config_class: The job's configuration.
+        main: The job.
+        description: Text of ``--help``.
+        argv: The arguments; the process's own by default.
+        prog: The command's name in messages.
+
+    Returns:
+        0 when done, 2 for a mistake in the input, 1 for a run that could not go on (out of memory, a loss that is
+        not finite), 143 after SIGTERM, 130 after Ctrl-C.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    configure_console(main_process=distributed.find_placement().rank == 0)
+    name = prog or sys.argv[0].rpartition("/")[2]
+
+    def run() -> None:
+        main(read_command_line(config_class, arguments, name, description or ""))
+
+    return run_and_report(run)
+
+
+def run_and_report(run: Callable[[], None]) -> int:
+    """Runs a command; a mistake of the user's, or a shortage, becomes one line on standard error."""
+    try:
+        run()
+    except InputError as error:
+        return _report(str(error), BAD_INPUT)
+    except NonFiniteLossError as error:
+        return _report(str(error), FAILED)
+    except Stopped as stopped:
+        logger.info("%s; the same command goes on from there", stopped)
+        return TERMINATED
+    except KeyboardInterrupt:
+        return _report("interrupted", INTERRUPTED)
+    except torch.OutOfMemoryError:
+        return _report(OUT_OF_MEMORY.format(device="GPU"), FAILED)
+    except MemoryError:
+        return _report(OUT_OF_MEMORY.format(device="CPU"), FAILED)
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
+            raise
+        return _report(OUT_OF_MEMORY.format(device="CPU"), FAILED)
+    except BrokenPipeError:
+        return FAILED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = error.filename or error.strerror
+        return _report(f"no space left on the disk ({where}): free some and run the same command again", FAILED)
+    return OK
+
+
+def _report(message: str, status: int) -> int:
+    if distributed.find_placement().rank != 0:
+        # Mistakes strike all processes alike. The first one's exit makes the launcher end the others, so that a
+        # mistake is reported once; what only this process has met is still reported.
+        time.sleep(5)
+    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.flush()
+    return status

@@ -1,0 +1,107 @@
+"""Flags that several jobs share, in groups, and what the training engine makes of them."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from beit.config import dump_yaml, option
+from beit.errors import InputError
+from beit.training import distributed
+from beit.training.loop import LoopSettings
+from beit.training.schedules import WarmupCosine, duration_in_steps
+from beit.training.session import Session, open_session
+
+AMP_CHOICES = ("auto", "bf16", "fp16", "fp32")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where a run computes, what it writes and how it is continued."""
+
+    output_dir: str = option("", "folder for checkpoints and log.txt; empty writes nothing")
+    log_dir: str | None = option(None, "folder for TensorBoard")
+    device: str = option("cuda", "cuda, cpu or mps; the CPU where there is no CUDA")
+    seed: int = option(0, "seed of everything random")
+    resume: str = option("", "checkpoint to continue from")
+    auto_resume: bool = option(True, "continue from the newest checkpoint in --output_dir", off="--no_auto_resume")
+    start_epoch: int = option(0, "epoch to start with when nothing is resumed, from 0")
+    save_ckpt_freq: int = option(20, "epochs between two checkpoint-<epoch>.pth")
+    save_ckpt_steps: int = option(1000, "optimizer steps between two writes of checkpoint-last.pth; 0 for none")
+    keep_checkpoints: int = option(0, "newest checkpoint-<epoch>.pth to keep; 0 keeps all")
+    num_workers: int = option(10, "data-loading processes per process")
+    pin_mem: bool = option(True, "page-locked host memory for faster transfers to a GPU", off="--no_pin_mem")
+    amp_dtype: str = option("auto", "number format of forward and backward", choices=AMP_CHOICES)
+    deterministic: bool = option(False, "allow only deterministic GPU kernels (slower)")
+    log_every: int = option(10, "optimizer steps between two console lines")
+    world_size: int = option(1, "number of processes", no_effect="the launcher says how many processes there are")
+    local_rank: int = option(-1, "GPU of this process, as old launchers pass it; LOCAL_RANK wins")
+    dist_on_itp: bool = option(False, "the processes were started by Open MPI's mpirun")
+    dist_url: str = option("env://", "where the processes meet")
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """The optimizer and the schedules of learning rate and weight decay."""
+
+    opt: str = option("adamw", "optimizer: any name that timm knows, or fusedadamw")
+    opt_eps: float = option(1e-8, "epsilon of Adam")
+    opt_betas: tuple[float, ...] | None = option(None, "decay rates of Adam; the optimizer's own by default")
+    clip_grad: float | None = option(None, "largest gradient norm; no clipping by default")
+    momentum: float = option(0.9, "momentum of SGD")
+    weight_decay: float = option(0.05, "weight decay")
+    weight_decay_end: float | None = option(None, "weight decay at the end of a cosine; constant by default")
+    lr: float = option(5e-4, "peak learning rate; never rescaled to the batch")
+    warmup_lr: float = option(1e-6, "unused", no_effect="the warm-up starts at 0, as in the official schedule")
+    min_lr: float = option(1e-5, "learning rate at the end of the cosine")
+    warmup_epochs: int = option(5, "epochs of linear warm-up")
+    warmup_steps: int = option(-1, "optimizer steps of linear warm-up; wins over --warmup_epochs when positive")
+    update_freq: int = option(1, "batches whose gradients are added up for one optimizer step")
+
+
+def session_of(config: Any) -> AbstractContextManager[Session]:
+    """Opens the session that a job's flags ask for."""
+    return open_session(
+        device=config.device,
+        output_dir=config.output_dir,
+        settings=dump_yaml(config),
+        seed=config.seed,
+        keep_checkpoints=config.keep_checkpoints,
+        deterministic=config.deterministic,
+        local_rank=config.local_rank,
+        dist_url=config.dist_url,
+        use_open_mpi=config.dist_on_itp,
+    )
+
+
+def loop_settings(config: Any, **overrides: Any) -> LoopSettings:
+    """Returns how long and how often, from a job's flags."""
+    settings = {
+        "epochs": config.epochs,
+        "update_freq": config.update_freq,
+        "clip_grad": config.clip_grad,
+        "log_every": config.log_every,
+        "save_epochs": config.save_ckpt_freq,
+        "save_steps": config.save_ckpt_steps,
+        "seed": config.seed,
+    }
+    return LoopSettings(**{**settings, **overrides})
+
+
+def schedules(config: Any, steps_per_epoch: int) -> tuple[WarmupCosine, WarmupCosine]:
+    """Returns the schedules of learning rate and weight decay, in optimizer steps."""
+    total = config.epochs * steps_per_epoch
+    warmup = duration_in_steps(epochs=config.warmup_epochs, steps=config.warmup_steps, steps_per_epoch=steps_per_epoch)
+    end = config.weight_decay if config.weight_decay_end is None else config.weight_decay_end
+    return WarmupCosine(config.lr, config.min_lr, total, warmup), WarmupCosine(config.weight_decay, end, total)
+
+
+def effective_batch(config: Any) -> int:
+    """Returns the images that one optimizer step sees, over all processes."""
+    return config.batch_size * config.update_freq * distributed.world_size()
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Raises :class:`InputError` for the first of the named flags that is not a positive number."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise InputError(f"--{name} {getattr(config, name)}: must be at least 1")

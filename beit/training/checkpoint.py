@@ -1,0 +1,164 @@
+"""The run folder: who may write into it, the checkpoints in it, and which one a run continues from."""
+
+import logging
+import os
+import re
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from beit.errors import InputError
+from beit.storage import load_checkpoint, save_checkpoint
+
+logger = logging.getLogger(__name__)
+
+LAST = "checkpoint-last.pth"
+BEST = "checkpoint-best.pth"
+_EPOCH_FILE = re.compile(r"checkpoint-(\d+)\.pth")
+_SHOWN_DIFFERENCES = 2
+
+
+class RunFolder:
+    """A folder that one run at a time writes its checkpoints and logs into.
+
+    ``checkpoint-<epoch>.pth`` are the epochs' checkpoints (counted from 0), ``checkpoint-last.pth`` the rolling one
+    within an epoch. Files appear whole or not at all.
+
+    Args:
+        path: The folder; made if missing.
+        keep: How many epoch checkpoints to keep, the newest; 0 keeps all.
+
+    Raises:
+        InputError: The folder cannot be written, or another run is writing into it.
+    """
+
+    def __init__(self, path: str | Path, keep: int = 0) -> None:
+        self.path = Path(path)
+        self.keep = keep
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115  (held open for as long as the run lives)
+        except OSError as error:
+            raise InputError(f"cannot write to --output_dir {self.path}: {error.strerror}") from error
+        self._take_lock()
+
+    def _take_lock(self) -> None:
+        # A POSIX record lock dies with this very process. flock() would live on in data-loading workers that
+        # outlast a killed parent by seconds, and a restart would find its own folder locked.
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.seek(0)
+            owner = self._lock.read().strip() or "another process"
+            self._lock.close()
+            raise InputError(
+                f"--output_dir {self.path} is in use by {owner}; wait for that run to end or choose another folder"
+            ) from error
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._lock.flush()
+
+    def close(self) -> None:
+        """Lets another run use the folder."""
+        self._lock.close()
+
+    def save_epoch(self, epoch: int, state: Mapping[str, Any]) -> Path:
+        """Writes ``checkpoint-<epoch>.pth`` and removes the oldest ones beyond ``keep``."""
+        path = self.path / f"checkpoint-{epoch}.pth"
+        save_checkpoint(path, dict(state))
+        if self.keep > 0:
+            for _, old in self._epoch_files()[: -self.keep]:
+                old.unlink()
+        return path
+
+    def save(self, name: str, state: Mapping[str, Any]) -> Path:
+        """Writes a checkpoint under a fixed name, such as ``checkpoint-last.pth``."""
+        save_checkpoint(self.path / name, dict(state))
+        return self.path / name
+
+    def newest(self) -> Path | None:
+        """Returns the checkpoint that has got furthest, or None if there is none.
+
+        Raises:
+            InputError: There are checkpoints and none of them can be read: starting over would overwrite them.
+        """
+        candidates = [path for _, path in reversed(self._epoch_files())][:2]
+        if (self.path / LAST).exists():
+            candidates.insert(0, self.path / LAST)
+        positions: list[tuple[tuple[int, int], Path]] = []
+        for path in candidates:
+            try:
+                positions.append((position_of(load_checkpoint(path, mmap=True)), path))
+            except InputError as error:
+                logger.warning("%s", error)
+        if candidates and not positions:
+            raise InputError(
+                f"no checkpoint in {self.path} can be read; move them away, or start over with --no_auto_resume"
+            )
+        return max(positions, default=((0, 0), None))[1]
+
+    def _epoch_files(self) -> list[tuple[int, Path]]:
+        matches = ((_EPOCH_FILE.fullmatch(path.name), path) for path in self.path.iterdir())
+        return sorted((int(match[1]), path) for match, path in matches if match)
+
+
+def position_of(checkpoint: Mapping[str, Any]) -> tuple[int, int]:
+    """Returns where a run continues from a checkpoint: the epoch, and the optimizer steps already done in it."""
+    progress = checkpoint.get("progress")
+    if progress is not None:
+        return progress["epoch"], progress["step"]
+    return checkpoint.get("epoch", -1) + 1, 0  # an official file, written at the end of an epoch
+
+
+def load_exactly(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Loads weights that must fit a module name by name and shape by shape.
+
+    Raises:
+        InputError: They do not; the message counts and shows the differences.
+    """
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    given = {
+        name: tuple(tensor.shape)
+        for name, tensor in weights.items()
+        if not name.endswith("relative_position_index")  # derived from the window, in official files
+    }
+    differences = [
+        f"{name} {_shape(given.get(name))} in the file, {_shape(own.get(name))} in the model"
+        for name in sorted(own.keys() | given.keys())
+        if own.get(name) != given.get(name)
+    ]
+    if differences:
+        shown = "; ".join(differences[:_SHOWN_DIFFERENCES])
+        raise InputError(
+            f"{source} is a checkpoint of another model: {len(differences)} of {len(own)} tensors differ "
+            f"({shown}); check --model and its options"
+        )
+    module.load_state_dict({name: weights[name] for name in given})
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else str(shape)
+
+
+def to_cpu(state: Any) -> Any:
+    """Copies the tensors of a nested state to host memory, so that a file opens on a machine without this device."""
+    if isinstance(state, Tensor):
+        return state.detach().cpu()
+    if isinstance(state, Mapping):
+        return {key: to_cpu(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(to_cpu(value) for value in state)
+    return state
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Returns the module inside DistributedDataParallel."""
+    return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model

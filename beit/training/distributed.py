@@ -1,0 +1,188 @@
+"""One process or many: who am I, how do we meet, and the few collectives that the library needs.
+
+Only this module reads the environment of launchers (torchrun, ``torch.distributed.launch``, SLURM, Open MPI).
+"""
+
+import datetime
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from beit.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a process stands among the processes of a run.
+
+    Args:
+        rank: Number of the process among all.
+        world_size: How many processes there are.
+        local_rank: Number of the process on its machine, which is also the GPU it uses.
+        init_method: Where the processes meet: ``env://`` or ``tcp://host:port``.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    init_method: str = "env://"
+
+
+def find_placement(
+    environment: Mapping[str, str] | None = None,
+    *,
+    local_rank: int = -1,
+    init_method: str = "env://",
+    use_open_mpi: bool = False,
+) -> Placement:
+    """Reads from the environment who this process is.
+
+    torchrun and ``torch.distributed.launch`` set RANK, ``srun`` sets SLURM_PROCID, ``mpirun`` (asked for with
+    ``--dist_on_itp``) OMPI_COMM_WORLD_RANK. Without any of these the run has one process.
+
+    Args:
+        environment: The environment variables; the process's own by default.
+        local_rank: The ``--local_rank`` that old launchers pass; LOCAL_RANK wins.
+        init_method: The ``--dist_url``.
+        use_open_mpi: Whether to read Open MPI's variables.
+
+    Raises:
+        InputError: A variable that the launcher should have set is missing.
+    """
+    env = os.environ if environment is None else environment
+    try:
+        if use_open_mpi:
+            return _open_mpi_placement(env)
+        if "RANK" in env and "WORLD_SIZE" in env:
+            local = int(env.get("LOCAL_RANK", max(local_rank, 0)))
+            return Placement(int(env["RANK"]), int(env["WORLD_SIZE"]), local, init_method)
+        # SLURM_STEP_NUM_TASKS is there under srun only, so `python run_….py` inside an allocation stays one process.
+        if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+            return _slurm_placement(env)
+    except KeyError as missing:
+        raise InputError(f"the launcher did not set {missing.args[0]}; start the run with torchrun instead") from None
+    return Placement()
+
+
+def _open_mpi_placement(env: Mapping[str, str]) -> Placement:
+    meeting_point = f"tcp://{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
+    return Placement(
+        int(env["OMPI_COMM_WORLD_RANK"]),
+        int(env["OMPI_COMM_WORLD_SIZE"]),
+        int(env["OMPI_COMM_WORLD_LOCAL_RANK"]),
+        meeting_point,
+    )
+
+
+def _slurm_placement(env: Mapping[str, str]) -> Placement:
+    host = env.get("MASTER_ADDR") or first_slurm_host(env["SLURM_STEP_NODELIST"])
+    job = env.get("SLURM_JOB_ID", "0")
+    port = env.get("MASTER_PORT") or str(20000 + int(job) % 20000)  # the same on all ranks, another for another job
+    return Placement(
+        int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]), f"tcp://{host}:{port}"
+    )
+
+
+def first_slurm_host(node_list: str) -> str:
+    """Returns the first machine of a SLURM list such as ``gpu[03-07,11],login1``."""
+    match = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\]([^,]*))?", node_list)
+    if match is None:
+        raise InputError(f"SLURM_STEP_NODELIST={node_list!r} names no machine; set MASTER_ADDR")
+    prefix, number, suffix = match.groups()
+    return prefix + (number or "") + (suffix or "")
+
+
+def select_device(name: str, local_rank: int) -> torch.device:
+    """Returns the device a process computes on; a missing accelerator is said in one line and the CPU used.
+
+    Raises:
+        InputError: More processes than GPUs on this machine.
+    """
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        logger.warning("--device %s: no CUDA device here, computing on the CPU", name)
+        return torch.device("cpu")
+    if name == "mps" and not torch.backends.mps.is_available():
+        logger.warning("--device mps: not available here, computing on the CPU")
+        return torch.device("cpu")
+    if name != "cuda":
+        return torch.device(name)
+    if local_rank >= torch.cuda.device_count():
+        raise InputError(
+            f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} found; "
+            "lower --nproc_per_node"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def connect(placement: Placement, device: torch.device) -> None:
+    """Joins the process group: NCCL between GPUs, gloo between CPUs; nothing for a single process."""
+    if placement.world_size == 1:
+        return
+    dist.init_process_group(
+        backend="nccl" if device.type == "cuda" else "gloo",
+        init_method=placement.init_method,
+        rank=placement.rank,
+        world_size=placement.world_size,
+        timeout=datetime.timedelta(minutes=30),
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+def disconnect() -> None:
+    """Leaves the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Returns this process's number, 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Returns the number of processes, 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process writes the files and the log."""
+    return rank() == 0
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Adds up a tensor over all processes, in place, and returns it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+    return tensor
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """Runs an action on the main process and gives its result to all; its :class:`InputError` is raised on all.
+
+    So a mistake that only the main process can see (a folder that is not writable) ends every process at once.
+    """
+    if not dist.is_initialized():
+        return action()
+    outcome: list[object] = [None, None]
+    if is_main():
+        try:
+            outcome[0] = action()
+        except InputError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise InputError(str(outcome[1]))
+    return outcome[0]  # type: ignore[return-value]

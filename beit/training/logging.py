@@ -1,0 +1,225 @@
+"""What a run tells: the console, ``log.txt`` and TensorBoard."""
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from beit.training.distributed import is_main
+
+logger = logging.getLogger(__name__)
+
+
+class _AboveProgressBar(logging.StreamHandler):
+    """Writes log lines to standard error without tearing a progress bar apart."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+        sys.stderr.flush()
+
+
+def configure_console(main_process: bool) -> None:
+    """Sends the library's log lines to standard error; processes other than the first report only errors."""
+    root = logging.getLogger()
+    root.handlers = [_AboveProgressBar()]
+    root.handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    root.setLevel(logging.WARNING if main_process else logging.ERROR)
+    logging.getLogger("beit").setLevel(logging.INFO if main_process else logging.ERROR)
+
+
+class Averages:
+    """Running means of named numbers over an epoch; values that are not finite are left out.
+
+    They are part of a checkpoint, so that a resumed epoch reports the mean over all its steps.
+    """
+
+    def __init__(self, state: Mapping[str, Any] | None = None) -> None:
+        self._totals: dict[str, list[float]] = {name: list(pair) for name, pair in (state or {}).items()}
+
+    def add(self, name: str, value: float) -> None:
+        """Takes one more value in."""
+        total = self._totals.setdefault(name, [0.0, 0])
+        if math.isfinite(value):
+            total[0] += value
+            total[1] += 1
+
+    def means(self) -> dict[str, float]:
+        """Returns the mean of every name that has had a finite value."""
+        return {name: total / count for name, (total, count) in self._totals.items() if count}
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """Returns sums and counts."""
+        return {name: list(pair) for name, pair in self._totals.items()}
+
+
+class EpochLog:
+    """``log.txt``: one JSON object an epoch, each epoch once, also after a resume.
+
+    Args:
+        path: The file.
+        first_epoch: The epoch the run starts with; lines from there on, which the run writes anew, are taken out.
+        fresh: Whether the run starts over instead of continuing; lines it would take out are then kept aside.
+    """
+
+    def __init__(self, path: Path, first_epoch: int, fresh: bool) -> None:
+        self.path = path
+        if not path.exists():
+            return
+        kept: list[str] = []
+        dropped: list[str] = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            (kept if _epoch_of(line) < first_epoch else dropped).append(line)
+        if not dropped:
+            return
+        if fresh:
+            path.rename(path.with_name(f"log-until-{datetime.now():%Y%m%d-%H%M%S}.txt"))
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        temporary.replace(path)
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        """Appends one epoch's entry, and sees it onto the disk."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _epoch_of(line: str) -> float:
+    """Returns the epoch of a line of ``log.txt``; a line cut off by a kill belongs to no epoch that is kept."""
+    try:
+        return json.loads(line)["epoch"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+class ScalarWriter:
+    """TensorBoard scalars under the official tags; silent without a folder and on all but the main process.
+
+    Args:
+        folder: The ``--log_dir``.
+        first_step: The optimizer step the run starts with; later points of an earlier attempt are hidden.
+    """
+
+    def __init__(self, folder: str | None, first_step: int) -> None:
+        self._writer = None
+        if folder and is_main():
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(folder, purge_step=first_step)
+
+    def write(self, group: str, values: Mapping[str, float], step: int) -> None:
+        """Writes ``<group>/<name>`` for each value."""
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(f"{group}/{name}", value, step)
+
+    def write_image(self, tag: str, image: torch.Tensor, step: int) -> None:
+        """Writes a picture, ``(3, H, W)`` in [0, 1]."""
+        if self._writer is not None:
+            self._writer.add_image(tag, image, step)
+
+    def close(self) -> None:
+        """Writes out what is buffered."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+class Throughput:
+    """Measures images per second, the share of time spent waiting for data, and what is left to do."""
+
+    def __init__(self, images_per_step: int) -> None:
+        self._images_per_step = images_per_step
+        self._seconds = self._waited = 0.0
+        self._steps = 0
+        self._window_start = time.perf_counter()
+        self._window_waited = 0.0
+
+    def waited(self, seconds: float) -> None:
+        """Counts time spent waiting for the data loader."""
+        self._window_waited += seconds
+
+    def restart_window(self) -> None:
+        """Forgets the time since the last window: it was spent on something else than training."""
+        self._window_start, self._window_waited = time.perf_counter(), 0.0
+
+    def close_window(self, steps: int) -> dict[str, float]:
+        """Ends a window of finished optimizer steps; returns its images per second and data-wait share."""
+        seconds = max(time.perf_counter() - self._window_start, 1e-9)
+        waited = self._window_waited
+        self._seconds += seconds
+        self._waited += waited
+        self._steps += steps
+        self.restart_window()
+        return {"images_per_second": steps * self._images_per_step / seconds, "data_wait": waited / seconds}
+
+    def totals(self) -> dict[str, float]:
+        """Returns images per second and data-wait share since the start."""
+        seconds = max(self._seconds, 1e-9)
+        return {
+            "images_per_second": self._steps * self._images_per_step / seconds,
+            "data_wait": self._waited / seconds,
+        }
+
+    def remaining(self, steps: int) -> str:
+        """Returns how long a number of steps will take, as ``1:02:03``."""
+        seconds = self._seconds / self._steps * steps if self._steps else 0.0
+        return str(timedelta(seconds=round(seconds)))
+
+
+def memory_in_use(device: torch.device) -> str:
+    """Returns the peak memory of the device, or of the process on a CPU, as ``10.2 GB``."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        try:
+            import resource
+        except ImportError:  # Windows
+            return "?"
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return f"{peak / 1e9:.1f} GB"
+
+
+class Progress:
+    """The console's view of an epoch: a bar on a terminal, a line every window elsewhere.
+
+    Args:
+        epoch: The epoch, from 0.
+        epochs: How many there are.
+        steps: Optimizer steps in the epoch.
+        first_step: Steps already done.
+    """
+
+    def __init__(self, epoch: int, epochs: int, steps: int, first_step: int) -> None:
+        self._head = f"Epoch [{epoch + 1}/{epochs}]"
+        self._steps = steps
+        self._on_terminal = sys.stderr.isatty() and is_main()
+        self._bar = tqdm(
+            total=steps,
+            initial=first_step,
+            desc=self._head,
+            disable=not self._on_terminal,
+            dynamic_ncols=True,
+            leave=False,
+            unit="step",
+        )
+
+    def update(self, step: int, text: str) -> None:
+        """Shows that ``step`` steps are done, with a line of numbers."""
+        self._bar.n = step
+        self._bar.set_postfix_str(text)
+        if not self._on_terminal:
+            logger.info("%s step %*d/%d  %s", self._head, len(str(self._steps)), step, self._steps, text)
+
+    def close(self) -> None:
+        """Removes the bar."""
+        self._bar.close()

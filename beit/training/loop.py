@@ -1,0 +1,404 @@
+"""The training loop: any module, on any loader, from any step of any epoch.
+
+What happens in a step is the job's business (a function from a batch to a loss); gradient accumulation, precision,
+schedules, logs, checkpoints, resuming, signals and disagreement between processes are the loop's.
+"""
+
+import contextlib
+import logging
+import math
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from beit.errors import InputError
+from beit.training import distributed
+from beit.training.checkpoint import LAST, RunFolder, load_exactly, position_of, to_cpu, unwrap
+from beit.training.logging import Averages, EpochLog, Progress, ScalarWriter, Throughput, memory_in_use
+from beit.training.optim import apply_schedules
+from beit.training.precision import Precision
+
+logger = logging.getLogger(__name__)
+
+Batch = Mapping[str, Tensor]
+StepFunction = Callable[[nn.Module, Batch, int], tuple[Tensor, dict[str, Tensor]]]
+
+
+class Loader(Protocol):
+    """What the loop needs of a data loader: epochs of batches that can be entered anywhere."""
+
+    batch_size: int
+    batches_per_epoch: int
+
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
+        """Returns this process's batches of an epoch, from batch ``first_batch`` on."""
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; the last checkpoint is from before that."""
+
+
+class Stopped(Exception):
+    """The run was asked to end (SIGTERM) and has saved where it was."""
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How long and how to train.
+
+    Args:
+        epochs: Passes over the data in all.
+        update_freq: Batches whose gradients are added up for one optimizer step.
+        clip_grad: Largest gradient norm; None to measure it only.
+        log_every: Optimizer steps between two looks at the device's numbers.
+        save_epochs: Epochs between two epoch checkpoints.
+        save_steps: Optimizer steps between two rolling checkpoints; 0 for none.
+        evaluate_epochs: Epochs between two evaluations.
+        seed: Seed of everything random in a step (dropout, stochastic depth, mixup).
+    """
+
+    epochs: int
+    update_freq: int = 1
+    clip_grad: float | None = None
+    log_every: int = 10
+    save_epochs: int = 20
+    save_steps: int = 0
+    evaluate_epochs: int = 1
+    seed: int = 0
+
+
+@dataclass
+class Trainer:
+    """Trains a module and can be stopped and continued at any optimizer step.
+
+    Args:
+        model: The module, on its device.
+        step: ``(model, batch, global_step) -> (loss, metrics)``; scalars on the device, means over the batch.
+        loader: Gives each epoch's batches.
+        optimizer: Over groups as :func:`beit.training.optim.parameter_groups` makes them.
+        precision: Number format of the step.
+        settings: Durations and frequencies.
+        lr: Learning rate at an optimizer step.
+        weight_decay: Weight decay at an optimizer step, or None to leave the groups' own.
+        prepare: Applied to a batch on the host, before it goes to the device.
+        folder: Where checkpoints and ``log.txt`` go; None to write nothing (and on all but the main process).
+        log_dir: TensorBoard's folder.
+        config: The run's settings as plain values, stored in checkpoints under ``args``.
+        extras: More that checkpoints hold, such as the model's architecture.
+        ema: A moving average of the weights, with ``update(model)`` and ``module`` (timm's ``ModelEmaV3``).
+        evaluate: ``(model, epoch) -> metrics`` at the end of epochs, logged with the prefix ``test_``.
+        on_epoch_end: Called on the main process after an epoch is saved.
+    """
+
+    model: nn.Module
+    step: StepFunction
+    loader: Loader
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    settings: LoopSettings
+    lr: Callable[[int], float]
+    weight_decay: Callable[[int], float] | None = None
+    prepare: Callable[[Batch], Batch] | None = None
+    folder: RunFolder | None = None
+    log_dir: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    ema: Any = None
+    evaluate: Callable[[nn.Module, int], dict[str, float]] | None = None
+    on_epoch_end: Callable[[int, ScalarWriter], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.steps_per_epoch = self.loader.batches_per_epoch // self.settings.update_freq
+        if self.steps_per_epoch == 0:
+            raise InputError(
+                f"the data set has {self.loader.batches_per_epoch} batches, less than one optimizer step of "
+                f"--update_freq {self.settings.update_freq}: lower --batch_size or --update_freq"
+            )
+        self.images_per_step = self.loader.batch_size * self.settings.update_freq * distributed.world_size()
+        self.first_epoch = self.first_step = 0
+        self._device = self.precision.device
+        self._averages = Averages()
+        self._skipped_steps = 0
+        self._names: list[str] = []  # of the metrics in the window's rows
+        self._window: list[Tensor] = []  # one row of metrics a step, on the device
+        self._fresh = True
+
+    # Resuming
+
+    def resume(self, checkpoint: Mapping[str, Any], source: str) -> None:
+        """Takes weights, optimizer, scaler, averages and position over from a checkpoint.
+
+        Raises:
+            InputError: The checkpoint is of another model, or lacks the optimizer's state.
+        """
+        if not {"model", "optimizer"} <= checkpoint.keys():
+            raise InputError(f"{source} holds no training state to resume; to start from its weights use --init_from")
+        load_exactly(self.model, checkpoint["model"], source)
+        try:
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+        except ValueError as error:
+            raise InputError(f"{source}: the optimizer's state does not fit this run ({error}); check --opt") from error
+        self.precision.load_state_dict(checkpoint.get("scaler") or {})
+        if self.ema is not None and checkpoint.get("model_ema"):
+            load_exactly(self.ema.module, checkpoint["model_ema"], f"{source} (model_ema)")
+        self._averages = Averages(checkpoint.get("averages"))
+        self._skipped_steps = checkpoint.get("skipped_steps", 0)
+        self.first_epoch, self.first_step = self._position(checkpoint)
+        self._fresh = False
+        logger.info("resuming %s at epoch %d, step %d", source, self.first_epoch, self.first_step)
+
+    def _position(self, checkpoint: Mapping[str, Any]) -> tuple[int, int]:
+        epoch, step = position_of(checkpoint)
+        images = checkpoint.get("progress", {}).get("images_per_step", self.images_per_step)
+        if step and images != self.images_per_step:
+            logger.warning(
+                "the batch was %d images and is now %d: going on at the same share of epoch %d, other samples follow",
+                images,
+                self.images_per_step,
+                epoch,
+            )
+            step = min(step * images // self.images_per_step, self.steps_per_epoch - 1)
+        return epoch, step
+
+    def _state(self, epoch: int, step: int) -> dict[str, Any]:
+        """Returns what a checkpoint holds when ``step`` steps of ``epoch`` are done."""
+        finished = step == self.steps_per_epoch
+        progress = {
+            "epoch": epoch + 1 if finished else epoch,
+            "step": 0 if finished else step,
+            "global_step": epoch * self.steps_per_epoch + step,
+            "images_per_step": self.images_per_step,
+        }
+        state = {
+            "model": unwrap(self.model).state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": epoch if finished else epoch - 1,  # the last whole epoch, as in official files
+            "scaler": self.precision.state_dict(),
+            "args": dict(self.config),
+            "progress": progress,
+            "averages": {} if finished else self._averages.state_dict(),
+            "skipped_steps": self._skipped_steps,
+            **self.extras,
+        }
+        if self.ema is not None:
+            state["model_ema"] = self.ema.module.state_dict()
+        return to_cpu(state)
+
+    # Training
+
+    def fit(self) -> None:
+        """Trains from the current position to the last epoch.
+
+        Raises:
+            NonFiniteLossError: The loss is NaN or infinite on some process; all of them raise.
+            Stopped: SIGTERM came; the position has been saved.
+        """
+        model = self._distribute()
+        log = EpochLog(self.folder.path / "log.txt", self.first_epoch, self._fresh) if self.folder else None
+        scalars = ScalarWriter(self.log_dir, self.first_epoch * self.steps_per_epoch + self.first_step)
+        with contextlib.closing(scalars), _termination_flag() as terminated:
+            for epoch in range(self.first_epoch, self.settings.epochs):
+                self._train_epoch(model, epoch, scalars, terminated)
+                entry = self._epoch_entry(epoch, scalars)
+                self._finish_epoch(epoch, entry, log, scalars)
+                self.first_step, self._averages = 0, Averages()
+
+    def _distribute(self) -> nn.Module:
+        if distributed.world_size() == 1:
+            return self.model
+        devices = [self._device.index] if self._device.type == "cuda" else None
+        return DistributedDataParallel(
+            self.model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
+
+    def _train_epoch(self, model: nn.Module, epoch: int, scalars: ScalarWriter, terminated: "_Flag") -> None:
+        model.train()
+        progress = Progress(epoch, self.settings.epochs, self.steps_per_epoch, self.first_step)
+        self._throughput = Throughput(self.images_per_step)
+        batches = self.loader.epoch(epoch, self.first_step * self.settings.update_freq)
+        try:
+            for done in range(self.first_step + 1, self.steps_per_epoch + 1):
+                global_step = epoch * self.steps_per_epoch + done - 1
+                self._window.append(self._optimizer_step(model, batches, global_step))
+                last = done == self.steps_per_epoch
+                save = self._saves_at(global_step + 1) and not last
+                alone = distributed.world_size() == 1
+                if last or save or len(self._window) >= self.settings.log_every or (alone and terminated.is_set):
+                    stop = self._close_window(epoch, done, scalars, progress, terminated)
+                    if (save or stop) and not last:
+                        self._save_last(epoch, done)
+                    if stop and not last:
+                        raise Stopped(f"stopped at epoch {epoch}, step {done}")
+        finally:
+            progress.close()
+            close = getattr(batches, "close", None)
+            if close:
+                close()
+
+    def _saves_at(self, global_step: int) -> bool:
+        return self.settings.save_steps > 0 and global_step % self.settings.save_steps == 0
+
+    def _optimizer_step(self, model: nn.Module, batches: Iterator[Batch], global_step: int) -> Tensor:
+        """Does one optimizer step; returns its metrics as one row on the device, without waiting for it."""
+        seed_step(self.settings.seed, global_step, distributed.rank())
+        apply_schedules(self.optimizer, global_step, self.lr, self.weight_decay)
+        update_freq = self.settings.update_freq
+        rows = []
+        for micro_step in range(update_freq):
+            batch = self._next_batch(batches)
+            # Between processes, gradients are exchanged once an optimizer step: with the last batch's backward.
+            local = isinstance(model, DistributedDataParallel) and micro_step < update_freq - 1
+            exchange = model.no_sync if local else contextlib.nullcontext
+            with exchange():
+                with self.precision.autocast():
+                    loss, metrics = self.step(model, batch, global_step)
+                self.precision.backward(loss / update_freq)
+            self._names = ["loss", *metrics]
+            rows.append(torch.stack([loss.detach().float(), *(value.detach().float() for value in metrics.values())]))
+        norm = self.precision.step(self.optimizer, self.model.parameters(), self.settings.clip_grad)
+        if self.ema is not None:
+            self.ema.update(unwrap(model))
+        return torch.cat([torch.stack(rows).mean(dim=0), norm.detach().float().reshape(1)])
+
+    def _next_batch(self, batches: Iterator[Batch]) -> Batch:
+        start = time.perf_counter()
+        batch = next(batches)
+        batch = self.prepare(batch) if self.prepare else batch
+        self._throughput.waited(time.perf_counter() - start)
+        return {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}
+
+    # Looking at the device's numbers
+
+    def _close_window(
+        self, epoch: int, done: int, scalars: ScalarWriter, progress: Progress, terminated: "_Flag"
+    ) -> bool:
+        """Fetches the metrics of the last steps, the only place that waits for the device; returns whether to stop.
+
+        All processes meet here, so they agree on a loss that is not finite and on a wish to stop.
+        """
+        rows = torch.stack(self._window)
+        self._window = []
+        wish = torch.tensor([float(terminated.is_set)], device=self._device)
+        together = distributed.sum_over_ranks(torch.cat([rows.flatten(), wish])).cpu().double()
+        table = together[:-1].reshape(rows.shape) / distributed.world_size()
+        first_global_step = epoch * self.steps_per_epoch + done - len(rows)
+        loss_scale = self.precision.loss_scale
+        for offset, row in enumerate(table.tolist()):
+            values = dict(zip([*self._names, "grad_norm"], row, strict=True))
+            self._record_step(first_global_step + offset, values, loss_scale, scalars)
+        speed = self._throughput.close_window(len(rows))
+        scalars.write("perf", speed, first_global_step + len(rows) - 1)
+        progress.update(done, self._console_text(epoch, done, speed))
+        return bool(together[-1] > 0)
+
+    def _record_step(
+        self, global_step: int, values: dict[str, float], loss_scale: float, scalars: ScalarWriter
+    ) -> None:
+        if not math.isfinite(values["loss"]):
+            raise NonFiniteLossError(
+                f"the loss is {values['loss']} at step {global_step} (counted from 0); "
+                "the last checkpoint is from before it. Lower --lr, set --clip_grad, or use --amp_dtype fp32"
+            )
+        rates = [self.lr(global_step) * group.get("lr_scale", 1.0) for group in self.optimizer.param_groups]
+        decays = [group["weight_decay"] for group in self.optimizer.param_groups if group.get("decays")]
+        settings = {
+            "loss_scale": loss_scale,
+            "lr": max(rates),
+            "min_lr": min(rates),
+            "weight_decay": self.weight_decay(global_step) if self.weight_decay else max(decays, default=0.0),
+        }
+        norm = {"grad_norm": values.pop("grad_norm")}
+        self._skipped_steps += not math.isfinite(norm["grad_norm"])  # float16 overflowed: no update was made
+        for name, value in {**values, **settings, **norm}.items():
+            self._averages.add(name, value)
+        scalars.write("loss", values, global_step)
+        scalars.write("opt", {**settings, **norm}, global_step)
+
+    def _console_text(self, epoch: int, done: int, speed: Mapping[str, float]) -> str:
+        means = self._averages.means()
+        metrics = "  ".join(f"{name} {means[name]:.4g}" for name in self._names if name in means)
+        remaining = (self.settings.epochs - epoch) * self.steps_per_epoch - done
+        return (
+            f"{metrics}  lr {self.lr(epoch * self.steps_per_epoch + done - 1):.2e}  "
+            f"{speed['images_per_second']:.0f} images/s  waiting for data {speed['data_wait']:.0%}  "
+            f"memory {memory_in_use(self._device)}  left {self._throughput.remaining(remaining)}"
+        )
+
+    # The end of an epoch
+
+    def _epoch_entry(self, epoch: int, scalars: ScalarWriter) -> dict[str, Any]:
+        parameters = [p for p in unwrap(self.model).parameters() if p.requires_grad]
+        entry: dict[str, Any] = {f"train_{name}": value for name, value in self._averages.means().items()}
+        if self.evaluate and ((epoch + 1) % self.settings.evaluate_epochs == 0 or epoch + 1 == self.settings.epochs):
+            results = self.evaluate(unwrap(self.model), epoch)
+            scalars.write("perf", {f"test_{name}": value for name, value in results.items()}, epoch)
+            entry |= {f"test_{name}": value for name, value in results.items()}
+        entry |= {"epoch": epoch, "n_parameters": sum(p.numel() for p in parameters)}
+        return entry | {**self._throughput.totals(), "skipped_steps": self._skipped_steps}
+
+    def _finish_epoch(self, epoch: int, entry: dict[str, Any], log: EpochLog | None, scalars: ScalarWriter) -> None:
+        """Logs, then saves: a kill between the two leaves a line that the resumed run writes again, never a gap."""
+        logger.info("epoch %d: %s", epoch, "  ".join(f"{key} {_short(value)}" for key, value in entry.items()))
+        if log is not None:
+            log.write(entry)
+        if self.folder is None:
+            return
+        last = epoch + 1 == self.settings.epochs
+        if (epoch + 1) % self.settings.save_epochs == 0 or last:
+            self.folder.save_epoch(epoch, self._state(epoch, self.steps_per_epoch))
+        elif self._saves_at((epoch + 1) * self.steps_per_epoch):
+            self._save_last(epoch, self.steps_per_epoch)
+        if self.on_epoch_end is not None:
+            self.on_epoch_end(epoch, scalars)
+
+    def _save_last(self, epoch: int, done: int) -> None:
+        if self.folder is not None:
+            self.folder.save(LAST, self._state(epoch, done))
+        self._throughput.restart_window()
+
+
+def seed_step(seed: int, global_step: int, rank: int) -> None:
+    """Seeds Python, NumPy and torch for one optimizer step.
+
+    Dropout, stochastic depth and mixup then depend on the step alone, not on what ran before it, so a run continued
+    from a checkpoint draws the same numbers without storing any generator's state.
+    """
+    words = np.random.SeedSequence((seed, global_step, rank)).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))  # noqa: NPY002  (timm's mixup draws from NumPy's global generator)
+    torch.manual_seed(int(words[2]))
+
+
+class _Flag:
+    is_set = False
+
+
+@contextlib.contextmanager
+def _termination_flag() -> Iterator[_Flag]:
+    """Turns SIGTERM into a flag while the loop runs."""
+    flag = _Flag()
+
+    def raise_flag(*_: Any) -> None:
+        flag.is_set = True
+
+    try:
+        previous = signal.signal(signal.SIGTERM, raise_flag)
+    except ValueError:  # not in the main thread: someone else's process, someone else's signals
+        yield flag
+        return
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else str(value)

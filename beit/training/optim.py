@@ -1,0 +1,111 @@
+"""Parameter groups (weight decay, layer-wise learning rates) and optimizers by name."""
+
+import importlib.util
+import logging
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import timm.optim
+import torch
+from torch import nn
+
+from beit.errors import InputError, did_you_mean
+
+logger = logging.getLogger(__name__)
+
+
+def parameter_groups(
+    model: nn.Module,
+    weight_decay: float,
+    *,
+    no_decay: Collection[str] = (),
+    layer_id: Callable[[str], int] | None = None,
+    num_layers: int = 0,
+    layer_decay: float = 1.0,
+) -> list[dict[str, Any]]:
+    """Sorts the trainable parameters into groups that share a learning-rate scale and a weight decay.
+
+    1-D parameters, ``*.bias`` and the names in ``no_decay`` get no weight decay. With ``layer_id`` the learning rate of
+    layer ``i`` is scaled by ``layer_decay ** (num_layers + 1 - i)``.
+
+    Args:
+        model: The module whose parameters are sorted.
+        weight_decay: Decay of the other parameters.
+        no_decay: Parameter names without decay.
+        layer_id: Maps a parameter name to its layer, from 0 (embeddings) to ``num_layers + 1`` (heads).
+        num_layers: Number of Transformer blocks.
+        layer_decay: Factor from one layer to the one below.
+
+    Returns:
+        Groups in the order of their first parameter, with the keys ``params``, ``lr_scale``, ``weight_decay`` and
+        ``decays`` (whether a weight-decay schedule applies).
+
+    Source: BEiT (arXiv 2106.08254), section 3.1 and appendix; the official scripts' grouping.
+    """
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decays = parameter.ndim > 1 and not name.endswith(".bias") and name not in no_decay
+        scale = layer_decay ** (num_layers + 1 - layer_id(name)) if layer_id else 1.0
+        fresh = {
+            "params": [],
+            "lr_scale": scale,
+            "weight_decay": weight_decay if decays else 0.0,
+            "decays": decays,
+        }
+        groups.setdefault((scale, decays), fresh)["params"].append(parameter)
+    return list(groups.values())
+
+
+def create_optimizer(
+    name: str,
+    groups: Sequence[dict[str, Any]],
+    *,
+    lr: float,
+    eps: float | None = None,
+    betas: Sequence[float] | None = None,
+    momentum: float = 0.9,
+    fused: bool = False,
+) -> torch.optim.Optimizer:
+    """Builds any optimizer that timm knows by name.
+
+    A name that begins with ``fused`` asks for NVIDIA apex; where apex is missing, torch's own fused kernels take its
+    place, which compute the same update.
+
+    Args:
+        name: ``adamw``, ``sgd``, ``lamb``, ``fusedadamw``, …
+        groups: What :func:`parameter_groups` returns.
+        lr: Peak learning rate, in force until a schedule sets another.
+        eps: Adam's epsilon; the optimizer's default if None.
+        betas: Adam's decay rates; the optimizer's default if None.
+        momentum: Momentum of SGD and its relatives.
+        fused: Whether torch's fused kernels may be used (CUDA).
+
+    Raises:
+        InputError: No optimizer has that name.
+    """
+    name = name.lower()
+    if name.startswith("fused") and importlib.util.find_spec("apex") is None:
+        logger.warning("--opt %s: NVIDIA apex is not installed; using torch's fused %s instead", name, name[5:])
+        name = name[len("fused") :]
+    known = [str(known) for known in timm.optim.list_optimizers()]
+    if name not in known:
+        raise InputError(f"unknown optimizer {name!r}{did_you_mean(name, known)}")
+    arguments: dict[str, Any] = {"eps": eps, "betas": tuple(betas) if betas else None}
+    arguments = {key: value for key, value in arguments.items() if value is not None}
+    if fused and name in ("adamw", "adam", "sgd"):
+        arguments["fused"] = True
+    return timm.optim.create_optimizer_v2(
+        list(groups), opt=name, lr=lr, weight_decay=0.0, momentum=momentum, **arguments
+    )
+
+
+def apply_schedules(
+    optimizer: torch.optim.Optimizer, step: int, lr: Callable[[int], float], weight_decay: Callable[[int], float] | None
+) -> None:
+    """Sets every group's learning rate (times its scale) and weight decay for an optimizer step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr(step) * group.get("lr_scale", 1.0)
+        if weight_decay is not None and group.get("decays"):
+            group["weight_decay"] = weight_decay(step)
