@@ -255,9 +255,9 @@ class Trainer:
         for micro_step in range(update_freq):
             batch = self._next_batch(batches)
             # Between processes, gradients are exchanged once an optimizer step: with the last batch's backward.
-            local = isinstance(model, DistributedDataParallel) and micro_step < update_freq - 1
-            exchange = model.no_sync if local else contextlib.nullcontext
-            with exchange():
+            waiting = micro_step < update_freq - 1
+            local = model.no_sync if waiting and isinstance(model, DistributedDataParallel) else contextlib.nullcontext
+            with local():
                 with self.precision.autocast():
                     loss, metrics = self.step(model, batch, global_step)
                 self.precision.backward(loss / update_freq)
