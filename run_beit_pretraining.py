@@ -1,21 +1,21 @@
-"""Pre-trains BEiT: predicts the visual tokens of masked patches (arXiv 2106.08254).
+r"""Pre-trains BEiT: predicts the visual tokens of masked patches (arXiv 2106.08254).
 
 One process, CPU or GPU, on your own images, with a tokenizer from run_dvae_training.py:
 
-    python run_beit_pretraining.py --data_path images/ --output_dir output/pretrain \\
-        --discrete_vae_type customized --discrete_vae_weight_path output/dvae \\
+    python run_beit_pretraining.py --data_path images/ --output_dir output/pretrain \
+        --discrete_vae_type customized --discrete_vae_weight_path output/dvae \
         --model beit_tiny_patch16_224_8k_vocab --batch_size 64 --lr 4.7e-5 --epochs 100
 
 One H200, the published batch of 2048 on ImageNet-1k:
 
-    python run_beit_pretraining.py --config pretrain_base_1k_800ep --batch_size 512 --update_freq 4 \\
+    python run_beit_pretraining.py --config pretrain_base_1k_800ep --batch_size 512 --update_freq 4 \
         --data_path /path/to/imagenet/train --discrete_vae_weight_path tokenizer/ --output_dir output/pretrain
 
 16 GPUs, the published ImageNet-22k run:
 
-    torchrun --nproc_per_node=16 run_beit_pretraining.py --data_path /path/to/imagenet22k \\
-        --output_dir output/pretrain --num_mask_patches 75 --model beit_base_patch16_224_8k_vocab \\
-        --discrete_vae_weight_path tokenizer/ --batch_size 128 --lr 1.5e-3 --warmup_steps 10000 --epochs 150 \\
+    torchrun --nproc_per_node=16 run_beit_pretraining.py --data_path /path/to/imagenet22k \
+        --output_dir output/pretrain --num_mask_patches 75 --model beit_base_patch16_224_8k_vocab \
+        --discrete_vae_weight_path tokenizer/ --batch_size 128 --lr 1.5e-3 --warmup_steps 10000 --epochs 150 \
         --clip_grad 3.0 --drop_path 0.1 --layer_scale_init_value 0.1
 
 `beit download tokenizer tokenizer/` fetches OpenAI's tokenizer. A run that was stopped goes on with the same command.

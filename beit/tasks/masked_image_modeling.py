@@ -237,6 +237,7 @@ class MaskedTokenPrediction:
         return model(images, batch["mask"], masked_index=index), tokens
 
     def __call__(self, model: nn.Module, batch: Batch, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss of a batch and the share of tokens predicted right, ``mlm_acc``."""
         logits, tokens = self.predict(model, batch)
         loss = F.cross_entropy(logits.float(), tokens)
         return loss, {"mlm_acc": (logits.detach().argmax(dim=-1) == tokens).float().mean()}
@@ -315,10 +316,9 @@ def evaluate(
     for host_batch in loader.epoch(0):
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in with_masked_index(host_batch).items()}
         logits, tokens = objective.predict(model, batch)
-        right = (logits.argmax(dim=-1) == tokens).sum()
-        totals += torch.stack(
-            [F.cross_entropy(logits.float(), tokens, reduction="sum"), right, right * 0 + len(tokens)]
-        )
+        totals[0] += F.cross_entropy(logits.float(), tokens, reduction="sum")
+        totals[1] += (logits.argmax(dim=-1) == tokens).sum()
+        totals[2] += len(tokens)
         counts += torch.bincount(tokens, minlength=len(counts))
     loss, right, patches = distributed.sum_over_ranks(totals).tolist()
     most_frequent = distributed.sum_over_ranks(counts).max().item()
