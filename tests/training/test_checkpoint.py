@@ -1,0 +1,108 @@
+"""The run folder: locking, what is kept, what a run continues from."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from beit.errors import InputError
+from beit.storage import save_checkpoint
+from beit.training.checkpoint import LAST, RunFolder, load_exactly, position_of
+
+HOLDER = "import sys, time; from beit.training.checkpoint import RunFolder; f = RunFolder(sys.argv[1]); "
+HOLD = HOLDER + "print('held', flush=True); time.sleep(60)"
+# A data-loading worker that outlives its killed parent, as torch's do for some seconds.
+HOLD_WITH_CHILD = HOLDER + "import os; os.fork() or time.sleep(20); print('held', flush=True); time.sleep(60)"
+
+
+def hold(folder, code):
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stdout.readline() == b"held\n"
+    return process
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path):
+    process = hold(tmp_path, HOLD)
+    try:
+        with pytest.raises(InputError, match=f"in use by process {process.pid}"):
+            RunFolder(tmp_path)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_killed_run_leaves_no_lock_even_while_its_workers_live(tmp_path):
+    # Breaks with flock(), which forked children keep alive.
+    process = hold(tmp_path, HOLD_WITH_CHILD)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    try:
+        RunFolder(tmp_path).close()
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write to --output_dir"):
+        RunFolder(tmp_path / "file" / "run")
+
+
+def test_every_epoch_is_kept_by_default_and_the_newest_when_limited(tmp_path):
+    folder = RunFolder(tmp_path / "all")
+    for epoch in (0, 9, 10):  # 9 before 10: by number, not by name
+        folder.save_epoch(epoch, {"epoch": epoch})
+    assert sorted(p.name for p in folder.path.glob("*.pth")) == [
+        "checkpoint-0.pth",
+        "checkpoint-10.pth",
+        "checkpoint-9.pth",
+    ]
+    limited = RunFolder(tmp_path / "limited", keep=2)
+    for epoch in (8, 9, 10):
+        limited.save_epoch(epoch, {"epoch": epoch})
+    assert sorted(p.name for p in limited.path.glob("*.pth")) == ["checkpoint-10.pth", "checkpoint-9.pth"]
+
+
+def test_newest_is_the_one_that_got_furthest(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert folder.newest() is None
+    folder.save(LAST, {"progress": {"epoch": 2, "step": 5}})
+    folder.save_epoch(1, {"progress": {"epoch": 2, "step": 0}})
+    assert folder.newest().name == LAST
+    time.sleep(0.01)
+    folder.save_epoch(2, {"progress": {"epoch": 3, "step": 0}})
+    assert folder.newest().name == "checkpoint-2.pth"
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_two_are_not_silently_overwritten(tmp_path, caplog):
+    folder = RunFolder(tmp_path)
+    folder.save_epoch(0, {"epoch": 0})
+    (tmp_path / LAST).write_bytes(b"PK\x03\x04 cut off")
+    assert folder.newest().name == "checkpoint-0.pth"
+    assert "checkpoint-last.pth" in caplog.text
+    (tmp_path / "checkpoint-0.pth").write_bytes(b"")
+    with pytest.raises(InputError, match="no checkpoint in .* can be read"):
+        folder.newest()
+
+
+def test_position_of_ours_and_of_official_files():
+    assert position_of({"epoch": 0, "progress": {"epoch": 1, "step": 7}}) == (1, 7)
+    assert position_of({"epoch": 19}) == (20, 0)
+
+
+def test_weights_of_another_model_are_refused_with_what_differs(tmp_path):
+    save_checkpoint(tmp_path / "a.pth", nn.Linear(3, 2).state_dict())
+    weights = torch.load(tmp_path / "a.pth", weights_only=True)
+    load_exactly(nn.Linear(3, 2), weights, "a.pth")
+    with pytest.raises(InputError) as caught:
+        load_exactly(nn.Linear(4, 2, bias=False), weights, "a.pth")
+    assert "a.pth is a checkpoint of another model: 2 of 1 tensors differ" in str(caught.value)
+    assert "weight (2, 3) in the file, (2, 4) in the model" in str(caught.value)
+    assert "bias (2,) in the file, absent in the model" in str(caught.value)

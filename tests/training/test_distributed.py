@@ -1,0 +1,71 @@
+"""Who a process is, from the environments of the launchers."""
+
+import pytest
+import torch
+
+from beit.errors import InputError
+from beit.training.distributed import Placement, find_placement, first_slurm_host, on_main, select_device
+
+
+def test_one_plain_process():
+    assert find_placement({}) == Placement(0, 1, 0)
+
+
+def test_torchrun():
+    env = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+    assert find_placement(env) == Placement(5, 8, 1, "env://")
+
+
+def test_local_rank_of_old_launchers_counts_only_without_the_variable():
+    env = {"RANK": "5", "WORLD_SIZE": "8"}
+    assert find_placement(env, local_rank=3).local_rank == 3
+    assert find_placement({**env, "LOCAL_RANK": "1"}, local_rank=3).local_rank == 1
+
+
+def test_slurm_under_srun():
+    env = {
+        "SLURM_STEP_NUM_TASKS": "16",
+        "SLURM_PROCID": "9",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_NODELIST": "gpu[03-04]",
+        "SLURM_JOB_ID": "1234567",
+    }
+    assert find_placement(env) == Placement(9, 16, 1, f"tcp://gpu03:{20000 + 1234567 % 20000}")
+    assert find_placement({**env, "MASTER_ADDR": "head", "MASTER_PORT": "99"}).init_method == "tcp://head:99"
+
+
+def test_slurm_allocation_without_srun_is_one_process():
+    # Breaks if SLURM_NTASKS were read: a plain `python run_….py` in a batch script would wait for 15 others.
+    assert find_placement({"SLURM_NTASKS": "16", "SLURM_PROCID": "0"}) == Placement(0, 1, 0)
+
+
+def test_open_mpi_only_when_asked_for():
+    env = {
+        "OMPI_COMM_WORLD_RANK": "3",
+        "OMPI_COMM_WORLD_SIZE": "4",
+        "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+        "MASTER_ADDR": "head",
+        "MASTER_PORT": "99",
+    }
+    assert find_placement(env, use_open_mpi=True) == Placement(3, 4, 1, "tcp://head:99")
+    assert find_placement(env) == Placement(0, 1, 0)
+    with pytest.raises(InputError, match="OMPI_COMM_WORLD_RANK"):
+        find_placement({"MASTER_ADDR": "head", "MASTER_PORT": "99"}, use_open_mpi=True)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("node1", "node1"), ("node1,node2", "node1"), ("gpu[03-07,11]", "gpu03"), ("a[1,2]-ib,b", "a1-ib")],
+)
+def test_first_slurm_host(nodes, first):
+    assert first_slurm_host(nodes) == first
+
+
+def test_cuda_without_cuda_says_so_and_uses_the_cpu(caplog, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert select_device("cuda", 0) == torch.device("cpu")
+    assert "no CUDA device" in caplog.text
+
+
+def test_on_main_gives_the_result():
+    assert on_main(lambda: 3) == 3

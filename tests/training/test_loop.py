@@ -1,0 +1,256 @@
+"""The loop on a small network: whatever stops it, it ends with the same bits."""
+
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from beit.errors import InputError
+from beit.storage import load_checkpoint
+from beit.training.checkpoint import LAST, RunFolder
+from beit.training.loop import LoopSettings, NonFiniteLossError, Stopped, Trainer
+from beit.training.optim import create_optimizer, parameter_groups
+from beit.training.precision import Precision, resolve_amp_dtype
+from beit.training.schedules import WarmupCosine
+
+CPU = torch.device("cpu")
+SAMPLES, EPOCHS = 40, 3
+
+
+class Batches:
+    """40 samples whose order depends on the epoch."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.batches_per_epoch = SAMPLES // batch_size
+        self._data = torch.randn(SAMPLES, 8, generator=torch.Generator().manual_seed(0))
+
+    def epoch(self, epoch, first_batch=0):
+        order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(epoch))
+        for indices in order.split(self.batch_size)[first_batch:]:
+            yield {"x": self._data[indices]}
+
+
+class Interrupted(Exception):
+    pass
+
+
+def network(dropout=0.2):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Dropout(dropout), nn.Linear(16, 8))
+
+
+def step(model, batch, _step):
+    loss = (model(batch["x"]) - batch["x"]).square().mean()
+    return loss, {"rmse": loss.detach().sqrt()}
+
+
+def make_trainer(folder, *, batch_size=4, update_freq=1, model=None, step=step, **settings):
+    model = model or network()
+    batches = Batches(batch_size)
+    steps = EPOCHS * (batches.batches_per_epoch // update_freq)
+    defaults = {"epochs": EPOCHS, "update_freq": update_freq, "clip_grad": 1.0, "log_every": 3, "save_epochs": 1}
+    return Trainer(
+        model,
+        step,
+        batches,
+        create_optimizer("adamw", parameter_groups(model, 0.05), lr=1e-2),
+        Precision(torch.float32, CPU),
+        LoopSettings(**{**defaults, **settings}),
+        WarmupCosine(1e-2, 1e-4, steps, 5),
+        folder=RunFolder(folder) if folder else None,
+        ema=ModelEmaV3(model, decay=0.9),
+    )
+
+
+def continued(folder, **options):
+    trainer = make_trainer(folder, **options)
+    newest = trainer.folder.newest()
+    if newest is not None:
+        trainer.resume(load_checkpoint(newest), str(newest))
+    return trainer
+
+
+def final_state(folder):
+    state = load_checkpoint(folder / f"checkpoint-{EPOCHS - 1}.pth")
+    return [*state["model"].values(), *state["model_ema"].values(), *state["optimizer"]["state"][0].values()]
+
+
+def log_lines(folder):
+    timing = ("images_per_second", "data_wait")
+    entries = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    return [{key: value for key, value in entry.items() if key not in timing} for entry in entries]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    trainer = make_trainer(folder)
+    trainer.fit()
+    trainer.folder.close()
+    return folder
+
+
+@pytest.mark.parametrize("stop_at", [0, 1, 4, 9, 10, 11, 17, 29])
+def test_stopped_at_any_step_it_ends_with_the_same_bits_and_the_same_log(tmp_path, undisturbed, stop_at):
+    # Breaks if dropout's generator, the averages, the EMA or the position are lost, or an epoch is logged twice.
+    done = []
+
+    def interrupted_step(model, batch, global_step):
+        if global_step == stop_at and not done:
+            done.append(global_step)
+            raise Interrupted
+        return step(model, batch, global_step)
+
+    trainer = make_trainer(tmp_path, step=interrupted_step, save_steps=2)
+    with pytest.raises(Interrupted):
+        trainer.fit()
+    trainer.folder.close()
+    trainer = continued(tmp_path, save_steps=2)
+    trainer.fit()
+    assert all(torch.equal(a, b) for a, b in zip(final_state(tmp_path), final_state(undisturbed), strict=True))
+    assert log_lines(tmp_path) == log_lines(undisturbed)
+
+
+def test_sigterm_saves_and_the_next_run_goes_on(tmp_path, undisturbed):
+    def signalled_step(model, batch, global_step):
+        if global_step == 13:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(model, batch, global_step)
+
+    trainer = make_trainer(tmp_path, step=signalled_step)
+    with pytest.raises(Stopped, match="epoch 1, step 4"):
+        trainer.fit()
+    trainer.folder.close()
+    assert load_checkpoint(tmp_path / LAST)["progress"]["global_step"] == 14
+    trainer = continued(tmp_path)
+    trainer.fit()
+    assert all(torch.equal(a, b) for a, b in zip(final_state(tmp_path), final_state(undisturbed), strict=True))
+
+
+def test_accumulated_batches_equal_one_large_batch(tmp_path):
+    def train(**options):
+        trainer = make_trainer(None, model=network(dropout=0.0).double(), **options)
+        trainer.loader._data = trainer.loader._data.double()
+        trainer.fit()
+        return [p.detach() for p in trainer.model.parameters()]
+
+    for ours, large in zip(train(batch_size=2, update_freq=4), train(batch_size=8), strict=True):
+        torch.testing.assert_close(ours, large, rtol=1e-9, atol=1e-12)
+
+
+def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_last_checkpoint(tmp_path):
+    def bad_step(model, batch, global_step):
+        loss, metrics = step(model, batch, global_step)
+        return (loss * math.nan if global_step == 17 else loss), metrics
+
+    trainer = make_trainer(tmp_path, step=bad_step, log_every=5, save_steps=1000)
+    with pytest.raises(NonFiniteLossError, match="nan at step 17"):
+        trainer.fit()
+    state = load_checkpoint(tmp_path / "checkpoint-0.pth")
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+    assert not (tmp_path / "checkpoint-1.pth").exists()
+
+
+def test_checkpoint_holds_the_official_keys_and_opens_without_code(undisturbed):
+    state = torch.load(undisturbed / "checkpoint-2.pth", weights_only=True)
+    assert {"model", "optimizer", "epoch", "scaler", "args", "model_ema"} <= state.keys()
+    assert state["epoch"] == 2
+    assert type(state["args"]) is dict
+
+
+def test_log_holds_means_over_the_epoch(undisturbed):
+    entries = log_lines(undisturbed)
+    assert [entry["epoch"] for entry in entries] == [0, 1, 2]
+    schedule = WarmupCosine(1e-2, 1e-4, 30, 5)
+    assert entries[1]["train_lr"] == pytest.approx(sum(schedule(step) for step in range(10, 20)) / 10)
+    assert {"train_loss", "train_rmse", "train_grad_norm", "train_min_lr", "train_weight_decay"} <= entries[0].keys()
+    assert entries[0]["n_parameters"] == sum(p.numel() for p in network().parameters())
+    assert entries[2]["train_loss"] < entries[0]["train_loss"]
+
+
+def test_a_run_that_starts_over_keeps_the_old_log_aside(tmp_path):
+    for _ in range(2):
+        trainer = make_trainer(tmp_path)
+        trainer.fit()
+        trainer.folder.close()
+    assert [entry["epoch"] for entry in log_lines(tmp_path)] == [0, 1, 2]
+    assert len(list(tmp_path.glob("log-until-*.txt"))) == 1
+
+
+def test_half_a_line_left_by_a_kill_is_dropped(tmp_path, undisturbed):
+    trainer = make_trainer(tmp_path)
+    trainer.fit()
+    trainer.folder.close()
+    (tmp_path / "checkpoint-2.pth").unlink()
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    (tmp_path / "log.txt").write_text("\n".join(lines[:2]) + "\n" + lines[2][:20])
+    continued(tmp_path).fit()
+    assert log_lines(tmp_path) == log_lines(undisturbed)
+
+
+def test_another_batch_goes_on_at_the_same_share_of_the_epoch(tmp_path, caplog):
+    folder = RunFolder(tmp_path)
+    state = make_trainer(None)._state(1, 5)
+    folder.save(LAST, state)
+    folder.close()
+    trainer = continued(tmp_path, batch_size=10)
+    assert (trainer.first_epoch, trainer.first_step) == (1, 2)  # 20 of 40 samples done
+    assert "the batch was 4 images and is now 10" in caplog.text
+
+
+def test_weights_alone_cannot_be_resumed():
+    with pytest.raises(InputError, match="--init_from"):
+        make_trainer(None).resume({"model": network().state_dict()}, "weights.pth")
+
+
+def test_less_than_one_optimizer_step_an_epoch():
+    with pytest.raises(InputError, match="--update_freq 11"):
+        make_trainer(None, update_freq=11)
+
+
+def test_tensorboard_gets_the_official_tags(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = make_trainer(None)
+    trainer.log_dir = str(tmp_path)
+    trainer.fit()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert {"loss/loss", "loss/rmse", "opt/lr", "opt/grad_norm", "opt/loss_scale"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("loss/loss")] == list(range(30))
+
+
+def test_number_format_by_device():
+    assert resolve_amp_dtype("auto", CPU) is torch.float32
+    assert resolve_amp_dtype("bf16", CPU) is torch.bfloat16
+    with pytest.raises(InputError, match="needs a CUDA device"):
+        resolve_amp_dtype("fp16", CPU)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_no_host_synchronisation_between_log_lines(dtype):
+    # Breaks if a step reads a value off the device: synchronising calls raise here.
+    device = torch.device("cuda", 0)
+    trainer = make_trainer(None, model=network().to(device))
+    trainer.precision = Precision(dtype, device)
+    trainer._device = device
+    trainer.optimizer = create_optimizer("adamw", parameter_groups(trainer.model, 0.05), lr=1e-2, fused=True)
+    from beit.training.logging import Throughput
+
+    trainer._throughput = Throughput(4)
+    batches = trainer.loader.epoch(0)
+    trainer._optimizer_step(trainer.model, batches, 0)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for global_step in range(1, 4):
+            trainer._optimizer_step(trainer.model, batches, global_step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,41 @@
+"""Schedules against the stored values of the official ones."""
+
+import json
+
+import pytest
+
+from beit.training.schedules import WarmupCosine, duration_in_steps
+
+
+def test_cosine_equals_the_stored_schedules(golden):
+    for case in json.loads((golden / "schedules.json").read_text()):
+        args = case["args"]
+        per_epoch = args["niter_per_ep"]
+        warmup = duration_in_steps(
+            epochs=args.get("warmup_epochs", 0), steps=args.get("warmup_steps", -1), steps_per_epoch=per_epoch
+        )
+        schedule = WarmupCosine(
+            args["base_value"],
+            args["final_value"],
+            args["epochs"] * per_epoch,
+            warmup,
+            args.get("start_warmup_value", 0.0),
+        )
+        # Breaks if the cosine does not start again at the base value, or the warm-up leaves an end out.
+        assert [schedule(step) for step in range(case["n"])] == pytest.approx(case["values"], rel=1e-12, abs=1e-18)
+
+
+def test_warmup_in_steps_alone():
+    schedule = WarmupCosine(1.0, 0.0, 100, duration_in_steps(epochs=0, steps=10, steps_per_epoch=5))
+    assert schedule(0) == 0.0
+    assert schedule(9) == schedule(10) == 1.0
+
+
+@pytest.mark.parametrize("warmup", [20, 50])
+def test_warmup_as_long_as_the_run_or_longer(warmup):
+    schedule = WarmupCosine(1.0, 0.0, 20, warmup)
+    assert [schedule(step) for step in range(20)] == pytest.approx([step / (warmup - 1) for step in range(20)])
+
+
+def test_one_step_of_warmup_starts_at_its_start():
+    assert WarmupCosine(1.0, 0.0, 10, 1)(0) == 0.0
