@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -33,6 +33,8 @@ def option(
     off: str | None = None,
     choices: Sequence[str] | None = None,
     no_effect: str | None = None,
+    positional: bool = False,
+    short: str | None = None,
 ) -> Any:
     """Declares a configuration field together with its flag.
 
@@ -42,10 +44,18 @@ def option(
         off: For a boolean, the flag that switches it off (``--no_<name>`` otherwise).
         choices: The accepted values.
         no_effect: Why a flag that the official scripts have does nothing here; said once when it is used.
+        positional: Whether the value stands on the command line without a flag; it must then be there.
+        short: A second, short flag, such as ``-o``.
     """
-    return dataclasses.field(
-        default=default, metadata={"help": help, "off": off, "choices": choices, "no_effect": no_effect}
-    )
+    metadata = {
+        "help": help,
+        "off": off,
+        "choices": choices,
+        "no_effect": no_effect,
+        "positional": positional,
+        "short": short,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def parse_size(text: str | int | Sequence[int]) -> Size:
@@ -114,6 +124,13 @@ def to_plain(config: Any) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(config).items()}
 
 
+def from_plain(config_class: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+    """Builds a configuration from a checkpoint's ``args``; settings that the job does not have are left out."""
+    readers = {name: reader for name, (_, reader) in _fields(config_class).items()}
+    known = {key: _convert(readers[key], value, key) for key, value in values.items() if key in readers}
+    return config_class(**known)
+
+
 def dump_yaml(config: Any) -> str:
     """Returns the settings as a YAML text that ``--config`` reads back."""
     return yaml.safe_dump(to_plain(config), sort_keys=False)
@@ -149,6 +166,10 @@ def _build_parser(config_class: type, prog: str, description: str) -> argparse.A
 
 def _add_flag(parser: argparse.ArgumentParser, name: str, field: dataclasses.Field, reader: Callable) -> None:
     meta, flag = field.metadata, f"--{name}"
+    if meta["positional"]:
+        several = {"nargs": "+", "action": _CollectTuple} if reader is _read_strings else {"type": reader}
+        parser.add_argument(name, help=meta["help"].replace("%", "%%"), metavar=name.upper(), **several)
+        return
     text = f"{meta['help']} (default: {field.default})".replace("%", "%%")
     if reader is _read_bool:
         parser.add_argument(flag, dest=name, action="store_true", help=text)
@@ -162,7 +183,9 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, field: dataclasses.Fie
         arguments |= {"nargs": "+", "type": parse_assignment, "action": _CollectAssignments, "metavar": "KEY=VALUE"}
     elif reader is _read_floats:
         arguments |= {"nargs": "+", "type": float, "action": _CollectTuple}
-    parser.add_argument(flag, dest=name, **arguments)
+    elif reader is _read_strings:
+        arguments |= {"nargs": "+", "type": str, "action": _CollectTuple}
+    parser.add_argument(*([meta["short"]] if meta["short"] else []), flag, dest=name, **arguments)
 
 
 class _CollectAssignments(argparse.Action):
@@ -191,6 +214,8 @@ def _reader(annotation: Any) -> Callable[[Any], Any]:
         return _read_bool
     if annotation == tuple[float, ...]:
         return _read_floats
+    if annotation == tuple[str, ...]:
+        return _read_strings
     if typing.get_origin(annotation) is dict:
         return _read_assignments
     if annotation in (int, float, str):
@@ -206,6 +231,10 @@ def _read_bool(value: Any) -> bool:
 
 def _read_floats(value: Any) -> tuple[float, ...]:
     return tuple(float(item) for item in value)
+
+
+def _read_strings(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(str(item) for item in value)
 
 
 def _read_assignments(value: Any) -> dict[str, Any]:

@@ -93,7 +93,7 @@ class Trainer:
         log_dir: TensorBoard's folder.
         config: The run's settings as plain values, stored in checkpoints under ``args``.
         extras: More that checkpoints hold, such as the model's architecture.
-        ema: A moving average of the weights, with ``update(model)`` and ``module`` (timm's ``ModelEmaV3``).
+        ema: A moving average of the weights, with ``update(model, step)`` and ``module`` (timm's ``ModelEmaV3``).
         evaluate: ``(model, epoch) -> metrics`` at the end of epochs, logged with the prefix ``test_``.
         on_epoch_end: Called on the main process after an epoch is saved.
     """
@@ -265,7 +265,7 @@ class Trainer:
             rows.append(torch.stack([loss.detach().float(), *(value.detach().float() for value in metrics.values())]))
         norm = self.precision.step(self.optimizer, self.model.parameters(), self.settings.clip_grad)
         if self.ema is not None:
-            self.ema.update(unwrap(model))
+            self.ema.update(unwrap(model), step=global_step + 1)
         return torch.cat([torch.stack(rows).mean(dim=0), norm.detach().float().reshape(1)])
 
     def _next_batch(self, batches: Iterator[Batch]) -> Batch:
