@@ -88,7 +88,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_two_are_not_silently_overwritte
     assert folder.newest().name == "checkpoint-0.pth"
     assert "checkpoint-last.pth" in caplog.text
     (tmp_path / "checkpoint-0.pth").write_bytes(b"")
-    with pytest.raises(InputError, match="no checkpoint in .* can be read"):
+    with pytest.raises(InputError, match=r"no checkpoint in .* can be read"):
         folder.newest()
 
 
