@@ -1,0 +1,166 @@
+"""Relative position bias: which row of the table a pair of tokens reads, and how a table moves to another window.
+
+A window is the patch grid ``(h, w)`` of an image; its ``N = h * w`` patch tokens follow one class token. A table has
+one row for each offset between two patches, ``(2h - 1) * (2w - 1)`` of them, row-major over (vertical, horizontal)
+offset from ``(-(h - 1), -(w - 1))`` on, and then three rows for the pairs with the class token: class to patch, patch to
+class, class to class. Columns are attention heads.
+
+Source: BEiT (arXiv 2106.08254), section 2.1 and the authors' released models.
+"""
+
+from itertools import accumulate
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from beit.errors import InputError
+
+CLASS_TOKEN_ROWS = 3
+RATIO_BOUNDS = (1.01, 1.5)
+RATIO_WIDTH = 1e-6
+
+FloatArray = npt.NDArray[np.float64]
+
+
+def num_table_rows(window_size: tuple[int, int]) -> int:
+    """Returns the number of rows of a table for a window of ``(h, w)`` patches."""
+    height, width = window_size
+    return (2 * height - 1) * (2 * width - 1) + CLASS_TOKEN_ROWS
+
+
+def relative_position_index(window_size: tuple[int, int]) -> Tensor:
+    """Returns the table row that each pair (query, key) of tokens reads.
+
+    Args:
+        window_size: The patch grid ``(h, w)``, in patches.
+
+    Returns:
+        An int64 tensor ``(N + 1, N + 1)`` with values below ``num_table_rows(window_size)``.
+    """
+    height, width = window_size
+    row = torch.arange(height).repeat_interleave(width)
+    column = torch.arange(width).repeat(height)
+    vertical = row[:, None] - row[None, :] + height - 1
+    horizontal = column[:, None] - column[None, :] + width - 1
+
+    class_to_patch = num_table_rows(window_size) - CLASS_TOKEN_ROWS
+    index = torch.empty(height * width + 1, height * width + 1, dtype=torch.int64)
+    index[1:, 1:] = vertical * (2 * width - 1) + horizontal
+    index[0, 1:] = class_to_patch
+    index[1:, 0] = class_to_patch + 1
+    index[0, 0] = class_to_patch + 2
+    return index
+
+
+def relative_position_bias(table: Tensor, index: Tensor) -> Tensor:
+    """Gathers the bias that is added to the attention logits.
+
+    Args:
+        table: Bias table ``(rows, H)``, one column a head.
+        index: The rows to read, int64 ``(N + 1, N + 1)``, from :func:`relative_position_index`.
+
+    Returns:
+        A contiguous tensor ``(H, N + 1, N + 1)`` of the table's dtype.
+    """
+    # On a CPU the columns of the transposed table are gathered several times faster than the rows, and contiguous.
+    return table.t().index_select(1, index.flatten()).view(-1, *index.shape)
+
+
+def resize_table(table: Tensor, source_window: tuple[int, int], target_window: tuple[int, int]) -> Tensor:
+    """Carries a bias table from one window to another, which need not be square.
+
+    The known offsets are placed on a geometric grid that spans the new window, dense around zero, and a bicubic spline
+    through them is read at the new integer offsets; offsets outside the grid take the value at its edge. The three rows
+    of the class token are kept. Plain bicubic interpolation is no substitute: it costs several points of mIoU.
+
+    Args:
+        table: Bias table ``(num_table_rows(source_window), H)``.
+        source_window: The patch grid ``(h, w)`` that the table was trained with.
+        target_window: The patch grid ``(h, w)`` that it is wanted for.
+
+    Returns:
+        A tensor ``(num_table_rows(target_window), H)`` of the table's dtype, on its device, without gradient.
+
+    Raises:
+        InputError: The table's shape is not that of ``source_window``, or a window is empty.
+
+    Deviation: The official code knows square windows only. Here each axis has its own ratio, an axis whose length stays
+        keeps its values, and an axis of two patches (one patch) takes a spline of degree two (a constant).
+    """
+    _check_resize(table, source_window, target_window)
+    if source_window == target_window:
+        return table.detach().clone()
+
+    patches, class_token = table.detach().split([len(table) - CLASS_TOKEN_ROWS, CLASS_TOKEN_ROWS])
+    grids = patches.t().reshape(-1, 2 * source_window[0] - 1, 2 * source_window[1] - 1)  # (H, 2h-1, 2w-1)
+    resized = np.stack([_resize_grid(grid, target_window) for grid in grids.double().cpu().numpy()])
+    rows = torch.from_numpy(resized).to(table).flatten(1).t()  # (H, 2h'-1, 2w'-1) -> (rows', H)
+    return torch.cat((rows, class_token)).contiguous()
+
+
+def source_positions(source: int, target: int) -> FloatArray:
+    """Returns where the offsets of an axis of ``source`` patches lie on the grid of an axis of ``target`` patches.
+
+    Args:
+        source: Length of the trained axis, in patches.
+        target: Length of the wanted axis, in patches.
+
+    Returns:
+        ``2 * source - 1`` increasing positions, symmetric about 0: sums of 1, q, q**2, … with the q of
+        :func:`geometric_ratio`; integers where the length does not change.
+    """
+    if source == target:
+        return np.arange(1.0 - source, source)
+    ratio = geometric_ratio(source, target)
+    positive = list(accumulate(ratio**power for power in range(source - 1)))
+    return np.array([-position for position in reversed(positive)] + [0.0] + positive)
+
+
+def geometric_ratio(source: int, target: int) -> float:
+    """Returns the q with which ``source - 1`` steps 1, q, q**2, … reach as far as ``target - 1`` unit steps.
+
+    Found by bisection in [1.01, 1.5] to a width of 1e-6, since the stored numbers depend on where it stops.
+    """
+    low, high = RATIO_BOUNDS
+    ratio = low
+    while high - low > RATIO_WIDTH:
+        ratio = (low + high) / 2.0
+        reach = (1.0 - ratio ** (source - 1)) / (1.0 - ratio)
+        if reach > target - 1:
+            high = ratio
+        else:
+            low = ratio
+    return ratio
+
+
+def _resize_grid(values: FloatArray, target_window: tuple[int, int]) -> FloatArray:
+    """Reads the spline through one head's offsets ``(2h - 1, 2w - 1)`` at the offsets of another window."""
+    from scipy.interpolate import RectBivariateSpline  # slow to import, and most runs never resize
+
+    positions, degrees = [], []
+    for axis, target in enumerate(target_window):
+        if values.shape[axis] == 1:  # one patch: its only offset stands for all, and a spline needs two points
+            values = np.repeat(values, 2, axis=axis)
+            positions.append(np.array([-1.0, 1.0]))
+        else:
+            positions.append(source_positions((values.shape[axis] + 1) // 2, target))
+        degrees.append(min(3, values.shape[axis] - 1))
+
+    # The horizontal axis goes first: the other order differs in the last bit from the stored numbers.
+    spline = RectBivariateSpline(positions[1], positions[0], values.T, kx=degrees[1], ky=degrees[0])
+    rows, columns = (np.arange(1.0 - target, target) for target in target_window)
+    return spline(columns, rows).T
+
+
+def _check_resize(table: Tensor, source_window: tuple[int, int], target_window: tuple[int, int]) -> None:
+    for window in (source_window, target_window):
+        if len(window) != 2 or min(window) < 1:
+            raise InputError(f"a window is (height, width) in patches, both at least 1, not {window}")
+    expected = num_table_rows(source_window)
+    if table.ndim != 2 or len(table) != expected:
+        raise InputError(
+            f"a relative position table for {source_window[0]} x {source_window[1]} patches has shape "
+            f"({expected}, heads), but this one has {tuple(table.shape)}: give the window it was trained with"
+        )
