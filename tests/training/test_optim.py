@@ -26,7 +26,10 @@ def assert_groups_equal(model, groups, stored):
 @pytest.mark.parametrize(
     ("case", "options"),
     [
-        ("pretrain_shared_relpos_wd0.05", {"use_shared_rel_pos_bias": True, "init_values": 0.1}),
+        (
+            "pretrain_shared_relpos_wd0.05",
+            {"use_abs_pos_emb": False, "use_shared_rel_pos_bias": True, "init_values": 0.1},
+        ),
         (
             "pretrain_abs_perlayer_nols_wd0.05",
             {"use_abs_pos_emb": True, "use_shared_rel_pos_bias": False, "use_rel_pos_bias": True, "init_values": 0},
@@ -44,7 +47,9 @@ def test_pretraining_groups(golden, case, options):
 def test_layer_decay_groups(golden, keep_tables):
     case = "finetune_ld0.65_wd0.05" + ("" if keep_tables else "_disable_wd_relpos")
     stored = json.loads((golden / "optim_groups.json").read_text())[case]
-    model = VisionTransformer(**SMALL, num_classes=10, use_rel_pos_bias=True, use_mean_pooling=True, init_values=0.1)
+    model = VisionTransformer(
+        **SMALL, num_classes=10, use_abs_pos_emb=False, use_rel_pos_bias=True, use_mean_pooling=True, init_values=0.1
+    )
     tables = {name for name, _ in model.named_parameters() if name.endswith("relative_position_bias_table")}
     groups = parameter_groups(
         model,
