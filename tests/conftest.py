@@ -1,9 +1,16 @@
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 GOLDEN = Path(__file__).parent / "golden"
+
+# What a machine may lack. Under BEIT_STRICT_SKIPS=1, as .ci/run sets it, a skip for any other reason is a failure.
+NEEDS_CUDA = "needs a CUDA device"
+NEEDS_BROWSER = "needs a browser"
+NEEDS_NAMESPACES = "needs the right to make network namespaces"
+LAWFUL_SKIPS = (NEEDS_CUDA, NEEDS_BROWSER, NEEDS_NAMESPACES)
 
 
 @pytest.fixture(scope="session")
@@ -17,4 +24,24 @@ def pytest_collection_modifyitems(items):
         return
     for item in items:
         if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+            item.add_marker(pytest.mark.skip(reason=NEEDS_CUDA))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(item, call):
+    return refuse_unlawful_skip((yield))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_make_collect_report(collector):  # a whole module that skips itself
+    return refuse_unlawful_skip((yield))
+
+
+def refuse_unlawful_skip(report):
+    if os.environ.get("BEIT_STRICT_SKIPS") != "1" or not report.skipped or hasattr(report, "wasxfail"):
+        return report
+    _, _, reason = report.longrepr  # (file, line, "Skipped: ...")
+    if not reason.removeprefix("Skipped: ").startswith(LAWFUL_SKIPS):
+        report.outcome = "failed"
+        report.longrepr = f"{reason}\nOnly these reasons may skip a test here: {'; '.join(LAWFUL_SKIPS)}."
+    return report

@@ -1,0 +1,56 @@
+# `make` lists the verbs. Each prepares .venv on its first use and again only when the dependencies change.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+REQUIREMENTS := pyproject.toml requirements.txt setup.py
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test test-fast lint bench clean
+
+help: ## list the verbs
+	@echo "make VERB [PYTHON=python3.12] [PYTEST_ARGS='-k masking']"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
+
+demo: $(VENV)/installed-demo ## train a small tokenizer and a small BEiT on this machine, draw the results into demo/
+	$(BIN)/python -m beit demo --output_dir demo
+
+test: $(VENV)/installed-test ## run all tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: $(VENV)/installed-test ## run the tests of single modules, without whole commands
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+lint: $(VENV)/installed-test ## check style and types, change nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/installed-demo ## run every benchmark
+	@set -- benchmarks/*.py; \
+	if [ ! -e "$$1" ]; then echo "benchmarks/ holds no benchmark yet: nothing to measure"; exit 0; fi; \
+	for script; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+
+clean: ## delete what builds and tests left; .venv, demo/ and your runs stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
+
+# pip is the last thing that venv puts there: an environment that was left half made is made again.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or \
+		sys.exit("Python 3.10 or newer is needed, %s is %d.%d: make VERB PYTHON=..." % (sys.executable, *v[:2]))'
+	@echo "Creating the environment $(VENV) ..."
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed-demo: $(REQUIREMENTS) | $(BIN)/pip
+	@echo "Installing the library and what the demo needs; the first time this downloads PyTorch ..."
+	$(BIN)/python -m pip install -e '.[demo]'
+	@touch $@
+
+$(VENV)/installed-test: $(REQUIREMENTS) | $(BIN)/pip
+	@echo "Installing the library and what the tests need; the first time this downloads PyTorch ..."
+	$(BIN)/python -m pip install -e '.[test]'
+	@touch $@ $(VENV)/installed-demo
