@@ -36,7 +36,10 @@ class Loader(Protocol):
     """What the loop needs of a data loader: epochs of batches that can be entered anywhere."""
 
     batch_size: int
-    batches_per_epoch: int
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches this process gets in a whole epoch."""
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """Returns this process's batches of an epoch, from batch ``first_batch`` on."""
