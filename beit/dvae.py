@@ -1,0 +1,302 @@
+"""The trainable discrete VAE (the "customized" tokenizer) and the pieces of its loss.
+
+An encoder of strided convolutions gives, at every cell of a grid, logits over ``num_tokens`` codes; a decoder turns the
+codes' vectors back into the image. In training the choice of a code is relaxed with Gumbel noise, so that gradients
+pass (:func:`relaxed_codes`); a token is the plain argmax of the logits.
+
+Source: BEiT, section 2.1 and appendix; the dVAE of DALL-E, arXiv 2102.12092, appendix A. The loss per image is
+
+    reconstruction (mean over the C·H·W pixel values) + kl_weight · KL (sum over the grid, in nats) / (C·H·W),
+
+the negative evidence lower bound per pixel value, as that paper normalises it: for 8-pixel patches of RGB images the KL
+of one grid cell weighs ``kl_weight / 192``. The paper's weight of 6.6 belongs to its logit-Laplace likelihood; squared
+errors of normalised pixels are much smaller numbers and want about 0.3: without KL few codes are used, from about 1 on
+the posterior stays near the prior and the images stay blurred.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from beit.errors import InputError
+
+PIXEL_MEAN = 0.5
+PIXEL_STD = 0.5
+ReconstructionKind = Literal["mse", "smooth_l1"]
+
+
+def normalise_pixels(images: Tensor) -> Tensor:
+    """Maps images from [0, 1] to the model's range [-1, 1]."""
+    return (images - PIXEL_MEAN) / PIXEL_STD
+
+
+def denormalise_pixels(images: Tensor) -> Tensor:
+    """Maps images from the model's range back to [0, 1], clamped."""
+    return (images * PIXEL_STD + PIXEL_MEAN).clamp(0, 1)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3×3 convolutions and a 1×1 convolution around a skip connection; keeps the shape ``(B, channels, h, w)``."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``(B, channels, h, w)`` to the same shape."""
+        return x + self.net(x)
+
+
+class DiscreteVAE(nn.Module):
+    """A discrete VAE whose grid is ``2 ** num_layers`` times smaller than the image in each direction.
+
+    Parameter names are those of the official "customized" checkpoints. Logits are float32 whatever autocast says.
+
+    Args:
+        image_size: Side, or ``(H, W)``, of the images it is trained on, in pixels. Any other multiple of
+            ``downsampling`` works too: the network is convolutional.
+        num_tokens: Size of the vocabulary.
+        codebook_dim: Length of a code's vector.
+        num_layers: Halvings of the resolution.
+        hidden_dim: Channels inside the encoder and the decoder.
+
+    Raises:
+        InputError: A size is not positive, or the image size is no multiple of ``2 ** num_layers``.
+    """
+
+    def __init__(
+        self,
+        image_size: int | tuple[int, int],
+        num_tokens: int = 8192,
+        codebook_dim: int = 512,
+        num_layers: int = 3,
+        hidden_dim: int = 256,
+    ) -> None:
+        super().__init__()
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.image_size = (height, width)
+        self.num_tokens, self.codebook_dim = num_tokens, codebook_dim
+        self.num_layers, self.hidden_dim = num_layers, hidden_dim
+        self.downsampling = 2**num_layers
+        if min(num_tokens, codebook_dim, num_layers, hidden_dim) < 1:
+            raise InputError("num_tokens, codebook_dim, num_layers and hidden_dim of a dVAE must be at least 1")
+        if min(self.image_size) < 1 or height % self.downsampling or width % self.downsampling:
+            raise InputError(
+                f"a dVAE of {num_layers} layers needs image sides that are multiples of "
+                f"{self.downsampling}, not {height}×{width}"
+            )
+        self.codebook = nn.Embedding(num_tokens, codebook_dim)
+        self.encoder = self._make_encoder()
+        self.decoder = self._make_decoder()
+        self.apply(_initialise)
+        # Long code vectors are noise to the decoder at first, which it gets rid of by giving one code everything; and
+        # the first posteriors must already say something about the image. So: short vectors, spread logits.
+        nn.init.normal_(self.codebook.weight, std=0.1)
+        nn.init.normal_(self.head.weight, std=3 / math.sqrt(hidden_dim))
+
+    def _make_encoder(self) -> nn.Sequential:
+        layers: list[nn.Module] = []
+        for channels in [3] + [self.hidden_dim] * (self.num_layers - 1):
+            halving = nn.Conv2d(channels, self.hidden_dim, 4, stride=2, padding=1)
+            layers += [nn.Sequential(halving, nn.ReLU()), ResidualBlock(self.hidden_dim)]
+        return nn.Sequential(*layers, nn.Conv2d(self.hidden_dim, self.num_tokens, 1))
+
+    def _make_decoder(self) -> nn.Sequential:
+        layers: list[nn.Module] = []
+        for channels in [self.codebook_dim] + [self.hidden_dim] * (self.num_layers - 1):
+            doubling = nn.ConvTranspose2d(channels, self.hidden_dim, 4, stride=2, padding=1)
+            layers += [nn.Sequential(doubling, nn.ReLU()), ResidualBlock(self.hidden_dim)]
+        return nn.Sequential(*layers, nn.Conv2d(self.hidden_dim, 3, 1))
+
+    @property
+    def head(self) -> nn.Conv2d:
+        """The last 1×1 convolution of the encoder, from features to logits."""
+        head = self.encoder[-1]
+        assert isinstance(head, nn.Conv2d)
+        return head
+
+    def sizes(self) -> dict[str, int | list[int]]:
+        """The constructor's arguments, as they stand in the ``config.json`` beside the weights."""
+        height, width = self.image_size
+        return {
+            "image_size": height if height == width else [height, width],
+            "num_tokens": self.num_tokens,
+            "codebook_dim": self.codebook_dim,
+            "num_layers": self.num_layers,
+            "hidden_dim": self.hidden_dim,
+        }
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the head sees: ``(B, 3, H, W)`` in [-1, 1] → ``(B, hidden_dim, h, w)``."""
+        return self.encoder[:-1](images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits over the codes: ``(B, 3, H, W)`` in [-1, 1] → float32 ``(B, num_tokens, h, w)``."""
+        features = self.features(images)
+        with torch.autocast(features.device.type, enabled=False):
+            return self.head(features.float())
+
+    @torch.no_grad()
+    def codebook_indices(self, images: Tensor) -> Tensor:
+        """Tokens: ``(B, 3, H, W)`` in [-1, 1] → int64 ``(B, h, w)``."""
+        return self(images).argmax(dim=1)
+
+    def decode(self, ids: Tensor) -> Tensor:
+        """Images of tokens: int64 ``(B, h, w)`` → ``(B, 3, H, W)``, about [-1, 1]."""
+        return self.decoder(self.codebook(ids).permute(0, 3, 1, 2))
+
+    def decode_relaxed(self, codes: Tensor) -> Tensor:
+        """Images of mixtures of codes: weights ``(B, num_tokens, h, w)`` → ``(B, 3, H, W)``, about [-1, 1]."""
+        return self.decoder(torch.einsum("bkhw,kd->bdhw", codes, self.codebook.weight))
+
+
+def _initialise(module: nn.Module) -> None:
+    """He initialisation; residual blocks begin as the identity, because their last convolution begins at zero."""
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        # A transposed 4×4 convolution of stride 2 adds only 2×2 taps per output, and stores its inputs first.
+        taps = 4 * module.in_channels if isinstance(module, nn.ConvTranspose2d) else module.weight[0].numel()
+        nn.init.normal_(module.weight, std=math.sqrt(2 / taps))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, ResidualBlock):
+        last = module.net[-1]  # visited before its parent, so these zeros stay
+        assert isinstance(last, nn.Conv2d)
+        nn.init.zeros_(last.weight)
+
+
+def relaxed_codes(logits: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:
+    """A differentiable sample of codes: the Gumbel-softmax relaxation.
+
+    Source: arXiv 1611.01144; DALL-E anneals the temperature from 1 to 1/16. As there, the relaxed sample is used in the
+    forward and the backward pass, and the argmax only once training is over.
+
+    Args:
+        logits: ``(B, num_tokens, h, w)``.
+        temperature: Above 0; towards 0 the sample becomes one-hot.
+        generator: Source of the noise; the default one of the device where it is ``None``.
+
+    Returns:
+        Weights float32 ``(B, num_tokens, h, w)`` that sum to 1 over the codes.
+
+    Raises:
+        ValueError: The temperature is not positive.
+    """
+    if temperature <= 0:
+        raise ValueError(f"the temperature must be above 0, not {temperature}")
+    with torch.autocast(logits.device.type, enabled=False):
+        # -log(Exponential(1)) is Gumbel noise; exponential_ never draws 0, so it is finite.
+        noise = -torch.empty_like(logits, dtype=torch.float32).exponential_(generator=generator).log()
+        return ((logits.float() + noise) / temperature).softmax(dim=1)
+
+
+def reconstruction_loss(images: Tensor, target: Tensor, kind: ReconstructionKind = "mse") -> Tensor:
+    """Mean error over all pixel values, in float32.
+
+    Args:
+        images: The decoder's output ``(B, 3, H, W)``.
+        target: The images ``(B, 3, H, W)`` in [-1, 1].
+        kind: ``mse``, or ``smooth_l1``, which forgives large errors more (quadratic up to 1).
+
+    Returns:
+        A scalar.
+
+    Raises:
+        InputError: ``kind`` is neither.
+    """
+    if kind not in ("mse", "smooth_l1"):
+        raise InputError(f"the reconstruction loss is 'mse' or 'smooth_l1', not {kind!r}")
+    loss = F.mse_loss if kind == "mse" else F.smooth_l1_loss
+    with torch.autocast(images.device.type, enabled=False):
+        return loss(images.float(), target.float())
+
+
+def kl_to_uniform(logits: Tensor) -> Tensor:
+    """KL divergence from the uniform prior to the posterior over codes, in nats, float32.
+
+    At each cell it is ``log(num_tokens)`` minus the entropy of ``softmax(logits)``: never negative, zero for constant
+    logits. The temperature and the noise play no part in it.
+
+    Args:
+        logits: ``(B, num_tokens, h, w)``.
+
+    Returns:
+        A scalar: summed over the grid, mean over the batch.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        log_posterior = logits.float().log_softmax(dim=1)
+        log_ratio = log_posterior + math.log(logits.shape[1])
+        return (log_posterior.exp() * log_ratio).sum(dim=(1, 2, 3)).mean()
+
+
+@dataclass(frozen=True)
+class DvaeLoss:
+    """The parts of the loss, scalars.
+
+    Attributes:
+        total: What to minimise.
+        reconstruction: Mean over pixel values.
+        kl: Sum over the grid, mean over the batch, in nats, without weight.
+    """
+
+    total: Tensor
+    reconstruction: Tensor
+    kl: Tensor
+
+
+def dvae_loss(
+    logits: Tensor, images: Tensor, target: Tensor, kl_weight: float, kind: ReconstructionKind = "mse"
+) -> DvaeLoss:
+    """Reconstruction plus weighted KL, normalised per pixel value (the formula stands at the top of this module).
+
+    Args:
+        logits: The posterior's ``(B, num_tokens, h, w)``.
+        images: The decoder's output ``(B, 3, H, W)``.
+        target: The images ``(B, 3, H, W)`` in [-1, 1].
+        kl_weight: Weight of the KL; 0 leaves it out.
+        kind: See :func:`reconstruction_loss`.
+
+    Returns:
+        The total and its parts.
+    """
+    reconstruction = reconstruction_loss(images, target, kind)
+    kl = kl_to_uniform(logits)
+    return DvaeLoss(reconstruction + kl_weight / target[0].numel() * kl, reconstruction, kl)
+
+
+@dataclass(frozen=True)
+class CodebookStatistics:
+    """How evenly the codes are used.
+
+    Attributes:
+        perplexity: exp of the entropy of the codes' shares: 1 when one code takes all, the vocabulary's size when all
+            are equally frequent.
+        used: Codes that occur.
+        dead: Codes that do not.
+    """
+
+    perplexity: float
+    used: int
+    dead: int
+
+
+def count_codes(ids: Tensor, num_tokens: int) -> Tensor:
+    """How often each code occurs: int64 of any shape → int64 ``(num_tokens,)``; add these up over batches."""
+    return torch.bincount(ids.flatten(), minlength=num_tokens)
+
+
+def codebook_statistics(counts: Tensor) -> CodebookStatistics:
+    """Statistics from the counts of :func:`count_codes`, ``(num_tokens,)``; perplexity 0 when there are none."""
+    used = int((counts > 0).sum())
+    shares = counts[counts > 0].double() / counts.sum()
+    perplexity = math.exp(-(shares * shares.log()).sum().item()) if used else 0.0
+    return CodebookStatistics(perplexity, used, counts.numel() - used)
