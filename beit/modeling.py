@@ -17,7 +17,7 @@ from typing import Any, ClassVar, cast
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import DropPath
+from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -631,7 +631,7 @@ class VisionTransformer(Backbone):
 
     def draw_(self, parameter: Tensor) -> None:
         """Draws from N(0, 0.02²) truncated at ±2, 100 standard deviations: in effect not truncated, as official."""
-        nn.init.trunc_normal_(parameter, std=0.02, a=-2.0, b=2.0)
+        trunc_normal_(parameter, std=0.02, a=-2.0, b=2.0)
 
     @torch.no_grad()
     def _init_head(self) -> None:
@@ -690,7 +690,7 @@ class VisionTransformerForMaskedImageModeling(Backbone):
 
     def draw_(self, parameter: Tensor) -> None:
         """Draws from N(0, init_std²) truncated at ±1 standard deviation."""
-        nn.init.trunc_normal_(parameter, std=self.init_std, a=-self.init_std, b=self.init_std)
+        trunc_normal_(parameter, std=self.init_std, a=-self.init_std, b=self.init_std)
 
 
 def resize_position_embedding(pos_embed: Tensor, source_grid: tuple[int, int], target_grid: tuple[int, int]) -> Tensor:

@@ -2,8 +2,8 @@
 
 A window is the patch grid ``(h, w)`` of an image; its ``N = h * w`` patch tokens follow one class token. A table has
 one row for each offset between two patches, ``(2h - 1) * (2w - 1)`` of them, row-major over (vertical, horizontal)
-offset from ``(-(h - 1), -(w - 1))`` on, and then three rows for the pairs with the class token: class to patch, patch to
-class, class to class. Columns are attention heads.
+offset from ``(-(h - 1), -(w - 1))`` on, and then three rows for the pairs with the class token: class to patch, patch
+to class, class to class. Columns are attention heads.
 
 Source: BEiT (arXiv 2106.08254), section 2.1 and the authors' released models.
 """

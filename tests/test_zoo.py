@@ -1,0 +1,103 @@
+import inspect
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from beit import zoo
+from beit.errors import InputError
+from beit.modeling import VisionTransformer, VisionTransformerForMaskedImageModeling
+from beit.zoo import create_model, list_models
+
+SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
+CLASSIFIERS = [f"beit_{size}_patch16_224" for size in SIZES] + [
+    "beit_base_patch16_384",
+    "beit_large_patch16_384",
+    "beit_large_patch16_512",
+]
+MASKED_IMAGE_MODELS = [f"beit_{size}_patch16_224_8k_vocab" for size in SIZES]
+
+# Quoted in the published tables, besides those in official_state_dicts.json; tiny and small are ours.
+PARAMETERS = {"beit_large_patch16_384": 304_998_888}
+
+
+def build(name, **overrides):
+    with torch.device("meta"):
+        return create_model(name, **overrides)
+
+
+def test_the_registry_holds_the_named_models():
+    # Breaks when a factory is lost or not registered, or is registered under another name than it is imported by.
+    assert list_models() == sorted(CLASSIFIERS + MASKED_IMAGE_MODELS)
+    assert list_models("*_8k_vocab") == sorted(MASKED_IMAGE_MODELS)
+    assert list_models("beit_huge*") == []
+    assert all(getattr(zoo, name).__name__ == name for name in list_models())
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS + MASKED_IMAGE_MODELS)
+def test_bare_factories_build_the_published_configuration(name):
+    # Breaks when a released file would not fit, or a run would start from another configuration than the published one.
+    model = build(name)
+    size = name.split("_")[1]
+    masked = name.endswith("8k_vocab")
+    assert type(model) is (VisionTransformerForMaskedImageModeling if masked else VisionTransformer)
+    assert (model.embed_dim, model.get_num_layers(), model.num_heads) == SIZES[size]
+    assert model.img_size == (int(name.split("_")[3]),) * 2
+    assert model.init_values == (1e-5 if size == "large" else 0.1)
+    assert model.pos_embed is None
+    assert (model.rel_pos_bias is not None) == masked
+    assert (model.blocks[0].attn.relative_position_bias_table is None) == masked
+    assert isinstance(model.blocks[-1].drop_path, torch.nn.Identity)
+    if masked:
+        assert model.vocab_size == model.lm_head.out_features == 8192
+    else:
+        assert model.num_classes == model.head.out_features == 1000
+        assert model.fc_norm is not None
+    if name in PARAMETERS:
+        assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
+
+
+def test_keywords_override_the_published_configuration():
+    # Breaks when an override is lost under the published value, or changes the published value for the next model.
+    model = build("beit_base_patch16_224", img_size=(64, 96), depth=2, num_classes=3, use_rel_pos_bias=False)
+    assert (model.img_size, model.get_num_layers(), model.num_classes) == ((64, 96), 2, 3)
+    assert model.relative_position_index is None
+    assert build("beit_base_patch16_224").get_num_layers() == 12
+
+
+def test_mistakes_are_named():
+    # Breaks when a typo in a name gives no hint, or a typo in a keyword is swallowed.
+    with pytest.raises(
+        InputError, match=r"unknown model 'beit_bse_patch16_224' \(did you mean 'beit_base_patch16_224'"
+    ):
+        create_model("beit_bse_patch16_224")
+    with pytest.raises(TypeError, match="drop_path_rat"):
+        create_model("beit_base_patch16_224", drop_path_rat=0.1)
+    with pytest.raises(TypeError):
+        zoo.beit_base_patch16_224(224)
+
+
+def test_signatures_show_keywords_and_published_defaults():
+    # Breaks completion in editors and tools that read signatures: a bare **kwargs says nothing.
+    parameters = inspect.signature(zoo.beit_large_patch16_512).parameters
+    shown = {name: parameters[name].default for name in ("img_size", "embed_dim", "init_values", "use_abs_pos_emb")}
+    assert shown == {"img_size": 512, "embed_dim": 1024, "init_values": 1e-5, "use_abs_pos_emb": False}
+    assert parameters["num_classes"].default == 1000
+    signature = inspect.signature(zoo.beit_base_patch16_224_8k_vocab)
+    assert signature.return_annotation is VisionTransformerForMaskedImageModeling
+    assert "num_classes" not in signature.parameters
+    assert "12 blocks of 768 channels" in zoo.beit_base_patch16_224.__doc__
+    assert pickle.loads(pickle.dumps(zoo.beit_base_patch16_224)) is zoo.beit_base_patch16_224
+
+
+def test_importing_leaves_the_registry_of_timm_alone():
+    # timm names its own models the same. Breaks when ours are registered there: timm.create_model would build ours.
+    code = (
+        "import timm; before = {n: timm.model_entrypoint(n) for n in timm.list_models()};"
+        "import beit.zoo; after = {n: timm.model_entrypoint(n) for n in timm.list_models()};"
+        "assert before == after and after['beit_base_patch16_224'].__module__ == 'timm.models.beit'"
+    )
+    result = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
