@@ -1,1 +1,82 @@
-"""BEiT: BERT pre-training of image Transformers."""
+"""BEiT: BERT pre-training of image Transformers (arXiv 2106.08254).
+
+    import beit
+
+    model = beit.create_model("beit_base_patch16_224_8k_vocab")
+
+The public names below are loaded when first used, so that ``import beit`` itself costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from beit.dvae import DiscreteVAE
+    from beit.errors import InputError
+    from beit.masking import BlockwiseMaskGenerator, RandomMaskGenerator
+    from beit.modeling import VisionTransformer, VisionTransformerForMaskedImageModeling
+    from beit.tokenizer import VisualTokenizer, download_tokenizer, load_tokenizer
+    from beit.zoo import (
+        beit_base_patch16_224,
+        beit_base_patch16_224_8k_vocab,
+        beit_base_patch16_384,
+        beit_large_patch16_224,
+        beit_large_patch16_224_8k_vocab,
+        beit_large_patch16_384,
+        beit_large_patch16_512,
+        beit_small_patch16_224,
+        beit_small_patch16_224_8k_vocab,
+        beit_tiny_patch16_224,
+        beit_tiny_patch16_224_8k_vocab,
+        create_model,
+        list_models,
+    )
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockwiseMaskGenerator",
+    "DiscreteVAE",
+    "InputError",
+    "RandomMaskGenerator",
+    "VisionTransformer",
+    "VisionTransformerForMaskedImageModeling",
+    "VisualTokenizer",
+    "beit_base_patch16_224",
+    "beit_base_patch16_224_8k_vocab",
+    "beit_base_patch16_384",
+    "beit_large_patch16_224",
+    "beit_large_patch16_224_8k_vocab",
+    "beit_large_patch16_384",
+    "beit_large_patch16_512",
+    "beit_small_patch16_224",
+    "beit_small_patch16_224_8k_vocab",
+    "beit_tiny_patch16_224",
+    "beit_tiny_patch16_224_8k_vocab",
+    "create_model",
+    "download_tokenizer",
+    "list_models",
+    "load_tokenizer",
+]
+
+_HOMES = {
+    "DiscreteVAE": "dvae",
+    "InputError": "errors",
+    "BlockwiseMaskGenerator": "masking",
+    "RandomMaskGenerator": "masking",
+    "VisionTransformer": "modeling",
+    "VisionTransformerForMaskedImageModeling": "modeling",
+    "VisualTokenizer": "tokenizer",
+    "download_tokenizer": "tokenizer",
+    "load_tokenizer": "tokenizer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'beit' has no attribute {name!r}")
+    return getattr(import_module(f"beit.{_HOMES.get(name, 'zoo')}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
