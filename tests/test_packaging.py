@@ -1,0 +1,102 @@
+import configparser
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+LAUNCHERS = sorted(path.name for path in ROOT.glob("run_*.py"))
+PACKAGES = ("beit", "dall_e")
+NOT_SOURCE = (".*", "__pycache__", "build", "dist", "*.egg-info", "demo", "output", "tests")
+
+pytestmark = pytest.mark.slow
+
+
+def run(*command, **options):
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel, built from the source distribution, built from a copy of this tree, without the network."""
+    folder = tmp_path_factory.mktemp("packaging")
+    shutil.copytree(ROOT, folder / "source", ignore=shutil.ignore_patterns(*NOT_SOURCE))
+    run("-m", "build", "--no-isolation", "--outdir", folder / "dist", folder / "source")
+    (built,) = (folder / "dist").glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel):
+    return Parser().parsestr(read(wheel, "*.dist-info/METADATA"))
+
+
+def names(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def read(wheel, pattern):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if Path(name).match(pattern))
+        return archive.read(name).decode()
+
+
+def test_the_wheel_holds_all_that_a_run_needs(wheel):
+    # Broken by package data or a launcher that pyproject.toml forgets.
+    sources = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    data = [*(ROOT / "beit" / "recipes").glob("*.yaml"), ROOT / "beit" / "py.typed"]
+    needed = {str(path.relative_to(ROOT)) for path in [*sources, *data]} | set(LAUNCHERS)
+    assert len(data) > 3
+    assert {"run_beit_pretraining.py", "run_dvae_training.py", "dall_e/encoder.py"} <= needed
+    assert needed - names(wheel) == set()
+
+
+def test_the_wheel_holds_nothing_else(wheel):
+    others = {name for name in names(wheel) if not name.startswith(tuple(f"{package}/" for package in PACKAGES))}
+    assert {name for name in others if ".dist-info/" not in name} == set(LAUNCHERS)
+    assert any(re.search(r"\.dist-info/.*LICENSE$", name) for name in others)
+
+
+def test_the_dependencies_are_those_of_requirements_txt(metadata):
+    # Broken by a second list of dependencies beside requirements.txt.
+    declared = [Requirement(text) for text in metadata.get_all("Requires-Dist")]
+    always = {str(requirement) for requirement in declared if "extra" not in str(requirement.marker)}
+    lines = (ROOT / "requirements.txt").read_text().split("\n")
+    assert always == {str(Requirement(line)) for line in lines if line}
+    assert set(metadata.get_all("Provides-Extra")) == {"demo", "test", "deepspeed", "hub", "webdataset"}
+
+
+def test_the_version_is_the_same_everywhere(metadata):
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == metadata["Version"]
+
+
+def test_the_console_command_is_declared(wheel):
+    entry_points = configparser.ConfigParser()
+    entry_points.read_string(read(wheel, "*.dist-info/entry_points.txt"))
+    assert dict(entry_points["console_scripts"]) == {"beit": "beit.__main__:main"}
+
+
+def test_an_installed_wheel_runs_away_from_the_sources(wheel, tmp_path):
+    # Broken by code that looks for its recipes, or a launcher, beside the repository.
+    run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", tmp_path / "site", wheel)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    where = run("-c", "import beit; print(beit.__file__)", cwd=tmp_path, env=environment)
+    assert where.startswith(str(tmp_path))
+    for launcher in LAUNCHERS:
+        assert "--data_path" in run("-m", Path(launcher).stem, "--help", cwd=tmp_path, env=environment)
+    show = (
+        "import beit.config as c, beit.tasks.masked_image_modeling as m; print(c.read_yaml(m.PretrainingConfig, '{}'))"
+    )
+    for recipe in (ROOT / "beit" / "recipes").glob("pretrain*.yaml"):
+        assert "'lr'" in run("-c", show.format(recipe.stem), cwd=tmp_path, env=environment)
