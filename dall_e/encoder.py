@@ -1,0 +1,96 @@
+"""The encoder: an image to logits over the vocabulary at every cell of a grid 8 times smaller."""
+
+import torch
+from torch import Tensor, nn
+
+from dall_e.utils import Conv2d, ResidualBlock, check_input, half_precision
+
+
+class EncoderBlock(ResidualBlock):
+    """A residual block with kernels 3, 3, 3, 1; arguments as of :class:`dall_e.utils.ResidualBlock`."""
+
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        n_layers: int,
+        device: torch.device | str | None = None,
+        requires_grad: bool = False,
+    ) -> None:
+        super().__init__(n_in, n_out, n_layers, (3, 3, 3, 1), device, requires_grad)
+
+
+class Encoder(nn.Module):
+    """Four groups of residual blocks, of 1, 2, 4 and 8 times ``n_hid`` channels, with max-pooling between them.
+
+    Its input are images in [0, 1] that went through :func:`dall_e.map_pixels`.
+
+    Args:
+        n_hid: Channels of the first group, a multiple of 4.
+        n_blk_per_group: Blocks in a group.
+        input_channels: Channels of the images.
+        vocab_size: Size of the vocabulary.
+        device: Where the parameters are made.
+        requires_grad: Whether they are trained.
+        use_mixed_precision: Run the convolutions in float16 on CUDA, all but the last, as the released modules do.
+            Everywhere else, and without it, everything is float32.
+    """
+
+    group_count = 4
+
+    def __init__(
+        self,
+        n_hid: int = 256,
+        n_blk_per_group: int = 2,
+        input_channels: int = 3,
+        vocab_size: int = 8192,
+        device: torch.device | str | None = None,
+        requires_grad: bool = False,
+        use_mixed_precision: bool = True,
+    ) -> None:
+        super().__init__()
+        self.n_hid, self.n_blk_per_group = n_hid, n_blk_per_group
+        self.input_channels, self.vocab_size = input_channels, vocab_size
+        self.use_mixed_precision = use_mixed_precision
+        made: dict = {"device": device, "requires_grad": requires_grad}
+        self.blocks = nn.Sequential()
+        self.blocks.add_module("input", Conv2d(input_channels, n_hid, 7, **made))
+        channels = n_hid
+        for group in range(self.group_count):
+            members = nn.Sequential()
+            for block in range(n_blk_per_group):
+                n_layers = self.group_count * n_blk_per_group
+                members.add_module(f"block_{block + 1}", EncoderBlock(channels, n_hid * 2**group, n_layers, **made))
+                channels = n_hid * 2**group
+            if group < self.group_count - 1:
+                members.add_module("pool", nn.MaxPool2d(2))
+            self.blocks.add_module(f"group_{group + 1}", members)
+        output = nn.Sequential()
+        output.add_module("relu", nn.ReLU())
+        output.add_module("conv", Conv2d(channels, vocab_size, 1, use_float16=False, **made))
+        self.blocks.add_module("output", output)
+
+    @property
+    def head(self) -> Conv2d:
+        """The last 1×1 convolution, from features to logits."""
+        head = self.blocks.get_submodule("output.conv")
+        assert isinstance(head, Conv2d)
+        return head
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the head sees: float32 ``(B, input_channels, H, W)`` → float32 ``(B, 8 · n_hid, H // 8, W // 8)``.
+
+        Raises:
+            ValueError: The input has another shape or type.
+        """
+        check_input(x, self.input_channels, "the encoder's input")
+        with half_precision(x.device.type, self.use_mixed_precision):
+            return self.blocks[:-1](x).relu().float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits: float32 ``(B, input_channels, H, W)`` → float32 ``(B, vocab_size, H // 8, W // 8)``.
+
+        Raises:
+            ValueError: The input has another shape or type.
+        """
+        return self.head(self.features(x))
