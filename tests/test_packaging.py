@@ -12,6 +12,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+import beit
+
 ROOT = Path(__file__).parents[1]
 LAUNCHERS = sorted(path.name for path in ROOT.glob("run_*.py"))
 PACKAGES = ("beit", "dall_e")
@@ -78,6 +80,7 @@ def test_the_dependencies_are_those_of_requirements_txt(metadata):
 
 
 def test_the_version_is_the_same_everywhere(metadata):
+    assert beit.__version__ == metadata["Version"]
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == metadata["Version"]
 
 
