@@ -252,7 +252,7 @@ def server(golden, monkeypatch):
 
     handler = partial(Quiet, directory=str(golden / "dalle_small"))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
-        threading.Thread(target=http.serve_forever, daemon=True).start()
+        threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{http.server_address[1]}", requests
         http.shutdown()
 
