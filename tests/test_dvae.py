@@ -156,7 +156,16 @@ def test_codebook_statistics():
     assert count_codes(torch.tensor([[[0, 2], [2, 2]]]), 4).tolist() == [1, 0, 3, 0]
 
 
-def test_training_starts_without_collapse():
+@pytest.fixture
+def one_thread():
+    """Many threads slow tiny operations down when other processes want the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_training_starts_without_collapse(one_thread):
     # From the initial weights, 60 steps on coloured squares lower the loss, and more than one code stays in use. With
     # codes of length 1 per dimension and a narrow head, one code soon takes everything.
     torch.manual_seed(0)
