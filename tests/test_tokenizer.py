@@ -140,7 +140,7 @@ def test_grids_are_checked_with_the_size_that_would_match(tokenizer):
     tokenizer.check_grid((112, 112), (14, 14))
     with pytest.raises(InputError, match=r"14×14 grid .*16×16: .*second_input_size to 128$"):
         tokenizer.check_grid((112, 112), (16, 16))
-    with pytest.raises(InputError, match="second_input_size to 112x128$"):
+    with pytest.raises(InputError, match=r"second_input_size to 112x128$"):
         tokenizer.check_grid((112, 112), (14, 16))
     with pytest.raises(InputError, match=r"multiples of 8 pixels, not 100×112; the nearest are 96×112.*to 112"):
         tokenizer.check_grid((100, 112), (14, 14))
