@@ -162,7 +162,7 @@ class Attention(nn.Module):
         if self.fused and not only_bias_learns:
             mixed = self._fused_attention(query, key, value, bias)
         else:
-            mixed = self.attn_drop(self._probabilities(query, key, bias)) @ value
+            mixed = self.attn_drop(self._probabilities(query, key, bias).to(value.dtype)) @ value
         return self.proj_drop(self.proj(rearrange(mixed, "b heads n d -> b n (heads d)")))
 
     def attention_map(self, x: Tensor, index: Tensor | None = None, shared_bias: Tensor | None = None) -> Tensor:
@@ -195,7 +195,7 @@ class Attention(nn.Module):
         dropout = self.attn_drop.p if self.training else 0.0
         if bias is None:
             return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-        # Under autocast the query has the lower precision; and only a 4-D bias is taken by the efficient kernel.
+        # The query may have a lower precision than the table; and the efficient kernel takes only a 4-D bias.
         bias = bias.to(query.dtype).unsqueeze(0)  # (1, H, N+1, N+1)
         with kernels_with_bias_gradient(query.device.type):
             return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
@@ -407,7 +407,7 @@ class Backbone(nn.Module):
         if bool_masked_pos is not None:
             if self.mask_token is None:
                 raise InputError("a classifier has no mask token: leave bool_masked_pos out")
-            mask = self._flat_mask(bool_masked_pos, len(x)).to(x.device, non_blocking=True)
+            mask = self._flat_mask(bool_masked_pos, len(x))
             tokens = torch.where(mask.unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
         tokens = torch.cat((self.cls_token.expand(len(x), -1, -1), tokens), dim=1)  # (B, N+1, D)
         if self.pos_embed is not None:
@@ -660,14 +660,21 @@ class VisionTransformerForMaskedImageModeling(Backbone):
         self.lm_head = nn.Linear(self.embed_dim, vocab_size)
         self.init_weights()
 
-    def forward(self, x: Tensor, bool_masked_pos: Tensor, return_all_tokens: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        bool_masked_pos: Tensor,
+        return_all_tokens: bool = False,
+        masked_index: Tensor | None = None,
+    ) -> Tensor:
         """Predicts visual tokens.
 
         Args:
             x: Images ``(B, C, H, W)``, normalised.
-            bool_masked_pos: True where a patch is masked, ``(B, N)`` or ``(B, h, w)``. It may stay on the CPU while the
-                images are on a GPU: the masked patches are then counted there and nothing waits for the device.
+            bool_masked_pos: True where a patch is masked, ``(B, N)`` or ``(B, h, w)``.
             return_all_tokens: Predict all patches, not only the masked ones.
+            masked_index: ``bool_masked_pos.flatten().nonzero().flatten()``, for those who know it already: finding it
+                on a GPU makes the host wait for the number of masked patches.
 
         Returns:
             Logits ``(M, vocab_size)`` of the ``M`` masked patches, image by image and row by row; or, of all of them,
@@ -679,8 +686,9 @@ class VisionTransformerForMaskedImageModeling(Backbone):
         tokens, _ = self.forward_blocks(self.embed(x, bool_masked_pos))
         patches = tokens[:, 1:]
         if not return_all_tokens:
-            positions = self._flat_mask(bool_masked_pos, len(x)).flatten().nonzero().squeeze(1)
-            patches = patches.flatten(0, 1).index_select(0, positions.to(x.device, non_blocking=True))  # (M, D)
+            if masked_index is None:
+                masked_index = self._flat_mask(bool_masked_pos, len(x)).flatten().nonzero().flatten()
+            patches = patches.flatten(0, 1).index_select(0, masked_index)  # (M, D)
         return self.lm_head(self.norm(patches))
 
     def forward_features(self, x: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
@@ -731,9 +739,7 @@ def _refuse(keyword: str, value: object, replacement: str) -> None:
         raise InputError(f"{keyword}={value} has no meaning here: {replacement}")
 
 
-def _drop_relative_position_index(
-    _module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_unused: object
-) -> None:
+def _drop_relative_position_index(_module: nn.Module, state_dict: dict[str, Tensor], *_unused: object) -> None:
     """Leaves out the index buffers of official checkpoints, which follow from the window size."""
-    for key in [key for key in state_dict if key.startswith(prefix) and key.endswith("relative_position_index")]:
+    for key in [key for key in state_dict if key.endswith("relative_position_index")]:
         del state_dict[key]

@@ -183,6 +183,8 @@ def test_checkpoints_carry_no_index_and_need_none(stored_mim):
     wrapped.load_state_dict({f"module.{name}": value for name, value in variant["state_dict"].items()}, strict=True)
     assert set(variant["state_dict"]) == before
     with pytest.raises(RuntimeError, match="Unexpected key"):
+        wrapped.load_state_dict({**wrapped.state_dict(), "other.relative_position_index": torch.zeros(1)})
+    with pytest.raises(RuntimeError, match="Unexpected key"):
         model.load_state_dict({**variant["state_dict"], "head.weight": torch.zeros(1)})
 
 
@@ -282,15 +284,39 @@ def test_attention_runs_under_autocast(dtype, attention):
     assert torch.isfinite(model.rel_pos_bias.relative_position_bias_table.grad).all()
 
 
-def test_a_model_of_half_precision_runs():
-    # Breaks when some tensor is made in float32 along the way.
+def test_a_model_of_half_precision_runs(monkeypatch):
+    # Breaks when some tensor is made in float32 along the way, or bias tables that stay in float32 are not cast.
     model = randomize(classifier()).to(torch.bfloat16)
+    model.rel_pos_bias.float()
+    seen = []
+    fused = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **k: seen.append(k["attn_mask"]) or fused(*a, **k)
+    )
     for attention in ("sdpa", "eager"):
         model.set_attention(attention)
         assert model(images(model).to(torch.bfloat16)).dtype == torch.bfloat16
+    # A CPU takes a float32 bias all the same, CUDA does not; nor does its efficient kernel take fewer dimensions.
+    assert {(bias.dtype, bias.ndim) for bias in seen} == {(torch.bfloat16, 4)}
     model.reset_classifier(3)
     assert model.head.weight.dtype == torch.bfloat16
     assert model.head.weight.std() > 0
+
+
+def test_attention_is_what_was_chosen(monkeypatch):
+    # Breaks when set_attention chooses nothing: all comparisons of the two paths would pass.
+    calls = []
+    fused = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or fused(*a, **k))
+    model = classifier()
+    model(images(model))
+    assert len(calls) == 3  # one a block, by default
+    model.set_attention("eager")
+    model(images(model))
+    assert len(calls) == 3
+    model.set_attention("sdpa")
+    model(images(model))
+    assert len(calls) == 6
 
 
 def test_attention_keeps_to_kernels_with_a_bias_gradient():
