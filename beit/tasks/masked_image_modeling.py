@@ -21,6 +21,7 @@ from beit.data.transforms import (
     MaskedImageModelingEvalTransform,
     MaskedImageModelingTransform,
     normalize,
+    size_pair,
     to_unit_range,
 )
 from beit.errors import InputError
@@ -43,7 +44,7 @@ from beit.training.loop import Batch, Trainer
 from beit.training.optim import create_optimizer, parameter_groups
 from beit.training.precision import Precision, resolve_amp_dtype
 from beit.training.session import Session
-from beit.zoo import create_model
+from beit.zoo import create_model, list_models
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def main(config: PretrainingConfig) -> None:
         # A frozen tokenizer says what each patch shows; the model learns to say it of patches it does not see.
         tokenizer = build_tokenizer(config, session.device)
         model = build_model(config, tokenizer.vocab_size).to(session.device)
-        tokenizer.check_grid(config.second_input_size, model.patch_embed.grid_size)
+        tokenizer.check_grid(size_pair(config.second_input_size), model.patch_embed.grid_size)
         masks = build_mask_generator(config, model.patch_embed.grid_size)
 
         loader = build_loader(config, masks, session)
@@ -155,12 +156,13 @@ def build_model(config: PretrainingConfig, vocab_size: int) -> VisionTransformer
         "use_shared_rel_pos_bias": config.rel_pos_bias,
         "use_abs_pos_emb": config.abs_pos_emb,
     }
+    if config.model in set(list_models()) - set(list_models("*_8k_vocab")):
+        raise InputError(f"--model {config.model} is a classifier; pre-training needs {config.model}_8k_vocab")
     try:
         model = create_model(config.model, **{**arguments, **(config.model_kwargs or {})})
     except TypeError as error:
         raise InputError(f"--model {config.model} cannot be built: {error}") from error
-    if not isinstance(model, VisionTransformerForMaskedImageModeling):
-        raise InputError(f"--model {config.model} is a classifier; pre-training needs one that ends in _8k_vocab")
+    assert isinstance(model, VisionTransformerForMaskedImageModeling)
     model.set_grad_checkpointing(config.grad_checkpointing)
     return model
 
@@ -344,7 +346,7 @@ def log_summary(config: PretrainingConfig, trainer: Trainer, tokenizer: VisualTo
     ratio = (config.lr / batch) / (PUBLISHED_LR / PUBLISHED_BATCH)
     if not 0.5 <= ratio <= 2:
         logger.warning(
-            "lr/batch is %.2g times the published one (%g for a batch of %d); in proportion this batch would take "
+            "lr/batch is %.3g times the published one (%g for a batch of %d); in proportion this batch would take "
             "--lr %.2g. The lr stays as given",
             ratio,
             PUBLISHED_LR,

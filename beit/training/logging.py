@@ -29,11 +29,11 @@ class _AboveProgressBar(logging.StreamHandler):
 
 def configure_console(main_process: bool) -> None:
     """Sends the library's log lines to standard error; processes other than the first report only errors."""
-    root = logging.getLogger()
-    root.handlers = [_AboveProgressBar()]
-    root.handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    root.setLevel(logging.WARNING if main_process else logging.ERROR)
-    logging.getLogger("beit").setLevel(logging.INFO if main_process else logging.ERROR)
+    console = _AboveProgressBar()
+    console.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    library = logging.getLogger("beit")
+    library.handlers = [console]
+    library.setLevel(logging.INFO if main_process else logging.ERROR)
 
 
 class Averages:

@@ -1,0 +1,47 @@
+"""Runs run_beit_pretraining.py and kills it at a chosen moment, as a power cut would.
+
+python killed_run.py step 7 -- FLAGS…      SIGKILL when optimizer step 7 begins
+python killed_run.py term 7 -- FLAGS…      SIGTERM there
+python killed_run.py rename 2 -- FLAGS…    SIGKILL between the second checkpoint's temporary file and its rename
+"""
+
+import os
+import signal
+import sys
+
+from beit.tasks import masked_image_modeling
+from beit.tasks.launch import launch
+
+
+def kill_at_step(step: int, number: int) -> None:
+    original = masked_image_modeling.MaskedTokenPrediction.__call__
+
+    def call(self, model, batch, global_step):
+        if global_step == step:
+            os.kill(os.getpid(), number)
+        return original(self, model, batch, global_step)
+
+    masked_image_modeling.MaskedTokenPrediction.__call__ = call
+
+
+def kill_at_rename(count: int) -> None:
+    original, seen = os.replace, []
+
+    def replace(source, target, **options):
+        if str(target).endswith(".pth"):
+            seen.append(target)
+            if len(seen) == count:
+                assert os.path.getsize(source) > 0
+                os.kill(os.getpid(), signal.SIGKILL)
+        return original(source, target, **options)
+
+    os.replace = replace
+
+
+if __name__ == "__main__":
+    kind, when, _, *flags = sys.argv[1:]
+    if kind == "rename":
+        kill_at_rename(int(when))
+    else:
+        kill_at_step(int(when), signal.SIGKILL if kind == "step" else signal.SIGTERM)
+    sys.exit(launch(masked_image_modeling.PretrainingConfig, masked_image_modeling.main, "", flags))
