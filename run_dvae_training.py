@@ -1,0 +1,30 @@
+r"""Trains a discrete VAE on a folder of images: the tokenizer that BEiT pre-training predicts.
+
+One process on a CPU, a small tokenizer for small images:
+
+    python run_dvae_training.py --data_path images/ --output_dir output/dvae \
+        --input_size 64 --num_tokens 256 --codebook_dim 64 --hidden_dim 32 --batch_size 32 --epochs 20 --num_workers 2
+
+One GPU, a vocabulary of 8192 tokens of 8 x 8 pixels, for pre-training with --second_input_size 112:
+
+    python run_dvae_training.py --data_path images/ --eval_data_path held_out/ --output_dir output/dvae \
+        --log_dir output/dvae/tensorboard --batch_size 128 --epochs 20
+
+16 GPUs, ImageNet-1k:
+
+    torchrun --nproc_per_node=16 run_dvae_training.py --data_path /path/to/imagenet/train --output_dir output/dvae \
+        --eval_data_path /path/to/imagenet/val --batch_size 32 --epochs 20
+
+The tokenizer is output/dvae itself, from the end of the first epoch on: give pre-training
+`--discrete_vae_type customized --discrete_vae_weight_path output/dvae`. Watch test_perplexity in log.txt, the effective
+number of codes in use; a warning says when it is too low and what to change. A run that was stopped goes on with the
+same command.
+"""
+
+import sys
+
+from beit.tasks.dvae import DvaeConfig, main
+from beit.tasks.launch import launch
+
+if __name__ == "__main__":
+    sys.exit(launch(DvaeConfig, main, __doc__))
