@@ -348,8 +348,7 @@ def load_dvae(path: str | os.PathLike[str]) -> DiscreteVAE:
     config = file.with_name("config.json")
     sizes = _read_sizes(config) if config.exists() else OFFICIAL_DVAE_SIZES
     try:
-        with torch.device("meta"):
-            model = DiscreteVAE(**sizes)
+        model = DiscreteVAE(**sizes)
     except (TypeError, ValueError) as error:
         raise InputError(f"{config} does not describe a discrete VAE: {error}") from error
     _check_shapes(file, config, model, weights)

@@ -37,7 +37,9 @@ class Conv2d(nn.Module):
         if min(n_in, n_out, kw) < 1 or kw % 2 == 0:
             raise ValueError(f"a convolution needs channels >= 1 and an odd kernel, not {n_in}, {n_out} and {kw}")
         self.n_in, self.n_out, self.kw, self.use_float16 = n_in, n_out, kw, use_float16
-        weight = torch.empty(n_out, n_in, kw, kw, device=device).normal_(std=1 / math.sqrt(n_in * kw * kw))
+        weight = torch.empty(n_out, n_in, kw, kw, device=device)
+        if not weight.is_meta:  # torch takes a second to load what random numbers on "meta" need, which are none
+            weight.normal_(std=1 / math.sqrt(n_in * kw * kw))
         self.w = nn.Parameter(weight, requires_grad=requires_grad)
         self.b = nn.Parameter(torch.zeros(n_out, device=device), requires_grad=requires_grad)
 

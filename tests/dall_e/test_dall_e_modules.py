@@ -85,14 +85,17 @@ def test_features_and_head_are_the_two_halves_of_the_encoder():
 
 def test_everything_is_float32_on_a_cpu_even_inside_autocast():
     # Breaks if use_mixed_precision (set in the released files) or an autocast region reaches the convolutions.
-    encoder, decoder = Encoder(**ENCODER_SIZES), Decoder(**DECODER_SIZES)
     x, tokens = torch.rand(1, 3, 16, 16), torch.rand(1, 12, 2, 2)
-    expected = encoder(x), decoder(tokens)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = encoder(x), decoder(tokens)
-    for a, b in zip(expected, inside, strict=True):
-        assert a.dtype == b.dtype == torch.float32
-        assert torch.equal(a, b)
+    for kind, sizes, inputs in ((Encoder, ENCODER_SIZES, x), (Decoder, DECODER_SIZES, tokens)):
+        model, plain = kind(**sizes), kind(**sizes, use_mixed_precision=False)
+        assert model.use_mixed_precision
+        plain.load_state_dict(model.state_dict())
+        expected = plain(inputs)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = model(inputs)
+        assert inside.dtype == torch.float32
+        assert torch.equal(model(inputs), expected)
+        assert torch.equal(inside, expected)
 
 
 def test_wrong_inputs_and_sizes_are_refused():
