@@ -5,7 +5,7 @@ Source: BEiT (arXiv 2106.08254), section 2.1; DALL-E (arXiv 2102.12092), section
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,6 @@ from beit.data.datasets import ImageDataset, index_images
 from beit.data.loaders import EpochDataset, EpochLoader
 from beit.data.transforms import CenterCropTransform, RandomCropTransform, to_unit_range
 from beit.dvae import (
-    CodebookStatistics,
     DiscreteVAE,
     codebook_statistics,
     count_codes,
@@ -56,6 +55,7 @@ logger = logging.getLogger(__name__)
 
 PICTURE = "reconstructions.png"
 COLLAPSED_BELOW = 0.05  # codebook perplexity, as a share of the most it could be
+COLLAPSE_COUNTS_FROM = 0.25  # share of the run; before that every codebook looks collapsed
 PICTURE_IMAGES = 16
 PICTURE_COLUMNS = 8
 
@@ -255,14 +255,17 @@ def build_loader(config: DvaeConfig, session: Session) -> EpochLoader:
 
 
 def build_eval_loader(config: DvaeConfig, session: Session) -> EpochLoader:
-    """Creates the loader of whole images, held-out ones or a fixed choice of the training images."""
+    """Creates the loader of whole images, held-out ones or a fixed choice of the training images.
+
+    It is shuffled, always in the same way, so that the picture of its first images shows something of all classes.
+    """
     transform = CenterCropTransform(config.input_size, interpolation=config.interpolation)
     dataset: EpochDataset = ImageDataset(
         index_images(config.eval_data_path or config.data_path), transform, config.seed
     )
     if not config.eval_data_path and config.eval_images < len(dataset):
         dataset = EvenlySpread(dataset, config.eval_images)
-    return _loader(dataset, config, session, min(config.num_workers, 2), shuffle=False, drop_last=False)
+    return _loader(dataset, config, session, min(config.num_workers, 2), drop_last=False)
 
 
 def _loader(dataset: EpochDataset, config: DvaeConfig, session: Session, workers: int, **how: Any) -> EpochLoader:
@@ -317,12 +320,12 @@ class HardTokenEvaluation:
 
     def __init__(self, vae: DiscreteVAE, loader: EpochLoader, config: DvaeConfig, device: torch.device) -> None:
         self.vae, self.loader, self.device = vae, loader, device
-        self.kind = config.reconstruction
+        self.kind, self.epochs = config.reconstruction, config.epochs
         self.picture: Tensor | None = None
 
     @torch.no_grad()
-    def __call__(self, _model: nn.Module, _epoch: int) -> dict[str, float]:
-        """Returns ``loss``, ``perplexity``, ``used_codes``, ``dead_codes`` and ``kl_per_token``, in nats."""
+    def __call__(self, _model: nn.Module, epoch: int) -> dict[str, float]:
+        """Returns ``loss``, ``perplexity``, ``used_codes``, ``dead_codes``, ``kl_per_token`` (nats) and ``tokens``."""
         self.vae.eval()
         totals = torch.zeros(3, device=self.device)  # summed loss, summed KL, images
         counts = torch.zeros(self.vae.num_tokens, dtype=torch.int64, device=self.device)
@@ -335,7 +338,10 @@ class HardTokenEvaluation:
             counts += count_codes(ids, self.vae.num_tokens)
             if number == 0:
                 self.picture = side_by_side(denormalise_pixels(images), denormalise_pixels(reconstructed))
-        return self._results(distributed.sum_over_ranks(totals).tolist(), distributed.sum_over_ranks(counts))
+        results = self._results(distributed.sum_over_ranks(totals).tolist(), distributed.sum_over_ranks(counts))
+        if epoch + 1 >= COLLAPSE_COUNTS_FROM * self.epochs:
+            warn_of_collapse(results)
+        return results
 
     def _batches(self) -> Iterator[Tensor]:
         for batch in self.loader.epoch(0):
@@ -345,14 +351,13 @@ class HardTokenEvaluation:
         loss, kl, images = totals
         tokens = int(counts.sum())
         statistics = codebook_statistics(counts)
-        kl_per_token = kl / tokens
-        warn_of_collapse(statistics, tokens, kl_per_token)
         return {
             "loss": loss / images,
             "perplexity": statistics.perplexity,
             "used_codes": statistics.used,
             "dead_codes": statistics.dead,
-            "kl_per_token": kl_per_token,
+            "kl_per_token": kl / tokens,
+            "tokens": tokens,
         }
 
 
@@ -369,18 +374,16 @@ def side_by_side(images: Tensor, reconstructed: Tensor) -> Tensor:
     return make_grid(torch.cat(rows).float().cpu(), nrow=columns, padding=2, pad_value=1.0)
 
 
-def warn_of_collapse(statistics: CodebookStatistics, tokens: int, kl_per_token: float) -> None:
+def warn_of_collapse(results: Mapping[str, float]) -> None:
     """Warns when few codes do all the work, and says what to change.
 
     Args:
-        statistics: Of the codes.
-        tokens: How many tokens were counted.
-        kl_per_token: Divergence of the posterior from uniform, in nats; small where the encoder commits to nothing.
+        results: Of an evaluation. A small ``kl_per_token`` means that the encoder commits to no code.
     """
-    vocabulary = statistics.used + statistics.dead
-    if statistics.perplexity >= COLLAPSED_BELOW * min(vocabulary, tokens):
+    vocabulary = results["used_codes"] + results["dead_codes"]
+    if results["perplexity"] >= COLLAPSED_BELOW * min(vocabulary, results["tokens"]):
         return
-    undecided = kl_per_token < 0.25 * math.log(vocabulary)
+    undecided = results["kl_per_token"] < 0.25 * math.log(vocabulary)
     remedy = (
         "the encoder hardly decides between codes: lower --kl_weight or lengthen its warm-up (--kl_warmup_share)"
         if undecided
@@ -388,11 +391,10 @@ def warn_of_collapse(statistics: CodebookStatistics, tokens: int, kl_per_token: 
         "the annealing (--temperature_share)"
     )
     logger.warning(
-        "the codebook has collapsed, or not opened yet: perplexity %.1f of %d codes, %d in use; %s. Normal in the "
-        "first epochs only",
-        statistics.perplexity,
+        "the codebook has collapsed: perplexity %.1f of %d codes, %d in use; %s",
+        results["perplexity"],
         vocabulary,
-        statistics.used,
+        results["used_codes"],
         remedy,
     )
 

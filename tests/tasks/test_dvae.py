@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from beit.dvae import CodebookStatistics, DiscreteVAE
+from beit.dvae import DiscreteVAE
 from beit.errors import InputError
 from beit.tasks.dvae import (
     DvaeConfig,
@@ -197,19 +197,24 @@ def test_evenly_spread_samples_reach_every_class():
     assert chosen.name(1) == "image 2"
 
 
+def results_with(perplexity: float, vocabulary: int, tokens: int, kl_per_token: float) -> dict[str, float]:
+    counts = {"used_codes": 80, "dead_codes": vocabulary - 80, "tokens": tokens}
+    return {"perplexity": perplexity, "kl_per_token": kl_per_token, **counts}
+
+
 @pytest.mark.parametrize(
     ("perplexity", "kl_per_token", "advice"),
     [(3.0, 0.1, "lower --kl_weight"), (3.0, 3.0, "raise --kl_weight"), (20.0, 3.0, None)],
 )
 def test_a_collapsed_codebook_is_said_with_what_to_change(caplog, perplexity, kl_per_token, advice):
     with caplog.at_level(logging.WARNING):
-        warn_of_collapse(CodebookStatistics(perplexity, used=30, dead=226), 10_000, kl_per_token)
+        warn_of_collapse(results_with(perplexity, 256, 10_000, kl_per_token))
     assert (advice in caplog.text) if advice else not caplog.text
 
 
 def test_few_evaluated_tokens_are_no_collapse(caplog):
     # 100 tokens cannot have a perplexity of 5 % of 8192.
-    warn_of_collapse(CodebookStatistics(80.0, used=90, dead=8102), 100, 3.0)
+    warn_of_collapse(results_with(80.0, 8192, 100, 3.0))
     assert not caplog.text
 
 

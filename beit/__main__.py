@@ -1,0 +1,92 @@
+"""The console command ``beit``: every job of the package by name. Nothing heavy is imported before it is needed."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from beit.errors import InputError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand.
+
+    Args:
+        module: Where it lives.
+        config: Its configuration's class there.
+        main: Its function there.
+        help: One line on what it does.
+    """
+
+    module: str
+    config: str
+    main: str
+    help: str
+
+
+COMMANDS = {
+    "demo": Command("beit.tasks.demo", "DemoConfig", "main", "watch BEiT learn on this machine, in minutes"),
+    "download tokenizer": Command(
+        "beit.tasks.commands", "DownloadTokenizerConfig", "download", "fetch OpenAI's tokenizer into a folder"
+    ),
+    "dvae": Command("beit.tasks.dvae", "DvaeConfig", "main", "train a tokenizer on your images"),
+    "pretrain": Command(
+        "beit.tasks.masked_image_modeling", "PretrainingConfig", "main", "pre-train BEiT on a folder of images"
+    ),
+    "models": Command("beit.tasks.commands", "ModelsConfig", "print_models", "list the models with their sizes"),
+    "visualize reconstruct": Command(
+        "beit.tasks.visualize", "ReconstructConfig", "reconstruct", "draw what a model makes of masked patches"
+    ),
+    "visualize curves": Command("beit.tasks.visualize", "CurvesConfig", "curves", "draw the curves of training logs"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs ``beit <command> ...`` and returns the exit status: 0, or 2 for a mistake in the input."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        sys.stdout.write(overview())
+        return 0
+    name = find_command(arguments)
+    from beit.tasks.launch import launch, run_and_report
+
+    if name is None:
+        return run_and_report(lambda: refuse(arguments))
+    command = COMMANDS[name]
+    module = importlib.import_module(command.module)
+    config, run = getattr(module, command.config), getattr(module, command.main)
+    return launch(config, run, f"{command.help}\n", arguments[len(name.split()) :], prog=f"beit {name}")
+
+
+def find_command(arguments: Sequence[str]) -> str | None:
+    """Returns the command, of one word or two, that the arguments begin with."""
+    candidates = (" ".join(arguments[:words]) for words in (2, 1))
+    return next((name for name in candidates if name in COMMANDS), None)
+
+
+def refuse(arguments: Sequence[str]) -> None:
+    """Says that the arguments begin with no command.
+
+    Raises:
+        InputError: Always.
+    """
+    siblings = [name for name in COMMANDS if name.split()[0] == arguments[0]]
+    if siblings:
+        given = " ".join(arguments[:2])
+        raise InputError(
+            f"beit {given}: no such command{did_you_mean(given, siblings)}; there is {', '.join(siblings)}"
+        )
+    hint = did_you_mean(arguments[0], [word for name in COMMANDS for word in (name, name.split()[0])])
+    raise InputError(f"unknown command {arguments[0]!r}{hint}: beit has {', '.join(COMMANDS)}")
+
+
+def overview() -> str:
+    """Returns the list of commands."""
+    width = max(map(len, COMMANDS))
+    lines = (f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items())
+    return "\n".join(["usage: beit COMMAND ...   (beit COMMAND --help says more)", "", *lines, ""])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

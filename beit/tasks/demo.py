@@ -1,0 +1,250 @@
+"""The demonstration: from nothing to a BEiT that has visibly learnt, on a laptop's CPU, in minutes.
+
+It makes its own images, trains a small tokenizer, pre-trains a small BEiT with the same code as the launchers, and
+shows on held-out images what was learnt. Every part can be stopped; the same command goes on from there.
+"""
+
+import json
+import logging
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from beit.config import option
+from beit.data.datasets import index_images
+from beit.data.synthetic import write_photograph_crops, write_scenes
+from beit.errors import InputError
+from beit.storage import atomic_write
+from beit.tasks import dvae, masked_image_modeling
+from beit.tasks.dvae import DvaeConfig
+from beit.tasks.masked_image_modeling import PretrainingConfig
+from beit.tasks.visualize import load_pretrained, reconstruct_files
+from beit.visualization.curves import Curve, diagrams, read_log
+from beit.visualization.figures import draw_curves, draw_panels
+
+logger = logging.getLogger(__name__)
+
+STORED_PIXELS = 96  # larger than what is trained on: random crops are not all blurred
+IMAGE_PIXELS, PATCH_PIXELS = 64, 8  # a grid of 8 x 8 tokens
+NUM_TOKENS = 256
+MASKED_PATCHES = 26  # of 64: 40 %
+REQUIRED_RATIO = 3.0  # masked-token accuracy over the most frequent token's share
+REQUIRED_PERPLEXITY = 0.10  # of the vocabulary
+PICTURE_IMAGES = 6
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The flags of ``beit demo``."""
+
+    output_dir: str = option("demo", "folder for images, runs, pictures and summary.json")
+    quick: bool = option(False, "a rehearsal of under a minute that learns next to nothing")
+    device: str = option("cpu", "cuda, cpu or mps")
+    num_workers: int = option(0, "data-loading processes; training itself uses all cores")
+    seed: int = option(0, "seed of images and training")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is made and trained.
+
+    Args:
+        scenes: Synthetic training images.
+        crops: Training crops of photographs.
+        held_out: Held-out images, half of them scenes.
+        dvae_epochs: Passes of the tokenizer's training.
+        dvae_batch: Its images a step.
+        pretrain_epochs: Passes of the pre-training.
+        pretrain_batch: Its images a step.
+    """
+
+    scenes: int
+    crops: int
+    held_out: int
+    dvae_epochs: int
+    dvae_batch: int
+    pretrain_epochs: int
+    pretrain_batch: int
+
+
+FULL = Budget(1800, 600, 320, dvae_epochs=8, dvae_batch=32, pretrain_epochs=27, pretrain_batch=64)
+QUICK = Budget(96, 32, 32, dvae_epochs=3, dvae_batch=16, pretrain_epochs=3, pretrain_batch=16)
+
+
+def main(config: DemoConfig) -> None:
+    """Runs the demonstration."""
+    budget = QUICK if config.quick else FULL
+    folder = Path(config.output_dir)
+    logger.info("1/4 images: scenes and crops of photographs")
+    make_images(folder / "images", budget, config)
+    logger.info("2/4 tokenizer: a discrete VAE learns %d tokens, each of 8 x 8 pixels", NUM_TOKENS)
+    dvae.main(tokenizer_config(folder, budget, config))
+    logger.info("3/4 BEiT: it learns to predict the tokens of the 40 % of patches that it does not see")
+    masked_image_modeling.main(pretraining_config(folder, budget, config))
+    logger.info("4/4 pictures")
+    summary = summarize(folder)
+    draw(folder, config)
+    with atomic_write(folder / "summary.json") as file:
+        file.write(json.dumps(summary, indent=2).encode() + b"\n")
+    report(summary, folder)
+
+
+def tokenizer_config(folder: Path, budget: Budget, config: DemoConfig) -> DvaeConfig:
+    """Returns the settings of the tokenizer's training."""
+    return DvaeConfig(
+        data_path=str(folder / "images" / "train"),
+        eval_data_path=str(folder / "images" / "held_out"),
+        output_dir=str(folder / "dvae"),
+        input_size=IMAGE_PIXELS,
+        num_tokens=NUM_TOKENS,
+        codebook_dim=64,
+        num_layers=3,
+        hidden_dim=32,
+        min_crop=0.3,
+        kl_weight=0.1,
+        epochs=budget.dvae_epochs,
+        batch_size=budget.dvae_batch,
+        lr=3e-3,
+        warmup_steps=20,
+        save_ckpt_freq=budget.dvae_epochs,
+        save_ckpt_steps=50,
+        **_run_options(config),
+    )
+
+
+def pretraining_config(folder: Path, budget: Budget, config: DemoConfig) -> PretrainingConfig:
+    """Returns the settings of the pre-training."""
+    return PretrainingConfig(
+        data_path=str(folder / "images" / "train"),
+        eval_data_path=str(folder / "images" / "held_out"),
+        output_dir=str(folder / "pretrain"),
+        model="beit_tiny_patch16_224_8k_vocab",
+        model_kwargs={"patch_size": PATCH_PIXELS, "embed_dim": 128, "depth": 6, "num_heads": 4},
+        input_size=IMAGE_PIXELS,
+        second_input_size=IMAGE_PIXELS,
+        discrete_vae_type="customized",
+        discrete_vae_weight_path=str(folder / "dvae"),
+        num_mask_patches=MASKED_PATCHES,
+        min_mask_patches_per_block=4,
+        color_jitter=0.0,
+        drop_path=0.0,
+        epochs=budget.pretrain_epochs,
+        batch_size=budget.pretrain_batch,
+        lr=2e-3,
+        warmup_steps=40,
+        clip_grad=3.0,
+        eval_freq=3,
+        save_ckpt_freq=budget.pretrain_epochs,
+        save_ckpt_steps=100,
+        **_run_options(config),
+    )
+
+
+def _run_options(config: DemoConfig) -> dict[str, Any]:
+    return {"device": config.device, "num_workers": config.num_workers, "seed": config.seed, "pin_mem": False}
+
+
+# Images
+
+
+def make_images(folder: Path, budget: Budget, config: DemoConfig) -> None:
+    """Makes training and held-out images, unless they are there already.
+
+    Raises:
+        InputError: Those that are there were made with other settings, or scikit-image is missing.
+    """
+    recipe = {"budget": asdict(budget), "seed": config.seed}
+    marker = folder / "made_with.json"
+    if marker.exists():
+        if json.loads(marker.read_text(encoding="utf-8")) != recipe:
+            raise InputError(f"{folder} was made with other settings (--quick, --seed): give another --output_dir")
+        return
+    shutil.rmtree(folder, ignore_errors=True)  # half-made ones, of a run that was stopped here
+    half = budget.held_out // 2
+    for split, scenes, crops, seed in (("train", budget.scenes, budget.crops, 0), ("held_out", half, half, 1)):
+        write_scenes(folder / split / "scenes", scenes, STORED_PIXELS, seed=2 * config.seed + seed)
+        held_out = split == "held_out"
+        write_photograph_crops(
+            folder / split / "photographs", crops, STORED_PIXELS, held_out=held_out, seed=config.seed
+        )
+    with atomic_write(marker) as file:
+        file.write(json.dumps(recipe).encode())
+
+
+# Results
+
+
+def summarize(folder: Path) -> dict[str, Any]:
+    """Returns the numbers that count, from the last lines of both logs, and the verdict on each."""
+    tokenizer, pretraining = read_log(folder / "dvae")[-1], read_log(folder / "pretrain")[-1]
+    ratio = pretraining["test_mlm_acc"] / pretraining["test_most_frequent_acc"]
+    share = tokenizer["test_perplexity"] / NUM_TOKENS
+    return {
+        "masked_token_accuracy": pretraining["test_mlm_acc"],
+        "most_frequent_token_accuracy": pretraining["test_most_frequent_acc"],
+        "accuracy_ratio": ratio,
+        "accuracy_ratio_required": REQUIRED_RATIO,
+        "accuracy_ok": ratio >= REQUIRED_RATIO,
+        "codebook_perplexity": tokenizer["test_perplexity"],
+        "codebook_perplexity_share": share,
+        "codebook_perplexity_share_required": REQUIRED_PERPLEXITY,
+        "perplexity_ok": share >= REQUIRED_PERPLEXITY,
+        "used_codes": tokenizer["test_used_codes"],
+        "num_tokens": NUM_TOKENS,
+        "reconstruction_loss": tokenizer["test_loss"],
+        "pretraining_loss": pretraining["test_loss"],
+    }
+
+
+def draw(folder: Path, config: DemoConfig) -> None:
+    """Draws ``curves.png`` and ``reconstructions.png``."""
+    draw_curves(folder / "curves.png", demo_diagrams(folder), "What the tokenizer (above) and BEiT (below) learnt")
+    index = index_images(folder / "images" / "held_out")
+    paths = [index.path(position) for position in np.linspace(0, len(index) - 1, PICTURE_IMAGES).round().astype(int)]
+    newest = max((folder / "pretrain").glob("checkpoint-[0-9]*.pth"), key=lambda path: int(path.stem.split("-")[1]))
+    settings, model, tokenizer = load_pretrained(newest, str(folder / "dvae"), torch.device("cpu"))
+    result = reconstruct_files(paths, settings, model, tokenizer, config.seed)
+    draw_panels(folder / "reconstructions.png", result.panels(), result.captions(), "Held-out images")
+
+
+def demo_diagrams(folder: Path) -> dict[str, list[Curve]]:
+    """Returns what tells most about both runs."""
+    tokenizer = diagrams({"dvae": read_log(folder / "dvae")}, ["loss", "perplexity"])
+    pretraining = diagrams({"pretrain": read_log(folder / "pretrain")}, ["loss", "mlm_acc", "most_frequent_acc"])
+    accuracy = pretraining["mlm_acc"] + [
+        Curve("most frequent token", curve.epochs, curve.values) for curve in pretraining["most_frequent_acc"]
+    ]
+    return {
+        "dVAE: reconstruction loss": tokenizer["loss"],
+        "dVAE: codebook perplexity": tokenizer["perplexity"],
+        "BEiT: loss on masked tokens": pretraining["loss"],
+        "BEiT: masked-token accuracy": accuracy,
+    }
+
+
+def report(summary: dict[str, Any], folder: Path) -> None:
+    """Says how it went."""
+    verdict = {True: "reached", False: "NOT reached"}
+    logger.info(
+        "masked-token accuracy on held-out images: %.1f %%, %.1f times the %.1f %% of the most frequent token "
+        "(wanted: %g times; %s)",
+        100 * summary["masked_token_accuracy"],
+        summary["accuracy_ratio"],
+        100 * summary["most_frequent_token_accuracy"],
+        REQUIRED_RATIO,
+        verdict[summary["accuracy_ok"]],
+    )
+    logger.info(
+        "codebook perplexity: %.1f, %.0f %% of the %d tokens (wanted: %.0f %%; %s); %d tokens in use",
+        summary["codebook_perplexity"],
+        100 * summary["codebook_perplexity_share"],
+        NUM_TOKENS,
+        100 * REQUIRED_PERPLEXITY,
+        verdict[summary["perplexity_ok"]],
+        summary["used_codes"],
+    )
+    logger.info("see %s and %s", folder / "reconstructions.png", folder / "curves.png")

@@ -1,0 +1,82 @@
+"""The console command: every subcommand is reachable, mistakes are one line and exit code 2."""
+
+import importlib
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from beit.__main__ import COMMANDS, main
+from beit.zoo import create_model, list_models
+
+
+def test_alone_it_lists_the_commands(capsys):
+    assert main([]) == main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in COMMANDS)
+
+
+def test_the_list_needs_no_torch():
+    # Shell completion and a look at --help should not take seconds.
+    code = "import sys; from beit.__main__ import main; main([]); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, stdout=subprocess.DEVNULL).returncode == 0
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_exists_and_explains_itself(name, capsys):
+    command = COMMANDS[name]
+    module = importlib.import_module(command.module)
+    assert callable(getattr(module, command.main))
+    with pytest.raises(SystemExit) as ended:
+        main([*name.split(), "--help"])
+    assert ended.value.code == 0
+    assert f"usage: beit {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["pretrian"], "did you mean 'pretrain'"),
+        (["visualise", "curves"], "did you mean 'visualize'"),
+        (["visualize"], "visualize reconstruct, visualize curves"),
+        (["visualize", "curve", "log.txt"], "did you mean 'visualize curves'"),
+        (["download"], "download tokenizer"),
+        (["download", "tokenizer"], "required: DIRECTORY"),
+        (["models", "--patern", "x"], "did you mean '--pattern'"),
+        (["models", "--pattern", "vit*"], "no model matches"),
+        (["visualize", "curves", "nowhere.txt"], "cannot read the log nowhere.txt"),
+        (["visualize", "reconstruct"], "--checkpoint and --images"),
+        (["visualize", "reconstruct", "--checkpoint", "no.pth", "--images", "a.png"], "no.pth"),
+        (["dvae"], "--data_path is missing"),
+        (["demo", "--quik"], "did you mean '--quick'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, hint, capsys):
+    assert main(arguments) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1
+    assert hint in error[0]
+
+
+def test_models_are_listed_with_their_sizes(capsys):
+    assert main(["models", "--pattern", "*tiny*"]) == 0
+    listed = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines())
+    assert sorted(listed) == list_models("*tiny*")
+    for name, count in listed.items():
+        assert int(count.replace(",", "")) == sum(parameter.numel() for parameter in create_model(name).parameters())
+
+
+def test_curves_of_two_runs_become_a_picture(tmp_path):
+    for run, loss in (("first", 3.0), ("second", 2.0)):
+        (tmp_path / run).mkdir()
+        lines = (json.dumps({"epoch": epoch, "train_loss": loss / (epoch + 1)}) for epoch in range(3))
+        (tmp_path / run / "log.txt").write_text("\n".join(lines))
+    output = tmp_path / "curves.png"
+    assert (
+        main(["visualize", "curves", str(tmp_path / "first"), str(tmp_path / "second" / "log.txt"), "-o", str(output)])
+        == 0
+    )
+    with Image.open(output) as picture:
+        assert min(picture.size) > 300
