@@ -1,4 +1,5 @@
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,14 @@ LAWFUL_SKIPS = (NEEDS_CUDA, NEEDS_BROWSER, NEEDS_NAMESPACES)
 def golden() -> Path:
     """The folder of numbers stored from the reference implementations."""
     return GOLDEN
+
+
+@pytest.fixture
+def free_port() -> str:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
 
 
 def pytest_collection_modifyitems(items):

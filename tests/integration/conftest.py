@@ -1,9 +1,5 @@
 """Small images, a small tokenizer and small settings, to run whole commands as a user does."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +9,6 @@ from PIL import Image
 
 from beit.dvae import DiscreteVAE
 from beit.tokenizer import save_dvae
-
-ROOT = Path(__file__).resolve().parents[2]
 
 # Sizes of a model that trains in seconds. 32 pixels in 8-pixel patches are a 4 x 4 grid, for model and tokenizer alike.
 SMALL_MODEL = (
@@ -50,21 +44,3 @@ def pretraining_flags(images, tokenizer) -> tuple[str, ...]:
     """Flags of a pre-training run of 3 epochs of 5 steps; the output folder is missing."""
     data = ("--data_path", str(images), "--discrete_vae_weight_path", str(tokenizer))
     return (*SMALL_MODEL, *SMALL_RUN, *data)
-
-
-@pytest.fixture
-def free_port() -> str:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
-
-
-def run(*command: str, check: bool = True, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess:
-    """Runs ``python COMMAND…`` in the project's folder, one thread a process, and returns what it said."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
-    )
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.integration.conftest import SMALL_MODEL, run
+from tests.commands import run
+from tests.integration.conftest import SMALL_MODEL
 
 pytestmark = pytest.mark.slow
 

@@ -139,8 +139,8 @@ def test_weights_to_start_from_keep_everything_but_a_head_of_another_vocabulary(
     assert "another vocabulary" in caplog.text
     theirs = dict(other.named_parameters())
     assert all(torch.equal(p, theirs[name]) for name, p in model.named_parameters() if not name.startswith("lm_head"))
+    larger = build_model(parse("--input_size", 32, "--model_kwargs", *overrides({**TINY, "depth": 3})), 16)
     with pytest.raises(InputError, match="another model"):
-        larger = build_model(parse("--input_size", 32, "--model_kwargs", *overrides({**TINY, "depth": 3})), 16)
         initialize_from(larger, str(tmp_path / "source.pth"))
 
 

@@ -1,0 +1,57 @@
+"""One of two processes that train together; run by test_agreement.py under torchrun.
+
+two_processes.py nan FOLDER      rank 1's loss is NaN at step 7
+two_processes.py term FOLDER     rank 1 alone gets SIGTERM at step 7
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from beit.training import distributed
+from beit.training.loop import LoopSettings, NonFiniteLossError, Stopped, Trainer
+from beit.training.optim import create_optimizer, parameter_groups
+from beit.training.precision import Precision
+from beit.training.session import open_session
+
+
+class Batches:
+    batch_size, batches_per_epoch = 4, 30
+
+    def epoch(self, epoch, first_batch=0):
+        for number in range(first_batch, self.batches_per_epoch):
+            torch.manual_seed(1000 * epoch + 2 * number + distributed.rank())
+            yield {"x": torch.randn(4, 3)}
+
+
+def main(kind: str, folder: Path) -> None:
+    with open_session(device="cpu", output_dir=str(folder / "run"), settings="", seed=0) as session:
+        model = nn.Linear(3, 3)
+
+        def step(model, batch, global_step):
+            loss = model(batch["x"]).square().mean()
+            if session.rank == 1 and global_step == 7:
+                if kind == "term":
+                    os.kill(os.getpid(), signal.SIGTERM)
+                else:
+                    loss = loss * float("nan")
+            return loss, {}
+
+        optimizer = create_optimizer("sgd", parameter_groups(model, 0.0), lr=0.1)
+        precision = Precision(torch.float32, session.device)
+        settings = LoopSettings(epochs=2, log_every=5)
+        trainer = Trainer(model, step, Batches(), optimizer, precision, settings, lambda _: 0.1, folder=session.folder)
+        try:
+            trainer.fit()
+            outcome = "finished"
+        except (NonFiniteLossError, Stopped) as error:
+            outcome = f"{type(error).__name__}: {error}"
+        (folder / f"rank{session.rank}.txt").write_text(outcome)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
