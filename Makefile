@@ -53,4 +53,6 @@ $(VENV)/installed-demo: $(REQUIREMENTS) | $(BIN)/pip
 $(VENV)/installed-test: $(REQUIREMENTS) | $(BIN)/pip
 	@echo "Installing the library and what the tests need; the first time this downloads PyTorch ..."
 	$(BIN)/python -m pip install -e '.[test]'
+	@# OpenAI's package is compared with, apart: it is called dall_e like ours, and would hide it from the command beit.
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/peers 'DALL-E==0.1'
 	@touch $@ $(VENV)/installed-demo
