@@ -28,6 +28,7 @@ from beit.visualization.figures import draw_curves, draw_panels
 
 logger = logging.getLogger(__name__)
 
+MARKER, UNFINISHED = "made_with.json", ".images-unfinished"
 STORED_PIXELS = 96  # larger than what is trained on: random crops are not all blurred
 IMAGE_PIXELS, PATCH_PIXELS = 64, 8  # a grid of 8 x 8 tokens
 NUM_TOKENS = 256
@@ -84,6 +85,7 @@ def main(config: DemoConfig) -> None:
     logger.info("2/4 tokenizer: a discrete VAE learns %d tokens, each of 8 x 8 pixels", NUM_TOKENS)
     dvae.main(tokenizer_config(folder, budget, config))
     logger.info("3/4 BEiT: it learns to predict the tokens of the 40 % of patches that it does not see")
+    logger.info("(so small a model takes a much higher lr than the published one, as a warning will say)")
     masked_image_modeling.main(pretraining_config(folder, budget, config))
     logger.info("4/4 pictures")
     summary = summarize(folder)
@@ -105,7 +107,6 @@ def tokenizer_config(folder: Path, budget: Budget, config: DemoConfig) -> DvaeCo
         num_layers=3,
         hidden_dim=32,
         min_crop=0.3,
-        kl_weight=0.1,
         epochs=budget.dvae_epochs,
         batch_size=budget.dvae_batch,
         lr=3e-3,
@@ -155,24 +156,27 @@ def make_images(folder: Path, budget: Budget, config: DemoConfig) -> None:
     """Makes training and held-out images, unless they are there already.
 
     Raises:
-        InputError: Those that are there were made with other settings, or scikit-image is missing.
+        InputError: The folder holds something else, or images made with other settings; or scikit-image is missing.
     """
     recipe = {"budget": asdict(budget), "seed": config.seed}
-    marker = folder / "made_with.json"
-    if marker.exists():
-        if json.loads(marker.read_text(encoding="utf-8")) != recipe:
-            raise InputError(f"{folder} was made with other settings (--quick, --seed): give another --output_dir")
+    if folder.exists():
+        marker = folder / MARKER
+        if not marker.is_file() or json.loads(marker.read_text(encoding="utf-8")) != recipe:
+            raise InputError(
+                f"{folder} is not what these settings would make (--quick, --seed): use another --output_dir"
+            )
         return
-    shutil.rmtree(folder, ignore_errors=True)  # half-made ones, of a run that was stopped here
+    unfinished = folder.with_name(UNFINISHED)
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was stopped here
     half = budget.held_out // 2
-    for split, scenes, crops, seed in (("train", budget.scenes, budget.crops, 0), ("held_out", half, half, 1)):
-        write_scenes(folder / split / "scenes", scenes, STORED_PIXELS, seed=2 * config.seed + seed)
+    for number, (split, scenes, crops) in enumerate((("train", budget.scenes, budget.crops), ("held_out", half, half))):
+        # A scene depends on seed and number: the splits need seeds of their own. The crops know about held-out ones.
+        write_scenes(unfinished / split / "scenes", scenes, STORED_PIXELS, seed=2 * config.seed + number)
         held_out = split == "held_out"
-        write_photograph_crops(
-            folder / split / "photographs", crops, STORED_PIXELS, held_out=held_out, seed=config.seed
-        )
-    with atomic_write(marker) as file:
-        file.write(json.dumps(recipe).encode())
+        photographs = unfinished / split / "photographs"
+        write_photograph_crops(photographs, crops, STORED_PIXELS, seed=config.seed, held_out=held_out)
+    (unfinished / MARKER).write_text(json.dumps(recipe), encoding="utf-8")
+    unfinished.rename(folder)
 
 
 # Results

@@ -83,7 +83,7 @@ class DvaeConfig(RunOptions, OptimizerOptions):
     hidden_dim: int = option(256, "channels inside the encoder and the decoder")
 
     reconstruction: str = option("mse", "reconstruction loss", choices=("mse", "smooth_l1"))
-    kl_weight: float = option(0.01, "weight of the KL divergence to uniform codes; both are per pixel value")
+    kl_weight: float = option(0.1, "weight of the KL divergence to uniform codes; both are per pixel value")
     kl_warmup_steps: int = option(-1, "optimizer steps from weight 0 to --kl_weight; wins over --kl_warmup_share")
     kl_warmup_share: float = option(0.1, "the same as a share of the run")
     temperature_start: float = option(1.0, "first temperature of the Gumbel-softmax")
