@@ -4,7 +4,9 @@ import atexit
 import functools
 import gc
 import logging
+import multiprocessing.connection
 import signal
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any, Protocol
@@ -137,26 +139,34 @@ class EpochLoader:
         loader, self._loader = self._loader, None
         workers = getattr(loader, "_iterator", None)
         if workers is not None:
-            workers._shutdown_workers()  # as deleting it does, but an epoch that is still held would keep it alive
+            # As deleting them does; but an epoch that someone still holds would keep them alive.
+            workers._shutdown_workers()
 
     def _batches(self, epoch: int, first_batch: int, turn: int) -> Iterator[Batch]:
         self._require_turn(turn)
-        order, ranks, size = self.order(epoch), self.world_size, self.batch_size
+        numbers = range(first_batch, self.batches_per_epoch)
         # Bound without self: a circle of references would leave the workers to the garbage collector.
         self._sampler.batches = functools.partial(
-            _rank_batches, epoch, order, range(first_batch, self.batches_per_epoch), size, self.rank, ranks
+            _rank_batches, epoch, self.order(epoch), numbers, self.batch_size, self.rank, self.world_size
         )
+        for batch, unreadable in self._loaded():
+            self._account(unreadable)
+            yield batch
+            self._require_turn(turn)
+
+    def _loaded(self) -> Iterator[tuple[Batch, "Unreadable | _Failure"]]:
         try:
-            for batch, unreadable in self._data_loader():
-                self._account(unreadable)
-                yield batch
-                self._require_turn(turn)
-        except RuntimeError as error:
-            # "Caught …" is an exception inside a worker, which says by itself what happened.
-            if "DataLoader worker" not in str(error) or str(error).startswith("Caught"):
+            yield from _begin(self._data_loader())
+        except (RuntimeError, OSError, EOFError) as error:
+            # A dead worker shows as one of these; but so do exceptions inside a live one, which speak for themselves.
+            codes = _exit_codes(self._loader)
+            if not codes:
                 raise
             self.close()
-            raise InputError(_worker_died(error, self.num_workers)) from error
+            raise InputError(
+                f"a data loading process died ({', '.join(codes)}), most often because memory ran out: lower "
+                f"--num_workers (now {self.num_workers}) or the batch size, or give the machine more (shared) memory"
+            ) from error
 
     def _require_turn(self, turn: int) -> None:
         if turn != self._turn:
@@ -164,10 +174,11 @@ class EpochLoader:
 
     def _data_loader(self) -> "DataLoader[Any]":
         if self._loader is None:
-            # A loader that has become garbage must end here; collected in a forked worker it would disturb that one.
-            gc.collect()
-            atexit.register(_close_at_exit, weakref.ref(self))
             workers = self.num_workers > 0
+            if workers:
+                # A loader that has become garbage must end here; collected in a forked worker it would disturb that.
+                gc.collect()
+                atexit.register(_close_at_exit, weakref.ref(self))
             self._loader = DataLoader(
                 _Batches(self.dataset),
                 batch_sampler=self._sampler,
@@ -278,9 +289,27 @@ def _close_at_exit(reference: "weakref.ref[EpochLoader]") -> None:
         loader.close()
 
 
-def _worker_died(error: RuntimeError, num_workers: int) -> str:
-    first_line = str(error).strip().splitlines()[0]
-    return (
-        f"a data loading process died ({first_line.rstrip('.')}), most often because memory ran out: lower "
-        f"--num_workers (now {num_workers}) or the batch size, or give the machine more (shared) memory"
-    )
+def _begin(loader: "DataLoader[Any]") -> Iterator[Any]:
+    """Returns the loader's iterator, without the signal handler that the first one with workers installs.
+
+    The handler raises an error for a dead worker wherever the main process happens to be: in the middle of an
+    optimizer step, or of the clean-up after that error. Without it the loader notices within 5 seconds, where batches
+    are asked for.
+    """
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        return iter(loader)
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    if before is not None and signal.getsignal(signal.SIGCHLD) is not before:
+        signal.signal(signal.SIGCHLD, before)
+    return batches
+
+
+def _exit_codes(loader: "DataLoader[Any] | None") -> list[str]:
+    """Returns how the loader's workers ended, of those that did: signal names or exit statuses."""
+    workers = getattr(getattr(loader, "_iterator", None), "_workers", ())
+    # What a dying worker breaks may be noticed before its end is.
+    if workers:
+        multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1)
+    codes = sorted({worker.exitcode for worker in workers if worker.exitcode is not None})
+    return [signal.Signals(-code).name if code < 0 else f"exit status {code}" for code in codes]

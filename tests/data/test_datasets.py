@@ -1,0 +1,238 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from beit.data.datasets import (
+    UNREADABLE,
+    ImageDataset,
+    UnreadableImageError,
+    index_images,
+    random_stream,
+    read_image,
+    sample_randomness,
+)
+from beit.errors import InputError
+
+
+def noisy(image, rng):
+    """A transform that uses all four sources of randomness."""
+    draws = [rng.random(), random.random(), np.random.random(), torch.rand(()).item()]  # noqa: NPY002
+    return {"draws": torch.tensor(draws, dtype=torch.float64), "red": torch.tensor(np.asarray(image)[0, 0, 0])}
+
+
+def write_images(folder, count):
+    """Image ``i`` has the red value ``10 * i``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        Image.new("RGB", (6, 4), (10 * i, 0, 0)).save(folder / f"{i:02d}.png")
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    write_images(tmp_path / "images", 12)
+    return ImageDataset(index_images(tmp_path / "images", tmp_path / "cache"), noisy, seed=3)
+
+
+def test_a_sample_does_not_depend_on_what_came_before(dataset):
+    first = dataset[2, 5]["draws"]
+    torch.rand(7), np.random.random(3), random.random()  # noqa: NPY002
+    dataset[0, 1]
+    assert torch.equal(dataset[2, 5]["draws"], first)
+
+
+def test_samples_differ_between_epochs_images_and_seeds(dataset):
+    samples = [dataset[epoch, i]["draws"] for epoch in range(4) for i in range(12)]
+    samples += [ImageDataset(dataset.index, noisy, seed=4)[0, i]["draws"] for i in range(12)]
+    numbers = torch.cat(samples)
+    assert len(set(numbers.tolist())) == len(numbers)
+
+
+def test_global_generators_are_restored(dataset):
+    def state():
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+
+    before = state()
+    dataset[0, 0]
+    assert state() == before
+    with pytest.raises(KeyError), sample_randomness(0, 0, 0):
+        raise KeyError
+    assert state() == before
+
+
+def test_the_gpu_generators_are_not_touched(dataset, monkeypatch):
+    # torch.manual_seed in a worker process would start CUDA there; here it would change the model's dropout.
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeded the GPUs"))
+    monkeypatch.setattr(torch.cuda, "manual_seed", lambda seed: pytest.fail("seeded a GPU"))
+    dataset[0, 0]
+
+
+def test_streams_of_different_purposes_and_places_differ():
+    # (seed, epoch) and (seed, epoch, 0) give one seed sequence when nothing tells them apart.
+    places = [(1, ()), (1, (0,)), (1, (0, 0)), (1, (1,)), (0, (1,)), (-1, (1,))]
+    draws = {
+        random_stream(seed, *place, purpose=p).random() for seed, place in places for p in ("order", "replacement")
+    }
+    assert len(draws) == 2 * 4  # trailing zeros within one purpose are one place
+    assert random_stream(1, 0, purpose="order").random() != random_stream(1, 0, purpose="sample").random()
+
+
+# Unreadable images
+
+
+def test_an_unreadable_image_is_replaced_deterministically(dataset, tmp_path):
+    (tmp_path / "images" / "05.png").write_bytes(b"not an image")
+    sample = dataset[0, 5]
+    assert [index for index, _ in sample[UNREADABLE]] == [5]
+    assert sample["red"].item() != 50
+    assert torch.equal(dataset[0, 5]["red"], sample["red"])
+    assert len({dataset[epoch, 5]["red"].item() for epoch in range(10)}) > 2  # not one image over and over
+    assert UNREADABLE not in dataset[0, 4]
+
+
+def test_a_replacement_can_be_unreadable_too(dataset, tmp_path):
+    for i in range(1, 12):
+        (tmp_path / "images" / f"{i:02d}.png").unlink()
+    sample = next(sample for sample in (dataset[epoch, 5] for epoch in range(20)) if len(sample[UNREADABLE]) > 2)
+    assert sample["red"].item() == 0
+    assert {reason for _, reason in sample[UNREADABLE]} == {"no such file or directory"}
+
+
+def test_nothing_readable_is_an_error_that_names_a_file(dataset, tmp_path):
+    for path in (tmp_path / "images").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match=r"in a row cannot be read.*05\.png"):
+        dataset[0, 5]
+
+
+def jpeg(path, size=(64, 48), **options):
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (lambda whole: whole[: len(whole) // 2], "truncated"),
+        (lambda whole: b"", "empty file"),
+        (lambda whole: b"<html>not found</html>", "not an image"),
+    ],
+)
+def test_damaged_files_say_how(tmp_path, content, reason):
+    path = jpeg(tmp_path / "x.jpg")
+    path.write_bytes(content(path.read_bytes()))
+    with pytest.raises(UnreadableImageError, match=reason):
+        read_image(path)
+
+
+def test_folders_and_missing_files_say_so(tmp_path):
+    with pytest.raises(UnreadableImageError, match="is a directory"):
+        read_image(tmp_path)
+    with pytest.raises(UnreadableImageError, match="no such file"):
+        read_image(tmp_path / "none.jpg")
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of much of the damage
+@pytest.mark.parametrize("seed", range(8))
+def test_any_damage_is_unreadable_or_an_image(tmp_path, seed):
+    # Decoders raise SyntaxError, struct.error, zlib.error, … on damaged files; none of them may end the run.
+    rng = np.random.default_rng(seed)
+    for suffix in ("png", "jpg", "tif", "bmp", "webp", "ppm"):
+        path = jpeg(tmp_path / f"x.{suffix}")
+        content = bytearray(path.read_bytes())
+        for position in rng.integers(0, min(len(content), 200), 12):
+            content[position] = rng.integers(256)
+        path.write_bytes(bytes(content))
+        reason = "none"
+        try:
+            assert read_image(path).mode == "RGB"
+        except UnreadableImageError as error:
+            reason = str(error)
+        assert reason
+        assert "\n" not in reason
+
+
+def test_a_decompression_bomb_is_unreadable(tmp_path, monkeypatch):
+    path = jpeg(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UnreadableImageError, match="decompression bomb"):
+        read_image(path)
+
+
+# Decoding to RGB
+
+
+def read_back(path, image, **options):
+    image.save(path, **options)
+    return np.asarray(read_image(path))
+
+
+def test_sixteen_bit_greys_are_scaled(tmp_path):
+    # Pillow's own conversion from some of these modes cuts everything above 255 off to white.
+    greys = np.linspace(0, 65535, 200, dtype=np.uint16).reshape(10, 20)
+    for name in ("x.png", "x.tif"):
+        pixels = read_back(tmp_path / name, Image.fromarray(greys))
+        assert np.abs(pixels[..., 0] - greys / 257.0).max() <= 1, name
+        assert (pixels[..., 0] == pixels[..., 2]).all()
+    dark = (greys // 300).astype(np.uint16)  # all below 256, and yet of 16 bits
+    assert read_back(tmp_path / "dark.png", Image.fromarray(dark)).max() <= 1
+    (tmp_path / "x.pgm").write_bytes(b"P5 20 10 65535\n" + greys.astype(">u2").tobytes())
+    assert np.abs(np.asarray(read_image(tmp_path / "x.pgm"))[..., 0] - greys / 257.0).max() <= 1
+
+
+def test_floating_point_greys_are_scaled(tmp_path):
+    ramp = np.linspace(0, 1, 50, dtype=np.float32).reshape(5, 10)
+    for factor in (1, 255, 65535):
+        pixels = read_back(tmp_path / "x.tif", Image.fromarray(ramp * factor))
+        assert np.abs(pixels[..., 0] - ramp * 255).max() <= 1, factor
+    ramp[0, 0] = np.nan
+    assert read_back(tmp_path / "x.tif", Image.fromarray(ramp))[0, 0, 0] == 0
+
+
+def test_transparent_pixels_are_white(tmp_path):
+    # Their stored colour is arbitrary, mostly black: dropping the transparency alone would show it.
+    image = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
+    image.putpixel((1, 0), (0, 0, 0, 0))
+    assert read_back(tmp_path / "x.png", image).tolist() == [[[255, 0, 0], [255, 255, 255]]]
+    grey = Image.new("LA", (1, 1), (7, 0))
+    assert read_back(tmp_path / "grey.png", grey).tolist() == [[[255, 255, 255]]]
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([0, 0, 0, 0, 200, 0])
+    palette.putpixel((1, 0), 1)
+    assert read_back(tmp_path / "p.png", palette, transparency=0).tolist() == [[[255, 255, 255], [0, 200, 0]]]
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "name", "expected"),
+    [
+        ("L", 77, "x.png", (77, 77, 77)),
+        ("1", 1, "x.png", (255, 255, 255)),
+        ("P", 0, "x.png", (0, 0, 0)),
+        ("CMYK", (0, 255, 255, 0), "x.jpg", (254, 0, 0)),
+        ("CMYK", (0, 255, 255, 0), "x.tif", (255, 0, 0)),
+        ("YCbCr", (76, 85, 255), "x.jpg", (254, 0, 0)),
+    ],
+)
+def test_every_mode_becomes_rgb(tmp_path, mode, colour, name, expected):
+    pixels = read_back(tmp_path / name, Image.new(mode, (16, 16), colour))
+    assert pixels.shape == (16, 16, 3)
+    assert np.abs(pixels[8, 8].astype(int) - expected).max() <= 3
+
+
+def test_a_photograph_on_its_side_is_turned_upright(tmp_path):
+    image = Image.new("RGB", (32, 16), "white")
+    image.paste("black", (0, 0, 16, 16))  # the left half as stored
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned a quarter clockwise: the left half is the upper one then
+    pixels = read_back(tmp_path / "x.jpg", image, exif=exif)
+    assert pixels.shape == (32, 16, 3)
+    assert pixels[:14].mean() < 10
+    assert pixels[18:].mean() > 245
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_damaged_orientation_is_ignored(tmp_path):
+    assert read_back(tmp_path / "x.jpg", Image.new("RGB", (32, 16)), exif=b"Exif\0\0MM\0*garbage").shape == (16, 32, 3)

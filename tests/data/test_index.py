@@ -1,0 +1,256 @@
+import logging
+import os
+import tracemalloc
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from beit.data import index as index_module
+from beit.data.datasets import index_images
+from beit.errors import InputError
+
+LONG_AGO = (1_500_000_000, 1_500_000_000)
+
+
+def touch(root, *names):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+
+
+def settle(root):
+    """Makes every folder look old, as folders of real data are: only then is a listing kept."""
+    for folder, _, _ in os.walk(root):
+        os.utime(folder, LONG_AGO)
+
+
+def paths(index, root):
+    return [os.path.relpath(index.path(i), root).replace(os.sep, "/") for i in range(len(index))]
+
+
+@pytest.fixture
+def listings(monkeypatch):
+    """Counts how often a folder or list is really read."""
+    calls = Counter()
+
+    def counting(function):
+        def call(source):
+            calls[function.__name__] += 1
+            return function(source)
+
+        return call
+
+    for name in ("_list_folder", "_list_file"):
+        monkeypatch.setattr(index_module, name, counting(getattr(index_module, name)))
+    return calls
+
+
+def test_class_folders(tmp_path):
+    # Order and ids are those of torchvision's ImageFolder; "cat/x" before "cat-b", unlike plain string order.
+    touch(
+        tmp_path, "dog/2.JPEG", "dog/10.png", "cat/x/1.jpg", "cat/0.webp", "cat-b/7.bmp", "dog/notes.txt", "empty/x.txt"
+    )
+    index = index_images(tmp_path, tmp_path / ".cache")
+    assert paths(index, tmp_path) == ["cat/0.webp", "cat/x/1.jpg", "cat-b/7.bmp", "dog/10.png", "dog/2.JPEG"]
+    assert index.class_names == ("cat", "cat-b", "dog")
+    assert [index.class_id(i) for i in range(len(index))] == [0, 0, 1, 2, 2]
+    assert index.path(-1) == index.path(4)
+    with pytest.raises(IndexError):
+        index.path(5)
+
+
+def test_order_and_ids_are_those_of_torchvision(tmp_path):
+    from torchvision.datasets import ImageFolder
+
+    touch(tmp_path, "b/1.jpg", "b/sub/0.jpg", "b-2/5.tiff", "a/9.PPM", "a/10.pgm", "a/z/y/1.tif", "C/3.jpeg")
+    index = index_images(tmp_path, tmp_path.parent / "cache")
+    theirs = ImageFolder(tmp_path)
+    assert [(index.path(i), index.class_id(i)) for i in range(len(index))] == theirs.samples
+    assert list(index.class_names) == theirs.classes
+
+
+def test_a_train_folder_is_not_chosen(tmp_path):
+    touch(tmp_path, "train/a/1.jpg", "val/a/2.jpg")
+    assert index_images(tmp_path, tmp_path / ".cache").class_names == ("train", "val")
+
+
+@pytest.mark.parametrize("names", [["2.jpg", "10.jpg"], ["2.jpg", "sub/10.jpg"]])
+def test_images_in_the_folder_itself_have_no_class(tmp_path, names):
+    touch(tmp_path, *names)
+    index = index_images(tmp_path, tmp_path / ".cache")
+    assert len(index) == 2
+    assert index.class_names == ()
+    assert index.class_id(0) is None
+
+
+def test_links_are_followed_once_and_hidden_folders_left_out(tmp_path):
+    touch(tmp_path, "data/a/1.jpg", "data/.thumbnails/1.jpg", "elsewhere/2.jpg")
+    (tmp_path / "data/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data/a/loop").symlink_to(tmp_path / "data")
+    (tmp_path / "data/a/broken.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    index = index_images(tmp_path / "data", tmp_path / "cache")
+    assert paths(index, tmp_path / "data") == ["a/1.jpg", "a/broken.jpg", "linked/2.jpg"]
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    name = os.fsencode(tmp_path) + b"/caf\xe9.jpg"
+    with open(name, "wb"):
+        pass
+    index = index_images(tmp_path, tmp_path / ".cache")
+    assert os.fsencode(index.path(0)) == name
+    assert os.path.exists(index.path(0))
+
+
+def test_a_list_keeps_its_order_and_takes_both_kinds_of_paths(tmp_path):
+    touch(tmp_path, "images/b.jpg", "images/a.jpg", "other place/c d.png")
+    listing = tmp_path / "list.txt"
+    listing.write_text(f"images/b.jpg\n\n  images/a.jpg\r\n{tmp_path}/other place/c d.png\nimages/b.jpg")
+    index = index_images(listing, tmp_path / "cache")
+    assert paths(index, tmp_path) == ["images/b.jpg", "images/a.jpg", "other place/c d.png", "images/b.jpg"]
+    assert index.class_names == ()
+
+
+@pytest.mark.parametrize(
+    ("make", "path", "message"),
+    [
+        (lambda root: touch(root, "images/1.jpg"), "imagse", "did you mean 'images'"),
+        (lambda root: None, "a/b/c", "does not exist either"),
+        (lambda root: touch(root, "d/x.npy", "d/y.NPY", "d/z"), "d", r"2 \.npy, 1 no extension"),
+        (lambda root: (root / "d").mkdir(), "d", "no files at all"),
+        (lambda root: touch(root, "list.txt"), "list.txt", "is empty"),
+        (lambda root: (root / "list.txt").write_text("gone/1.jpg\n"), "list.txt", "none of the files"),
+        (lambda root: touch(root, "one.jpg"), "one.jpg", "is one image"),
+        (lambda root: (root / "data.bin").write_bytes(b"PK\0\0"), "data.bin", "not a text file"),
+    ],
+)
+def test_mistakes_say_what_was_looked_for_and_found(tmp_path, make, path, message):
+    make(tmp_path)
+    with pytest.raises(InputError, match=message) as caught:
+        index_images(tmp_path / path, tmp_path / "cache")
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_folder_is_listed_once(tmp_path, listings):
+    data, cache = tmp_path / "data", tmp_path / "cache"
+    touch(data, "a/1.jpg", "b/c/2.jpg")
+    settle(data)
+    first, second = index_images(data, cache), index_images(data, cache)
+    assert listings["_list_folder"] == 1
+    assert paths(first, data) == paths(second, data) == ["a/1.jpg", "b/c/2.jpg"]
+    assert first.class_names == second.class_names
+    assert [second.class_id(i) for i in range(2)] == [0, 1]
+
+
+@pytest.mark.parametrize("change", ["add", "remove", "new folder", "in a folder without images"])
+def test_a_changed_folder_is_listed_again(tmp_path, listings, change):
+    data, cache = tmp_path / "data", tmp_path / "cache"
+    touch(data, "a/1.jpg", "b/c/2.jpg", "empty/readme.txt")
+    settle(data)
+    index_images(data, cache)
+    if change == "add":
+        touch(data, "b/c/3.jpg")
+    elif change == "remove":
+        (data / "a/1.jpg").unlink()
+    elif change == "new folder":
+        touch(data, "d/4.jpg")
+    else:
+        touch(data, "empty/5.jpg")
+    expected = sorted(p.relative_to(data).as_posix() for p in data.rglob("*.jpg"))
+    assert paths(index_images(data, cache), data) == expected
+    assert listings["_list_folder"] == 2
+
+
+def test_a_list_is_read_again_only_when_it_changes(tmp_path, listings):
+    touch(tmp_path, "1.jpg", "2.jpg")
+    listing, cache = tmp_path / "list.txt", tmp_path / "cache"
+    listing.write_text("1.jpg\n")
+    os.utime(listing, LONG_AGO)
+    for _ in range(2):
+        assert len(index_images(listing, cache)) == 1
+    assert listings["_list_file"] == 1
+    listing.write_text("1.jpg\n2.jpg\n")
+    assert len(index_images(listing, cache)) == 2
+
+
+def test_a_folder_still_being_filled_is_not_kept(tmp_path, listings):
+    # Its next file may get the time stamp the listing saw, and would then never be found.
+    touch(tmp_path / "data", "1.jpg")
+    for _ in range(2):
+        index_images(tmp_path / "data", tmp_path / "cache")
+    assert listings["_list_folder"] == 2
+
+
+def test_two_folders_share_a_cache(tmp_path):
+    touch(tmp_path, "one/1.jpg", "two/2.jpg")
+    settle(tmp_path / "one")
+    settle(tmp_path / "two")
+    for _ in range(2):
+        for name, file in (("one", "1.jpg"), ("two", "2.jpg")):
+            assert paths(index_images(tmp_path / name, tmp_path / "cache"), tmp_path / name) == [file]
+
+
+@pytest.mark.parametrize("damage", ["cut short", "garbage", "empty", "a folder", "fields missing"])
+def test_a_damaged_cache_is_no_error(tmp_path, damage):
+    data, cache = tmp_path / "data", tmp_path / "cache"
+    touch(data, "a/1.jpg", "a/2.jpg")
+    settle(data)
+    index_images(data, cache)
+    (file,) = [path for path in cache.iterdir() if path.suffix == ".npz"]
+    content = file.read_bytes()
+    file.unlink()
+    if damage == "a folder":
+        file.mkdir()
+    elif damage == "fields missing":
+        np.savez(file, version=np.int64(1))
+    else:
+        file.write_bytes(
+            {"cut short": content[: len(content) // 2], "garbage": b"\x80\x04x" * 50, "empty": b""}[damage]
+        )
+    assert paths(index_images(data, cache), data) == ["a/1.jpg", "a/2.jpg"]
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path):
+    touch(tmp_path, "data/1.jpg", "file")
+    settle(tmp_path / "data")
+    assert len(index_images(tmp_path / "data", tmp_path / "file" / "cache")) == 1
+
+
+def test_the_cache_is_below_beit_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("BEIT_HOME", str(tmp_path / "home"))
+    touch(tmp_path / "data", "1.jpg")
+    settle(tmp_path / "data")
+    index_images(tmp_path / "data")
+    assert [path.suffix for path in (tmp_path / "home" / "index").iterdir()] == [".npz"]
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch, caplog):
+    touch(tmp_path, "a/1.jpg", "lost+found/2.jpg")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("lost+found"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(index_module.os, "scandir", refuse)
+    with caplog.at_level(logging.WARNING):
+        assert len(index_images(tmp_path, tmp_path / ".cache")) == 1
+    assert "lost+found" in caplog.text
+
+
+def test_a_million_paths_stay_small(tmp_path):
+    # Fails when paths are kept as Python strings (about 100 bytes each) or as one padded array.
+    listing = tmp_path / "list.txt"
+    with listing.open("w") as file:
+        for i in range(100_000):
+            file.write(f"train/n{i // 1300:08d}/n{i // 1300:08d}_{i}.JPEG\n")
+    touch(tmp_path, "train/n00000000/n00000000_0.JPEG")
+    tracemalloc.start()
+    index = index_images(listing, tmp_path / "cache")
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 5_000_000  # 50 MB for a million
+    assert index.path(99_999).endswith("train/n00000076/n00000076_99999.JPEG")
