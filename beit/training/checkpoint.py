@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 LAST = "checkpoint-last.pth"
 BEST = "checkpoint-best.pth"
+BEST_EMA = "checkpoint-best-ema.pth"  # the moving average of the weights, as its model
 _EPOCH_FILE = re.compile(r"checkpoint-(\d+)\.pth")
 _SHOWN_DIFFERENCES = 2
 
@@ -75,7 +76,7 @@ class RunFolder:
         path = self.path / f"checkpoint-{epoch}.pth"
         save_checkpoint(path, dict(state))
         if self.keep > 0:
-            for _, old in self._epoch_files()[: -self.keep]:
+            for _, old in _epoch_files(self.path)[: -self.keep]:
                 old.unlink()
         return path
 
@@ -90,24 +91,29 @@ class RunFolder:
         Raises:
             InputError: There are checkpoints and none of them can be read: starting over would overwrite them.
         """
-        candidates = [path for _, path in reversed(self._epoch_files())][:2]
-        if (self.path / LAST).exists():
-            candidates.insert(0, self.path / LAST)
-        positions: list[tuple[tuple[int, int], Path]] = []
-        for path in candidates:
-            try:
-                positions.append((position_of(load_checkpoint(path, mmap=True)), path))
-            except InputError as error:
-                logger.warning("%s", error)
-        if candidates and not positions:
-            raise InputError(
-                f"no checkpoint in {self.path} can be read; move them away, or start over with --no_auto_resume"
-            )
-        return max(positions, default=((0, 0), None))[1]
+        return newest_checkpoint(self.path)
 
-    def _epoch_files(self) -> list[tuple[int, Path]]:
-        matches = ((_EPOCH_FILE.fullmatch(path.name), path) for path in self.path.iterdir())
-        return sorted((int(match[1]), path) for match, path in matches if match)
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Returns a folder's checkpoint that has got furthest, or None if there is none; see :meth:`RunFolder.newest`."""
+    candidates = [path for _, path in reversed(_epoch_files(folder))][:2]
+    if (folder / LAST).exists():
+        candidates.insert(0, folder / LAST)
+    positions: list[tuple[tuple[int, int], Path]] = []
+    for path in candidates:
+        try:
+            positions.append((position_of(load_checkpoint(path, mmap=True)), path))
+        except InputError as error:
+            logger.warning("%s", error)
+    if candidates and not positions:
+        raise InputError(f"no checkpoint in {folder} can be read; move them away, or start over with --no_auto_resume")
+    return max(positions, default=((0, 0), None))[1]
+
+
+def _epoch_files(folder: Path) -> list[tuple[int, Path]]:
+    paths = folder.iterdir() if folder.is_dir() else ()
+    matches = ((_EPOCH_FILE.fullmatch(path.name), path) for path in paths)
+    return sorted((int(match[1]), path) for match, path in matches if match)
 
 
 def position_of(checkpoint: Mapping[str, Any]) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from beit.errors import InputError
 from beit.training import distributed
-from beit.training.checkpoint import LAST, RunFolder, load_exactly, position_of, to_cpu, unwrap
+from beit.training.checkpoint import BEST, BEST_EMA, LAST, RunFolder, load_exactly, position_of, to_cpu, unwrap
 from beit.training.logging import Averages, EpochLog, Progress, ScalarWriter, Throughput, memory_in_use
 from beit.training.optim import apply_schedules
 from beit.training.precision import Precision
@@ -65,6 +65,8 @@ class LoopSettings:
         save_epochs: Epochs between two epoch checkpoints.
         save_steps: Optimizer steps between two rolling checkpoints; 0 for none.
         evaluate_epochs: Epochs between two evaluations.
+        save: Whether to write checkpoints at all; without them ``log.txt`` alone is written.
+        best_metric: Metric of the evaluation, the larger the better, whose best epoch is kept; None for none.
         seed: Seed of everything random in a step (dropout, stochastic depth, mixup).
     """
 
@@ -75,6 +77,8 @@ class LoopSettings:
     save_epochs: int = 20
     save_steps: int = 0
     evaluate_epochs: int = 1
+    save: bool = True
+    best_metric: str | None = None
     seed: int = 0
 
 
@@ -97,7 +101,8 @@ class Trainer:
         config: The run's settings as plain values, stored in checkpoints under ``args``.
         extras: More that checkpoints hold, such as the model's architecture.
         ema: A moving average of the weights, with ``update(model, step)`` and ``module`` (timm's ``ModelEmaV3``).
-        evaluate: ``(model, epoch) -> metrics`` at the end of epochs, logged with the prefix ``test_``.
+        evaluate: ``(model, epoch) -> metrics`` at the end of epochs, logged with the prefix ``test_``; for the moving
+            average as well, with the prefix ``test_ema_``.
         on_epoch_end: Called on the main process after an epoch is saved.
     """
 
@@ -130,6 +135,7 @@ class Trainer:
         self._device = self.precision.device
         self._averages = Averages()
         self._skipped_steps = 0
+        self._best: dict[str, float] = {}  # the best value so far of the metrics that decide what is kept
         self._names: list[str] = []  # of the metrics in the window's rows
         self._window: list[Tensor] = []  # one row of metrics a step, on the device
         self._fresh = True
@@ -143,17 +149,22 @@ class Trainer:
             InputError: The checkpoint is of another model, or lacks the optimizer's state.
         """
         if not {"model", "optimizer"} <= checkpoint.keys():
-            raise InputError(f"{source} holds no training state to resume; to start from its weights use --init_from")
+            raise InputError(
+                f"{source} holds no training state to resume; to start from its weights use "
+                "--init_from (pre-training) or --finetune"
+            )
         load_exactly(self.model, checkpoint["model"], source)
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
         except ValueError as error:
             raise InputError(f"{source}: the optimizer's state does not fit this run ({error}); check --opt") from error
         self.precision.load_state_dict(checkpoint.get("scaler") or {})
-        if self.ema is not None and checkpoint.get("model_ema"):
-            load_exactly(self.ema.module, checkpoint["model_ema"], f"{source} (model_ema)")
+        if self.ema is not None:
+            # Of a run without an average, it begins with the weights.
+            load_exactly(self.ema.module, checkpoint.get("model_ema") or checkpoint["model"], f"{source} (model_ema)")
         self._averages = Averages(checkpoint.get("averages"))
         self._skipped_steps = checkpoint.get("skipped_steps", 0)
+        self._best = dict(checkpoint.get("best", {}))
         self.first_epoch, self.first_step = self._position(checkpoint)
         self._fresh = False
         logger.info("resuming %s at epoch %d, step %d", source, self.first_epoch, self.first_step)
@@ -189,6 +200,7 @@ class Trainer:
             "progress": progress,
             "averages": {} if finished else self._averages.state_dict(),
             "skipped_steps": self._skipped_steps,
+            "best": dict(self._best),
             **self.extras,
         }
         if self.ema is not None:
@@ -342,6 +354,9 @@ class Trainer:
         entry: dict[str, Any] = {f"train_{name}": value for name, value in self._averages.means().items()}
         if self.evaluate and ((epoch + 1) % self.settings.evaluate_epochs == 0 or epoch + 1 == self.settings.epochs):
             results = self.evaluate(unwrap(self.model), epoch)
+            if self.ema is not None:
+                average = self.evaluate(self.ema.module, epoch)
+                results = {**results, **{f"ema_{name}": value for name, value in average.items()}}
             scalars.write("perf", {f"test_{name}": value for name, value in results.items()}, epoch)
             entry |= {f"test_{name}": value for name, value in results.items()}
         entry |= {"epoch": epoch, "n_parameters": sum(p.numel() for p in parameters)}
@@ -352,18 +367,42 @@ class Trainer:
         logger.info("epoch %d: %s", epoch, "  ".join(f"{key} {_short(value)}" for key, value in entry.items()))
         if log is not None:
             log.write(entry)
+        if self.settings.best_metric is not None:
+            self._keep_best(self.settings.best_metric, epoch, entry)
         if self.folder is None:
             return
-        last = epoch + 1 == self.settings.epochs
-        if (epoch + 1) % self.settings.save_epochs == 0 or last:
-            self.folder.save_epoch(epoch, self._state(epoch, self.steps_per_epoch))
-        elif self._saves_at((epoch + 1) * self.steps_per_epoch):
-            self._save_last(epoch, self.steps_per_epoch)
+        if self.settings.save:
+            self._save_epoch(epoch, self.folder)
         if self.on_epoch_end is not None:
             self.on_epoch_end(epoch, scalars)
 
+    def _save_epoch(self, epoch: int, folder: RunFolder) -> None:
+        if (epoch + 1) % self.settings.save_epochs == 0 or epoch + 1 == self.settings.epochs:
+            folder.save_epoch(epoch, self._state(epoch, self.steps_per_epoch))
+        elif self._saves_at((epoch + 1) * self.steps_per_epoch):
+            self._save_last(epoch, self.steps_per_epoch)
+
+    def _keep_best(self, metric: str, epoch: int, entry: Mapping[str, Any]) -> None:
+        """Writes what is the best so far, before the epoch's checkpoint, so that a killed run does it again."""
+        of_average = f"ema_{metric}"
+        scores = {name: entry[f"test_{name}"] for name in (metric, of_average) if f"test_{name}" in entry}
+        better = {name: score for name, score in scores.items() if score > self._best.get(name, -math.inf)}
+        self._best.update(better)
+        for name, score in scores.items():
+            logger.info("%s %.3f, the best so far %.3f", name, score, self._best[name])
+        if self.folder is None or not self.settings.save or not better:
+            return
+        state = self._state(epoch, self.steps_per_epoch)
+        if metric in better:
+            self.folder.save(BEST, state)
+        if of_average in better:
+            # Under the key that everyone reads; the training state belongs to other weights and stays out.
+            training = ("optimizer", "scaler", "averages", "progress", "model_ema")
+            kept = {key: value for key, value in state.items() if key not in training}
+            self.folder.save(BEST_EMA, {**kept, "model": state["model_ema"]})
+
     def _save_last(self, epoch: int, done: int) -> None:
-        if self.folder is not None:
+        if self.folder is not None and self.settings.save:
             self.folder.save(LAST, self._state(epoch, done))
         self._throughput.restart_window()
 

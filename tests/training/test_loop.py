@@ -11,8 +11,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from beit.errors import InputError
-from beit.storage import load_checkpoint
-from beit.training.checkpoint import LAST, RunFolder
+from beit.storage import load_checkpoint, save_checkpoint
+from beit.training.checkpoint import BEST, BEST_EMA, LAST, RunFolder
 from beit.training.loop import LoopSettings, NonFiniteLossError, Stopped, Trainer
 from beit.training.optim import create_optimizer, parameter_groups
 from beit.training.precision import Precision, resolve_amp_dtype
@@ -254,3 +254,82 @@ def test_no_host_synchronisation_between_log_lines(dtype):
             trainer._optimizer_step(trainer.model, batches, global_step)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def evaluated(scores):
+    """An evaluation whose accuracy is the given one of each epoch; the average's is another one."""
+
+    def evaluate(model, epoch):
+        weights, of_average = scores[epoch]
+        return {"acc1": weights if model.training else of_average}  # timm keeps the average in evaluation mode
+
+    return evaluate
+
+
+SCORES = [(20.0, 5.0), (30.0, 4.0), (30.0, 6.0)]
+
+
+def best_files(folder):
+    state = load_checkpoint(folder / BEST)
+    return [*state["model"].values(), *load_checkpoint(folder / BEST_EMA)["model"].values()]
+
+
+def test_the_best_epoch_is_kept_and_the_average_s_best_apart(tmp_path):
+    # Breaks if a later epoch that is no better replaces it, or the two files swap weights.
+    trainer = make_trainer(tmp_path, best_metric="acc1")
+    trainer.evaluate = evaluated(SCORES)
+    trainer.fit()
+    best, best_ema = load_checkpoint(tmp_path / BEST), load_checkpoint(tmp_path / BEST_EMA)
+    second, third = load_checkpoint(tmp_path / "checkpoint-1.pth"), load_checkpoint(tmp_path / "checkpoint-2.pth")
+    assert (best["epoch"], best_ema["epoch"]) == (1, 2)
+    assert all(torch.equal(best["model"][name], tensor) for name, tensor in second["model"].items())
+    assert all(torch.equal(best_ema["model"][name], tensor) for name, tensor in third["model_ema"].items())
+    assert "optimizer" not in best_ema
+    entry = log_lines(tmp_path)[2]
+    assert (entry["test_acc1"], entry["test_ema_acc1"]) == (30.0, 6.0)
+
+
+@pytest.mark.parametrize("kill_at", [1, 2, 3, 4, 5, 6])
+def test_killed_at_any_write_the_best_files_are_the_same(tmp_path, monkeypatch, kill_at):
+    def train(folder, interrupt=False):
+        trainer = continued(folder, best_metric="acc1")
+        trainer.evaluate = evaluated(SCORES)
+        saved = []
+
+        def save(path, state):
+            saved.append(path)
+            if interrupt and len(saved) == kill_at:
+                raise Interrupted
+            save_checkpoint(path, state)
+
+        monkeypatch.setattr("beit.training.checkpoint.save_checkpoint", save)
+        try:
+            trainer.fit()
+        finally:
+            trainer.folder.close()
+
+    train(tmp_path / "undisturbed")
+    with pytest.raises(Interrupted):
+        train(tmp_path / "killed", interrupt=True)
+    train(tmp_path / "killed")
+    pairs = zip(best_files(tmp_path / "killed"), best_files(tmp_path / "undisturbed"), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert log_lines(tmp_path / "killed") == log_lines(tmp_path / "undisturbed")
+
+
+def test_a_run_that_saves_nothing_still_logs(tmp_path):
+    trainer = make_trainer(tmp_path, save=False, save_steps=2, best_metric="acc1")
+    trainer.evaluate = evaluated(SCORES)
+    trainer.fit()
+    assert len(log_lines(tmp_path)) == 3
+    assert list(tmp_path.glob("*.pth")) == []
+
+
+def test_an_average_switched_on_at_a_resume_begins_with_the_weights(tmp_path):
+    trainer = make_trainer(None)
+    trainer.fit()
+    state = trainer._state(2, 10)
+    del state["model_ema"]
+    resumed = make_trainer(None)
+    resumed.resume(state, "state")
+    assert all(torch.equal(tensor, state["model"][name]) for name, tensor in resumed.ema.module.state_dict().items())
