@@ -43,7 +43,7 @@ def draw_panels(path: str | Path, panels: Mapping[str, Tensor], captions: Sequen
                      "wspace": 0.05, "hspace": 0.05 + foot / PANEL_INCHES},
     )  # fmt: skip
     for column, (name, images) in enumerate(panels.items()):
-        grid[0][column].set_title(name, fontsize=8.5, pad=4)
+        grid[0][column].set_title(name, fontsize=8, pad=4)
         for row in range(rows):
             _show(grid[row][column], images[row])
     for row, caption in enumerate(captions):
