@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,6 @@ from dall_e import Decoder, Encoder, ModelFileError, load_model, map_pixels, unm
 
 logger = logging.getLogger(__name__)
 
-TokenizerKind = Literal["dall-e", "customized"]
 Half = TypeVar("Half", bound=Encoder | Decoder)
 KINDS = ("dall-e", "customized")
 OPENAI_URL = "https://cdn.openai.com/dall-e/"
@@ -241,7 +240,7 @@ class CustomizedTokenizer(VisualTokenizer):
 
 def load_tokenizer(
     path: str | os.PathLike[str],
-    kind: TokenizerKind = "dall-e",
+    kind: str = "dall-e",
     device: torch.device | str = "cpu",
     mixed_precision: bool = False,
 ) -> VisualTokenizer:
@@ -394,7 +393,7 @@ def save_dvae(folder: str | os.PathLike[str], model: DiscreteVAE) -> None:
     folder = Path(folder)
     with atomic_write(folder / "config.json") as file:
         file.write((json.dumps(model.sizes(), indent=2) + "\n").encode())
-    save_checkpoint(folder / "pytorch_model.bin", {"weights": model.state_dict()})
+    save_checkpoint(folder / "pytorch_model.bin", {"weights": {name: value.cpu() for name, value in model.state_dict().items()}})
 
 
 def download_tokenizer(directory: str | os.PathLike[str], base_url: str = OPENAI_URL) -> None:
