@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from beit.data.index import EXTENSIONS, ImageIndex, index_images
 from beit.errors import InputError
 
+LABEL = "label"  # key of a sample's class id
 UNREADABLE = "unreadable"  # key of a sample that tells which images it had to do without
 REPLACEMENT_TRIES = 20
 EXIF_ORIENTATION = 0x0112
@@ -26,6 +27,7 @@ _STREAMS = {"sample": 0, "order": 1, "replacement": 2}
 
 __all__ = [
     "EXTENSIONS",
+    "LABEL",
     "UNREADABLE",
     "ImageDataset",
     "ImageIndex",
@@ -55,12 +57,14 @@ class ImageDataset(Dataset[dict[str, Any]]):
         index: The images.
         transform: Called with an RGB image and a NumPy generator; returns a dict of tensors.
         seed: Of the run.
+        labels: Whether samples have a key ``LABEL``: the class of the image that is shown, int64 ``()``.
     """
 
-    def __init__(self, index: ImageIndex, transform: Transform, seed: int = 0) -> None:
+    def __init__(self, index: ImageIndex, transform: Transform, seed: int = 0, labels: bool = False) -> None:
         self.index = index
         self.transform = transform
         self.seed = seed
+        self.labels = labels
 
     def __len__(self) -> int:
         return len(self.index)
@@ -76,14 +80,16 @@ class ImageDataset(Dataset[dict[str, Any]]):
             InputError: Neither the image nor any of 20 drawn in its place can be read.
         """
         epoch, index = key
-        image, unreadable = self._readable(epoch, index)
+        image, shown, unreadable = self._readable(epoch, index)
         with sample_randomness(self.seed, epoch, index) as rng:
             sample: dict[str, Any] = dict(self.transform(image, rng))
+        if self.labels:
+            sample[LABEL] = torch.tensor(self.index.class_id(shown))
         if unreadable:
             sample[UNREADABLE] = unreadable
         return sample
 
-    def _readable(self, epoch: int, index: int) -> tuple[Image.Image, tuple[tuple[int, str], ...]]:
+    def _readable(self, epoch: int, index: int) -> tuple[Image.Image, int, tuple[tuple[int, str], ...]]:
         unreadable: list[tuple[int, str]] = []
         for attempt in range(REPLACEMENT_TRIES + 1):
             if attempt:
@@ -92,7 +98,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
             else:
                 candidate = index
             try:
-                return read_image(self.index.path(candidate)), tuple(unreadable)
+                return read_image(self.index.path(candidate)), candidate, tuple(unreadable)
             except UnreadableImageError as error:
                 unreadable.append((candidate, str(error)))
         first, reason = unreadable[0]

@@ -147,7 +147,7 @@ class RandomCropTransform:
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
     ) -> None:
         self.size = size_pair(image_size)
-        self.interpolation = _known_interpolation(interpolation)
+        self.interpolation = known_interpolation(interpolation)
         self.scale, self.ratio = scale, ratio
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, Tensor]:
@@ -174,7 +174,7 @@ class CenterCropTransform:
         self, image_size: int | Sequence[int], *, interpolation: str = "lanczos", crop_fraction: float = 1.0
     ) -> None:
         self.size = size_pair(image_size)
-        self.interpolation = _known_interpolation(interpolation)
+        self.interpolation = known_interpolation(interpolation)
         self.crop_fraction = crop_fraction
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, Tensor]:
@@ -194,8 +194,8 @@ class _TwoViews:
         second_interpolation: str,
     ) -> None:
         self.size, self.second_size = size_pair(size), size_pair(second_size)
-        self.interpolation = _known_interpolation(interpolation)
-        self.second_interpolation = _known_interpolation(second_interpolation)
+        self.interpolation = known_interpolation(interpolation)
+        self.second_interpolation = known_interpolation(second_interpolation)
 
     def __call__(self, image: Image.Image, box: Box, rng: np.random.Generator) -> dict[str, Tensor]:
         return {
@@ -206,9 +206,16 @@ class _TwoViews:
 
 def view(image: Image.Image, box: Box, size: tuple[int, int], interpolation: str, rng: np.random.Generator) -> Tensor:
     """Returns the region ``box`` of an image at ``size``, uint8 ``(3, H, W)``."""
+    return F.pil_to_tensor(crop_and_resize(image, box, size, interpolation, rng))
+
+
+def crop_and_resize(
+    image: Image.Image, box: Box, size: tuple[int, int], interpolation: str, rng: np.random.Generator
+) -> Image.Image:
+    """Returns the region ``box`` of an image at ``size`` = ``(H, W)``; ``random`` draws the interpolation."""
     if interpolation == "random":
         interpolation = RANDOM_CHOICES[rng.integers(len(RANDOM_CHOICES))]
-    return F.pil_to_tensor(F.resized_crop(image, *box, list(size), INTERPOLATIONS[interpolation]))
+    return F.resized_crop(image, *box, list(size), INTERPOLATIONS[interpolation])
 
 
 def random_box(
@@ -268,7 +275,12 @@ def size_pair(size: int | Sequence[int]) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
-def _known_interpolation(name: str) -> str:
+def known_interpolation(name: str) -> str:
+    """Returns the name of an interpolation.
+
+    Raises:
+        InputError: There is no such interpolation.
+    """
     choices = (*INTERPOLATIONS, "random")
     if name not in choices:
         raise InputError(f"unknown interpolation {name!r}{did_you_mean(name, choices)}: use {', '.join(choices)}")

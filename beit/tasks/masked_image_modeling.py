@@ -14,10 +14,6 @@ from beit.config import Size, option, to_plain
 from beit.data.datasets import ImageDataset, index_images
 from beit.data.loaders import EpochLoader
 from beit.data.transforms import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    IMAGENET_INCEPTION_MEAN,
-    IMAGENET_INCEPTION_STD,
     MaskedImageModelingEvalTransform,
     MaskedImageModelingTransform,
     normalize,
@@ -34,6 +30,7 @@ from beit.tasks.options import (
     check_positive,
     effective_batch,
     loop_settings,
+    normalization,
     schedules,
     session_of,
 )
@@ -197,13 +194,6 @@ def build_loader(config: PretrainingConfig, masks: BlockwiseMaskGenerator, sessi
         pin_memory=config.pin_mem and session.device.type == "cuda",
         max_unreadable=config.max_unreadable,
     )
-
-
-def normalization(config: PretrainingConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns mean and standard deviation of the model's input, per channel, for images in [0, 1]."""
-    if config.imagenet_default_mean_and_std:
-        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    return IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 
 
 def with_masked_index(batch: Batch) -> dict[str, Tensor]:

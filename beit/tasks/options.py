@@ -5,6 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from beit.config import dump_yaml, option
+from beit.data.transforms import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+)
 from beit.errors import InputError
 from beit.training import distributed
 from beit.training.loop import LoopSettings
@@ -58,11 +64,11 @@ class OptimizerOptions:
     update_freq: int = option(1, "batches whose gradients are added up for one optimizer step")
 
 
-def session_of(config: Any) -> AbstractContextManager[Session]:
-    """Opens the session that a job's flags ask for."""
+def session_of(config: Any, *, writes: bool = True) -> AbstractContextManager[Session]:
+    """Opens the session that a job's flags ask for; a job that only looks leaves the run folder alone."""
     return open_session(
         device=config.device,
-        output_dir=config.output_dir,
+        output_dir=config.output_dir if writes else None,
         settings=dump_yaml(config),
         seed=config.seed,
         keep_checkpoints=config.keep_checkpoints,
@@ -93,6 +99,13 @@ def schedules(config: Any, steps_per_epoch: int) -> tuple[WarmupCosine, WarmupCo
     warmup = duration_in_steps(epochs=config.warmup_epochs, steps=config.warmup_steps, steps_per_epoch=steps_per_epoch)
     end = config.weight_decay if config.weight_decay_end is None else config.weight_decay_end
     return WarmupCosine(config.lr, config.min_lr, total, warmup), WarmupCosine(config.weight_decay, end, total)
+
+
+def normalization(config: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns mean and standard deviation of the model's input, per channel, for images in [0, 1]."""
+    if config.imagenet_default_mean_and_std:
+        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    return IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 
 
 def effective_batch(config: Any) -> int:

@@ -14,7 +14,8 @@ from beit.data.transforms import MaskedImageModelingEvalTransform
 from beit.errors import InputError
 from beit.modeling import VisionTransformerForMaskedImageModeling
 from beit.storage import load_checkpoint
-from beit.tasks.masked_image_modeling import PretrainingConfig, build_mask_generator, build_model, normalization
+from beit.tasks.masked_image_modeling import PretrainingConfig, build_mask_generator, build_model
+from beit.tasks.options import normalization
 from beit.tokenizer import VisualTokenizer, load_tokenizer
 from beit.training.checkpoint import load_exactly
 from beit.training.distributed import select_device

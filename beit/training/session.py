@@ -52,7 +52,7 @@ class Session:
 def open_session(
     *,
     device: str,
-    output_dir: str,
+    output_dir: str | None,
     settings: str,
     seed: int,
     keep_checkpoints: int = 0,
@@ -65,7 +65,7 @@ def open_session(
 
     Args:
         device: ``cuda``, ``cpu`` or ``mps``.
-        output_dir: The run folder; empty to write nothing.
+        output_dir: The run folder; empty to write nothing, None for a job that has nothing to write.
         settings: The run's settings, written there as ``config.yaml``.
         seed: Seed of the initialisation, the same on all processes.
         keep_checkpoints: Epoch checkpoints to keep; 0 keeps all.
@@ -94,7 +94,9 @@ def open_session(
         distributed.disconnect()
 
 
-def _open_folder(output_dir: str, keep: int, settings: str) -> RunFolder | None:
+def _open_folder(output_dir: str | None, keep: int, settings: str) -> RunFolder | None:
+    if output_dir is None:
+        return None
     if not output_dir:
         logger.warning("no --output_dir: this run writes no checkpoints and no log.txt")
         return None
