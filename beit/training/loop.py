@@ -65,6 +65,7 @@ class LoopSettings:
         save_epochs: Epochs between two epoch checkpoints.
         save_steps: Optimizer steps between two rolling checkpoints; 0 for none.
         evaluate_epochs: Epochs between two evaluations.
+        evaluate_average: Whether the moving average is evaluated too.
         save: Whether to write checkpoints at all; without them ``log.txt`` alone is written.
         best_metric: Metric of the evaluation, the larger the better, whose best epoch is kept; None for none.
         seed: Seed of everything random in a step (dropout, stochastic depth, mixup).
@@ -77,6 +78,7 @@ class LoopSettings:
     save_epochs: int = 20
     save_steps: int = 0
     evaluate_epochs: int = 1
+    evaluate_average: bool = False
     save: bool = True
     best_metric: str | None = None
     seed: int = 0
@@ -101,8 +103,8 @@ class Trainer:
         config: The run's settings as plain values, stored in checkpoints under ``args``.
         extras: More that checkpoints hold, such as the model's architecture.
         ema: A moving average of the weights, with ``update(model, step)`` and ``module`` (timm's ``ModelEmaV3``).
-        evaluate: ``(model, epoch) -> metrics`` at the end of epochs, logged with the prefix ``test_``; for the moving
-            average as well, with the prefix ``test_ema_``.
+        evaluate: ``(model, epoch) -> metrics`` at the end of epochs, logged with the prefix ``test_``, and those of
+            the moving average with ``test_ema_``.
         on_epoch_end: Called on the main process after an epoch is saved.
     """
 
@@ -354,7 +356,7 @@ class Trainer:
         entry: dict[str, Any] = {f"train_{name}": value for name, value in self._averages.means().items()}
         if self.evaluate and ((epoch + 1) % self.settings.evaluate_epochs == 0 or epoch + 1 == self.settings.epochs):
             results = self.evaluate(unwrap(self.model), epoch)
-            if self.ema is not None:
+            if self.ema is not None and self.settings.evaluate_average:
                 average = self.evaluate(self.ema.module, epoch)
                 results = {**results, **{f"ema_{name}": value for name, value in average.items()}}
             scalars.write("perf", {f"test_{name}": value for name, value in results.items()}, epoch)

@@ -269,6 +269,9 @@ def evaluated(scores):
 SCORES = [(20.0, 5.0), (30.0, 4.0), (30.0, 6.0)]
 
 
+BEST_KEPT = {"best_metric": "acc1", "evaluate_average": True}
+
+
 def best_files(folder):
     state = load_checkpoint(folder / BEST)
     return [*state["model"].values(), *load_checkpoint(folder / BEST_EMA)["model"].values()]
@@ -276,7 +279,7 @@ def best_files(folder):
 
 def test_the_best_epoch_is_kept_and_the_average_s_best_apart(tmp_path):
     # Breaks if a later epoch that is no better replaces it, or the two files swap weights.
-    trainer = make_trainer(tmp_path, best_metric="acc1")
+    trainer = make_trainer(tmp_path, **BEST_KEPT)
     trainer.evaluate = evaluated(SCORES)
     trainer.fit()
     best, best_ema = load_checkpoint(tmp_path / BEST), load_checkpoint(tmp_path / BEST_EMA)
@@ -292,7 +295,7 @@ def test_the_best_epoch_is_kept_and_the_average_s_best_apart(tmp_path):
 @pytest.mark.parametrize("kill_at", [1, 2, 3, 4, 5, 6])
 def test_killed_at_any_write_the_best_files_are_the_same(tmp_path, monkeypatch, kill_at):
     def train(folder, interrupt=False):
-        trainer = continued(folder, best_metric="acc1")
+        trainer = continued(folder, **BEST_KEPT)
         trainer.evaluate = evaluated(SCORES)
         saved = []
 
@@ -318,7 +321,7 @@ def test_killed_at_any_write_the_best_files_are_the_same(tmp_path, monkeypatch, 
 
 
 def test_a_run_that_saves_nothing_still_logs(tmp_path):
-    trainer = make_trainer(tmp_path, save=False, save_steps=2, best_metric="acc1")
+    trainer = make_trainer(tmp_path, save=False, save_steps=2, **BEST_KEPT)
     trainer.evaluate = evaluated(SCORES)
     trainer.fit()
     assert len(log_lines(tmp_path)) == 3
