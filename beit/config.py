@@ -35,6 +35,7 @@ def option(
     no_effect: str | None = None,
     positional: bool = False,
     short: str | None = None,
+    written_out: bool = False,
 ) -> Any:
     """Declares a configuration field together with its flag.
 
@@ -46,6 +47,7 @@ def option(
         no_effect: Why a flag that the official scripts have does nothing here; said once when it is used.
         positional: Whether the value stands on the command line without a flag; it must then be there.
         short: A second, short flag, such as ``-o``.
+        written_out: For a boolean, whether the flag may take its value in words, as in ``--flag false``.
     """
     metadata = {
         "help": help,
@@ -54,6 +56,7 @@ def option(
         "no_effect": no_effect,
         "positional": positional,
         "short": short,
+        "written_out": written_out,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -67,6 +70,14 @@ def parse_size(text: str | int | Sequence[int]) -> Size:
     if len(sizes) not in (1, 2) or min(sizes) < 1:
         raise ValueError("a size is one number, or HEIGHTxWIDTH")
     return sizes[0] if len(sizes) == 1 else (sizes[0], sizes[1])
+
+
+def parse_bool(text: str) -> bool:
+    """Reads a truth value in words: ``true``, ``on`` or ``1``, ``false``, ``off`` or ``0``."""
+    words = {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return words[text.lower()]
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -172,7 +183,10 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, field: dataclasses.Fie
         return
     text = f"{meta['help']} (default: {field.default})".replace("%", "%%")
     if reader is _read_bool:
-        parser.add_argument(flag, dest=name, action="store_true", help=text)
+        in_words = {"nargs": "?", "const": True, "type": parse_bool, "metavar": "true|false"}
+        parser.add_argument(
+            flag, dest=name, help=text, **(in_words if meta["written_out"] else {"action": "store_true"})
+        )
         off_help = f"switch {flag} off" if field.default or meta["off"] else argparse.SUPPRESS
         parser.add_argument(meta["off"] or f"--no_{name}", dest=name, action="store_false", help=off_help)
         return
@@ -183,6 +197,8 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, field: dataclasses.Fie
         arguments |= {"nargs": "+", "type": parse_assignment, "action": _CollectAssignments, "metavar": "KEY=VALUE"}
     elif reader is _read_floats:
         arguments |= {"nargs": "+", "type": float, "action": _CollectTuple}
+    elif reader is _read_ints:
+        arguments |= {"nargs": "+", "type": int, "action": _CollectTuple}
     elif reader is _read_strings:
         arguments |= {"nargs": "+", "type": str, "action": _CollectTuple}
     parser.add_argument(*([meta["short"]] if meta["short"] else []), flag, dest=name, **arguments)
@@ -214,6 +230,8 @@ def _reader(annotation: Any) -> Callable[[Any], Any]:
         return _read_bool
     if annotation == tuple[float, ...]:
         return _read_floats
+    if annotation == tuple[int, ...]:
+        return _read_ints
     if annotation == tuple[str, ...]:
         return _read_strings
     if typing.get_origin(annotation) is dict:
@@ -231,6 +249,10 @@ def _read_bool(value: Any) -> bool:
 
 def _read_floats(value: Any) -> tuple[float, ...]:
     return tuple(float(item) for item in value)
+
+
+def _read_ints(value: Any) -> tuple[int, ...]:
+    return tuple(int(item) for item in value)
 
 
 def _read_strings(value: Any) -> tuple[str, ...]:

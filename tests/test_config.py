@@ -24,6 +24,8 @@ class Config:
     abs_pos_emb: bool = option(False, "absolute positions")
     amp_dtype: str = option("auto", "number format, 100 % of the time", choices=("auto", "fp16"))
     local_rank: int = option(-1, "rank")
+    amp_forward: bool = option(True, "mixed precision", written_out=True)
+    layers: tuple[int, ...] = option((), "blocks")
     warmup_lr: float = option(1e-6, "unused", no_effect="the warm-up starts at 0")
 
 
@@ -43,6 +45,33 @@ def test_flags_are_converted_to_the_fields_types():
     assert (config.epochs, config.lr, config.clip_grad, config.opt_betas) == (3, 1e-3, 3.0, (0.9, 0.98))
     assert (config.pin_mem, config.abs_pos_emb, config.input_size) == (False, True, (192, 256))
     assert config.model_kwargs == {"depth": 6, "qkv_bias": False}
+
+
+@pytest.mark.parametrize(
+    ("argv", "value"),
+    [
+        (["--amp_forward", "false"], False),
+        (["--amp_forward=0"], False),
+        (["--amp_forward", "Off"], False),
+        (["--no_amp_forward"], False),
+        (["--amp_forward", "True"], True),
+        (["--amp_forward", "1", "--epochs", "3"], True),
+        (["--amp_forward", "--epochs", "3"], True),
+    ],
+)
+def test_a_truth_value_may_be_written_out(argv, value):
+    # As the official linear evaluation takes it.
+    assert read(*argv).amp_forward is value
+    with pytest.raises(InputError, match="'maybe' is neither true nor false"):
+        read("--amp_forward", "maybe")
+
+
+def test_whole_numbers_in_a_row(tmp_path):
+    assert read("--layers", "3", "-1").layers == (3, -1)
+    (tmp_path / "config.yaml").write_text(dump_yaml(read("--layers", "3", "-1")))
+    assert read("--config", str(tmp_path / "config.yaml")).layers == (3, -1)
+    with pytest.raises(InputError, match=r"1\.5"):
+        read("--layers", "1.5")
 
 
 @pytest.mark.parametrize("spelling", [["--local-rank=2"], ["--local_rank=2"], ["--local-rank", "2"]])

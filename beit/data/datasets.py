@@ -37,6 +37,7 @@ __all__ = [
     "read_image",
     "sample_randomness",
     "to_rgb",
+    "upright",
 ]
 
 
@@ -164,7 +165,7 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
             image.load()
             if 0 in image.size:
                 raise UnreadableImageError("it has no pixels")
-            return to_rgb(_upright(image))
+            return to_rgb(upright(image))
     except (MemoryError, UnreadableImageError):
         raise
     except Exception as error:  # Pillow's decoders fail on damaged files with whatever the damage leads to
@@ -176,7 +177,8 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         raise UnreadableImageError(reason) from error
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
+    """Turns a photograph upright whose EXIF data says that it lies on its side; see :func:`read_image`."""
     try:
         orientation = image.getexif().get(EXIF_ORIENTATION, 1)
     except Exception:  # damaged metadata; the pixels are fine

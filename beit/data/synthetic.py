@@ -1,4 +1,4 @@
-"""Images made on the spot: scenes of textured shapes, with masks if wanted, and crops of real photographs.
+"""Images made on the spot: scenes of textured shapes, with masks if wanted; crops of photographs; handwritten digits.
 
 They are for demonstrations and tests: small, free, the same on every machine for the same seed, and with enough
 structure that a model which sees half of an image can tell what the other half holds.
@@ -23,6 +23,7 @@ Field = NDArray[np.floating]  # (h, w), 0 to 1: how much of a texture's second c
 SUPERSAMPLING = 4  # shapes are drawn this many times larger, then reduced, for smooth edges
 JPEG_QUALITY = 92
 MOST_DRAWS = 20
+DIGIT_SIDE = 8
 
 # Sixteen clearly different colours; every use varies them a little.
 PALETTE = np.array(
@@ -392,6 +393,58 @@ def _crop(photograph: Image.Image, region: Box, size: tuple[int, int], rng: np.r
         if grey.std() > DULL_DEVIATION and (grey < BLACK).mean() < BLACK_SHARE:
             break
     return crop
+
+
+def write_digits(
+    folder: str | os.PathLike[str],
+    size: int | tuple[int, int] = 32,
+    seed: int = 0,
+    held_out_share: float = 0.25,
+) -> None:
+    """Writes the 1797 handwritten digits inside scikit-learn's wheel as ``folder/<split>/<digit>/<number>.png``.
+
+    The splits are ``train`` and ``val``; a digit is in one of them. They are drawn for each class on its own, so both
+    have the classes in the same shares. The originals are 8 x 8 pixels with 17 levels of grey. Nothing is downloaded.
+
+    Args:
+        folder: Made if it is missing.
+        size: Pixels, ``(H, W)`` or one number, at least 8.
+        seed: Other seeds hold other digits out.
+        held_out_share: Share of every class that goes into ``val``, above 0 and below 1.
+
+    Raises:
+        InputError: scikit-learn is not installed, an argument cannot work, or the folder cannot be written.
+
+    Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI repository, 1998.
+    """
+    height, width = size_pair(size)
+    if min(height, width) < DIGIT_SIDE:
+        raise InputError(f"digits of at least {DIGIT_SIDE} pixels can be made, got {size}")
+    if not 0 < held_out_share < 1:
+        raise InputError(f"the share of digits held out must be above 0 and below 1, got {held_out_share}")
+    greys, digits = _digits()
+    for digit in range(10):
+        numbers = np.flatnonzero(digits == digit)
+        np.random.default_rng((seed % 2**64, digit)).shuffle(numbers)
+        held_out = round(held_out_share * len(numbers))
+        for split, members in (("val", numbers[:held_out]), ("train", numbers[held_out:])):
+            target = Path(folder) / split / str(digit)
+            _make_folder(target)
+            for number in members.tolist():
+                image = Image.fromarray(greys[number]).resize((width, height), Image.Resampling.BICUBIC)
+                image.save(target / f"{number:04d}.png")
+
+
+def _digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Returns the pictures, uint8 ``(1797, 8, 8)``, and the digits that they show."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise InputError(
+            "the digits come with scikit-learn, which is not installed: pip install 'beit[demo]'"
+        ) from error
+    found = load_digits()
+    return np.round(found.images * (255 / 16)).astype(np.uint8), found.target
 
 
 def _check(count: int, size: int | tuple[int, int], classes: Sequence[str]) -> None:

@@ -1,9 +1,11 @@
+import sys
 import time
 from collections import Counter
 
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from beit.data import synthetic
 from beit.data.datasets import index_images, read_image
@@ -13,6 +15,7 @@ from beit.data.synthetic import (
     TEXTURES,
     draw_scene,
     photograph_region,
+    write_digits,
     write_photograph_crops,
     write_scenes,
     write_segmentation_scenes,
@@ -192,3 +195,58 @@ def test_without_scikit_image_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'beit\[demo\]'"):
         write_photograph_crops(tmp_path, 1)
+
+
+# Digits
+
+
+def test_digits_are_all_there_once_and_split_by_class(tmp_path):
+    # Broken by a digit in both splits, a wrong label, or a scale that cuts the brightest level off.
+    write_digits(tmp_path, size=(8, 8), seed=3)
+    train, val = (index_images(tmp_path / split, tmp_path / ".cache") for split in ("train", "val"))
+    assert train.class_names == val.class_names == tuple("0123456789")
+    assert len(train) + len(val) == 1797
+    counts = [Counter(index.class_id(i) for i in range(len(index))) for index in (train, val)]
+    assert all(abs(counts[1][c] / (counts[0][c] + counts[1][c]) - 0.25) < 0.01 for c in range(10))
+    originals = load_digits()
+    seen = set()
+    for index in (train, val):
+        for i in range(len(index)):
+            number = int(index.path(i)[-8:-4])
+            seen.add(number)
+            assert index.class_names[index.class_id(i)] == str(originals.target[number])
+            if number % 100 == 0:
+                with Image.open(index.path(i)) as image:
+                    np.testing.assert_allclose(np.asarray(image) / 255 * 16, originals.images[number], atol=0.04)
+    assert seen == set(range(1797))
+
+
+def test_digits_follow_from_the_seed(tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        write_digits(tmp_path / name, size=8, seed=seed)
+    a, b, c = (set(contents(tmp_path / name)) for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_digits_have_the_size_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(synthetic, "_digits", lambda: (np.full((20, 8, 8), 200, np.uint8), np.arange(20) % 10))
+    write_digits(tmp_path, size=(16, 24), held_out_share=0.5)
+    files = list(tmp_path.rglob("*.png"))
+    assert len(files) == 20
+    assert {Image.open(path).size for path in files} == {(24, 16)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"size": 7}, "at least 8"), ({"held_out_share": 0}, "above 0"), ({"held_out_share": 1.0}, "below 1")],
+)
+def test_digits_that_cannot_be_made(tmp_path, arguments, message):
+    with pytest.raises(InputError, match=message):
+        write_digits(tmp_path, **arguments)
+
+
+def test_without_scikit_learn_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(InputError, match=r"scikit-learn.*pip install 'beit\[demo\]'"):
+        write_digits(tmp_path)
