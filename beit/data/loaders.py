@@ -137,10 +137,7 @@ class EpochLoader:
         """Ends the worker processes; a later epoch starts them anew."""
         self._turn += 1
         loader, self._loader = self._loader, None
-        workers = getattr(loader, "_iterator", None)
-        if workers is not None:
-            # As deleting them does; but an epoch that someone still holds would keep them alive.
-            workers._shutdown_workers()
+        _end_workers(getattr(loader, "_iterator", None))
 
     def _batches(self, epoch: int, first_batch: int, turn: int) -> Iterator[Batch]:
         self._require_turn(turn)
@@ -303,6 +300,24 @@ def _begin(loader: "DataLoader[Any]") -> Iterator[Any]:
     if before is not None and signal.getsignal(signal.SIGCHLD) is not before:
         signal.signal(signal.SIGCHLD, before)
     return batches
+
+
+def _end_workers(batches: Any) -> None:
+    """Ends the workers of a loader's iterator, if it has any."""
+    processes = getattr(batches, "_workers", ())
+    if all(process.exitcode is None for process in processes):
+        if processes:
+            # As deleting the iterator does; but an epoch that someone still holds would keep it.
+            batches._shutdown_workers()
+        return
+    # One that was killed may have held a lock they share, and the orderly way would wait for it for ever.
+    batches._shutdown = True
+    if hasattr(batches, "_pin_memory_thread_done_event"):
+        batches._pin_memory_thread_done_event.set()
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
 
 
 def _exit_codes(loader: "DataLoader[Any] | None") -> list[str]:
