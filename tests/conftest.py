@@ -1,3 +1,4 @@
+import logging
 import os
 import socket
 from pathlib import Path
@@ -18,6 +19,16 @@ LAWFUL_SKIPS = (NEEDS_CUDA, NEEDS_BROWSER, NEEDS_NAMESPACES)
 def golden() -> Path:
     """The folder of numbers stored from the reference implementations."""
     return GOLDEN
+
+
+@pytest.fixture(autouse=True)
+def quiet_console():
+    """Takes away the console handler that a command run inside a test leaves behind."""
+    library = logging.getLogger("beit")
+    handlers, level = list(library.handlers), library.level
+    yield
+    library.handlers = handlers
+    library.setLevel(level)
 
 
 @pytest.fixture
