@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from beit.errors import InputError
     from beit.masking import BlockwiseMaskGenerator, RandomMaskGenerator
     from beit.modeling import VisionTransformer, VisionTransformerForMaskedImageModeling
+    from beit.pretrained import KeyReport, load_pretrained
     from beit.tokenizer import VisualTokenizer, download_tokenizer, load_tokenizer
     from beit.zoo import (
         beit_base_patch16_224,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         beit_tiny_patch16_224,
         beit_tiny_patch16_224_8k_vocab,
         create_model,
+        get_model,
         list_models,
     )
 
@@ -38,6 +40,7 @@ __all__ = [
     "BlockwiseMaskGenerator",
     "DiscreteVAE",
     "InputError",
+    "KeyReport",
     "RandomMaskGenerator",
     "VisionTransformer",
     "VisionTransformerForMaskedImageModeling",
@@ -55,7 +58,9 @@ __all__ = [
     "beit_tiny_patch16_224_8k_vocab",
     "create_model",
     "download_tokenizer",
+    "get_model",
     "list_models",
+    "load_pretrained",
     "load_tokenizer",
 ]
 
@@ -66,6 +71,8 @@ _HOMES = {
     "RandomMaskGenerator": "masking",
     "VisionTransformer": "modeling",
     "VisionTransformerForMaskedImageModeling": "modeling",
+    "KeyReport": "pretrained",
+    "load_pretrained": "pretrained",
     "VisualTokenizer": "tokenizer",
     "download_tokenizer": "tokenizer",
     "load_tokenizer": "tokenizer",

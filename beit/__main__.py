@@ -26,6 +26,7 @@ class Command:
 
 
 COMMANDS = {
+    "convert": Command("beit.tasks.convert", "ConvertConfig", "main", "write a checkpoint in another library's format"),
     "demo": Command("beit.tasks.demo", "DemoConfig", "main", "watch BEiT learn on this machine, in minutes"),
     "download tokenizer": Command(
         "beit.tasks.commands", "DownloadTokenizerConfig", "download", "fetch OpenAI's tokenizer into a folder"

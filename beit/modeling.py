@@ -409,7 +409,8 @@ class Backbone(nn.Module):
                 raise InputError("a classifier has no mask token: leave bool_masked_pos out")
             mask = self._flat_mask(bool_masked_pos, len(x))
             tokens = torch.where(mask.unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
-        tokens = torch.cat((self.cls_token.expand(len(x), -1, -1), tokens), dim=1)  # (B, N+1, D)
+        # Not len(x), which would fix the batch size of an exported graph.
+        tokens = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), tokens), dim=1)  # (B, N+1, D)
         if self.pos_embed is not None:
             tokens = tokens + self.pos_embed
         return self.pos_drop(tokens)

@@ -3,35 +3,96 @@
 Called bare, a factory builds the published configuration, so that a released file loads into it; keywords change it.
 """
 
+import logging
 from collections.abc import Callable
 from fnmatch import fnmatchcase
+from functools import partial
 from inspect import signature
+from pathlib import Path
 from typing import Any, TypeVar
+
+from torch import nn
 
 from beit.errors import InputError, did_you_mean
 from beit.modeling import Backbone, VisionTransformer, VisionTransformerForMaskedImageModeling
+from beit.pretrained import (
+    Architecture,
+    Metadata,
+    architecture_of,
+    load_pretrained,
+    load_weights,
+    read_weights,
+    released_for,
+)
+
+logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=Backbone)
 
 _REGISTRY: dict[str, Callable[..., Backbone]] = {}
 
 
-def create_model(name: str, **overrides: Any) -> Backbone:
+def create_model(name: str, pretrained: bool | str | Path = False, **overrides: Any) -> Backbone:
     """Builds a model by name.
 
     Args:
         name: One of :func:`list_models`.
+        pretrained: A checkpoint to load, as :func:`beit.pretrained.load_pretrained` takes it; True for the released
+            one: fine-tuned on ImageNet-1k for a classifier, pre-trained on 22k for a pre-training model. A head
+            of another size starts anew.
         **overrides: Keywords of the model's constructor that differ from the published configuration.
 
     Raises:
-        InputError: There is no such model.
+        InputError: There is no such model or checkpoint, or the checkpoint is of another model.
         TypeError: The constructor has no such keyword.
     """
     if name not in _REGISTRY:
         raise InputError(
             f"unknown model {name!r}{did_you_mean(name, _REGISTRY)}: beit.list_models() names all {len(_REGISTRY)}"
         )
-    return _REGISTRY[name](**overrides)
+    source = released_for(name).name if pretrained is True else pretrained
+    model = _REGISTRY[name](**overrides)
+    if source:
+        load_pretrained(model, source)
+    return model
+
+
+def get_model(name_or_path: str | Path) -> Backbone:
+    """Opens a checkpoint as the model it is of, in evaluation mode; see :func:`open_model`."""
+    return open_model(name_or_path)[0]
+
+
+def open_model(name_or_path: str | Path) -> tuple[Backbone, Metadata]:
+    """Opens a checkpoint as the model it is of.
+
+    Args:
+        name_or_path: A file, folder, released name, address or hub id; or one of :func:`list_models`, for the
+            checkpoint that was released for it.
+
+    Returns:
+        The model in evaluation mode, and what the checkpoint records; see :mod:`beit.weights`.
+
+    Raises:
+        InputError: There is no such checkpoint, or it is of another kind of model.
+    """
+    source = released_for(str(name_or_path)).name if name_or_path in _REGISTRY else name_or_path
+    weights, metadata = read_weights(source)
+    model = build(architecture_of(weights, metadata), metadata.get("layer_norm_eps"))
+    report = load_weights(model, weights, metadata)
+    (logger.warning if report.missing or report.unexpected else logger.info)("%s", report.summary())
+    return model.eval(), metadata
+
+
+def build(architecture: Architecture, layer_norm_eps: float | None = None) -> Backbone:
+    """Builds the model that an architecture describes.
+
+    Args:
+        architecture: From :func:`beit.pretrained.architecture_of`.
+        layer_norm_eps: Where another library's checkpoint was made with another than ours, 1e-6.
+    """
+    model = VisionTransformerForMaskedImageModeling if architecture.masked else VisionTransformer
+    norm_layer = partial(nn.LayerNorm, eps=layer_norm_eps) if layer_norm_eps else None
+    return model(norm_layer=norm_layer, **architecture.arguments)
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -15,8 +15,17 @@ ROOT = Path(__file__).parents[1]
 # Module (or package.*) -> what else of ours it may import. Every module must be found here; `beit.errors` is open to
 # all of beit, `beit` itself (the re-exports) to nobody below the launchers.
 EVERYBODY_MAY = ("beit.errors",)
-MODELS = ("beit.modeling", "beit.zoo", "beit.tokenizer", "beit.dvae")
-BELOW_TASKS = (*MODELS, "beit.relative_position", "beit.masking", "beit.storage", "beit.config", "beit.data.*")
+CHECKPOINTS = ("beit.released", "beit.weights", "beit.pretrained", "beit.interop.*")
+MODELS = ("beit.modeling", "beit.pretrained", "beit.zoo", "beit.tokenizer", "beit.dvae")
+BELOW_TASKS = (
+    *MODELS,
+    *CHECKPOINTS,
+    "beit.relative_position",
+    "beit.masking",
+    "beit.storage",
+    "beit.config",
+    "beit.data.*",
+)
 MAY_IMPORT = {
     # the ground floor: nothing else of ours
     "beit.errors": (),
@@ -25,6 +34,7 @@ MAY_IMPORT = {
     "beit.dvae": (),
     "beit.storage": (),
     "beit.config": (),
+    "beit.interop.*": ("beit.interop.*",),
     "dall_e.*": ("dall_e.*",),
     # the engine: any module on any loader, knowing neither models nor data
     "beit.training.*": ("beit.training.*", "beit.storage"),
@@ -32,7 +42,11 @@ MAY_IMPORT = {
     "beit.modeling": ("beit.relative_position",),
     "beit.tokenizer": ("dall_e.*", "beit.dvae", "beit.storage"),
     "beit.data.*": ("beit.data.*", "beit.masking", "beit.storage"),
-    "beit.zoo": ("beit.modeling",),
+    # checkpoints of every dialect, and the models they are of
+    "beit.released": ("beit.storage",),
+    "beit.weights": ("beit.released", "beit.interop.*", "beit.storage", "beit.relative_position"),
+    "beit.pretrained": ("beit.modeling", *CHECKPOINTS, "beit.relative_position"),
+    "beit.zoo": ("beit.modeling", "beit.pretrained"),
     # the jobs, and their pictures
     "beit.visualization.*": ("beit.visualization.*", *BELOW_TASKS),
     "beit.tasks.*": ("beit.tasks.*", "beit.visualization.*", *BELOW_TASKS, "beit.training.*"),

@@ -1,0 +1,81 @@
+"""Other models whose files people hand over for BEiT's: told by names and shapes of their parameters."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+EVA_WIDTH = 1408
+
+Names = frozenset[str]
+
+
+@dataclass(frozen=True)
+class Relative:
+    """A model that is not BEiT.
+
+    Args:
+        name: What it is.
+        matches: Whether names (without wrappers' prefixes) and tensors are its.
+        loads: Its backbone has BEiT's architecture and names.
+        remark: What to know about it, for a message.
+    """
+
+    name: str
+    matches: Callable[[Names, Mapping[str, Tensor]], bool]
+    loads: bool
+    remark: str
+
+
+def relative_of(names: Names, tensors: Mapping[str, Tensor]) -> Relative | None:
+    """Returns the relative that a state dict belongs to, or None.
+
+    Args:
+        names: Its names without the prefixes of wrappers.
+        tensors: The state dict.
+    """
+    return next((relative for relative in RELATIVES if relative.matches(names, tensors)), None)
+
+
+def _has(*patterns: str) -> Callable[[Names, Mapping[str, Tensor]], bool]:
+    """Tells whether every pattern is found in some name."""
+    compiled = [re.compile(pattern) for pattern in patterns]
+    return lambda names, _tensors: all(any(p.search(name) for name in names) for p in compiled)
+
+
+def _is_eva(_names: Names, tensors: Mapping[str, Tensor]) -> bool:
+    token = next((tensor for name, tensor in tensors.items() if name.endswith("cls_token")), None)
+    return token is not None and token.shape[-1] == EVA_WIDTH
+
+
+_OTHER = "another architecture"
+
+RELATIVES = (
+    Relative("BEiT-3", _has(r"(^beit3\.|\.self_attn\.k_proj\.A\.)"), False, "a multiway transformer, " + _OTHER),
+    Relative("BEiT v2's tokenizer (VQ-KD)", _has(r"^quantize\.", r"^encoder\."), False, "a tokenizer, not a backbone"),
+    Relative("BEiT v2", _has(r"^cls_pt_layers\."), True, "the backbone is the same, its head predicts other tokens"),
+    Relative(
+        "EVA-02", _has(r"^blocks\.\d+\.(attn\.q_proj\.|mlp\.w1\.|mlp\.fc1_g\.)"), False, "rotary positions, " + _OTHER
+    ),
+    Relative("EVA", _is_eva, True, "the backbone is the same, its head predicts CLIP features"),
+    Relative("DiT", _has(r"^roi_heads\.", r"^blocks\.0\.attn\.q_bias"), True, "the detector's backbone is BEiT's"),
+    Relative("data2vec-vision", _has(r"^data2vec_vision\."), False, "another model of the same shape"),
+    Relative(
+        "a plain vision transformer (ViT, DeiT, MAE, DINO)",
+        _has(r"(^blocks\.0\.attn\.qkv\.bias$|attention\.attention\.key\.bias$|^encoder\.layers\.encoder_layer_0\.)"),
+        False,
+        "it has a bias of the keys and no relative positions",
+    ),
+    Relative("a CLIP model", _has(r"^visual\.", r"^logit_scale$"), False, _OTHER),
+    Relative("a Swin transformer", _has(r"^layers\.0\.blocks\.0\.attn\."), False, _OTHER),
+    Relative("a ResNet", _has(r"^layer1\.0\.conv1\.weight$"), False, _OTHER),
+    Relative("a DALL-E tokenizer", _has(r"^blocks\.group_1\."), False, "a tokenizer, not a backbone"),
+    Relative("a discrete VAE", _has(r"^codebook\.weight$"), False, "a tokenizer, not a backbone"),
+    Relative(
+        "a Hugging Face model under the names that transformers 5 has in memory",
+        _has(r"(^|\.)layers\.\d+\.attention\.q_proj\."),
+        False,
+        "write it with save_pretrained(folder) and give the folder",
+    ),
+)

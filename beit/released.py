@@ -1,0 +1,217 @@
+"""The officially released checkpoints, and how a name, an address or a hub id becomes a file on this machine."""
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from beit.errors import InputError, did_you_mean
+from beit.storage import beit_home, describe_problem, download
+
+RELEASES = "https://github.com/addf400/files/releases/download/v1.0"
+HUB = "https://huggingface.co"
+# Former homes of the files: the addresses stand in many command lines, with and without an access token after "?".
+DEAD_HOSTS = ("unilm.blob.core.windows.net", "conversationhub.blob.core.windows.net")
+
+CHECKPOINT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".ckpt")
+FOLDER_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+HALF = (0.5, 0.5, 0.5)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+_HUB_ID = re.compile(r"(?:hf-hub:|hf://)?([\w.-]+/[\w.-]+)")
+
+
+@dataclass(frozen=True)
+class ReleasedCheckpoint:
+    """A file that the authors published.
+
+    Args:
+        name: Its name without ``.pth``.
+        model: The factory that builds its model, in :mod:`beit.zoo`.
+        urls: Where it is, tried in this order; later ones may hold the same weights in another dialect.
+        num_classes: Classes of its head; None for a pre-training model.
+        input_size: Side of its images, in pixels.
+        mean: Mean of its images per channel, for values in [0, 1].
+        std: Standard deviation of its images per channel.
+        crop_pct: Side of the images over the shorter side they are resized to.
+        interpolation: Of that resize.
+        overrides: Keywords of the factory in which it departs from the published configuration.
+    """
+
+    name: str
+    model: str
+    urls: tuple[str, ...]
+    num_classes: int | None
+    input_size: int
+    mean: tuple[float, ...] = HALF
+    std: tuple[float, ...] = HALF
+    crop_pct: float = 0.875
+    interpolation: str = "bicubic"
+    overrides: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    def arguments(self) -> dict[str, Any]:
+        """Returns the keywords with which its factory builds its model."""
+        classes = {} if self.num_classes is None else {"num_classes": self.num_classes}
+        return {**classes, **self.overrides}
+
+
+def _released(
+    name: str, model: str, num_classes: int | None, hub: str | None = None, **more: Any
+) -> ReleasedCheckpoint:
+    mirror = [f"{HUB}/microsoft/{hub}/resolve/main/pytorch_model.bin"] if hub else []
+    size = int(re.findall(r"_(\d{3})", name)[0])
+    return ReleasedCheckpoint(
+        name,
+        model,
+        (f"{RELEASES}/{name}.pth", *mirror),
+        num_classes,
+        size,
+        crop_pct=1.0 if size >= 384 else 0.875,
+        **more,
+    )
+
+
+def _table() -> dict[str, ReleasedCheckpoint]:
+    rows = []
+    for size in ("base", "large"):
+        model, hub = f"beit_{size}_patch16_224", f"beit-{size}-patch16-224"
+        rows.append(_released(f"{model}_pt22k", f"{model}_8k_vocab", None, f"{hub}-pt22k"))
+        rows.append(_released(f"{model}_pt22k_ft22k", model, 21841, f"{hub}-pt22k-ft22k"))
+        rows.append(_released(f"{model}_pt22k_ft1k", model, 1000))
+        for pixels in (224, 384, 512)[: 2 if size == "base" else 3]:
+            model = f"beit_{size}_patch16_{pixels}"
+            rows.append(_released(f"{model}_pt22k_ft22kto1k", model, 1000, f"beit-{size}-patch16-{pixels}"))
+    rows.append(
+        _released(
+            "beit_base_patch16_224_pt1k_800ep",
+            "beit_base_patch16_224_8k_vocab",
+            None,
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+            overrides={"use_shared_rel_pos_bias": False, "use_abs_pos_emb": True, "init_values": 0.0},
+        )
+    )
+    return {row.name: row for row in rows}
+
+
+RELEASED: dict[str, ReleasedCheckpoint] = _table()
+
+
+def released_for(model: str) -> ReleasedCheckpoint:
+    """Returns the checkpoint that ``create_model(model, pretrained=True)`` loads.
+
+    Raises:
+        InputError: None was released for this model.
+    """
+    for suffix in ("_ft22kto1k", ""):
+        name = f"{model.removesuffix('_8k_vocab')}_pt22k{suffix}"
+        if name in RELEASED and RELEASED[name].model == model:
+            return RELEASED[name]
+    known = sorted({row.model for row in RELEASED.values()})
+    raise InputError(f"no checkpoint of {model} was released; pretrained= takes a file. Released: {', '.join(known)}")
+
+
+def released_at(path: str | os.PathLike[str]) -> ReleasedCheckpoint | None:
+    """Returns the released checkpoint that a file is by its name, or None."""
+    return RELEASED.get(Path(path).name.removesuffix(".pth"))
+
+
+def resolve(source: str | os.PathLike[str]) -> Path:
+    """Returns the file or folder that a user means, fetching it if need be.
+
+    Args:
+        source: A file; a folder; the name of a released checkpoint, with or without ``.pth``; an address, also one of
+            the dead ones in old command lines; or a model of the Hugging Face hub, ``owner/name`` or
+            ``hf-hub:owner/name``.
+
+    Raises:
+        InputError: There is nothing of that name, or it cannot be fetched (now, or because of ``BEIT_OFFLINE=1``).
+    """
+    text = os.fspath(source)
+    if not text:
+        raise InputError("no checkpoint is given: a file, a folder, a released name, an address or a hub id is needed")
+    if "://" in text and not text.startswith("hf://"):
+        return _fetch(text)
+    path = Path(text).expanduser()
+    if path.exists():
+        return path
+    if (row := released_at(text)) is not None and path.parent == Path():
+        return download(row.urls, _checkpoints() / f"{row.name}.pth", verify=_refuse_damaged)
+    if (match := _HUB_ID.fullmatch(text)) and (":" in text or not _looks_like_a_path(path)):
+        return _fetch_from_hub(match[1])
+    near = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    hint = did_you_mean(path.name, [*near, *RELEASED])
+    raise InputError(f"there is no checkpoint {text}{hint}; `beit models` lists the released names")
+
+
+def _looks_like_a_path(path: Path) -> bool:
+    return path.suffix in CHECKPOINT_SUFFIXES or path.parent.is_dir()
+
+
+def _checkpoints() -> Path:
+    return beit_home() / "checkpoints"
+
+
+def _fetch(url: str) -> Path:
+    """Downloads an address; one that is dead is looked for where its file has gone."""
+    parts = urlsplit(url)
+    name = Path(unquote(parts.path)).name
+    if not name:
+        raise InputError(f"{url} names no file")
+    row = RELEASED.get(name.removesuffix(".pth"))
+    if parts.hostname in DEAD_HOSTS or url.startswith(RELEASES):
+        urls = row.urls if row else (f"{RELEASES}/{name}",)
+        return download(urls, _checkpoints() / name, verify=_refuse_damaged)
+    # Files of the same name lie at many addresses; what follows "?" is an access token, which changes.
+    place = hashlib.sha256(f"{parts.scheme}://{parts.netloc}{parts.path}".encode()).hexdigest()[:12]
+    return download(url, beit_home() / "urls" / place / name, verify=_refuse_damaged)
+
+
+def _refuse_damaged(path: Path) -> None:
+    if problem := describe_problem(path):
+        raise InputError(f"{path.name.removesuffix('.part')} is no checkpoint: {problem}")
+
+
+def _fetch_from_hub(repository: str) -> Path:
+    """Fetches weights and configs of a hub model, into the library's cache or below ``$BEIT_HOME``; see ``resolve``."""
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise InputError(
+            f"{repository} is no file here; if it is a model of the Hugging Face hub, `pip install beit[hub]`"
+        ) from error
+    offline = os.environ.get("BEIT_OFFLINE", "0") not in ("", "0")
+    cache = beit_home() / "hub" if os.environ.get("BEIT_HOME") else None
+
+    def fetch(name: str) -> Path | None:
+        try:
+            return Path(hf_hub_download(repository, name, cache_dir=cache, local_files_only=offline))
+        except LocalEntryNotFoundError:  # not in the cache, and the hub is out of reach (or was not to be asked)
+            return None
+        except EntryNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise InputError(f"{repository} was not fetched from the Hugging Face hub: {first_line}") from error
+
+    weights = fetch("model.safetensors") or fetch("pytorch_model.bin")
+    if weights is None:
+        reason = (
+            "BEIT_OFFLINE is set and it is not in the cache" if offline else "it has no weights, or is out of reach"
+        )
+        raise InputError(f"{repository} is no file here and was not fetched from the Hugging Face hub: {reason}")
+    for name in ("config.json", "preprocessor_config.json"):
+        fetch(name)
+    return weights.parent

@@ -1,0 +1,269 @@
+"""Reading a checkpoint of any dialect: weights in official names, what is recorded beside them, which model they fit.
+
+The metadata is a plain dict; each key is there only if the file, its neighbours or the released table say it:
+``source``, ``dialect``, ``args`` (settings of the run), ``labels`` (names of the classes), ``image_size`` ``(H, W)`` in
+pixels, ``window`` ``(h, w)`` in patches, ``mean``, ``std``, ``crop_pct``, ``interpolation``, ``num_heads``,
+``layer_norm_eps``.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from beit.errors import InputError
+from beit.interop import UNKNOWN, huggingface, recognise, relative, timm, to_official
+from beit.interop.unilm import INDEX, TABLE
+from beit.relative_position import num_table_rows
+from beit.released import FOLDER_WEIGHTS, HALF, IMAGENET_MEAN, IMAGENET_STD, released_at, resolve
+from beit.storage import load_checkpoint
+
+STATE_KEYS = ("model", "module", "state_dict", "model_ema")
+SHARED_TABLE = f"rel_pos_bias.{TABLE}"
+HEAD_WIDTH = 64  # channels of an attention head in every published model
+RECORDED = ("labels", "mean", "std", "crop_pct", "interpolation")
+
+Metadata = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The model that weights belong to.
+
+    Args:
+        masked: Predicts visual tokens (``VisionTransformerForMaskedImageModeling``), or else classes.
+        arguments: Keywords of the model's constructor.
+    """
+
+    masked: bool
+    arguments: dict[str, Any]
+
+
+def read_weights(
+    source: str | Path, model_key: str = "model|module|state_dict", prefix: str = ""
+) -> tuple[dict[str, Tensor], Metadata]:
+    """Reads a checkpoint.
+
+    Args:
+        source: What :func:`beit.released.resolve` takes.
+        model_key: Where in the file the weights are; alternatives are separated by ``|``.
+        prefix: Take only names that begin so, without the prefix.
+
+    Returns:
+        The weights in official names without index buffers, and the metadata described above.
+
+    Raises:
+        InputError: There is no such checkpoint, it cannot be read, or it is of another kind of model.
+    """
+    path = resolve(source)
+    content, config, preprocessor = _read(path)
+    state = _find_state(content, model_key, str(source))
+    if prefix:
+        state = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
+        if not state:
+            raise InputError(f"no name in {source} begins with {prefix!r}")
+    dialect = recognise(state)
+    if dialect == UNKNOWN:
+        raise InputError(f"{source} holds no BEiT: its tensors are called {_some(state)}")
+    other = relative(dialect)
+    if other is not None and not other.loads:
+        raise InputError(f"{source} is {other.name}, not BEiT: {other.remark}")
+
+    metadata: Metadata = {"source": str(source), "dialect": dialect}
+    if (released := released_at(path)) is not None:
+        metadata |= {key: getattr(released, key) for key in ("mean", "std", "crop_pct", "interpolation")}
+        metadata["image_size"] = (released.input_size, released.input_size)
+    reader = timm.read_config(config) if "architecture" in config else huggingface.read_config(config, preprocessor)
+    metadata |= reader
+    metadata |= _recorded(content)
+    if (window := _window_of_index(state)) is not None:
+        metadata["window"] = window
+    return to_official(state, dialect), metadata
+
+
+def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, Any], dict[str, Any]]:
+    """Reads a file, or the weights in a folder, and the two JSON files that may lie beside them."""
+    if path.is_dir():
+        found = [path / name for name in FOLDER_WEIGHTS if (path / name).is_file()]
+        if not found:
+            checkpoints = sorted(entry.name for entry in path.glob("*.pth"))
+            hint = f"; give one of its files: {', '.join(checkpoints[-3:])}" if checkpoints else ""
+            raise InputError(f"the folder {path} holds no {' or '.join(FOLDER_WEIGHTS[::2])}{hint}")
+        path = found[0]
+    beside = path.parent if path.name in FOLDER_WEIGHTS else None
+    configs = [_read_json(beside / name) if beside else {} for name in ("config.json", "preprocessor_config.json")]
+    content = _read_shards(path) if path.name.endswith(".index.json") else load_checkpoint(path)
+    if not isinstance(content, Mapping):
+        raise InputError(f"{path} holds a {type(content).__name__}, not a dict of weights")
+    return content, configs[0], configs[1]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from error
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    files = sorted(set(_read_json(index)["weight_map"].values()))
+    shards: list[dict[str, Tensor]] = [load_checkpoint(index.parent / file) for file in files]
+    return {name: tensor for shard in shards for name, tensor in shard.items()}
+
+
+def _find_state(content: Mapping[str, Any], model_key: str, source: str) -> dict[str, Tensor]:
+    """Finds the weights in a checkpoint: under the keys asked for, at the top level, or under another usual key."""
+    asked = [key for key in model_key.split("|") if key]
+    found: Any = next((content[key] for key in asked if isinstance(content.get(key), Mapping)), None)
+    if found is None:
+        flat = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+        if not flat and not set(asked) <= set(STATE_KEYS[:3]):
+            raise InputError(f"{source} has nothing under {' or '.join(asked)!r}; it has {_some(content)}")
+        found = flat or next((content[key] for key in STATE_KEYS if isinstance(content.get(key), Mapping)), None)
+    if found is None:
+        raise InputError(f"{source} has no weights under {', '.join(STATE_KEYS)}; it has {_some(content)}")
+    nested = next((found[key] for key in STATE_KEYS if isinstance(found.get(key), Mapping)), None)
+    return {name: value for name, value in (nested or found).items() if isinstance(value, Tensor)}
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
+
+
+def _recorded(content: Mapping[str, Any]) -> Metadata:
+    """Returns what a checkpoint of a run says about its images and classes, at the top level or in its settings."""
+    args = content.get("args")
+    settings: dict[str, Any] = {} if isinstance(args, Tensor) or args is None else dict(_as_mapping(args))
+    found: Metadata = {"args": settings} if settings else {}
+    if isinstance(flag := settings.get("imagenet_default_mean_and_std"), bool):
+        found |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if flag else {"mean": HALF, "std": HALF}
+    size = settings.get("input_size")
+    if isinstance(size, int):
+        found["image_size"] = (size, size)
+    elif isinstance(size, (list, tuple)) and len(size) == 2:
+        found["image_size"] = (int(size[0]), int(size[1]))
+    heads = (settings.get("model_kwargs") or {}).get("num_heads")
+    if heads:
+        found["num_heads"] = heads
+    for key in RECORDED:
+        for place in (settings, content):  # what stands at the top level counts more
+            value = place.get(key)
+            if value is not None and not isinstance(value, Tensor):
+                found[key] = tuple(value) if isinstance(value, (list, tuple)) else value
+    return found
+
+
+def _as_mapping(args: Any) -> Mapping[str, Any]:
+    return args if isinstance(args, Mapping) else vars(args)
+
+
+def _window_of_index(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """Reads the patch grid off an index buffer: along a row of patches the index grows by one, at its end by more."""
+    index = next((tensor for name, tensor in state.items() if name.endswith(INDEX)), None)
+    if index is None or index.ndim != 2 or len(index) < 2:
+        return None
+    steps = (index[1:, 1] - index[1, 1]).tolist()
+    width = next((patch for patch, step in enumerate(steps) if step != patch), len(steps))
+    return len(steps) // width, width
+
+
+def window_of(
+    weights: Mapping[str, Tensor], metadata: Mapping[str, Any], fallback: tuple[int, int] | None = None
+) -> tuple[int, int] | None:
+    """Returns the patch grid ``(h, w)`` that tables and positions were trained with; None where there are none.
+
+    Args:
+        weights: In official names.
+        metadata: From :func:`read_weights`.
+        fallback: A grid to take if it fits and nothing is recorded and no square fits.
+
+    Raises:
+        InputError: No grid that is known fits.
+    """
+    rows = next((len(tensor) for name, tensor in weights.items() if name.endswith(TABLE)), None)
+    positions = weights["pos_embed"].shape[1] - 1 if "pos_embed" in weights else None
+    if rows is None and positions is None:
+        return None
+    patch = weights["patch_embed.proj.weight"].shape[2:]
+    side = (math.isqrt(rows - 3) + 1) // 2 if rows is not None else math.isqrt(positions or 0)
+    candidates = [metadata.get("window"), (side, side), fallback]
+    if "image_size" in metadata:
+        height, width = metadata["image_size"]
+        candidates.insert(1, (height // patch[0], width // patch[1]))
+    for window in candidates:
+        if window is None or (positions is not None and window[0] * window[1] != positions):
+            continue
+        if rows is None or num_table_rows(window) == rows:
+            return window
+    held = f"a bias table of {rows} rows" if rows is not None else f"{positions} positions"
+    raise InputError(
+        f"{metadata.get('source', 'the checkpoint')} has {held}, which is no square, and does not say of which image "
+        "size: give the model the size it was trained with"
+    )
+
+
+def architecture_of(weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Architecture:
+    """Returns the model that weights in official names belong to.
+
+    Raises:
+        InputError: The number of heads or the patch grid cannot be told.
+    """
+    masked = "lm_head.weight" in weights or "mask_token" in weights
+    embed_dim, in_chans, *patch = weights["patch_embed.proj.weight"].shape
+    table = next((tensor for name, tensor in weights.items() if name.endswith(TABLE)), None)
+    grid = window_of(weights, metadata)
+    if grid is None:
+        height, width = metadata.get("image_size", (224, 224))
+        grid = height // patch[0], width // patch[1]
+    heads = table.shape[1] if table is not None else metadata.get("num_heads") or embed_dim // HEAD_WIDTH
+    if not heads or embed_dim % heads:
+        raise InputError(f"{metadata.get('source')} does not say into how many heads its {embed_dim} channels go")
+    arguments: dict[str, Any] = {
+        "img_size": (grid[0] * patch[0], grid[1] * patch[1]),
+        "patch_size": tuple(patch),
+        "in_chans": in_chans,
+        "embed_dim": embed_dim,
+        "depth": 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
+        "num_heads": heads,
+        "mlp_ratio": len(weights["blocks.0.mlp.fc1.weight"]) / embed_dim,
+        "qkv_bias": "blocks.0.attn.q_bias" in weights,
+        "init_values": 0.1 if "blocks.0.gamma_1" in weights else None,
+        "use_abs_pos_emb": "pos_embed" in weights,
+        "use_rel_pos_bias": f"blocks.0.attn.{TABLE}" in weights,
+        "use_shared_rel_pos_bias": SHARED_TABLE in weights,
+    }
+    if masked:
+        head = weights.get("lm_head.weight")
+        return Architecture(True, arguments | {"vocab_size": 8192 if head is None else len(head)})
+    classes = len(weights["head.weight"]) if "head.weight" in weights else 0
+    mean_pooling = "fc_norm.weight" in weights or "norm.weight" not in weights
+    return Architecture(False, arguments | {"num_classes": classes, "use_mean_pooling": mean_pooling})
+
+
+def class_names(metadata: Mapping[str, Any], num_classes: int) -> tuple[str, ...] | None:
+    """Returns the names of the classes: the recorded ones, else ImageNet's where the number is ImageNet's.
+
+    Args:
+        metadata: From :func:`read_weights`.
+        num_classes: Classes of the head.
+    """
+    recorded = metadata.get("labels")
+    if recorded and len(recorded) == num_classes:
+        return tuple(map(str, recorded))
+    if num_classes not in (1000, 21841, 21843):
+        return None
+    from timm.data import ImageNetInfo, infer_imagenet_subset  # reads word lists of some megabytes
+
+    subset = infer_imagenet_subset({"num_classes": num_classes})
+    return tuple(ImageNetInfo(subset).label_descriptions()) if subset else None
+
+
+def as_float(tensor: Tensor) -> Tensor:
+    """Returns half precision as float32, in which tables are resized; other tensors as they are."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
