@@ -32,6 +32,7 @@ COMMANDS = {
         "beit.tasks.commands", "DownloadTokenizerConfig", "download", "fetch OpenAI's tokenizer into a folder"
     ),
     "dvae": Command("beit.tasks.dvae", "DvaeConfig", "main", "train a tokenizer on your images"),
+    "finetune": Command("beit.tasks.classification", "FinetuningConfig", "main", "fine-tune or evaluate a classifier"),
     "pretrain": Command(
         "beit.tasks.masked_image_modeling", "PretrainingConfig", "main", "pre-train BEiT on a folder of images"
     ),

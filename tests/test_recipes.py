@@ -6,10 +6,14 @@ import pytest
 import yaml
 
 from beit.config import read_command_line, read_yaml
+from beit.tasks.classification_config import FinetuningConfig
 from beit.tasks.masked_image_modeling import PretrainingConfig
 
 RECIPES = sorted((Path(__file__).parents[1] / "beit" / "recipes").glob("*.yaml"))
-CONFIG_OF = {"pretrain": PretrainingConfig}  # the part of a recipe's name before the first "_" -> whose settings
+CONFIG_OF = {
+    "pretrain": PretrainingConfig,
+    "finetune": FinetuningConfig,
+}  # the part of a recipe's name before the first "_" -> whose settings
 FACTS = {"source", "data", "gpus", "hardware", "time", "quoted", "command"}
 
 # What the official README gives, after the launcher and the script.
@@ -54,6 +58,7 @@ PUBLISHED = {
     "pretrain_base_1k_300ep": {**ROW_1K, "epochs": 300},
 }
 PATHS = ("data_path", "output_dir", "discrete_vae_weight_path")
+PATHS_OF = {"pretrain": PATHS, "finetune": ("data_path", "output_dir", "finetune")}
 
 
 def settings_of(recipe):
@@ -63,6 +68,10 @@ def settings_of(recipe):
 
 def config_class(recipe):
     return CONFIG_OF[recipe.partition("_")[0]]
+
+
+def paths_of(recipe):
+    return PATHS_OF[recipe.partition("_")[0]]
 
 
 def facts_of(path):
@@ -81,7 +90,7 @@ class TestEveryRecipe:
         assert values.keys() <= {field.name for field in fields(config_class(path.stem))}
 
     def test_holds_no_path_of_somebodys_machine(self, path):
-        assert not read_yaml(config_class(path.stem), str(path)).keys() & {*PATHS, "log_dir", "resume"}
+        assert not read_yaml(config_class(path.stem), str(path)).keys() & {*paths_of(path.stem), "log_dir", "resume"}
 
     def test_says_where_it_is_from_what_it_reached_and_how_it_is_run(self, path):
         facts = facts_of(path)
@@ -93,9 +102,10 @@ class TestEveryRecipe:
         assert (launcher, processes) == ("torchrun", f"--nproc_per_node={facts_of(path)['gpus']}")
         assert (path.parents[2] / script).is_file()
         commanded = vars(read_command_line(config_class(path.stem), flags, script, ""))
-        assert all(commanded[name] for name in PATHS)
+        paths = paths_of(path.stem)
+        assert all(commanded[name] for name in paths)
         expected = settings_of(path.stem)
-        assert {name: value for name, value in commanded.items() if value != expected[name]}.keys() == set(PATHS)
+        assert {name: value for name, value in commanded.items() if value != expected[name]}.keys() == set(paths)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

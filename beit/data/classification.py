@@ -183,8 +183,8 @@ def _require_same(train: LabelledImages, val: LabelledImages) -> None:
     if not only_train and not only_val:
         return
     parts = [
-        f"{len(names)} only in {source.root} ({_listed(names)})"
-        for names, source in ((only_train, train), (only_val, val))
+        f"{len(names)} in {source.root} but not in {other.root} ({_listed(names)})"
+        for names, source, other in ((only_train, train, val), (only_val, val, train))
         if names
     ]
     raise InputError(f"training and validation images have different classes: {', '.join(parts)}")
