@@ -7,6 +7,7 @@ pixels, ``window`` ``(h, w)`` in patches, ``mean``, ``std``, ``crop_pct``, ``int
 """
 
 import json
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from beit.interop.unilm import INDEX, TABLE
 from beit.relative_position import num_table_rows
 from beit.released import FOLDER_WEIGHTS, HALF, IMAGENET_MEAN, IMAGENET_STD, released_at, resolve
 from beit.storage import load_checkpoint
+
+logger = logging.getLogger(__name__)
 
 STATE_KEYS = ("model", "module", "state_dict", "model_ema")
 SHARED_TABLE = f"rel_pos_bias.{TABLE}"
@@ -221,7 +224,10 @@ def architecture_of(weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) 
     if grid is None:
         height, width = metadata.get("image_size", (224, 224))
         grid = height // patch[0], width // patch[1]
-    heads = table.shape[1] if table is not None else metadata.get("num_heads") or embed_dim // HEAD_WIDTH
+    heads = table.shape[1] if table is not None else metadata.get("num_heads")
+    if heads is None:
+        heads = embed_dim // HEAD_WIDTH
+        logger.info("%s does not say how many heads it has: taking %d", metadata.get("source"), heads)
     if not heads or embed_dim % heads:
         raise InputError(f"{metadata.get('source')} does not say into how many heads its {embed_dim} channels go")
     arguments: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 
@@ -66,6 +67,15 @@ def test_models_are_listed_with_their_sizes(capsys):
     assert sorted(listed) == list_models("*tiny*")
     for name, count in listed.items():
         assert int(count.replace(",", "")) == sum(parameter.numel() for parameter in create_model(name).parameters())
+
+
+def test_models_are_listed_with_their_cost_and_the_released_checkpoints(capsys):
+    # 17.58 is quoted by mmpretrain, which counts small operations too.
+    assert main(["models", "--pattern", "beit_base_patch16_224*"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (base,) = (line for line in lines if line.startswith("beit_base_patch16_224 "))
+    assert float(base.split()[-2]) == pytest.approx(17.58, abs=0.05)
+    assert any(re.match(r"beit_base_patch16_224_pt22k_ft22k +21,841 classes, 224 px", line) for line in lines)
 
 
 def test_curves_of_two_runs_become_a_picture(tmp_path):

@@ -2,11 +2,14 @@
 
 import sys
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from beit.config import option
 from beit.errors import InputError, did_you_mean
+from beit.pretrained import RELEASED
 from beit.tokenizer import download_tokenizer
 from beit.zoo import create_model, list_models
 
@@ -31,19 +34,33 @@ class ModelsConfig:
 
 
 def print_models(config: ModelsConfig) -> None:
-    """Writes the names of the models and their parameter counts to standard output.
+    """Writes models with parameters and cost of an image, then the released checkpoints, to standard output.
 
     Raises:
         InputError: No name matches.
     """
     names = list_models(config.pattern)
-    if not names:
-        raise InputError(f"no model matches {config.pattern!r}{did_you_mean(config.pattern, list_models())}")
-    width = max(map(len, names))
-    sys.stdout.writelines(f"{name:<{width}}  {count_parameters(name):>13,} parameters\n" for name in names)
+    released = [row for name, row in RELEASED.items() if fnmatchcase(name, config.pattern)]
+    if not names and not released:
+        known = [*list_models(), *RELEASED]
+        raise InputError(f"no model matches {config.pattern!r}{did_you_mean(config.pattern, known)}")
+    width = max(len(name) for name in (*names, *(row.name for row in released)))
+    for name in names:
+        parameters, flops = measure(name)
+        sys.stdout.write(f"{name:<{width}}  {parameters:>13,} parameters  {flops / 1e9:6.1f} GFLOPs\n")
+    if released:
+        sys.stdout.write("\nreleased checkpoints (for --finetune, --init_from, pretrained=, beit convert, ...):\n")
+    for row in released:
+        kind = "pre-trained" if row.num_classes is None else f"{row.num_classes:,} classes"
+        sys.stdout.write(f"{row.name:<{width}}  {kind:>14}, {row.input_size} px, of {row.model}\n")
 
 
-def count_parameters(name: str) -> int:
-    """Returns how many numbers a model learns; builds it without memory for them."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in create_model(name).parameters())
+def measure(name: str) -> tuple[int, int]:
+    """Returns how many numbers a model learns, and the multiply-adds that its backbone takes for one image.
+
+    The field calls the second number FLOPs. The model is built without memory for its weights.
+    """
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model = create_model(name)
+        model.forward_features(torch.empty(1, 3, *model.img_size))  # type: ignore[operator]
+    return sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() // 2

@@ -1,9 +1,8 @@
 """BEiT pre-training: predict the visual tokens of masked patches (arXiv 2106.08254, section 2)."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from beit.data.transforms import (
 from beit.errors import InputError
 from beit.masking import BlockwiseMaskGenerator
 from beit.modeling import VisionTransformerForMaskedImageModeling
-from beit.storage import load_checkpoint
+from beit.pretrained import load_pretrained
 from beit.tasks.options import (
     OptimizerOptions,
     RunOptions,
@@ -36,7 +35,6 @@ from beit.tasks.options import (
 )
 from beit.tokenizer import VisualTokenizer, load_tokenizer
 from beit.training import distributed
-from beit.training.checkpoint import load_exactly
 from beit.training.loop import Batch, Trainer
 from beit.training.optim import create_optimizer, parameter_groups
 from beit.training.precision import Precision, resolve_amp_dtype
@@ -56,7 +54,9 @@ class PretrainingConfig(RunOptions, OptimizerOptions):
     model_kwargs: dict[str, Any] | None = option(
         None, "more of the model's constructor, such as patch_size=8 embed_dim=128"
     )
-    init_from: str = option("", "checkpoint whose weights the model starts with (weights only)")
+    init_from: str = option(
+        "", "checkpoint whose weights the model starts with: file, released name, address or hub id"
+    )
     rel_pos_bias: bool = option(True, "relative position bias, shared by all blocks", off="--disable_rel_pos_bias")
     abs_pos_emb: bool = option(False, "learned absolute position embeddings")
     layer_scale_init_value: float = option(0.1, "initial LayerScale: 0.1 for base, 1e-5 for large, 0 for none")
@@ -249,20 +249,18 @@ def build_optimizer(config: PretrainingConfig, model: nn.Module, device: torch.d
     )
 
 
-def initialize_from(model: VisionTransformerForMaskedImageModeling, path: str) -> None:
-    """Gives a model the weights of a pre-training checkpoint; a head for another vocabulary starts anew.
+def initialize_from(model: VisionTransformerForMaskedImageModeling, source: str) -> None:
+    """Gives a model the weights of a checkpoint; a head for another vocabulary starts anew.
+
+    Args:
+        model: The model.
+        source: A file, folder, released name, address or hub id.
 
     Raises:
-        InputError: The file cannot be read or is of another model.
+        InputError: The checkpoint cannot be read or is of another model.
     """
-    checkpoint = load_checkpoint(Path(path))
-    weights: Mapping[str, Tensor] = checkpoint.get("model", checkpoint)
-    head = model.lm_head.state_dict(prefix="lm_head.")
-    if any(name not in weights or weights[name].shape != tensor.shape for name, tensor in head.items()):
-        logger.info("%s has another vocabulary: the prediction head starts anew", path)
-        weights = {**weights, **head}
-    load_exactly(model, weights, path)
-    logger.info("weights taken from %s", path)
+    if "lm_head.weight" in load_pretrained(model, source).missing:
+        logger.info("%s has another vocabulary or none: the prediction head starts anew", source)
 
 
 def build_evaluation(
