@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from beit.dvae import DiscreteVAE
     from beit.errors import InputError
+    from beit.inference import extract_feat, inference_model
     from beit.masking import BlockwiseMaskGenerator, RandomMaskGenerator
     from beit.modeling import VisionTransformer, VisionTransformerForMaskedImageModeling
     from beit.pretrained import KeyReport, load_pretrained
@@ -58,7 +59,9 @@ __all__ = [
     "beit_tiny_patch16_224_8k_vocab",
     "create_model",
     "download_tokenizer",
+    "extract_feat",
     "get_model",
+    "inference_model",
     "list_models",
     "load_pretrained",
     "load_tokenizer",
@@ -67,6 +70,8 @@ __all__ = [
 _HOMES = {
     "DiscreteVAE": "dvae",
     "InputError": "errors",
+    "extract_feat": "inference",
+    "inference_model": "inference",
     "BlockwiseMaskGenerator": "masking",
     "RandomMaskGenerator": "masking",
     "VisionTransformer": "modeling",

@@ -33,8 +33,13 @@ COMMANDS = {
     ),
     "dvae": Command("beit.tasks.dvae", "DvaeConfig", "main", "train a tokenizer on your images"),
     "finetune": Command("beit.tasks.classification", "FinetuningConfig", "main", "fine-tune or evaluate a classifier"),
+    "knn": Command("beit.tasks.knn", "KnnConfig", "main", "score features by nearest neighbours; trains nothing"),
+    "predict": Command("beit.tasks.predict", "PredictConfig", "main", "say what images show"),
     "pretrain": Command(
         "beit.tasks.masked_image_modeling", "PretrainingConfig", "main", "pre-train BEiT on a folder of images"
+    ),
+    "probe": Command(
+        "beit.tasks.linear_probe", "LinearProbeConfig", "main", "train linear classifiers on frozen features"
     ),
     "models": Command("beit.tasks.commands", "ModelsConfig", "print_models", "list the models with their sizes"),
     "visualize reconstruct": Command(

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 # all of beit, `beit` itself (the re-exports) to nobody below the launchers.
 EVERYBODY_MAY = ("beit.errors",)
 CHECKPOINTS = ("beit.released", "beit.weights", "beit.pretrained", "beit.interop.*")
-MODELS = ("beit.modeling", "beit.pretrained", "beit.zoo", "beit.tokenizer", "beit.dvae")
+MODELS = ("beit.modeling", "beit.pretrained", "beit.zoo", "beit.inference", "beit.tokenizer", "beit.dvae")
 BELOW_TASKS = (
     *MODELS,
     *CHECKPOINTS,
@@ -47,6 +47,7 @@ MAY_IMPORT = {
     "beit.weights": ("beit.released", "beit.interop.*", "beit.storage", "beit.relative_position"),
     "beit.pretrained": ("beit.modeling", *CHECKPOINTS, "beit.relative_position"),
     "beit.zoo": ("beit.modeling", "beit.pretrained"),
+    "beit.inference": ("beit.modeling", "beit.weights", "beit.zoo", "beit.data.*"),
     # the jobs, and their pictures
     "beit.visualization.*": ("beit.visualization.*", *BELOW_TASKS),
     "beit.tasks.*": ("beit.tasks.*", "beit.visualization.*", *BELOW_TASKS, "beit.training.*"),

@@ -7,12 +7,14 @@ import yaml
 
 from beit.config import read_command_line, read_yaml
 from beit.tasks.classification_config import FinetuningConfig
+from beit.tasks.linear_probe import LinearProbeConfig
 from beit.tasks.masked_image_modeling import PretrainingConfig
 
 RECIPES = sorted((Path(__file__).parents[1] / "beit" / "recipes").glob("*.yaml"))
 CONFIG_OF = {
     "pretrain": PretrainingConfig,
     "finetune": FinetuningConfig,
+    "linear": LinearProbeConfig,
 }  # the part of a recipe's name before the first "_" -> whose settings
 FACTS = {"source", "data", "gpus", "hardware", "time", "quoted", "command"}
 
@@ -58,7 +60,11 @@ PUBLISHED = {
     "pretrain_base_1k_300ep": {**ROW_1K, "epochs": 300},
 }
 PATHS = ("data_path", "output_dir", "discrete_vae_weight_path")
-PATHS_OF = {"pretrain": PATHS, "finetune": ("data_path", "output_dir", "finetune")}
+PATHS_OF = {
+    "pretrain": PATHS,
+    "finetune": ("data_path", "output_dir", "finetune"),
+    "linear": ("data_path", "output_dir", "pretrained_weights"),
+}
 
 
 def settings_of(recipe):

@@ -1,0 +1,272 @@
+"""A model put to use: what an image shows, and the features of images.
+
+model = beit.get_model("beit_base_patch16_224_pt22k_ft22kto1k")
+beit.inference_model(model, "cat.jpg")["name"]
+beit.extract_feat(model, ["cat.jpg", "dog.jpg"], layer=8)  # (2, 768)
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from beit.data.classification import ClassificationEvalTransform, default_crop_pct
+from beit.data.datasets import UnreadableImageError, read_image, to_rgb, upright
+from beit.data.transforms import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD, normalize
+from beit.errors import InputError, did_you_mean
+from beit.modeling import Backbone, VisionTransformer
+from beit.weights import class_names
+from beit.zoo import open_model
+
+OneImage = str | os.PathLike[str] | Image.Image | NDArray[Any] | Tensor
+Prediction = dict[str, Any]
+
+POOLS = ("mean", "cls", "cls_mean", "map")
+BATCH_SIZE = 32
+
+
+def inference_model(
+    model: Backbone | str | Path,
+    image_or_paths: OneImage | Sequence[OneImage],
+    *,
+    topk: int = 5,
+    metadata: Mapping[str, Any] | None = None,
+) -> Prediction | list[Prediction]:
+    """Classifies images, prepared as the model's checkpoint says.
+
+    Args:
+        model: From :func:`beit.get_model`, or what that opens; a model of your own is taken to expect images of mean
+            and standard deviation 0.5.
+        image_or_paths: An image or several: a path; an image of Pillow's; an array or a tensor, uint8 or floating
+            point in [0, 1], ``(H, W, 3)`` for an array, ``(3, H, W)`` for a tensor, with one axis more for several.
+        topk: How many of the likeliest classes to name.
+        metadata: What is known of the model, from :func:`beit.zoo.open_model`; by default what it brings along.
+
+    Returns:
+        For one image a dict, for several a list of dicts: ``class`` (the likeliest class's number), ``name``, ``score``
+        (its probability) and ``top5`` (named after ``topk``), pairs of name and score, the likeliest first.
+
+    Raises:
+        InputError: The model is no classifier, or an image cannot be read.
+    """
+    if topk < 1:
+        raise InputError(f"topk must be at least 1, got {topk}")
+    opened, known = _opened(model)
+    metadata = known if metadata is None else metadata
+    classifier = _classifier(opened)
+    names = class_names(dict(metadata), classifier.num_classes) or _numbered(classifier.num_classes)
+    images, several = _listed(image_or_paths)
+    predictions = []
+    with _evaluating(classifier):
+        for batch in _batches(classifier, images, preprocessing_of(classifier, metadata)):
+            likeliest = classifier(batch).float().softmax(dim=-1).topk(min(topk, len(names)))
+            for scores, classes in zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True):
+                ranked = [(names[number], score) for number, score in zip(classes, scores, strict=True)]
+                prediction = {"class": classes[0], "name": ranked[0][0], "score": ranked[0][1], f"top{topk}": ranked}
+                predictions.append(prediction)
+    return predictions if several else predictions[0]
+
+
+def extract_feat(
+    model: Backbone | str | Path, image_or_paths: OneImage | Sequence[OneImage], layer: int = -1, pool: str = "mean"
+) -> Tensor:
+    """Returns features of images: the output of a block, before any norm.
+
+    Args:
+        model: As for :func:`inference_model`; a pre-training model will do.
+        image_or_paths: As for :func:`inference_model`.
+        layer: The block, counted from 0, or from the end if negative. Of a model that was only pre-trained, blocks in
+            the middle tell most about an image.
+        pool: ``mean`` of the patch tokens, ``cls`` for the class token, ``cls_mean`` for both in a row, or ``map`` for
+            the patch tokens in their places.
+
+    Returns:
+        float32 ``(B, D)``, ``(B, 2 D)`` for ``cls_mean``, ``(B, D, h, w)`` for ``map``; ``B`` is 1 for one image. It is
+        on the model's device.
+
+    Raises:
+        InputError: There is no such block or pool, or an image cannot be read.
+    """
+    opened, metadata = _opened(model)
+    known_pool(pool)
+    number = block_number(opened, layer)
+    images, _ = _listed(image_or_paths)
+    with _evaluating(opened):
+        batches = _batches(opened, images, preprocessing_of(opened, metadata))
+        outputs = (opened.get_intermediate_layers(batch, n=[number])[0] for batch in batches)
+        return torch.cat([pool_tokens(tokens, pool, opened.patch_embed.grid_size).float() for tokens in outputs])
+
+
+# ------------------------------------------------------------------------------------------------------- the features
+def pool_tokens(tokens: Tensor, pool: str, grid_size: tuple[int, int]) -> Tensor:
+    """Turns the tokens ``(B, 1 + h * w, D)`` of a block into the features that :func:`extract_feat` describes."""
+    patches = tokens[:, 1:]
+    if pool == "mean":
+        return patches.mean(dim=1)
+    if pool == "cls":
+        return tokens[:, 0]
+    if pool == "cls_mean":
+        return torch.cat((tokens[:, 0], patches.mean(dim=1)), dim=-1)
+    return rearrange(patches, "b (h w) d -> b d h w", h=grid_size[0])
+
+
+def known_pool(pool: str) -> str:
+    """Returns the name of a way to pool tokens.
+
+    Raises:
+        InputError: There is no such way.
+    """
+    if pool not in POOLS:
+        raise InputError(f"unknown pool {pool!r}{did_you_mean(pool, POOLS)}: choose {', '.join(POOLS)}")
+    return pool
+
+
+def block_number(model: Backbone, layer: int) -> int:
+    """Returns the number of a block from 0 on, given that or, if negative, its place from the end.
+
+    Raises:
+        InputError: There is no such block.
+    """
+    depth = model.get_num_layers()
+    if not -depth <= layer < depth:
+        raise InputError(f"layer {layer}: the model has {depth} blocks, numbered from 0")
+    return layer % depth
+
+
+# ------------------------------------------------------------------------------------------------------- the images
+@dataclass(frozen=True)
+class Preprocessing:
+    """From an image to what a model reads.
+
+    Args:
+        transform: Resizes and crops.
+        mean: Per channel, for images in [0, 1].
+        std: Per channel, for images in [0, 1].
+    """
+
+    transform: ClassificationEvalTransform
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def preprocessing_of(model: Backbone, metadata: Mapping[str, Any]) -> Preprocessing:
+    """Returns how a model wants its images: as its checkpoint records, and where it does not, as published.
+
+    Args:
+        model: Its image size counts, which may have been changed.
+        metadata: From :func:`beit.weights.read_weights`.
+    """
+    transform = ClassificationEvalTransform(
+        model.img_size,
+        interpolation=metadata.get("interpolation", "bicubic"),
+        crop_pct=metadata.get("crop_pct", default_crop_pct(model.img_size)),
+    )
+    mean, std = metadata.get("mean", IMAGENET_INCEPTION_MEAN), metadata.get("std", IMAGENET_INCEPTION_STD)
+    return Preprocessing(transform, tuple(mean), tuple(std))
+
+
+def _batches(model: Backbone, images: Sequence[OneImage], preprocessing: Preprocessing) -> Iterator[Tensor]:
+    device = model.cls_token.device
+    for start in range(0, len(images), BATCH_SIZE):
+        views = [preprocessing.transform(decoded(image))["image"] for image in images[start : start + BATCH_SIZE]]
+        inputs = normalize(torch.stack(views).to(device), preprocessing.mean, preprocessing.std)
+        yield inputs.to(model.cls_token.dtype)
+
+
+def decoded(image: OneImage) -> Image.Image:
+    """Returns an image of any kind that :func:`inference_model` takes as 8-bit RGB, upright.
+
+    Raises:
+        InputError: It cannot be read, or is no image.
+    """
+    if isinstance(image, Image.Image):
+        return to_rgb(upright(image))
+    if isinstance(image, Tensor):
+        return to_rgb(F.to_pil_image(_bytes_of(image)))
+    if isinstance(image, np.ndarray):
+        grey_or_colour = torch.from_numpy(np.array(image))
+        return to_rgb(
+            F.to_pil_image(_bytes_of(grey_or_colour.movedim(-1, 0) if image.ndim == 3 else grey_or_colour[None]))
+        )
+    if not isinstance(image, (str, os.PathLike)):
+        raise InputError(
+            f"an image is a path, an image of Pillow's, an array or a tensor, not a {type(image).__name__}"
+        )
+    if os.path.isdir(image):
+        raise InputError(f"{os.fspath(image)} is a folder: give the images in it")
+    try:
+        return read_image(image)
+    except UnreadableImageError as error:
+        raise InputError(f"cannot read the image {os.fspath(image)}: {error}") from error
+
+
+def _bytes_of(image: Tensor) -> Tensor:
+    """Returns an image ``(1 or 3, H, W)``, uint8 or in [0, 1], as uint8 in host memory."""
+    if image.ndim != 3 or image.shape[0] not in (1, 3) or 0 in image.shape:
+        raise InputError(
+            "an image in a tensor has shape (3, height, width), in an array (height, width, 3); this one has, as a "
+            f"tensor, {tuple(image.shape)}"
+        )
+    if image.dtype == torch.uint8:
+        return image.cpu()
+    if not image.is_floating_point() or not 0 <= image.min() <= image.max() <= 1:
+        raise InputError(
+            "an image in a tensor or an array is uint8, or floating point from 0 to 1; to give a model images that are "
+            "normalised already, call it: model(images)"
+        )
+    return (image.detach().cpu().float() * 255).round().to(torch.uint8)
+
+
+def _listed(images: OneImage | Sequence[OneImage]) -> tuple[Sequence[OneImage], bool]:
+    """Returns the images one by one, and whether several could have been meant."""
+    if isinstance(images, (Tensor, np.ndarray)):
+        several = images.ndim == 4
+    else:
+        several = isinstance(images, Sequence) and not isinstance(images, (str, bytes))
+    listed: Sequence[OneImage] = list(images) if several else [images]  # type: ignore[arg-type, list-item]
+    if not listed:
+        raise InputError("there is no image to look at")
+    return listed, several
+
+
+# ------------------------------------------------------------------------------------------------------- the model
+def _opened(model: Backbone | str | Path) -> tuple[Backbone, Mapping[str, Any]]:
+    if isinstance(model, Backbone):
+        return model, getattr(model, "metadata", None) or {}
+    return open_model(model)
+
+
+def _classifier(model: Backbone) -> VisionTransformer:
+    if isinstance(model, VisionTransformer) and model.num_classes > 0:
+        return model
+    raise InputError(
+        "the model has no classes to choose from: it was pre-trained and not fine-tuned (run_class_finetuning.py does "
+        "that); extract_feat gives its features"
+    )
+
+
+def _numbered(num_classes: int) -> tuple[str, ...]:
+    return tuple(f"class {number}" for number in range(num_classes))
+
+
+@contextlib.contextmanager
+def _evaluating(model: Backbone) -> Iterator[None]:
+    """Holds a model in evaluation mode, without gradients, and puts it back after."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in before.items():
+            module.training = training

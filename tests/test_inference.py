@@ -1,0 +1,262 @@
+"""A model put to use: predictions, features, and the images they are made of."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from beit.__main__ import main
+from beit.data.classification import ClassificationEvalTransform
+from beit.errors import InputError
+from beit.inference import decoded, extract_feat, inference_model
+from beit.modeling import VisionTransformer, VisionTransformerForMaskedImageModeling
+from beit.storage import save_checkpoint
+
+SMALL = {
+    "img_size": (32, 48),
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 3,
+    "num_heads": 2,
+    "init_values": 0.1,
+    "use_abs_pos_emb": False,
+    "use_rel_pos_bias": True,
+}
+RECORDED = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3), "crop_pct": 0.7, "interpolation": "bilinear"}
+LABELS = ("ant", "bee", "cat", "dog", "emu", "fox")
+
+
+def make_classifier(num_classes=6, **overrides):
+    torch.manual_seed(0)
+    model = VisionTransformer(num_classes=num_classes, **{**SMALL, **overrides})
+    nn.init.normal_(model.head.weight, std=0.3)  # a fresh head answers nearly the same for all images
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_classifier()
+
+
+@pytest.fixture(scope="module")
+def picture():
+    coarse = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((90, 70), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def checkpoint(model, tmp_path):
+    args = {"input_size": [32, 48], "model_kwargs": {"num_heads": 2}}
+    content = {"model": model.state_dict(), "args": args, "labels": list(LABELS), **RECORDED}
+    save_checkpoint(tmp_path / "model.pth", content)
+    return tmp_path / "model.pth"
+
+
+def naive_logits(model, picture, mean=(0.5,) * 3, std=(0.5,) * 3, **transform):
+    view = ClassificationEvalTransform((32, 48), **transform)(picture)["image"]
+    pixels = (view / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    return model(pixels[None])[0]
+
+
+def test_a_prediction_is_the_softmax_of_the_prepared_image(model, picture):
+    # Broken by another crop, normalisation or order of the classes, and by dropout or gradients left on.
+    found = inference_model(model, picture)
+    expected = naive_logits(model, picture).softmax(0)
+    order = expected.argsort(descending=True)[:5].tolist()
+    assert found["class"] == order[0]
+    assert found["name"] == f"class {order[0]}"
+    assert [name for name, _ in found["top5"]] == [f"class {number}" for number in order]
+    assert [score for _, score in found["top5"]] == pytest.approx(expected[order].tolist(), rel=1e-5)
+    assert found["score"] == found["top5"][0][1]
+
+
+def test_what_the_checkpoint_records_is_used(checkpoint, model, picture):
+    # Broken by a mean, crop or interpolation that is not the one of training, and by labels out of order.
+    found = inference_model(checkpoint, picture)
+    kept = {key: RECORDED[key] for key in ("crop_pct", "interpolation")}
+    expected = naive_logits(model, picture, RECORDED["mean"], RECORDED["std"], **kept).softmax(0)
+    assert not torch.allclose(expected, naive_logits(model, picture).softmax(0), atol=1e-3)
+    assert found["score"] == pytest.approx(expected.max().item(), rel=1e-5)
+    assert found["name"] == LABELS[int(expected.argmax())]
+    opened = make_classifier()
+    opened.metadata = {**RECORDED, "labels": LABELS}
+    assert inference_model(opened, picture) == found
+
+
+def test_imagenets_names_are_known(picture):
+    found = inference_model(make_classifier(1000), picture)
+    assert "class" not in found["name"]
+    large = inference_model(make_classifier(21841), picture)
+    assert "class" not in large["name"]
+
+
+def test_several_images_are_a_list_and_one_is_not(model, picture, monkeypatch):
+    monkeypatch.setattr("beit.inference.BATCH_SIZE", 2)
+    others = [picture.rotate(angle) for angle in (0, 90, 180, 270, 45)]
+    together = inference_model(model, others, topk=2)
+    assert len(together) == 5
+    for image, prediction in zip(others, together, strict=True):
+        alone = inference_model(model, image, topk=2)
+        assert prediction["class"] == alone["class"]
+        assert prediction["score"] == pytest.approx(alone["score"], rel=1e-4)
+        assert len(prediction["top2"]) == 2
+    assert isinstance(inference_model(model, [picture]), list)
+
+
+def test_more_names_than_classes(picture):
+    assert len(inference_model(make_classifier(3), picture)["top5"]) == 3
+
+
+def test_every_kind_of_image_is_the_same_image(model, picture, tmp_path):
+    picture.save(tmp_path / "a.png")
+    array = np.asarray(picture)
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    kinds = [str(tmp_path / "a.png"), tmp_path / "a.png", array, array / 255, tensor, tensor.float() / 255]
+    expected = inference_model(model, picture)
+    for kind in kinds:
+        assert inference_model(model, kind) == expected
+    for kind in (torch.stack([tensor, tensor]), np.stack([array, array])):
+        both = inference_model(model, kind)
+        assert [prediction["class"] for prediction in both] == [expected["class"]] * 2
+        assert both[1]["score"] == pytest.approx(expected["score"], rel=1e-4)
+    grey = np.asarray(picture.convert("L"))
+    assert decoded(grey).tobytes() == decoded(torch.tensor(grey)[None]).tobytes()
+
+
+def unusual(picture):
+    """The same picture in modes and orientations that trip decoders up, with the tolerance of each."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side: turn it by 90 degrees clockwise to view it
+    grey = picture.convert("L")
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    yield "cmyk.tif", picture.convert("CMYK"), picture, {}, 3
+    yield "deep.png", deep, grey.convert("RGB"), {}, 1
+    yield "palette.png", grey.convert("P"), grey.convert("RGB"), {}, 1
+    yield "side.png", picture.transpose(Image.Transpose.ROTATE_90), picture, {"exif": exif}, 1
+    yield "alpha.png", picture.convert("RGBA"), picture, {}, 1
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_unusual_images_are_shown_as_a_viewer_shows_them(number, picture, tmp_path):
+    # Broken by convert("RGB") alone: 16-bit greys turn white, photographs lie on their side.
+    name, image, expected, options, tolerance = list(unusual(picture))[number]
+    image.save(tmp_path / name, **options)
+    with Image.open(tmp_path / name) as opened:
+        assert opened.size == image.size
+        from_object = np.asarray(decoded(opened)).astype(int)
+    from_path = np.asarray(decoded(tmp_path / name)).astype(int)
+    assert (from_object == from_path).all()
+    assert np.abs(from_path - np.asarray(expected).astype(int)).max() <= tolerance
+
+
+def make_pretrained():
+    torch.manual_seed(0)
+    shared = {**SMALL, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}
+    return VisionTransformerForMaskedImageModeling(vocab_size=16, **shared)
+
+
+@pytest.mark.parametrize("make", [make_classifier, make_pretrained])
+def test_features_are_those_of_the_block(make, picture):
+    # Broken by a layer counted otherwise, the class token among the patches, or rows and columns swapped.
+    model = make()
+    images = [picture, picture.rotate(90)]
+    views = [ClassificationEvalTransform((32, 48))(image)["image"] / 127.5 - 1 for image in images]
+    with torch.no_grad():
+        blocks = model.eval().get_intermediate_layers(torch.stack(views))
+    for layer in (0, 1, 2, -1, -3):
+        tokens = blocks[layer]
+        mean, cls = tokens[:, 1:].mean(1), tokens[:, 0]
+        torch.testing.assert_close(extract_feat(model, images, layer), mean)
+        torch.testing.assert_close(extract_feat(model, images, layer, pool="cls"), cls)
+        torch.testing.assert_close(extract_feat(model, images, layer, "cls_mean"), torch.cat([cls, mean], 1))
+    grid = extract_feat(model, images, pool="map")
+    assert grid.shape == (2, 32, 4, 6)
+    torch.testing.assert_close(grid[:, :, 1, 2], blocks[-1][:, 1 + 6 + 2])
+    assert extract_feat(model, picture).shape == (1, 32)
+
+
+def test_the_model_is_left_as_it_was(picture):
+    # Broken by a model that trains on in evaluation mode, or by dropout during a prediction.
+    model = make_classifier(drop_rate=0.5)
+    model.train()
+    model.blocks[1].eval()
+    first, second = inference_model(model, picture), inference_model(model, picture)
+    assert first == second
+    assert model.training
+    assert model.blocks[0].training
+    assert not model.blocks[1].training
+    assert not extract_feat(model, picture).requires_grad
+    assert torch.is_grad_enabled()
+
+
+def test_a_model_in_half_precision(picture, model):
+    score = inference_model(make_classifier().to(torch.bfloat16), picture)["score"]
+    assert score == pytest.approx(inference_model(model, picture)["score"], abs=0.05)
+
+
+MISTAKES = {
+    "no such file": (lambda: inference_model(make_classifier(), "nowhere.jpg"), "nowhere.jpg: no such file"),
+    "a folder": (lambda: inference_model(make_classifier(), "/"), "is a folder"),
+    "no image": (lambda: inference_model(make_classifier(), []), "no image"),
+    "a number": (lambda: inference_model(make_classifier(), 3), "not a int"),
+    "normalised": (lambda: inference_model(make_classifier(), torch.randn(3, 32, 48)), "normalised already"),
+    "numbers of 64 bits": (lambda: inference_model(make_classifier(), torch.ones(3, 8, 8).long()), "uint8"),
+    "channels last": (lambda: inference_model(make_classifier(), torch.rand(8, 8, 3)), "(3, height, width)"),
+    "a vector": (lambda: inference_model(make_classifier(), np.zeros(3)), "(height, width, 3)"),
+    "a pre-trained model": (lambda: inference_model(make_pretrained(), "a.jpg"), "run_class_finetuning.py"),
+    "no head": (lambda: inference_model(VisionTransformer(num_classes=0, **SMALL), "a.jpg"), "no classes"),
+    "no classes wanted": (lambda: inference_model(make_classifier(), "a.jpg", topk=0), "topk"),
+    "no such model": (lambda: inference_model("nowhere.pth", "a.jpg"), "nowhere.pth"),
+    "a block too many": (lambda: extract_feat(make_classifier(), "a.jpg", layer=3), "3 blocks, numbered from 0"),
+    "a block too few": (lambda: extract_feat(make_classifier(), "a.jpg", layer=-4), "layer -4"),
+    "unknown pool": (lambda: extract_feat(make_classifier(), "a.jpg", pool="maen"), "did you mean 'mean'"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_said_in_one_line(mistake):
+    call, part = MISTAKES[mistake]
+    with pytest.raises(InputError) as caught:
+        call()
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# The command
+
+
+def test_predict_writes_names_and_scores(checkpoint, picture, tmp_path, capsys):
+    picture.save(tmp_path / "a.png")
+    picture.rotate(180).save(tmp_path / "b.png")
+    paths = [str(tmp_path / name) for name in ("a.png", "b.png")]
+    assert main(["predict", *paths, "--model", str(checkpoint), "--topk", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    expected = inference_model(checkpoint, paths, topk=2)
+    assert lines[::3] == paths
+    assert lines[1] == f"  {expected[0]['score']:6.1%}  {expected[0]['name']}"
+    assert main(["predict", *paths, "--model", str(checkpoint), "--json"]) == 0
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [entry["image"] for entry in printed] == paths
+    assert [entry["name"] for entry in printed] == [prediction["name"] for prediction in expected]
+    assert printed[0]["score"] == pytest.approx(expected[0]["score"], rel=1e-4)
+    assert len(printed[0]["top5"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["predict", "a.png"], "--model is missing"),
+        (["predict", "--model", "m.pth"], "IMAGES"),
+        (["predict", "nowhere.png", "--model", "CHECKPOINT"], "there is no image nowhere.png"),
+        (["predict", "CHECKPOINT", "--model", "CHECKPOINT"], "cannot read the image"),
+        (["predict", "CHECKPOINT", "--model", "nowhere.pth"], "nowhere.pth"),
+    ],
+)
+def test_a_wrong_call_is_one_line_and_exit_status_2(arguments, part, checkpoint, capsys):
+    assert main([str(checkpoint) if argument == "CHECKPOINT" else argument for argument in arguments]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert part in errors[0]
