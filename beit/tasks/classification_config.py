@@ -73,16 +73,15 @@ class FinetuningConfig(RunOptions, OptimizerOptions):
     disable_eval_during_finetuning: bool = option(False, "do not evaluate, and need no validation images")
     eval: bool = option(False, "evaluate only: --resume, else the newest checkpoint in --output_dir")
     dist_eval: bool = option(False, "unused", no_effect="processes always share an evaluation, each image counts once")
-    enable_deepspeed: bool = option(False, "train with DeepSpeed")
+    enable_deepspeed: bool = option(False, "train with DeepSpeed (the extra deepspeed)")
+    zero_stage: int = option(0, "what DeepSpeed splits over processes: 0 nothing, 1 the optimizer, 2 the gradients too")
 
 
 def check_settings(config: FinetuningConfig) -> None:
     """Raises :class:`InputError` for the first setting that cannot be used."""
     check_positive(config, "batch_size", "epochs", "update_freq", "log_every", "save_ckpt_freq")
-    if config.enable_deepspeed:
-        raise InputError(
-            "--enable_deepspeed is not available here: leave it out; --update_freq saves memory without it"
-        )
+    if config.zero_stage not in (0, 1, 2):
+        raise InputError(f"--zero_stage {config.zero_stage}: choose 0, 1 or 2")
     if not 0 <= config.smoothing < 1:
         raise InputError(f"--smoothing {config.smoothing}: must be at least 0 and below 1")
     if not 0 < config.layer_decay <= 1:

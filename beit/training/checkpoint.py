@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from beit.errors import InputError
@@ -21,6 +20,11 @@ BEST = "checkpoint-best.pth"
 BEST_EMA = "checkpoint-best-ema.pth"  # the moving average of the weights, as its model
 _EPOCH_FILE = re.compile(r"checkpoint-(\d+)\.pth")
 _SHOWN_DIFFERENCES = 2
+
+
+def epoch_file(epoch: int) -> str:
+    """Returns the name of an epoch's checkpoint; epochs count from 0."""
+    return f"checkpoint-{epoch}.pth"
 
 
 class RunFolder:
@@ -71,19 +75,12 @@ class RunFolder:
         """Lets another run use the folder."""
         self._lock.close()
 
-    def save_epoch(self, epoch: int, state: Mapping[str, Any]) -> Path:
-        """Writes ``checkpoint-<epoch>.pth`` and removes the oldest ones beyond ``keep``."""
-        path = self.path / f"checkpoint-{epoch}.pth"
-        save_checkpoint(path, dict(state))
+    def save(self, name: str, state: Mapping[str, Any]) -> None:
+        """Writes a checkpoint and removes the oldest of the epochs' beyond ``keep``."""
+        save_checkpoint(self.path / name, dict(state))
         if self.keep > 0:
             for _, old in _epoch_files(self.path)[: -self.keep]:
                 old.unlink()
-        return path
-
-    def save(self, name: str, state: Mapping[str, Any]) -> Path:
-        """Writes a checkpoint under a fixed name, such as ``checkpoint-last.pth``."""
-        save_checkpoint(self.path / name, dict(state))
-        return self.path / name
 
     def newest(self) -> Path | None:
         """Returns the checkpoint that has got furthest, or None if there is none.
@@ -163,8 +160,3 @@ def to_cpu(state: Any) -> Any:
     if isinstance(state, (list, tuple)):
         return type(state)(to_cpu(value) for value in state)
     return state
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Returns the module inside DistributedDataParallel."""
-    return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model

@@ -141,6 +141,20 @@ def connect(placement: Placement, device: torch.device) -> None:
     )
 
 
+def connect_alone(device: torch.device) -> None:
+    """Makes a process group of one where there is none, for libraries that cannot do without."""
+    if not dist.is_initialized():
+        os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def barrier() -> None:
+    """Waits until every process has come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def disconnect() -> None:
     """Leaves the process group, if there is one."""
     if dist.is_initialized():

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from beit.errors import InputError
 from beit.training import distributed
-from beit.training.checkpoint import BEST, BEST_EMA, LAST, RunFolder, load_exactly, position_of, to_cpu, unwrap
+from beit.training.checkpoint import BEST, BEST_EMA, LAST, RunFolder, epoch_file, load_exactly, position_of, to_cpu
 from beit.training.logging import Averages, EpochLog, Progress, ScalarWriter, Throughput, memory_in_use
 from beit.training.optim import apply_schedules
 from beit.training.precision import Precision
@@ -151,16 +151,22 @@ class Trainer:
             InputError: The checkpoint is of another model, or lacks the optimizer's state.
         """
         if not {"model", "optimizer"} <= checkpoint.keys():
-            raise InputError(
-                f"{source} holds no training state to resume; to start from its weights use "
-                "--init_from (pre-training) or --finetune"
+            remedy = (
+                "it was written by DeepSpeed, so add --enable_deepspeed"
+                if "deepspeed" in checkpoint
+                else "to start from its weights use --init_from (pre-training) or --finetune"
             )
+            raise InputError(f"{source} holds no training state to resume; {remedy}")
         load_exactly(self.model, checkpoint["model"], source)
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
         except ValueError as error:
             raise InputError(f"{source}: the optimizer's state does not fit this run ({error}); check --opt") from error
         self.precision.load_state_dict(checkpoint.get("scaler") or {})
+        self._restore_progress(checkpoint, source)
+
+    def _restore_progress(self, checkpoint: Mapping[str, Any], source: str) -> None:
+        """Takes over what a checkpoint holds besides weights and optimizer."""
         if self.ema is not None:
             # Of a run without an average, it begins with the weights.
             load_exactly(self.ema.module, checkpoint.get("model_ema") or checkpoint["model"], f"{source} (model_ema)")
@@ -194,10 +200,9 @@ class Trainer:
             "images_per_step": self.images_per_step,
         }
         state = {
-            "model": unwrap(self.model).state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": self.model.state_dict(),
             "epoch": epoch if finished else epoch - 1,  # the last whole epoch, as in official files
-            "scaler": self.precision.state_dict(),
+            **self._training_state(),
             "args": dict(self.config),
             "progress": progress,
             "averages": {} if finished else self._averages.state_dict(),
@@ -208,6 +213,9 @@ class Trainer:
         if self.ema is not None:
             state["model_ema"] = self.ema.module.state_dict()
         return to_cpu(state)
+
+    def _training_state(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.precision.state_dict()}
 
     # Training
 
@@ -251,7 +259,7 @@ class Trainer:
                 if last or save or len(self._window) >= self.settings.log_every or (alone and terminated.is_set):
                     stop = self._close_window(epoch, done, scalars, progress, terminated)
                     if (save or stop) and not last:
-                        self._save_last(epoch, done)
+                        self._save(LAST, epoch, done)
                     if stop and not last:
                         raise Stopped(f"stopped at epoch {epoch}, step {done}")
         finally:
@@ -271,19 +279,31 @@ class Trainer:
         rows = []
         for micro_step in range(update_freq):
             batch = self._next_batch(batches)
-            # Between processes, gradients are exchanged once an optimizer step: with the last batch's backward.
-            waiting = micro_step < update_freq - 1
-            local = model.no_sync if waiting and isinstance(model, DistributedDataParallel) else contextlib.nullcontext
-            with local():
-                with self.precision.autocast():
-                    loss, metrics = self.step(model, batch, global_step)
-                self.precision.backward(loss / update_freq)
+            loss, metrics = self._backward(model, batch, global_step, last=micro_step == update_freq - 1)
             self._names = ["loss", *metrics]
             rows.append(torch.stack([loss.detach().float(), *(value.detach().float() for value in metrics.values())]))
-        norm = self.precision.step(self.optimizer, self.model.parameters(), self.settings.clip_grad)
+        norm = self._update()
         if self.ema is not None:
-            self.ema.update(unwrap(model), step=global_step + 1)
+            self.ema.update(self.model, step=global_step + 1)
         return torch.cat([torch.stack(rows).mean(dim=0), norm.detach().float().reshape(1)])
+
+    def _backward(
+        self, model: nn.Module, batch: Batch, global_step: int, last: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Adds a batch's gradients; between processes they are exchanged once a step, with the last batch's."""
+        alone = contextlib.nullcontext if last or not isinstance(model, DistributedDataParallel) else model.no_sync
+        with alone():
+            with self.precision.autocast():
+                loss, metrics = self.step(model, batch, global_step)
+            self.precision.backward(loss / self.settings.update_freq)
+        return loss, metrics
+
+    def _update(self) -> Tensor:
+        """Changes the weights by the gradients gathered, and returns the gradients' norm."""
+        return self.precision.step(self.optimizer, self.model.parameters(), self.settings.clip_grad)
+
+    def _loss_scale(self) -> float:
+        return self.precision.loss_scale
 
     def _next_batch(self, batches: Iterator[Batch]) -> Batch:
         start = time.perf_counter()
@@ -307,7 +327,7 @@ class Trainer:
         together = distributed.sum_over_ranks(torch.cat([rows.flatten(), wish])).cpu().double()
         table = together[:-1].reshape(rows.shape) / distributed.world_size()
         first_global_step = epoch * self.steps_per_epoch + done - len(rows)
-        loss_scale = self.precision.loss_scale
+        loss_scale = self._loss_scale()
         for offset, row in enumerate(table.tolist()):
             values = dict(zip([*self._names, "grad_norm"], row, strict=True))
             self._record_step(first_global_step + offset, values, loss_scale, scalars)
@@ -352,10 +372,10 @@ class Trainer:
     # The end of an epoch
 
     def _epoch_entry(self, epoch: int, scalars: ScalarWriter) -> dict[str, Any]:
-        parameters = [p for p in unwrap(self.model).parameters() if p.requires_grad]
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
         entry: dict[str, Any] = {f"train_{name}": value for name, value in self._averages.means().items()}
         if self.evaluate and ((epoch + 1) % self.settings.evaluate_epochs == 0 or epoch + 1 == self.settings.epochs):
-            results = self.evaluate(unwrap(self.model), epoch)
+            results = self.evaluate(self.model, epoch)
             if self.ema is not None and self.settings.evaluate_average:
                 average = self.evaluate(self.ema.module, epoch)
                 results = {**results, **{f"ema_{name}": value for name, value in average.items()}}
@@ -371,18 +391,12 @@ class Trainer:
             log.write(entry)
         if self.settings.best_metric is not None:
             self._keep_best(self.settings.best_metric, epoch, entry)
-        if self.folder is None:
-            return
-        if self.settings.save:
-            self._save_epoch(epoch, self.folder)
-        if self.on_epoch_end is not None:
-            self.on_epoch_end(epoch, scalars)
-
-    def _save_epoch(self, epoch: int, folder: RunFolder) -> None:
         if (epoch + 1) % self.settings.save_epochs == 0 or epoch + 1 == self.settings.epochs:
-            folder.save_epoch(epoch, self._state(epoch, self.steps_per_epoch))
+            self._save(epoch_file(epoch), epoch, self.steps_per_epoch)
         elif self._saves_at((epoch + 1) * self.steps_per_epoch):
-            self._save_last(epoch, self.steps_per_epoch)
+            self._save(LAST, epoch, self.steps_per_epoch)
+        if self.folder is not None and self.on_epoch_end is not None:
+            self.on_epoch_end(epoch, scalars)
 
     def _keep_best(self, metric: str, epoch: int, entry: Mapping[str, Any]) -> None:
         """Writes what is the best so far, before the epoch's checkpoint, so that a killed run does it again."""
@@ -403,9 +417,10 @@ class Trainer:
             kept = {key: value for key, value in state.items() if key not in training}
             self.folder.save(BEST_EMA, {**kept, "model": state["model_ema"]})
 
-    def _save_last(self, epoch: int, done: int) -> None:
+    def _save(self, name: str, epoch: int, done: int) -> None:
+        """Writes a checkpoint that the run can be continued from, if the run writes any."""
         if self.folder is not None and self.settings.save:
-            self.folder.save(LAST, self._state(epoch, done))
+            self.folder.save(name, self._state(epoch, done))
         self._throughput.restart_window()
 
 

@@ -1,0 +1,192 @@
+"""The training loop on DeepSpeed: the optimizer's state (stage 1) and the gradients (stage 2) split over processes.
+
+Checkpoints are DeepSpeed's folders, ``checkpoint-<epoch>/``, one piece a process. Beside each lies a plain
+``checkpoint-<epoch>.pth`` with the whole model, for everything that reads checkpoints; it is written last, so that
+what it names is complete.
+
+Source: ZeRO, arXiv 1910.02054.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from beit.errors import InputError
+from beit.storage import atomic_write
+from beit.training import distributed
+from beit.training.checkpoint import LAST, load_exactly
+from beit.training.loop import Batch, Trainer
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "deepspeed_config.json"
+NO_CLIPPING = 1e9  # a limit that no norm reaches: without any, DeepSpeed does not measure the norm
+# What DeepSpeed's own files may build when they are opened; anything else in them is refused before it runs.
+ALLOWED_GLOBALS = {
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+}
+_FOLDER = re.compile(r"checkpoint-(\d+|last-\d+)")
+
+
+@dataclass
+class DeepSpeedTrainer(Trainer):
+    """A :class:`Trainer` whose steps DeepSpeed takes.
+
+    Args:
+        zero_stage: 0 splits nothing, 1 the optimizer's state, 2 the gradients too.
+
+    Raises:
+        InputError: DeepSpeed is not installed, or cannot work with these settings.
+    """
+
+    zero_stage: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        deepspeed = _import_deepspeed(self._device.type)
+        distributed.connect_alone(self._device)
+        self._norm: Tensor | None = None  # of stage 0, which does not keep it
+        self._root = distributed.on_main(lambda: str(self.folder.path) if self.folder and self.settings.save else "")
+        settings = self.deepspeed_config()
+        if self.folder is not None:
+            with atomic_write(self.folder.path / CONFIG_FILE) as file:
+                file.write((json.dumps(settings, indent=2) + "\n").encode())
+        self._engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=self.model, optimizer=self.optimizer, config=settings, dist_init_required=False
+        )
+
+    def deepspeed_config(self) -> dict[str, Any]:
+        """Returns DeepSpeed's settings, which are also written to ``deepspeed_config.json``."""
+        settings: dict[str, Any] = {
+            "train_batch_size": self.images_per_step,
+            "train_micro_batch_size_per_gpu": self.loader.batch_size,
+            "gradient_accumulation_steps": self.settings.update_freq,
+            "gradient_clipping": self.settings.clip_grad or NO_CLIPPING,
+            "zero_optimization": {"stage": self.zero_stage},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 2**31,
+        }
+        if self.precision.dtype != torch.float32:
+            dtype = str(self.precision.dtype).removeprefix("torch.")
+            settings["torch_autocast"] = {"enabled": True, "dtype": dtype}
+        return settings
+
+    # One step
+
+    def _distribute(self) -> nn.Module:
+        return self._engine
+
+    def _backward(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        global_step: int,
+        last: bool,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics = self.step(model, batch, global_step)
+        self._engine.backward(loss)  # divides by the number of batches itself
+        if last and self.zero_stage == 0:
+            gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+            self._norm = torch.nn.utils.get_total_norm(gradients) / self._loss_scale()
+        self._engine.step()  # acts on the last batch only
+        return loss, metrics
+
+    def _update(self) -> Tensor:
+        """Returns the norm of the gradients of the update that :meth:`_backward` has made."""
+        norm = self._norm if self.zero_stage == 0 else self._engine.get_global_grad_norm()
+        return torch.as_tensor(float("nan") if norm is None else norm, device=self._device)
+
+    def _loss_scale(self) -> float:
+        if self.precision.dtype != torch.float16:
+            return 1.0
+        scaler = self._engine.torch_autocast_z0_gradscaler
+        return float(scaler.get_scale() if scaler else getattr(self.optimizer, "cur_scale", 1.0))
+
+    # Checkpoints
+
+    def _training_state(self) -> dict[str, Any]:
+        return {}  # it lies in DeepSpeed's folder
+
+    def _save(self, name: str, epoch: int, done: int) -> None:
+        if self._root:
+            tag = Path(name).stem
+            if name == LAST:  # each under its own name: the file that names it decides which one counts
+                tag = f"{tag}-{epoch * self.steps_per_epoch + done}"
+            self._engine.save_checkpoint(self._root, tag=tag, save_latest=False)
+            distributed.barrier()
+            if self.folder is not None:
+                self.folder.save(name, {**self._state(epoch, done), "deepspeed": tag})
+                self._remove_unnamed(self.folder.path, tag)
+        self._throughput.restart_window()
+
+    def _remove_unnamed(self, folder: Path, newest: str) -> None:
+        """Removes DeepSpeed's folders whose checkpoint was removed or written anew since."""
+        for path in folder.iterdir():
+            if path.is_dir() and _FOLDER.fullmatch(path.name) and path.name != newest:
+                old = path.name.startswith("checkpoint-last-") and newest.startswith("checkpoint-last-")
+                gone = not path.name.startswith("checkpoint-last-") and not path.with_name(f"{path.name}.pth").exists()
+                if old or gone:
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def resume(self, checkpoint: Mapping[str, Any], source: str) -> None:
+        """Takes weights, optimizer, averages and position over from a checkpoint that DeepSpeed wrote.
+
+        Raises:
+            InputError: It did not, or for another model or another number of processes.
+        """
+        if "deepspeed" not in checkpoint:
+            raise InputError(
+                f"{source} was not written by DeepSpeed: leave --enable_deepspeed out, or start from its weights with "
+                "--finetune"
+            )
+        load_exactly(self.model, checkpoint["model"], source)
+        folder = Path(source).parent / checkpoint["deepspeed"]
+        self._check_files(folder)
+        loaded, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
+        if loaded is None:
+            raise InputError(f"{folder} holds no DeepSpeed checkpoint; choose another --resume")
+        self._restore_progress(checkpoint, source)
+
+    def _check_files(self, folder: Path) -> None:
+        """Makes sure that the files are there, for this number of processes, and run no code when opened."""
+        if not folder.is_dir():
+            raise InputError(f"the checkpoint's DeepSpeed folder {folder} is missing; keep both together")
+        pieces = len(list(folder.glob("*_optim_states.pt")))
+        if self.zero_stage > 0 and pieces != distributed.world_size():
+            raise InputError(
+                f"{folder} was written by {pieces} processes with --zero_stage 1 or 2 and can be resumed by as many, "
+                f"not by {distributed.world_size()}"
+            )
+        for file in sorted(folder.glob("*.pt")):
+            try:
+                foreign = set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - ALLOWED_GLOBALS
+            except (RuntimeError, ValueError) as error:
+                raise InputError(f"{file} cannot be read: {error}") from error
+            if foreign:
+                raise InputError(f"{file} would run {', '.join(sorted(foreign))} when opened: refused")
+
+
+def _import_deepspeed(device_type: str) -> Any:
+    os.environ.setdefault("DS_ACCELERATOR", device_type)  # else it takes the GPU of a run that was sent to the CPU
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise InputError(
+            "--enable_deepspeed needs DeepSpeed: pip install 'beit[deepspeed]', or leave the flag out; "
+            "--update_freq and --grad_checkpointing save memory without it"
+        ) from error
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
