@@ -237,7 +237,7 @@ def architecture_of(weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) 
         "embed_dim": embed_dim,
         "depth": 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
         "num_heads": heads,
-        "mlp_ratio": len(weights["blocks.0.mlp.fc1.weight"]) / embed_dim,
+        "mlp_ratio": _mlp_ratio(embed_dim, len(weights["blocks.0.mlp.fc1.weight"])),
         "qkv_bias": "blocks.0.attn.q_bias" in weights,
         "init_values": 0.1 if "blocks.0.gamma_1" in weights else None,
         "use_abs_pos_emb": "pos_embed" in weights,
@@ -250,6 +250,12 @@ def architecture_of(weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) 
     classes = len(weights["head.weight"]) if "head.weight" in weights else 0
     mean_pooling = "fc_norm.weight" in weights or "norm.weight" not in weights
     return Architecture(False, arguments | {"num_classes": classes, "use_mean_pooling": mean_pooling})
+
+
+def _mlp_ratio(embed_dim: int, hidden_dim: int) -> float:
+    """Returns a ratio of which ``int(embed_dim * ratio)`` is exactly ``hidden_dim``; the quotient can round below."""
+    ratio = hidden_dim / embed_dim
+    return ratio if int(embed_dim * ratio) == hidden_dim else (hidden_dim + 0.5) / embed_dim
 
 
 def class_names(metadata: Mapping[str, Any], num_classes: int) -> tuple[str, ...] | None:

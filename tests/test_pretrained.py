@@ -13,6 +13,12 @@ from safetensors.torch import save_file
 
 import beit
 from beit import released, storage
+from beit.data.transforms import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+)
 from beit.errors import InputError
 from beit.interop import DIALECTS, from_official
 from beit.modeling import VisionTransformer, VisionTransformerForMaskedImageModeling
@@ -450,6 +456,12 @@ def test_a_hub_id_without_the_library_or_the_network_is_one_line(monkeypatch):
         resolve("microsoft/beit-base")
 
 
+def test_means_are_those_of_the_transforms():
+    # The table of checkpoints is below the data in the order of imports, so the numbers stand twice.
+    assert (released.IMAGENET_MEAN, released.IMAGENET_STD) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    assert released.HALF == IMAGENET_INCEPTION_MEAN == IMAGENET_INCEPTION_STD
+
+
 def test_every_released_checkpoint_has_a_model_and_an_address():
     assert len(RELEASED) == 12
     for name, row in RELEASED.items():
@@ -483,10 +495,18 @@ def test_a_model_is_created_with_weights(tmp_path, monkeypatch):
         classifier(),
         classifier(img_size=(32, 96), use_abs_pos_emb=True, use_mean_pooling=False, init_values=None, qkv_bias=False),
         classifier(patch_size=(8, 16), in_chans=1, mlp_ratio=2.5, num_classes=0),
+        classifier(embed_dim=88, mlp_ratio=109.5 / 88),  # 88 * (109 / 88) is below 109
         masked(),
         masked(use_abs_pos_emb=True, use_shared_rel_pos_bias=False, num_heads=1),
     ],
-    ids=["classifier", "positions, non-square", "other patches", "pre-training", "pre-training, positions"],
+    ids=[
+        "classifier",
+        "positions, non-square",
+        "other patches",
+        "odd width",
+        "pre-training",
+        "pre-training, positions",
+    ],
 )
 def test_a_checkpoint_opens_as_the_model_it_is_of(model, tmp_path):
     args = {"input_size": list(model.img_size), "model_kwargs": {"num_heads": model.num_heads}}

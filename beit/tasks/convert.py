@@ -146,6 +146,12 @@ def _write_timm(
     elif destination.suffix in FILE_SUFFIXES:
         save_checkpoint(destination, tensors)
     else:
+        height, width = architecture.arguments["img_size"]
+        if height != width and _position_index(architecture) is not None:
+            raise InputError(
+                f"timm takes the tables in a folder for those of a square, and this model sees {height} x {width} "
+                f"pixels: write a file, {destination.with_suffix('.safetensors')}, and load it with load_state_dict"
+            )
         config = timm.config_json(architecture.arguments, preprocessing(architecture, metadata), labels)
         _write_json(destination / "config.json", config)
         _write_safetensors(destination / "model.safetensors", tensors)

@@ -42,32 +42,40 @@ def test_official_files_get_the_official_names_and_shapes(golden):
         assert {key: list(tensor.shape) for key, tensor in written.items()} == published[name]["state_dict"]
 
 
-def test_openmmlab_names_are_those_of_the_published_table(small):
-    # The reference is the table of names in the documentation of the formats; neither library is installed here.
-    names = from_official(small("per-layer tables").state_dict(), "mmpretrain", position_index=INDEX)
-    assert {
-        "backbone.cls_token",
-        "backbone.patch_embed.projection.weight",
-        "backbone.layers.0.ln1.weight",
-        "backbone.layers.1.ln2.bias",
-        "backbone.layers.0.attn.qkv.weight",
-        "backbone.layers.0.attn.q_bias",
-        "backbone.layers.0.attn.relative_position_bias_table",
-        "backbone.layers.0.attn.relative_position_index",
-        "backbone.layers.0.gamma_1",
-        "backbone.layers.0.ffn.layers.0.0.weight",
-        "backbone.layers.0.ffn.layers.1.bias",
-        "backbone.ln2.weight",
-        "head.fc.weight",
-    } <= names.keys()
-    masked = from_official(small("pre-training").state_dict(), "mmpretrain", position_index=INDEX)
-    assert {
-        "backbone.mask_token",
-        "backbone.ln1.weight",
-        "head.cls_head.bias",
-        "backbone.rel_pos_bias.relative_position_bias_table",
-        "backbone.rel_pos_bias.relative_position_index",
-    } <= masked.keys()
+OPENMMLAB = {
+    "cls_token": "backbone.cls_token",
+    "patch_embed.proj.weight": "backbone.patch_embed.projection.weight",
+    "blocks.0.norm1.weight": "backbone.layers.0.ln1.weight",
+    "blocks.1.norm2.bias": "backbone.layers.1.ln2.bias",
+    "blocks.0.attn.qkv.weight": "backbone.layers.0.attn.qkv.weight",
+    "blocks.0.attn.q_bias": "backbone.layers.0.attn.q_bias",
+    "blocks.1.attn.proj.bias": "backbone.layers.1.attn.proj.bias",
+    "blocks.0.attn.relative_position_bias_table": "backbone.layers.0.attn.relative_position_bias_table",
+    "blocks.0.gamma_1": "backbone.layers.0.gamma_1",
+    "blocks.1.gamma_2": "backbone.layers.1.gamma_2",
+    "blocks.0.mlp.fc1.weight": "backbone.layers.0.ffn.layers.0.0.weight",
+    "blocks.1.mlp.fc2.bias": "backbone.layers.1.ffn.layers.1.bias",
+    "fc_norm.weight": "backbone.ln2.weight",
+    "head.weight": "head.fc.weight",
+}
+OPENMMLAB_PRE_TRAINING = {
+    "mask_token": "backbone.mask_token",
+    "norm.weight": "backbone.ln1.weight",
+    "lm_head.bias": "head.cls_head.bias",
+    "rel_pos_bias.relative_position_bias_table": "backbone.rel_pos_bias.relative_position_bias_table",
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"), [("per-layer tables", OPENMMLAB), ("pre-training", OPENMMLAB_PRE_TRAINING)], ids=["", "masked"]
+)
+def test_openmmlab_names_are_those_of_the_published_table(small, kind, names):
+    # The reference is the documentation of these formats: neither library is installed here.
+    weights = small(kind).state_dict()
+    translated = from_official(weights, "mmpretrain", position_index=INDEX)
+    assert all(torch.equal(translated[theirs], weights[ours]) for ours, theirs in names.items())
+    tables = [name for name in translated if name.endswith("_bias_table")]
+    assert all(torch.equal(translated[name.replace("bias_table", "index")], INDEX) for name in tables)
 
 
 def test_mmsegmentation_gives_every_block_its_own_table_and_scale(small):

@@ -138,6 +138,7 @@ def test_a_graph_that_computes_something_else_is_not_left_behind(tmp_path, monke
         (["a.pth", "b.pth", "--to", "unilm", "--features"], "--features is for onnx and torch_export"),
         (["a.pth", "a.txt", "--to", "huggingface"], "a.txt is a file"),
         (["part.pth", "b.pth", "--to", "unilm"], "not a whole model: it lacks"),
+        (["wide.pth", "b", "--to", "timm"], "32 x 48 pixels: write a file, b.safetensors"),
         (["positions.pth", "b.pth", "--to", "mmsegmentation"], "no absolute positions"),
     ],
 )
@@ -147,6 +148,7 @@ def test_mistakes_are_one_line(arguments, message, tmp_path, monkeypatch, capsys
     save_checkpoint("a.pth", {"model": weights})
     (tmp_path / "a.txt").touch()
     save_checkpoint("part.pth", {"model": {n: t for n, t in weights.items() if not n.startswith("blocks.1.mlp")}})
+    save_checkpoint("wide.pth", {"model": classifier().state_dict(), "args": {"input_size": [32, 48]}})
     positions = random_(VisionTransformer(**{**SIZES, "img_size": 32})).state_dict()
     save_checkpoint("positions.pth", {"model": positions, "args": {"model_kwargs": {"num_heads": 2}}})
     assert main(["convert", *arguments]) == 2
