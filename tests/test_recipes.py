@@ -7,7 +7,7 @@ import yaml
 
 from beit.config import read_command_line, read_yaml
 from beit.tasks.classification_config import FinetuningConfig
-from beit.tasks.linear_probe import LinearProbeConfig
+from beit.tasks.linear_probe_config import LinearProbeConfig
 from beit.tasks.masked_image_modeling import PretrainingConfig
 
 RECIPES = sorted((Path(__file__).parents[1] / "beit" / "recipes").glob("*.yaml"))
