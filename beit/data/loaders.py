@@ -305,26 +305,25 @@ def _begin(loader: "DataLoader[Any]") -> Iterator[Any]:
 def _end_workers(batches: Any) -> None:
     """Ends the workers of a loader's iterator, if it has any."""
     processes = getattr(batches, "_workers", ())
-    if all(process.exitcode is None for process in processes):
-        if processes:
-            # As deleting the iterator does; but an epoch that someone still holds would keep it.
-            batches._shutdown_workers()
-        return
-    # One that was killed may have held a lock they share, and the orderly way would wait for it for ever.
-    batches._shutdown = True
-    if hasattr(batches, "_pin_memory_thread_done_event"):
-        batches._pin_memory_thread_done_event.set()
-    for process in processes:
-        process.kill()
-    for process in processes:
-        process.join()
+    if any(process.exitcode is not None for process in processes):
+        # One that was killed may have held a lock they share, and the orderly way would wait for it for ever: end
+        # the others the same way, and keep from the event that is behind the lock.
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
+        batches._workers_done_event = threading.Event()
+    if processes:
+        # As deleting the iterator does; but an epoch that someone still holds would keep it.
+        batches._shutdown_workers()
 
 
 def _exit_codes(loader: "DataLoader[Any] | None") -> list[str]:
     """Returns how the loader's workers ended, of those that did: signal names or exit statuses."""
     workers = getattr(getattr(loader, "_iterator", None), "_workers", ())
-    # What a dying worker breaks may be noticed before its end is.
-    if workers:
-        multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1)
+    # What a dying worker breaks is noticed before its end is: wait for it, and then for its exit status.
+    sentinels = {worker.sentinel: worker for worker in workers}
+    for sentinel in multiprocessing.connection.wait(list(sentinels), timeout=1) if sentinels else ():
+        sentinels[sentinel].join(timeout=5)
     codes = sorted({worker.exitcode for worker in workers if worker.exitcode is not None})
     return [signal.Signals(-code).name if code < 0 else f"exit status {code}" for code in codes]
