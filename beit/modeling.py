@@ -7,7 +7,7 @@ Source: BEiT: BERT Pre-Training of Image Transformers (arXiv 2106.08254).
 """
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from inspect import Parameter, Signature, signature
@@ -349,6 +349,7 @@ class Backbone(nn.Module):
         drop_block_rate: None = None,
     ) -> None:
         super().__init__()
+        self.metadata: Mapping[str, Any] = {}  # what a checkpoint says besides the weights: labels, mean and std, …
         _refuse("qk_scale", qk_scale, "queries are scaled by the square root of their width, set by num_heads")
         _refuse("attn_head_dim", attn_head_dim, "the width of a head is embed_dim / num_heads")
         _refuse("drop_block_rate", drop_block_rate, "use drop_path_rate")

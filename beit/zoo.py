@@ -58,7 +58,10 @@ def create_model(name: str, pretrained: bool | str | Path = False, **overrides: 
 
 
 def get_model(name_or_path: str | Path) -> Backbone:
-    """Opens a checkpoint as the model it is of, in evaluation mode; see :func:`open_model`."""
+    """Opens a checkpoint as the model it is of, in evaluation mode; see :func:`open_model`.
+
+    ``model.metadata`` holds what the checkpoint records (labels, mean and std, crop), which ``inference_model`` goes by.
+    """
     return open_model(name_or_path)[0]
 
 
@@ -80,6 +83,7 @@ def open_model(name_or_path: str | Path) -> tuple[Backbone, Metadata]:
     model = build(architecture_of(weights, metadata), metadata.get("layer_norm_eps"))
     report = load_weights(model, weights, metadata)
     (logger.warning if report.missing or report.unexpected else logger.info)("%s", report.summary())
+    model.metadata = metadata
     return model.eval(), metadata
 
 

@@ -1,7 +1,8 @@
 """The demonstration: from nothing to a BEiT that has visibly learnt, on a laptop's CPU, in minutes.
 
 It makes its own images, trains a small tokenizer, pre-trains a small BEiT with the same code as the launchers, and
-shows on held-out images what was learnt. Every part can be stopped; the same command goes on from there.
+shows on held-out images what was learnt, and what it is worth to tasks with labels. Every part can be stopped; the same
+command goes on from there.
 """
 
 import json
@@ -16,11 +17,13 @@ import torch
 
 from beit.config import option
 from beit.data.datasets import index_images
-from beit.data.synthetic import write_photograph_crops, write_scenes
+from beit.data.synthetic import write_digits, write_photograph_crops, write_scenes
 from beit.errors import InputError
 from beit.storage import atomic_write
-from beit.tasks import dvae, masked_image_modeling
+from beit.tasks import classification, dvae, knn, masked_image_modeling
+from beit.tasks.classification import FinetuningConfig
 from beit.tasks.dvae import DvaeConfig
+from beit.tasks.knn import KnnConfig
 from beit.tasks.masked_image_modeling import PretrainingConfig
 from beit.tasks.visualize import load_pretrained, reconstruct_files
 from beit.visualization.curves import Curve, diagrams, read_log
@@ -29,9 +32,14 @@ from beit.visualization.figures import draw_curves, draw_panels
 logger = logging.getLogger(__name__)
 
 MARKER, UNFINISHED = "made_with.json", ".images-unfinished"
+TRAINING_LIST = "train.txt"  # all that is trained on without labels; it holds no held-out image
+# With labels: where the training and the held-out images of each kind are.
+LABELLED = {"digits": ("digits/train", "digits/val"), "scenes": ("train/scenes", "held_out/scenes")}
+STARTS = ("pretrained", "scratch")
 STORED_PIXELS = 96  # larger than what is trained on: random crops are not all blurred
 IMAGE_PIXELS, PATCH_PIXELS = 64, 8  # a grid of 8 x 8 tokens
 NUM_TOKENS = 256
+MODEL = {"patch_size": PATCH_PIXELS, "embed_dim": 128, "depth": 6, "num_heads": 4}
 MASKED_PATCHES = 26  # of 64: 40 %
 REQUIRED_RATIO = 3.0  # masked-token accuracy over the most frequent token's share
 REQUIRED_PERPLEXITY = 0.10  # of the vocabulary
@@ -56,39 +64,68 @@ class Budget:
     Args:
         scenes: Synthetic training images.
         crops: Training crops of photographs.
-        held_out: Held-out images, half of them scenes.
+        held_out_scenes: Held-out synthetic images.
+        held_out_crops: Held-out crops of photographs.
         dvae_epochs: Passes of the tokenizer's training.
         dvae_batch: Its images a step.
         pretrain_epochs: Passes of the pre-training.
         pretrain_batch: Its images a step.
+        finetune_epochs: Passes of each fine-tuning over the scenes.
     """
 
     scenes: int
     crops: int
-    held_out: int
+    held_out_scenes: int
+    held_out_crops: int
     dvae_epochs: int
     dvae_batch: int
     pretrain_epochs: int
     pretrain_batch: int
+    finetune_epochs: int
 
 
-FULL = Budget(1800, 600, 320, dvae_epochs=8, dvae_batch=32, pretrain_epochs=27, pretrain_batch=64)
-QUICK = Budget(96, 32, 32, dvae_epochs=3, dvae_batch=16, pretrain_epochs=3, pretrain_batch=16)
+FULL = Budget(
+    scenes=1800,
+    crops=600,
+    held_out_scenes=320,
+    held_out_crops=160,
+    dvae_epochs=5,
+    dvae_batch=32,
+    pretrain_epochs=17,
+    pretrain_batch=64,
+    finetune_epochs=5,
+)
+QUICK = Budget(
+    scenes=96,
+    crops=32,
+    held_out_scenes=16,
+    held_out_crops=16,
+    dvae_epochs=1,
+    dvae_batch=16,
+    pretrain_epochs=1,
+    pretrain_batch=32,
+    finetune_epochs=1,
+)
 
 
 def main(config: DemoConfig) -> None:
     """Runs the demonstration."""
     budget = QUICK if config.quick else FULL
     folder = Path(config.output_dir)
-    logger.info("1/4 images: scenes and crops of photographs")
+    logger.info("1/6 images: scenes, crops of photographs, and digits")
     make_images(folder / "images", budget, config)
-    logger.info("2/4 tokenizer: a discrete VAE learns %d tokens, each of 8 x 8 pixels", NUM_TOKENS)
+    logger.info("2/6 tokenizer: a discrete VAE learns %d tokens, each of 8 x 8 pixels", NUM_TOKENS)
     dvae.main(tokenizer_config(folder, budget, config))
-    logger.info("3/4 BEiT: it learns to predict the tokens of the 40 % of patches that it does not see")
+    logger.info("3/6 BEiT: it learns to predict the tokens of the 40 % of patches that it does not see")
     logger.info("(so small a model takes a much higher lr than the published one, as a warning will say)")
     masked_image_modeling.main(pretraining_config(folder, budget, config))
-    logger.info("4/4 pictures")
-    summary = summarize(folder)
+    logger.info("4/6 nearest neighbours: do its features tell classes apart that it was never told?")
+    neighbours = {data: score_neighbours(folder, data, config) for data in LABELLED}
+    logger.info("5/6 fine-tuning on the scenes, from the pre-trained weights and from scratch")
+    for start in STARTS:
+        classification.main(finetuning_config(folder, start, budget, config))
+    logger.info("6/6 pictures")
+    summary = summarize(folder, neighbours)
     draw(folder, config)
     with atomic_write(folder / "summary.json") as file:
         file.write(json.dumps(summary, indent=2).encode() + b"\n")
@@ -98,7 +135,7 @@ def main(config: DemoConfig) -> None:
 def tokenizer_config(folder: Path, budget: Budget, config: DemoConfig) -> DvaeConfig:
     """Returns the settings of the tokenizer's training."""
     return DvaeConfig(
-        data_path=str(folder / "images" / "train"),
+        data_path=str(folder / "images" / TRAINING_LIST),
         eval_data_path=str(folder / "images" / "held_out"),
         output_dir=str(folder / "dvae"),
         input_size=IMAGE_PIXELS,
@@ -120,11 +157,11 @@ def tokenizer_config(folder: Path, budget: Budget, config: DemoConfig) -> DvaeCo
 def pretraining_config(folder: Path, budget: Budget, config: DemoConfig) -> PretrainingConfig:
     """Returns the settings of the pre-training."""
     return PretrainingConfig(
-        data_path=str(folder / "images" / "train"),
+        data_path=str(folder / "images" / TRAINING_LIST),
         eval_data_path=str(folder / "images" / "held_out"),
         output_dir=str(folder / "pretrain"),
         model="beit_tiny_patch16_224_8k_vocab",
-        model_kwargs={"patch_size": PATCH_PIXELS, "embed_dim": 128, "depth": 6, "num_heads": 4},
+        model_kwargs=MODEL,
         input_size=IMAGE_PIXELS,
         second_input_size=IMAGE_PIXELS,
         discrete_vae_type="customized",
@@ -143,6 +180,42 @@ def pretraining_config(folder: Path, budget: Budget, config: DemoConfig) -> Pret
         save_ckpt_steps=100,
         **_run_options(config),
     )
+
+
+def finetuning_config(folder: Path, start: str, budget: Budget, config: DemoConfig) -> FinetuningConfig:
+    """Returns the settings of fine-tuning on the scenes; the same ones from pre-trained weights and from scratch."""
+    train, val = LABELLED["scenes"]
+    return FinetuningConfig(
+        data_set="image_folder",
+        data_path=str(folder / "images" / train),
+        eval_data_path=str(folder / "images" / val),
+        output_dir=str(folder / f"finetune-{start}"),
+        finetune=str(pretrained_checkpoint(folder)) if start == "pretrained" else "",
+        model="beit_tiny_patch16_224",
+        model_kwargs=MODEL,
+        input_size=IMAGE_PIXELS,
+        crop_pct=1.0,
+        drop_path=0.0,
+        aa="none",
+        color_jitter=0.0,
+        reprob=0.0,
+        smoothing=0.0,
+        epochs=budget.finetune_epochs,
+        batch_size=budget.pretrain_batch,
+        lr=2e-3,
+        layer_decay=0.8,
+        warmup_epochs=1,
+        clip_grad=3.0,
+        save_ckpt_freq=budget.finetune_epochs,
+        save_ckpt_steps=100,
+        **_run_options(config),
+    )
+
+
+def pretrained_checkpoint(folder: Path) -> Path:
+    """Returns the pre-training's last checkpoint."""
+    checkpoints = (folder / "pretrain").glob("checkpoint-[0-9]*.pth")
+    return max(checkpoints, key=lambda path: int(path.stem.split("-")[1]))
 
 
 def _run_options(config: DemoConfig) -> dict[str, Any]:
@@ -168,13 +241,17 @@ def make_images(folder: Path, budget: Budget, config: DemoConfig) -> None:
         return
     unfinished = folder.with_name(UNFINISHED)
     shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was stopped here
-    half = budget.held_out // 2
-    for number, (split, scenes, crops) in enumerate((("train", budget.scenes, budget.crops), ("held_out", half, half))):
+    splits = (("train", budget.scenes, budget.crops), ("held_out", budget.held_out_scenes, budget.held_out_crops))
+    for number, (split, scenes, crops) in enumerate(splits):
         # A scene depends on seed and number: the splits need seeds of their own. The crops know about held-out ones.
         write_scenes(unfinished / split / "scenes", scenes, STORED_PIXELS, seed=2 * config.seed + number)
         held_out = split == "held_out"
         photographs = unfinished / split / "photographs"
         write_photograph_crops(photographs, crops, STORED_PIXELS, seed=config.seed, held_out=held_out)
+    write_digits(unfinished / "digits", IMAGE_PIXELS, config.seed)
+    training = sorted(path for part in ("train", "digits/train") for path in (unfinished / part).rglob("*.*"))
+    names = (f"{path.relative_to(unfinished)}\n" for path in training)
+    (unfinished / TRAINING_LIST).write_text("".join(names), encoding="utf-8")
     (unfinished / MARKER).write_text(json.dumps(recipe), encoding="utf-8")
     unfinished.rename(folder)
 
@@ -182,8 +259,29 @@ def make_images(folder: Path, budget: Budget, config: DemoConfig) -> None:
 # Results
 
 
-def summarize(folder: Path) -> dict[str, Any]:
-    """Returns the numbers that count, from the last lines of both logs, and the verdict on each."""
+def score_neighbours(folder: Path, data: str, config: DemoConfig) -> dict[str, float]:
+    """Returns the k-NN accuracy, in percent, of pre-trained and of untrained features: each of its best block."""
+    train, val = LABELLED[data]
+    scores = {}
+    for name, untrained in (("pretrained", False), ("untrained", True)):
+        settings = KnnConfig(
+            checkpoint=str(pretrained_checkpoint(folder)),
+            untrained=untrained,
+            data_set="image_folder",
+            data_path=str(folder / "images" / train),
+            eval_data_path=str(folder / "images" / val),
+            pool=("mean",),
+            k=(10,),
+            device=config.device,
+            num_workers=config.num_workers,
+            seed=config.seed,
+        )
+        scores[name] = knn.best_of(knn.evaluate(settings)).acc1
+    return scores
+
+
+def summarize(folder: Path, neighbours: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Returns the numbers that count, from the last lines of the logs, and the verdict on each."""
     tokenizer, pretraining = read_log(folder / "dvae")[-1], read_log(folder / "pretrain")[-1]
     ratio = pretraining["test_mlm_acc"] / pretraining["test_most_frequent_acc"]
     share = tokenizer["test_perplexity"] / NUM_TOKENS
@@ -201,6 +299,8 @@ def summarize(folder: Path) -> dict[str, Any]:
         "num_tokens": NUM_TOKENS,
         "reconstruction_loss": tokenizer["test_loss"],
         "pretraining_loss": pretraining["test_loss"],
+        "knn_acc1": neighbours,
+        "finetuning_acc1": {start: read_log(folder / f"finetune-{start}")[-1]["test_acc1"] for start in STARTS},
     }
 
 
@@ -209,8 +309,9 @@ def draw(folder: Path, config: DemoConfig) -> None:
     draw_curves(folder / "curves.png", demo_diagrams(folder), "What the tokenizer (above) and BEiT (below) learnt")
     index = index_images(folder / "images" / "held_out")
     paths = [index.path(position) for position in np.linspace(0, len(index) - 1, PICTURE_IMAGES).round().astype(int)]
-    newest = max((folder / "pretrain").glob("checkpoint-[0-9]*.pth"), key=lambda path: int(path.stem.split("-")[1]))
-    settings, model, tokenizer = load_pretrained(newest, str(folder / "dvae"), torch.device("cpu"))
+    settings, model, tokenizer = load_pretrained(
+        pretrained_checkpoint(folder), str(folder / "dvae"), torch.device("cpu")
+    )
     result = reconstruct_files(paths, settings, model, tokenizer, config.seed)
     draw_panels(folder / "reconstructions.png", result.panels(), result.captions(), "Held-out images")
 
@@ -250,5 +351,16 @@ def report(summary: dict[str, Any], folder: Path) -> None:
         100 * REQUIRED_PERPLEXITY,
         verdict[summary["perplexity_ok"]],
         summary["used_codes"],
+    )
+    for data, scores in summary["knn_acc1"].items():
+        logger.info(
+            "k-NN on held-out %s: %.1f %% with the pre-trained features, %.1f %% with those of the untrained network",
+            data,
+            scores["pretrained"],
+            scores["untrained"],
+        )
+    logger.info(
+        "fine-tuned on the scenes, held-out accuracy: %.1f %% from pre-training, %.1f %% from scratch, same budget",
+        *(summary["finetuning_acc1"][start] for start in STARTS),
     )
     logger.info("see %s and %s", folder / "reconstructions.png", folder / "curves.png")
