@@ -103,7 +103,7 @@ def read_command_line(config_class: type[ConfigT], argv: Sequence[str], prog: st
     return config
 
 
-def read_yaml(config_class: type, name: str) -> dict[str, Any]:
+def read_yaml(config_class: type, name: str, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Reads the settings of a YAML file: a path, or the name of a recipe that comes with the package.
 
     A file may name another one under ``base``, relative to itself, whose settings it overrides.
@@ -119,14 +119,16 @@ def read_yaml(config_class: type, name: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold 'key: value' lines, one for each setting")
     base = content.get("base")
-    values = read_yaml(config_class, str(path.parent / base)) if base else {}
-    readers = {name: reader for name, (_, reader) in _fields(config_class).items()}
+    if base and (path.parent / base).resolve() in (_seen := (*_seen, path.resolve())):
+        raise InputError(f"{path}: base {base!r} leads back to a file that builds on it")
+    values = read_yaml(config_class, str(path.parent / base), _seen) if base else {}
+    fields = _fields(config_class)
     for key, value in content.items():
         if key in RECIPE_KEYS:
             continue
-        if key not in readers:
-            raise InputError(f"{path}: unknown key {key!r}{did_you_mean(str(key), readers)}")
-        values[key] = _convert(readers[key], value, f"{path}: {key}")
+        if key not in fields:
+            raise InputError(f"{path}: unknown key {key!r}{did_you_mean(str(key), fields)}")
+        values[key] = _convert(*fields[key], value, f"{path}: {key}")
     return values
 
 
@@ -137,8 +139,8 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 def from_plain(config_class: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
     """Builds a configuration from a checkpoint's ``args``; settings that the job does not have are left out."""
-    readers = {name: reader for name, (_, reader) in _fields(config_class).items()}
-    known = {key: _convert(readers[key], value, key) for key, value in values.items() if key in readers}
+    fields = _fields(config_class)
+    known = {key: _convert(*fields[key], value, key) for key, value in values.items() if key in fields}
     return config_class(**known)
 
 
@@ -263,10 +265,14 @@ def _read_assignments(value: Any) -> dict[str, Any]:
     return dict(value)
 
 
-def _convert(reader: Callable, value: Any, where: str) -> Any:
+def _convert(field: dataclasses.Field, reader: Callable, value: Any, where: str) -> Any:
     if value is None:
         return None
     try:
+        if reader is int and (isinstance(value, bool) or float(value) != int(float(value))):
+            raise ValueError("a whole number expected")
+        if field.metadata["choices"] and value not in field.metadata["choices"]:
+            raise ValueError(f"choose {', '.join(field.metadata['choices'])}")
         return reader(value)
     except (TypeError, ValueError) as error:
         raise InputError(f"{where}: cannot use {value!r}: {error}") from error

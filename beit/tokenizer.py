@@ -393,7 +393,8 @@ def save_dvae(folder: str | os.PathLike[str], model: DiscreteVAE) -> None:
     folder = Path(folder)
     with atomic_write(folder / "config.json") as file:
         file.write((json.dumps(model.sizes(), indent=2) + "\n").encode())
-    save_checkpoint(folder / "pytorch_model.bin", {"weights": {name: value.cpu() for name, value in model.state_dict().items()}})
+    weights = {name: value.cpu() for name, value in model.state_dict().items()}
+    save_checkpoint(folder / "pytorch_model.bin", {"weights": weights})
 
 
 def download_tokenizer(directory: str | os.PathLike[str], base_url: str = OPENAI_URL) -> None:

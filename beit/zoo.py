@@ -60,7 +60,7 @@ def create_model(name: str, pretrained: bool | str | Path = False, **overrides: 
 def get_model(name_or_path: str | Path) -> Backbone:
     """Opens a checkpoint as the model it is of, in evaluation mode; see :func:`open_model`.
 
-    ``model.metadata`` holds what the checkpoint records (labels, mean and std, crop), which ``inference_model`` goes by.
+    ``model.metadata`` holds what the checkpoint records (labels, mean and std, crop); ``inference_model`` goes by it.
     """
     return open_model(name_or_path)[0]
 

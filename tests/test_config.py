@@ -118,6 +118,10 @@ def test_mistakes_on_the_command_line_are_one_line(argv, message):
     [
         ("epoch: 3\n", "unknown key 'epoch' (did you mean 'epochs'?)"),
         ("epochs: many\n", "epochs: cannot use 'many'"),
+        ("epochs: 3.5\n", "epochs: cannot use 3.5: a whole number expected"),
+        ("epochs: true\n", "epochs: cannot use True: a whole number expected"),
+        ("amp_dtype: fp8\n", "amp_dtype: cannot use 'fp8': choose auto, fp16"),
+        ("base: settings.yaml\n", "leads back to a file that builds on it"),
         ("pin_mem: 1\n", "pin_mem: cannot use 1: true or false expected"),
         ("a: [\n", "is not a YAML file"),
         ("- 3\n", "must hold 'key: value' lines"),

@@ -154,7 +154,8 @@ def _walk(root: str) -> Iterator[tuple[str, int, list[str]]]:
         try:
             status = os.stat(path)
             with os.scandir(path) as entries:
-                found = [(entry.name, entry.is_dir()) for entry in entries]
+                # A pipe or a device is no image, whatever its name; a dead link is one that cannot be read.
+                found = [(e.name, e.is_dir()) for e in entries if e.is_dir() or e.is_file() or e.is_symlink()]
         except OSError as error:
             if not folder:
                 raise InputError(f"cannot list {root}: {error.strerror}") from error
@@ -163,7 +164,7 @@ def _walk(root: str) -> Iterator[tuple[str, int, list[str]]]:
         identity = (status.st_dev, status.st_ino)
         if identity in above:  # a link to a folder it is in
             continue
-        yield folder, status.st_mtime_ns, [name for name, is_folder in found if not is_folder]
+        yield folder, status.st_mtime_ns, [name for name, is_folder in found if not (is_folder or name.startswith("."))]
         waiting += [
             (os.path.join(folder, name), (*above, identity))
             for name, is_folder in found

@@ -198,7 +198,7 @@ class EpochLoader:
         for index, reason in unreadable:
             if index not in self.unreadable:
                 self.unreadable[index] = reason
-                logger.warning("unreadable image %s (%s): another takes its place", self.dataset.name(index), reason)
+                logger.error("unreadable image %s (%s): another takes its place", self.dataset.name(index), reason)
         if len(self.unreadable) > self.max_unreadable:
             index, reason = next(iter(self.unreadable.items()))
             raise InputError(

@@ -6,7 +6,7 @@ from typing import Any
 from beit.config import Size, option
 from beit.data.classification import DATA_SETS
 from beit.errors import InputError
-from beit.tasks.options import OptimizerOptions, RunOptions, check_positive
+from beit.tasks.options import OptimizerOptions, RunOptions, check_training
 
 MIXUP_MODES = ("batch", "pair", "elem")
 
@@ -79,7 +79,7 @@ class FinetuningConfig(RunOptions, OptimizerOptions):
 
 def check_settings(config: FinetuningConfig) -> None:
     """Raises :class:`InputError` for the first setting that cannot be used."""
-    check_positive(config, "batch_size", "epochs", "update_freq", "log_every", "save_ckpt_freq")
+    check_training(config)
     if config.zero_stage not in (0, 1, 2):
         raise InputError(f"--zero_stage {config.zero_stage}: choose 0, 1 or 2")
     if not 0 <= config.smoothing < 1:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from beit.config import Size, option, to_plain
-from beit.data.datasets import ImageDataset, index_images
+from beit.data.datasets import ImageDataset
 from beit.data.loaders import EpochDataset, EpochLoader
 from beit.data.transforms import CenterCropTransform, RandomCropTransform, to_unit_range
 from beit.dvae import (
@@ -36,7 +36,9 @@ from beit.tasks.options import (
     OptimizerOptions,
     RunOptions,
     check_positive,
+    check_training,
     effective_batch,
+    find_together,
     loop_settings,
     schedules,
     session_of,
@@ -149,9 +151,8 @@ def check(config: DvaeConfig) -> None:
     Raises:
         InputError: One of them; the message names the flag.
     """
-    check_positive(
-        config, "batch_size", "epochs", "update_freq", "log_every", "save_ckpt_freq", "eval_images", "eval_freq"
-    )
+    check_training(config)
+    check_positive(config, "eval_images", "eval_freq")
     if not config.data_path:
         raise InputError("--data_path is missing: give a folder of images, or a text file of paths")
     if not 0 < config.temperature_end <= config.temperature_start:
@@ -250,7 +251,7 @@ def build_optimizer(config: DvaeConfig, model: nn.Module, device: torch.device) 
 def build_loader(config: DvaeConfig, session: Session) -> EpochLoader:
     """Creates the loader of random crops."""
     transform = RandomCropTransform(config.input_size, interpolation=config.interpolation, scale=(config.min_crop, 1.0))
-    dataset = ImageDataset(index_images(config.data_path), transform, config.seed)
+    dataset = ImageDataset(find_together(config.data_path), transform, config.seed)
     return _loader(dataset, config, session, config.num_workers, max_unreadable=config.max_unreadable)
 
 
@@ -261,7 +262,7 @@ def build_eval_loader(config: DvaeConfig, session: Session) -> EpochLoader:
     """
     transform = CenterCropTransform(config.input_size, interpolation=config.interpolation)
     dataset: EpochDataset = ImageDataset(
-        index_images(config.eval_data_path or config.data_path), transform, config.seed
+        find_together(config.eval_data_path or config.data_path), transform, config.seed
     )
     if not config.eval_data_path and config.eval_images < len(dataset):
         dataset = EvenlySpread(dataset, config.eval_images)

@@ -21,8 +21,8 @@ ConfigT = TypeVar("ConfigT")
 
 OK, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 OUT_OF_MEMORY = (
-    "out of memory on the {device}: lower --batch_size (and raise --update_freq to keep the effective batch), "
-    "or add --grad_checkpointing"
+    "out of memory on the {device}: lower --batch_size and raise --update_freq to keep the effective batch; "
+    "--grad_checkpointing saves memory too, in jobs that have it"
 )
 
 
@@ -47,51 +47,61 @@ def launch(
         not finite), 143 after SIGTERM, 130 after Ctrl-C.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    configure_console(main_process=distributed.find_placement().rank == 0)
+    open_mpi = "--dist_on_itp" in arguments
     name = prog or sys.argv[0].rpartition("/")[2]
 
     def run() -> None:
+        configure_console(main_process=distributed.find_placement(use_open_mpi=open_mpi).rank == 0)
         main(read_command_line(config_class, arguments, name, description or ""))
 
-    return run_and_report(run)
+    return run_and_report(run, open_mpi)
 
 
-def run_and_report(run: Callable[[], None]) -> int:
+def run_and_report(run: Callable[[], None], open_mpi: bool = False) -> int:
     """Runs a command; a mistake of the user's, or a shortage, becomes one line on standard error."""
     try:
         run()
     except InputError as error:
-        return _report(str(error), BAD_INPUT)
+        return _report(str(error), BAD_INPUT, open_mpi)
     except NonFiniteLossError as error:
-        return _report(str(error), FAILED)
+        return _report(str(error), FAILED, open_mpi)
     except Stopped as stopped:
         logger.info("%s; the same command goes on from there", stopped)
         return TERMINATED
     except KeyboardInterrupt:
-        return _report("interrupted", INTERRUPTED)
+        return _report("interrupted", INTERRUPTED, open_mpi)
     except torch.OutOfMemoryError:
-        return _report(OUT_OF_MEMORY.format(device="GPU"), FAILED)
+        return _report(OUT_OF_MEMORY.format(device="GPU"), FAILED, open_mpi)
     except MemoryError:
-        return _report(OUT_OF_MEMORY.format(device="CPU"), FAILED)
+        return _report(OUT_OF_MEMORY.format(device="CPU"), FAILED, open_mpi)
     except RuntimeError as error:
         if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
             raise
-        return _report(OUT_OF_MEMORY.format(device="CPU"), FAILED)
+        return _report(OUT_OF_MEMORY.format(device="CPU"), FAILED, open_mpi)
     except BrokenPipeError:
         return FAILED
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = error.filename or error.strerror
-        return _report(f"no space left on the disk ({where}): free some and run the same command again", FAILED)
+        return _report(
+            f"no space left on the disk ({where}): free some and run the same command again", FAILED, open_mpi
+        )
     return OK
 
 
-def _report(message: str, status: int) -> int:
-    if distributed.find_placement().rank != 0:
+def _report(message: str, status: int, open_mpi: bool) -> int:
+    if not _leads(open_mpi):
         # Mistakes strike all processes alike. The first one's exit makes the launcher end the others, so that a
         # mistake is reported once; what only this process has met is still reported.
         time.sleep(5)
     sys.stderr.write(f"error: {message}\n")
     sys.stderr.flush()
     return status
+
+
+def _leads(open_mpi: bool) -> bool:
+    try:
+        return distributed.find_placement(use_open_mpi=open_mpi).rank == 0
+    except InputError:  # the launcher's variables are what is wrong
+        return True

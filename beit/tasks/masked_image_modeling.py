@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit.config import Size, option, to_plain
-from beit.data.datasets import ImageDataset, index_images
+from beit.data.datasets import ImageDataset
 from beit.data.loaders import EpochLoader
 from beit.data.transforms import (
     MaskedImageModelingEvalTransform,
@@ -27,7 +27,9 @@ from beit.tasks.options import (
     OptimizerOptions,
     RunOptions,
     check_positive,
+    check_training,
     effective_batch,
+    find_together,
     loop_settings,
     normalization,
     schedules,
@@ -90,7 +92,8 @@ class PretrainingConfig(RunOptions, OptimizerOptions):
 
 def main(config: PretrainingConfig) -> None:
     """Pre-trains a model as the flags say."""
-    check_positive(config, "batch_size", "epochs", "update_freq", "log_every", "save_ckpt_freq", "num_mask_patches")
+    check_training(config)
+    check_positive(config, "num_mask_patches", "eval_freq")
     with session_of(config) as session:
         # A frozen tokenizer says what each patch shows; the model learns to say it of patches it does not see.
         tokenizer = build_tokenizer(config, session.device)
@@ -102,13 +105,14 @@ def main(config: PretrainingConfig) -> None:
         objective = MaskedTokenPrediction(tokenizer, *normalization(config))
         optimizer = build_optimizer(config, model, session.device)
         settings = loop_settings(config, evaluate_epochs=config.eval_freq)
+        precision = Precision(resolve_amp_dtype(config.amp_dtype, session.device), session.device)
         lr, weight_decay = schedules(config, loader.batches_per_epoch // config.update_freq)
         trainer = Trainer(
             model,
             objective,
             loader,
             optimizer,
-            Precision(resolve_amp_dtype(config.amp_dtype, session.device), session.device),
+            precision,
             settings,
             lr,
             weight_decay,
@@ -116,7 +120,7 @@ def main(config: PretrainingConfig) -> None:
             folder=session.folder,
             log_dir=config.log_dir,
             config=to_plain(config),
-            evaluate=build_evaluation(config, objective, masks, session),
+            evaluate=build_evaluation(config, objective, masks, session, precision),
         )
         if config.init_from:
             initialize_from(model, config.init_from)
@@ -185,7 +189,7 @@ def build_loader(config: PretrainingConfig, masks: BlockwiseMaskGenerator, sessi
         mask_generator=masks,
     )
     return EpochLoader(
-        ImageDataset(index_images(config.data_path), transform, config.seed),
+        ImageDataset(find_together(config.data_path), transform, config.seed),
         config.batch_size,
         seed=config.seed,
         rank=session.rank,
@@ -264,7 +268,11 @@ def initialize_from(model: VisionTransformerForMaskedImageModeling, source: str)
 
 
 def build_evaluation(
-    config: PretrainingConfig, objective: MaskedTokenPrediction, masks: BlockwiseMaskGenerator, session: Session
+    config: PretrainingConfig,
+    objective: MaskedTokenPrediction,
+    masks: BlockwiseMaskGenerator,
+    session: Session,
+    precision: Precision,
 ) -> Callable[[nn.Module, int], dict[str, float]] | None:
     """Returns the evaluation on held-out images, or None if there are none."""
     if not config.eval_data_path:
@@ -277,7 +285,7 @@ def build_evaluation(
         mask_generator=masks,
     )
     loader = EpochLoader(
-        ImageDataset(index_images(config.eval_data_path), transform, config.seed),
+        ImageDataset(find_together(config.eval_data_path), transform, config.seed),
         config.batch_size,
         seed=config.seed,
         rank=session.rank,
@@ -287,12 +295,12 @@ def build_evaluation(
         shuffle=False,
         drop_last=False,
     )
-    return lambda model, _epoch: evaluate(model, objective, loader, session.device)
+    return lambda model, _epoch: evaluate(model, objective, loader, precision)
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, objective: MaskedTokenPrediction, loader: EpochLoader, device: torch.device
+    model: nn.Module, objective: MaskedTokenPrediction, loader: EpochLoader, precision: Precision
 ) -> dict[str, float]:
     """Scores masked-token prediction over a data set, each image once with a fixed mask.
 
@@ -301,18 +309,20 @@ def evaluate(
         data set's most frequent token would score, the bar to clear.
     """
     model.eval()
-    totals = torch.zeros(3, device=device)  # summed loss, right answers, masked patches
-    counts = torch.zeros(objective.tokenizer.vocab_size, device=device)
+    device = precision.device
+    summed_loss = torch.zeros((), device=device)
+    counts = torch.zeros(objective.tokenizer.vocab_size + 1, dtype=torch.int64, device=device)  # tokens; right answers
     for host_batch in loader.epoch(0):
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in with_masked_index(host_batch).items()}
-        logits, tokens = objective.predict(model, batch)
-        totals[0] += F.cross_entropy(logits.float(), tokens, reduction="sum")
-        totals[1] += (logits.argmax(dim=-1) == tokens).sum()
-        totals[2] += len(tokens)
-        counts += torch.bincount(tokens, minlength=len(counts))
-    loss, right, patches = distributed.sum_over_ranks(totals).tolist()
-    most_frequent = distributed.sum_over_ranks(counts).max().item()
-    return {"loss": loss / patches, "mlm_acc": right / patches, "most_frequent_acc": most_frequent / patches}
+        with precision.autocast():
+            logits, tokens = objective.predict(model, batch)
+        summed_loss += F.cross_entropy(logits.float(), tokens, reduction="sum")
+        counts[-1] += (logits.argmax(dim=-1) == tokens).sum()
+        counts[:-1] += torch.bincount(tokens, minlength=len(counts) - 1)
+    loss = distributed.sum_over_ranks(summed_loss).item()
+    *frequencies, right = distributed.sum_over_ranks(counts).tolist()
+    patches = sum(frequencies)
+    return {"loss": loss / patches, "mlm_acc": right / patches, "most_frequent_acc": max(frequencies) / patches}
 
 
 def log_summary(config: PretrainingConfig, trainer: Trainer, tokenizer: VisualTokenizer, session: Session) -> None:

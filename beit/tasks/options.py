@@ -1,10 +1,12 @@
 """Flags that several jobs share, in groups, and what the training engine makes of them."""
 
+import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from beit.config import dump_yaml, option
+from beit.data.datasets import ImageIndex, index_images
 from beit.data.transforms import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -64,6 +66,19 @@ class OptimizerOptions:
     update_freq: int = option(1, "batches whose gradients are added up for one optimizer step")
 
 
+def find_together(path: str) -> ImageIndex:
+    """Lists the images of a folder or a file once for all processes, which then read the kept index.
+
+    Raises:
+        InputError: There are none, or the processes do not see the same ones.
+    """
+    distributed.on_main(lambda: len(index_images(path)))
+    index = index_images(path)
+    if not distributed.all_equal(len(index)):
+        raise InputError(f"{path} does not hold the same images on all machines: {len(index)} on this one")
+    return index
+
+
 def session_of(config: Any, *, writes: bool = True) -> AbstractContextManager[Session]:
     """Opens the session that a job's flags ask for; a job that only looks leaves the run folder alone."""
     return open_session(
@@ -111,6 +126,26 @@ def normalization(config: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
 def effective_batch(config: Any) -> int:
     """Returns the images that one optimizer step sees, over all processes."""
     return config.batch_size * config.update_freq * distributed.world_size()
+
+
+def check_training(config: Any) -> None:
+    """Raises :class:`InputError` for the first flag of these groups whose value cannot work."""
+    check_positive(config, "batch_size", "epochs", "update_freq", "log_every", "save_ckpt_freq")
+    for name in ("seed", "save_ckpt_steps", "keep_checkpoints", "num_workers", "warmup_epochs"):
+        if getattr(config, name) < 0:
+            raise InputError(f"--{name} {getattr(config, name)}: must be 0 or more")
+    for name in ("lr", "min_lr", "weight_decay", "opt_eps"):
+        value = getattr(config, name)
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise InputError(f"--{name} {value}: must be a number of 0 or more")
+    if config.clip_grad is not None and not config.clip_grad > 0:
+        raise InputError(f"--clip_grad {config.clip_grad}: must be above 0; leave it out for no clipping")
+    if config.opt_betas is not None and not (len(config.opt_betas) == 2 and all(0 <= b < 1 for b in config.opt_betas)):
+        raise InputError(f"--opt_betas {' '.join(map(str, config.opt_betas))}: takes two numbers from 0 to below 1")
+    if not 0 <= getattr(config, "drop_path", 0.0) < 1:
+        raise InputError(f"--drop_path {config.drop_path}: must be at least 0 and below 1")
+    if getattr(config, "max_unreadable", None) is not None and config.max_unreadable < 0:
+        raise InputError(f"--max_unreadable {config.max_unreadable}: must be 0 or more")
 
 
 def check_positive(config: Any, *names: str) -> None:

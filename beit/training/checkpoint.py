@@ -5,6 +5,7 @@ import os
 import re
 import socket
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,22 @@ class RunFolder:
         save_checkpoint(self.path / name, dict(state))
         if self.keep > 0:
             for _, old in _epoch_files(self.path)[: -self.keep]:
-                old.unlink()
+                if old.name != name:
+                    old.unlink()
+
+    def set_aside(self, first_epoch: int) -> None:
+        """Moves what a run that starts at an epoch would overwrite, or be taken for, into ``previous-<time>/``."""
+        later = [path for epoch, path in _epoch_files(self.path) if epoch >= first_epoch]
+        paths = [*later, *(self.path / name for name in (LAST, BEST, BEST_EMA))]
+        paths += [path.with_suffix("") for path in later]  # DeepSpeed's folders
+        paths = [path for path in paths if path.exists()]
+        if not paths:
+            return
+        aside = self.path / f"previous-{datetime.now():%Y%m%d-%H%M%S}"
+        aside.mkdir()
+        for path in paths:
+            path.rename(aside / path.name)
+        logger.warning("%d checkpoints of an earlier run were moved to %s", len(paths), aside)
 
     def newest(self) -> Path | None:
         """Returns the checkpoint that has got furthest, or None if there is none.
@@ -141,8 +157,8 @@ def load_exactly(module: nn.Module, weights: Mapping[str, Tensor], source: str) 
     if differences:
         shown = "; ".join(differences[:_SHOWN_DIFFERENCES])
         raise InputError(
-            f"{source} is a checkpoint of another model: {len(differences)} of {len(own)} tensors differ "
-            f"({shown}); check --model and its options"
+            f"{source} is a checkpoint of another model: {len(differences)} of {len(own.keys() | given.keys())} "
+            f"tensors differ ({shown}); check --model and its options"
         )
     module.load_state_dict({name: weights[name] for name in given})
 

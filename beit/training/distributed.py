@@ -31,12 +31,14 @@ class Placement:
         world_size: How many processes there are.
         local_rank: Number of the process on its machine, which is also the GPU it uses.
         init_method: Where the processes meet: ``env://`` or ``tcp://host:port``.
+        bound: Whether a scheduler started it, which may show each process its own GPU alone.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     init_method: str = "env://"
+    bound: bool = False
 
 
 def find_placement(
@@ -66,6 +68,8 @@ def find_placement(
             return _open_mpi_placement(env)
         if "RANK" in env and "WORLD_SIZE" in env:
             local = int(env.get("LOCAL_RANK", max(local_rank, 0)))
+            if int(env["WORLD_SIZE"]) > 1 and init_method == "env://":
+                _ = env["MASTER_ADDR"], env["MASTER_PORT"]
             return Placement(int(env["RANK"]), int(env["WORLD_SIZE"]), local, init_method)
         # SLURM_STEP_NUM_TASKS is there under srun only, so `python run_….py` inside an allocation stays one process.
         if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
@@ -82,6 +86,7 @@ def _open_mpi_placement(env: Mapping[str, str]) -> Placement:
         int(env["OMPI_COMM_WORLD_SIZE"]),
         int(env["OMPI_COMM_WORLD_LOCAL_RANK"]),
         meeting_point,
+        bound=True,
     )
 
 
@@ -90,7 +95,11 @@ def _slurm_placement(env: Mapping[str, str]) -> Placement:
     job = env.get("SLURM_JOB_ID", "0")
     port = env.get("MASTER_PORT") or str(20000 + int(job) % 20000)  # the same on all ranks, another for another job
     return Placement(
-        int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]), f"tcp://{host}:{port}"
+        int(env["SLURM_PROCID"]),
+        int(env["SLURM_STEP_NUM_TASKS"]),
+        int(env["SLURM_LOCALID"]),
+        f"tcp://{host}:{port}",
+        bound=True,
     )
 
 
@@ -103,8 +112,13 @@ def first_slurm_host(node_list: str) -> str:
     return prefix + (number or "") + (suffix or "")
 
 
-def select_device(name: str, local_rank: int) -> torch.device:
+def select_device(name: str, local_rank: int, bound: bool = False) -> torch.device:
     """Returns the device a process computes on; a missing accelerator is said in one line and the CPU used.
+
+    Args:
+        name: ``cuda``, ``cpu`` or ``mps``.
+        local_rank: Number of the process on its machine.
+        bound: Whether a scheduler may show each process only the GPU that is meant for it.
 
     Raises:
         InputError: More processes than GPUs on this machine.
@@ -116,7 +130,12 @@ def select_device(name: str, local_rank: int) -> torch.device:
         logger.warning("--device mps: not available here, computing on the CPU")
         return torch.device("cpu")
     if name != "cuda":
-        return torch.device(name)
+        try:
+            return torch.device(name)
+        except RuntimeError as error:
+            raise InputError(f"--device {name}: use cuda, cpu or mps") from error
+    if bound and torch.cuda.device_count() == 1:
+        local_rank = 0  # the scheduler shows each process its own GPU
     if local_rank >= torch.cuda.device_count():
         raise InputError(
             f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} found; "
@@ -181,6 +200,15 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
     return tensor
+
+
+def all_equal(value: object) -> bool:
+    """Whether every process has the same value of something."""
+    if not dist.is_initialized():
+        return True
+    values: list[object] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return all(other == value for other in values)
 
 
 def on_main(action: Callable[[], T]) -> T:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from beit.errors import InputError
 from beit.training.distributed import is_main
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,10 @@ class ScalarWriter:
         if folder and is_main():
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(folder, purge_step=first_step)
+            try:
+                self._writer = SummaryWriter(folder, purge_step=first_step)
+            except OSError as error:
+                raise InputError(f"cannot write to --log_dir {folder}: {error.strerror}") from error
 
     def write(self, group: str, values: Mapping[str, float], step: int) -> None:
         """Writes ``<group>/<name>`` for each value."""
@@ -148,13 +152,17 @@ class Throughput:
         """Counts time spent waiting for the data loader."""
         self._window_waited += seconds
 
+    def window_seconds(self) -> float:
+        """Returns how long the window has lasted."""
+        return time.perf_counter() - self._window_start
+
     def restart_window(self) -> None:
         """Forgets the time since the last window: it was spent on something else than training."""
         self._window_start, self._window_waited = time.perf_counter(), 0.0
 
     def close_window(self, steps: int) -> dict[str, float]:
         """Ends a window of finished optimizer steps; returns its images per second and data-wait share."""
-        seconds = max(time.perf_counter() - self._window_start, 1e-9)
+        seconds = max(self.window_seconds(), 1e-9)
         waited = self._window_waited
         self._seconds += seconds
         self._waited += waited
@@ -202,7 +210,8 @@ class Progress:
     def __init__(self, epoch: int, epochs: int, steps: int, first_step: int) -> None:
         self._head = f"Epoch [{epoch + 1}/{epochs}]"
         self._steps = steps
-        self._on_terminal = sys.stderr.isatty() and is_main()
+        # A terminal without a size (some containers) has no room for a bar.
+        self._on_terminal = is_main() and sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
         self._bar = tqdm(
             total=steps,
             initial=first_step,

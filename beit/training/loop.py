@@ -12,7 +12,8 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from inspect import signature
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from beit.errors import InputError
 from beit.training import distributed
 from beit.training.checkpoint import BEST, BEST_EMA, LAST, RunFolder, epoch_file, load_exactly, position_of, to_cpu
 from beit.training.logging import Averages, EpochLog, Progress, ScalarWriter, Throughput, memory_in_use
-from beit.training.optim import apply_schedules
+from beit.training.optim import apply_schedules, load_optimizer
 from beit.training.precision import Precision
 
 logger = logging.getLogger(__name__)
@@ -45,8 +46,13 @@ class Loader(Protocol):
         """Returns this process's batches of an epoch, from batch ``first_batch`` on."""
 
 
+LONGEST_WINDOW = 5.0  # seconds between two looks at the device's numbers, if steps are not longer
+MOST_OVERFLOWS = 50  # in a row; the loss scale falls from 65536 to 1 in 16
+REMEDY = "the last checkpoint is from before it. Lower --lr, set --clip_grad, or use --amp_dtype fp32"
+
+
 class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; the last checkpoint is from before that."""
+    """The loss or the gradients became NaN or infinite; the last checkpoint is from before that."""
 
 
 class Stopped(Exception):
@@ -105,7 +111,7 @@ class Trainer:
         ema: A moving average of the weights, with ``update(model, step)`` and ``module`` (timm's ``ModelEmaV3``).
         evaluate: ``(model, epoch) -> metrics`` at the end of epochs, logged with the prefix ``test_``, and those of
             the moving average with ``test_ema_``.
-        on_epoch_end: Called on the main process after an epoch is saved.
+        on_epoch_end: Called on the main process after an epoch is saved, if the run writes anything.
     """
 
     model: nn.Module
@@ -140,6 +146,8 @@ class Trainer:
         self._best: dict[str, float] = {}  # the best value so far of the metrics that decide what is kept
         self._names: list[str] = []  # of the metrics in the window's rows
         self._window: list[Tensor] = []  # one row of metrics a step, on the device
+        self._window_limit = 1  # steps until the next look at them; grows once their pace is known
+        self._overflows = 0  # in a row
         self._fresh = True
 
     # Resuming
@@ -158,10 +166,7 @@ class Trainer:
             )
             raise InputError(f"{source} holds no training state to resume; {remedy}")
         load_exactly(self.model, checkpoint["model"], source)
-        try:
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-        except ValueError as error:
-            raise InputError(f"{source}: the optimizer's state does not fit this run ({error}); check --opt") from error
+        load_optimizer(self.optimizer, checkpoint["optimizer"], checkpoint.get("optimizer_class"), source)
         self.precision.load_state_dict(checkpoint.get("scaler") or {})
         self._restore_progress(checkpoint, source)
 
@@ -179,33 +184,39 @@ class Trainer:
 
     def _position(self, checkpoint: Mapping[str, Any]) -> tuple[int, int]:
         epoch, step = position_of(checkpoint)
-        images = checkpoint.get("progress", {}).get("images_per_step", self.images_per_step)
-        if step and images != self.images_per_step:
+        then, now = checkpoint.get("progress", {}), self._surroundings()
+        changed = [name for name in now if then.get(name, now[name]) != now[name]]
+        if step and changed:
             logger.warning(
-                "the batch was %d images and is now %d: going on at the same share of epoch %d, other samples follow",
-                images,
-                self.images_per_step,
+                "%s since the checkpoint: going on at the same share of epoch %d, with other samples",
+                ", ".join(f"{name} went from {then[name]} to {now[name]}" for name in changed),
                 epoch,
             )
-            step = min(step * images // self.images_per_step, self.steps_per_epoch - 1)
+            images = then.get("images_per_step", self.images_per_step)
+            step = min(step * images // self.images_per_step, self.steps_per_epoch)
         return epoch, step
 
-    def _state(self, epoch: int, step: int) -> dict[str, Any]:
-        """Returns what a checkpoint holds when ``step`` steps of ``epoch`` are done."""
-        finished = step == self.steps_per_epoch
-        progress = {
-            "epoch": epoch + 1 if finished else epoch,
-            "step": 0 if finished else step,
-            "global_step": epoch * self.steps_per_epoch + step,
+    def _surroundings(self) -> dict[str, int]:
+        """Returns what decides which samples a step sees."""
+        return {
             "images_per_step": self.images_per_step,
+            "steps_per_epoch": self.steps_per_epoch,
+            "seed": self.settings.seed,
         }
+
+    def _state(self, epoch: int, step: int) -> dict[str, Any]:
+        """Returns what a checkpoint holds when ``step`` steps of ``epoch`` are done.
+
+        All steps done and step 0 of the next epoch differ by the evaluation and the line in the log.
+        """
+        global_step = epoch * self.steps_per_epoch + step
         state = {
             "model": self.model.state_dict(),
-            "epoch": epoch if finished else epoch - 1,  # the last whole epoch, as in official files
+            "epoch": epoch - 1,  # the last whole epoch, as in official files
             **self._training_state(),
             "args": dict(self.config),
-            "progress": progress,
-            "averages": {} if finished else self._averages.state_dict(),
+            "progress": {"epoch": epoch, "step": step, "global_step": global_step, **self._surroundings()},
+            "averages": self._averages.state_dict(),
             "skipped_steps": self._skipped_steps,
             "best": dict(self._best),
             **self.extras,
@@ -215,7 +226,11 @@ class Trainer:
         return to_cpu(state)
 
     def _training_state(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self.precision.state_dict()}
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "optimizer_class": type(self.optimizer).__name__,
+            "scaler": self.precision.state_dict(),
+        }
 
     # Training
 
@@ -230,19 +245,24 @@ class Trainer:
         log = EpochLog(self.folder.path / "log.txt", self.first_epoch, self._fresh) if self.folder else None
         scalars = ScalarWriter(self.log_dir, self.first_epoch * self.steps_per_epoch + self.first_step)
         with contextlib.closing(scalars), _termination_flag() as terminated:
+            if self.first_epoch >= self.settings.epochs:
+                logger.info("all %d epochs are done: nothing is left to train", self.settings.epochs)
             for epoch in range(self.first_epoch, self.settings.epochs):
                 self._train_epoch(model, epoch, scalars, terminated)
                 entry = self._epoch_entry(epoch, scalars)
-                self._finish_epoch(epoch, entry, log, scalars)
                 self.first_step, self._averages = 0, Averages()
+                self._finish_epoch(epoch, entry, log, scalars)
+                if epoch + 1 < self.settings.epochs and self._agree(terminated.is_set):
+                    self._stop(epoch + 1, 0)
 
     def _distribute(self) -> nn.Module:
         if distributed.world_size() == 1:
             return self.model
         devices = [self._device.index] if self._device.type == "cuda" else None
-        return DistributedDataParallel(
-            self.model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
-        )
+        # The only buffers are indices that follow from the architecture. Newer torch has another word for it.
+        newer = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+        synchronise: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
+        return DistributedDataParallel(self.model, device_ids=devices, gradient_as_bucket_view=True, **synchronise)
 
     def _train_epoch(self, model: nn.Module, epoch: int, scalars: ScalarWriter, terminated: "_Flag") -> None:
         model.train()
@@ -256,17 +276,25 @@ class Trainer:
                 last = done == self.steps_per_epoch
                 save = self._saves_at(global_step + 1) and not last
                 alone = distributed.world_size() == 1
-                if last or save or len(self._window) >= self.settings.log_every or (alone and terminated.is_set):
+                if last or save or len(self._window) >= self._window_limit or (alone and terminated.is_set):
                     stop = self._close_window(epoch, done, scalars, progress, terminated)
-                    if (save or stop) and not last:
+                    if stop:
+                        self._stop(epoch, done)
+                    if save:
                         self._save(LAST, epoch, done)
-                    if stop and not last:
-                        raise Stopped(f"stopped at epoch {epoch}, step {done}")
         finally:
             progress.close()
             close = getattr(batches, "close", None)
             if close:
                 close()
+
+    def _stop(self, epoch: int, done: int) -> NoReturn:
+        self._save(LAST, epoch, done)
+        raise Stopped(f"stopped at epoch {epoch}, step {done}")
+
+    def _agree(self, wish: bool) -> bool:
+        """Whether any process wishes something."""
+        return bool(distributed.sum_over_ranks(torch.tensor([float(wish)], device=self._device)).item())
 
     def _saves_at(self, global_step: int) -> bool:
         return self.settings.save_steps > 0 and global_step % self.settings.save_steps == 0
@@ -310,7 +338,12 @@ class Trainer:
         batch = next(batches)
         batch = self.prepare(batch) if self.prepare else batch
         self._throughput.waited(time.perf_counter() - start)
-        return {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}
+        return {name: self._to_device(tensor) for name, tensor in batch.items()}
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        if self._device.type == "cuda" and not tensor.is_pinned():
+            tensor = tensor.pin_memory()  # a copy from pageable memory may make the host wait
+        return tensor.to(self._device, non_blocking=True)
 
     # Looking at the device's numbers
 
@@ -323,9 +356,13 @@ class Trainer:
         """
         rows = torch.stack(self._window)
         self._window = []
-        wish = torch.tensor([float(terminated.is_set)], device=self._device)
-        together = distributed.sum_over_ranks(torch.cat([rows.flatten(), wish])).cpu().double()
-        table = together[:-1].reshape(rows.shape) / distributed.world_size()
+        wish = torch.tensor([float(terminated.is_set), self._throughput.window_seconds()])
+        sums = torch.cat([rows.flatten(), wish.to(self._device)])
+        together = distributed.sum_over_ranks(sums).cpu().double() / distributed.world_size()
+        table, (stop, seconds) = together[:-2].reshape(rows.shape), together[-2:].tolist()
+        # A wish to stop must not wait for many slow steps: launchers kill what has not ended after 30 seconds.
+        limit = int(LONGEST_WINDOW * len(rows) / max(seconds, 1e-9))
+        self._window_limit = min(max(limit, 1), self.settings.log_every)
         first_global_step = epoch * self.steps_per_epoch + done - len(rows)
         loss_scale = self._loss_scale()
         for offset, row in enumerate(table.tolist()):
@@ -334,16 +371,13 @@ class Trainer:
         speed = self._throughput.close_window(len(rows))
         scalars.write("perf", speed, first_global_step + len(rows) - 1)
         progress.update(done, self._console_text(epoch, done, speed))
-        return bool(together[-1] > 0)
+        return stop > 0
 
     def _record_step(
         self, global_step: int, values: dict[str, float], loss_scale: float, scalars: ScalarWriter
     ) -> None:
         if not math.isfinite(values["loss"]):
-            raise NonFiniteLossError(
-                f"the loss is {values['loss']} at step {global_step} (counted from 0); "
-                "the last checkpoint is from before it. Lower --lr, set --clip_grad, or use --amp_dtype fp32"
-            )
+            raise NonFiniteLossError(f"the loss is {values['loss']} at step {global_step} (counted from 0); {REMEDY}")
         rates = [self.lr(global_step) * group.get("lr_scale", 1.0) for group in self.optimizer.param_groups]
         decays = [group["weight_decay"] for group in self.optimizer.param_groups if group.get("decays")]
         settings = {
@@ -353,11 +387,25 @@ class Trainer:
             "weight_decay": self.weight_decay(global_step) if self.weight_decay else max(decays, default=0.0),
         }
         norm = {"grad_norm": values.pop("grad_norm")}
-        self._skipped_steps += not math.isfinite(norm["grad_norm"])  # float16 overflowed: no update was made
+        self._count_overflow(global_step, norm["grad_norm"])
         for name, value in {**values, **settings, **norm}.items():
             self._averages.add(name, value)
         scalars.write("loss", values, global_step)
         scalars.write("opt", {**settings, **norm}, global_step)
+
+    def _count_overflow(self, global_step: int, norm: float) -> None:
+        """Counts an update that float16 could not make; in any other format it has spoilt the weights."""
+        if math.isfinite(norm):
+            self._overflows = 0
+            return
+        self._skipped_steps += 1
+        self._overflows += 1
+        if self.precision.dtype != torch.float16:
+            raise NonFiniteLossError(f"the gradients are not finite at step {global_step} (counted from 0); {REMEDY}")
+        if self._overflows == MOST_OVERFLOWS:
+            raise NonFiniteLossError(
+                f"the gradients overflowed {MOST_OVERFLOWS} times in a row, up to step {global_step}; {REMEDY}"
+            )
 
     def _console_text(self, epoch: int, done: int, speed: Mapping[str, float]) -> str:
         means = self._averages.means()
@@ -392,9 +440,9 @@ class Trainer:
         if self.settings.best_metric is not None:
             self._keep_best(self.settings.best_metric, epoch, entry)
         if (epoch + 1) % self.settings.save_epochs == 0 or epoch + 1 == self.settings.epochs:
-            self._save(epoch_file(epoch), epoch, self.steps_per_epoch)
+            self._save(epoch_file(epoch), epoch + 1, 0)
         elif self._saves_at((epoch + 1) * self.steps_per_epoch):
-            self._save(LAST, epoch, self.steps_per_epoch)
+            self._save(LAST, epoch + 1, 0)
         if self.folder is not None and self.on_epoch_end is not None:
             self.on_epoch_end(epoch, scalars)
 
@@ -408,7 +456,7 @@ class Trainer:
             logger.info("%s %.3f, the best so far %.3f", name, score, self._best[name])
         if self.folder is None or not self.settings.save or not better:
             return
-        state = self._state(epoch, self.steps_per_epoch)
+        state = self._state(epoch + 1, 0)
         if metric in better:
             self.folder.save(BEST, state)
         if of_average in better:

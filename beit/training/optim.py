@@ -2,7 +2,7 @@
 
 import importlib.util
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import timm.optim
@@ -99,6 +99,33 @@ def create_optimizer(
     return timm.optim.create_optimizer_v2(
         list(groups), opt=name, lr=lr, weight_decay=0.0, momentum=momentum, **arguments
     )
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, state: Mapping[str, Any], class_name: str | None, source: str
+) -> None:
+    """Gives an optimizer the moments of a checkpoint; its settings (betas, weight decay, …) stay this run's.
+
+    Args:
+        optimizer: Over the same parameters, in the same groups.
+        state: The ``state_dict`` of the checkpoint's optimizer.
+        class_name: What that was; None where the checkpoint does not say.
+        source: The checkpoint, for messages.
+
+    Raises:
+        InputError: It was another optimizer, or over other parameters.
+    """
+    own = type(optimizer).__name__
+    if class_name not in (None, own):
+        raise InputError(f"{source} holds the state of {class_name}, and this run's --opt is {own}: choose the same")
+    groups, given = optimizer.state_dict()["param_groups"], state.get("param_groups", [])
+    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in given]:
+        raise InputError(
+            f"{source}: its optimizer has other parameter groups than this run; check --weight_decay, --layer_decay "
+            "and what is frozen"
+        )
+    renumbered = [{**group, "params": other["params"]} for group, other in zip(groups, given, strict=True)]
+    optimizer.load_state_dict({"state": state["state"], "param_groups": renumbered})
 
 
 def apply_schedules(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from beit.errors import InputError
 
@@ -62,8 +63,10 @@ class Precision:
             in which case the parameters stay as they are.
         """
         self.scaler.unscale_(optimizer)
-        limit = float("inf") if max_norm is None else max_norm
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        if max_norm is None:
+            norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        else:
+            norm = clip_grad_norm_(parameters, max_norm)
         self.scaler.step(optimizer)
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)

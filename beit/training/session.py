@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from beit.errors import InputError
 from beit.storage import atomic_write, load_checkpoint
 from beit.training import distributed
-from beit.training.checkpoint import RunFolder
+from beit.training.checkpoint import RunFolder, position_of
 from beit.training.logging import configure_console
 from beit.training.loop import Trainer
 
@@ -29,23 +30,49 @@ class Session:
         rank: Number of this process.
         world_size: Number of processes.
         folder: The run folder, on the main process only; None if the run writes nothing.
+        settings: The run's settings as YAML.
     """
 
     device: torch.device
     rank: int
     world_size: int
     folder: RunFolder | None
+    settings: str = ""
 
     def resume(self, trainer: Trainer, *, path: str, auto: bool, start_epoch: int) -> None:
         """Continues a trainer from ``path``, else from the folder's newest checkpoint, else starts at an epoch.
 
+        With ``auto`` the folder's newest checkpoint also comes before a ``path`` that it has got further than: a run
+        that was started from ``path`` and stopped goes on where it was. What the run would overwrite is set aside, and
+        its settings are written into the folder, once all this has worked.
+
         Raises:
             InputError: The file cannot be read or is of another model.
         """
-        trainer.first_epoch = start_epoch
-        source = path or distributed.on_main(lambda: str((auto and self.folder and self.folder.newest()) or ""))
+        own = distributed.on_main(lambda: self._newest(path) if auto else "")
+        source = own or path
         if source:
             trainer.resume(load_checkpoint(Path(source)), source)
+        elif not 0 <= start_epoch < trainer.settings.epochs:
+            raise InputError(f"--start_epoch {start_epoch}: must be between 0 and --epochs {trainer.settings.epochs}")
+        else:
+            trainer.first_epoch = start_epoch
+        if self.folder is not None:
+            if not own:
+                self.folder.set_aside(trainer.first_epoch)
+            with atomic_write(self.folder.path / "config.yaml") as file:
+                file.write(self.settings.encode())
+
+    def _newest(self, path: str) -> str:
+        """Returns the folder's newest checkpoint, or nothing if ``path`` has got as far."""
+        newest = self.folder.newest() if self.folder else None
+        if newest is None:
+            return ""
+        if path and position_of(load_checkpoint(newest, mmap=True)) <= position_of(load_checkpoint(path, mmap=True)):
+            return ""
+        if path:
+            logger.info("%s has got further than --resume %s (--no_auto_resume goes back to that)", newest, path)
+        return str(newest)
 
 
 @contextlib.contextmanager
@@ -79,22 +106,22 @@ def open_session(
     """
     placement = distributed.find_placement(local_rank=local_rank, init_method=dist_url, use_open_mpi=use_open_mpi)
     configure_console(main_process=placement.rank == 0)
-    compute = distributed.select_device(device, placement.local_rank)
+    compute = distributed.select_device(device, placement.local_rank, placement.bound)
     if deterministic:
         make_deterministic()
     seed_everything(seed)
     distributed.connect(placement, compute)
     folder = None
     try:
-        folder = _open_folder(output_dir, keep_checkpoints, settings)
-        yield Session(compute, placement.rank, placement.world_size, folder)
+        folder = _open_folder(output_dir, keep_checkpoints)
+        yield Session(compute, placement.rank, placement.world_size, folder, settings)
     finally:
         if folder is not None:
             folder.close()
         distributed.disconnect()
 
 
-def _open_folder(output_dir: str | None, keep: int, settings: str) -> RunFolder | None:
+def _open_folder(output_dir: str | None, keep: int) -> RunFolder | None:
     if output_dir is None:
         return None
     if not output_dir:
@@ -103,10 +130,7 @@ def _open_folder(output_dir: str | None, keep: int, settings: str) -> RunFolder 
     opened: list[RunFolder] = []
 
     def open_it() -> None:
-        folder = RunFolder(output_dir, keep)
-        with atomic_write(folder.path / "config.yaml") as file:
-            file.write(settings.encode())
-        opened.append(folder)
+        opened.append(RunFolder(output_dir, keep))
 
     distributed.on_main(open_it)
     return opened[0] if opened else None

@@ -29,6 +29,7 @@ from beit.tasks.masked_image_modeling import (
     with_masked_index,
 )
 from beit.tokenizer import load_tokenizer, save_dvae
+from beit.training.precision import Precision
 
 CPU = torch.device("cpu")
 HALF = ((0.5,) * 3, (0.5,) * 3)
@@ -116,7 +117,7 @@ def test_evaluation_equals_a_naive_count(setting):
     transform = MaskedImageModelingEvalTransform(32, 32, mask_generator=BlockwiseMaskGenerator((4, 4), 6, 2))
     dataset = ImageDataset(index_images(folder / "images"), transform, seed=0)
     loader = EpochLoader(dataset, 6, shuffle=False, drop_last=False)
-    results = evaluate(model, objective, loader, CPU)
+    results = evaluate(model, objective, loader, Precision(torch.float32, CPU))
     right, losses, seen = [], [], []
     for index in range(20):
         sample = {name: value[None] for name, value in dataset[(0, index)].items() if torch.is_tensor(value)}
@@ -205,6 +206,16 @@ MISTAKES = {
     "half precision on the CPU": ({"--amp_dtype": "fp16"}, ["fp16"]),
     "unknown optimizer": ({"--opt": "adamvv"}, ["adam"]),
     "image size that patches do not divide": ({"--input_size": 33}, ["33"]),
+    "no evaluation ever": ({"--eval_freq": 0}, ["--eval_freq 0"]),
+    "a negative seed": ({"--seed": -1}, ["--seed -1"]),
+    "an epoch before the first": ({"--start_epoch": -1}, ["--start_epoch -1"]),
+    "a negative learning rate": ({"--lr": -1}, ["--lr -1"]),
+    "a learning rate that is none": ({"--lr": "nan"}, ["--lr nan"]),
+    "one beta": ({"--opt_betas": 0.9}, ["--opt_betas 0.9"]),
+    "a drop rate above 1": ({"--drop_path": 1.5}, ["--drop_path 1.5"]),
+    "gradients clipped to nothing": ({"--clip_grad": 0}, ["--clip_grad 0"]),
+    "unknown device": ({"--device": "gpu"}, ["--device gpu"]),
+    "unwritable log folder": ({"--log_dir": "FILE/tb"}, ["--log_dir FILE/tb"]),
     "zero epochs": ({"--epochs": 0}, ["--epochs 0"]),
     "unknown interpolation": ({"--train_interpolation": "cubic"}, ["bicubic"]),
 }

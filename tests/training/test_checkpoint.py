@@ -103,6 +103,6 @@ def test_weights_of_another_model_are_refused_with_what_differs(tmp_path):
     load_exactly(nn.Linear(3, 2), weights, "a.pth")
     with pytest.raises(InputError) as caught:
         load_exactly(nn.Linear(4, 2, bias=False), weights, "a.pth")
-    assert "a.pth is a checkpoint of another model: 2 of 1 tensors differ" in str(caught.value)
+    assert "a.pth is a checkpoint of another model: 2 of 2 tensors differ" in str(caught.value)
     assert "weight (2, 3) in the file, (2, 4) in the model" in str(caught.value)
     assert "bias (2,) in the file, absent in the model" in str(caught.value)

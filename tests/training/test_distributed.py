@@ -12,12 +12,12 @@ def test_one_plain_process():
 
 
 def test_torchrun():
-    env = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+    env = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "head", "MASTER_PORT": "99"}
     assert find_placement(env) == Placement(5, 8, 1, "env://")
 
 
 def test_local_rank_of_old_launchers_counts_only_without_the_variable():
-    env = {"RANK": "5", "WORLD_SIZE": "8"}
+    env = {"RANK": "5", "WORLD_SIZE": "8", "MASTER_ADDR": "head", "MASTER_PORT": "99"}
     assert find_placement(env, local_rank=3).local_rank == 3
     assert find_placement({**env, "LOCAL_RANK": "1"}, local_rank=3).local_rank == 1
 
@@ -30,7 +30,7 @@ def test_slurm_under_srun():
         "SLURM_STEP_NODELIST": "gpu[03-04]",
         "SLURM_JOB_ID": "1234567",
     }
-    assert find_placement(env) == Placement(9, 16, 1, f"tcp://gpu03:{20000 + 1234567 % 20000}")
+    assert find_placement(env) == Placement(9, 16, 1, f"tcp://gpu03:{20000 + 1234567 % 20000}", True)
     assert find_placement({**env, "MASTER_ADDR": "head", "MASTER_PORT": "99"}).init_method == "tcp://head:99"
 
 
@@ -47,7 +47,7 @@ def test_open_mpi_only_when_asked_for():
         "MASTER_ADDR": "head",
         "MASTER_PORT": "99",
     }
-    assert find_placement(env, use_open_mpi=True) == Placement(3, 4, 1, "tcp://head:99")
+    assert find_placement(env, use_open_mpi=True) == Placement(3, 4, 1, "tcp://head:99", True)
     assert find_placement(env) == Placement(0, 1, 0)
     with pytest.raises(InputError, match="OMPI_COMM_WORLD_RANK"):
         find_placement({"MASTER_ADDR": "head", "MASTER_PORT": "99"}, use_open_mpi=True)

@@ -157,6 +157,56 @@ def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_last_checkpoint(
     assert not (tmp_path / "checkpoint-1.pth").exists()
 
 
+def test_gradients_that_are_not_finite_end_the_run_before_it_is_saved(tmp_path):
+    # The loss of the step is finite; what it does to the weights is not.
+    def bad_step(model, batch, global_step):
+        loss, metrics = step(model, batch, global_step)
+        poison = (model[0].weight.sum() * 0.0).square().sqrt()  # its value is 0, its gradient 0 / 0
+        return (loss + poison if global_step == 13 else loss), metrics
+
+    trainer = make_trainer(tmp_path, step=bad_step, save_steps=2)
+    with pytest.raises(NonFiniteLossError, match="gradients are not finite at step 13"):
+        trainer.fit()
+    state = load_checkpoint(tmp_path / LAST)
+    assert state["progress"]["global_step"] == 12
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+
+
+def test_float16_may_skip_an_update_but_not_for_ever(monkeypatch):
+    trainer = make_trainer(None)
+    trainer.precision.dtype = torch.float16
+    for _ in range(49):
+        trainer._count_overflow(0, math.inf)
+    trainer._count_overflow(1, 1.0)
+    for _ in range(49):
+        trainer._count_overflow(2, math.inf)
+    assert trainer._skipped_steps == 98
+    with pytest.raises(NonFiniteLossError, match="50 times in a row"):
+        trainer._count_overflow(3, math.inf)
+
+
+def test_another_optimizer_cannot_go_on_and_new_settings_count(tmp_path):
+    state = make_trainer(None)._state(1, 0)
+    trainer = make_trainer(None)
+    trainer.optimizer = create_optimizer("sgd", parameter_groups(trainer.model, 0.05), lr=1e-2)
+    with pytest.raises(InputError, match=r"AdamW.*SGD"):
+        trainer.resume(state, "a.pth")
+    trainer = make_trainer(None)
+    trainer.optimizer = create_optimizer("adamw", parameter_groups(trainer.model, 0.1), lr=1e-2, betas=(0.5, 0.6))
+    trainer.resume(state, "a.pth")
+    assert trainer.optimizer.param_groups[0]["betas"] == (0.5, 0.6)
+    assert trainer.optimizer.param_groups[0]["decays"] is True
+
+
+def test_a_smaller_data_set_goes_on_within_its_epoch(caplog):
+    trainer = make_trainer(None)
+    state = trainer._state(1, 9)
+    trainer.steps_per_epoch = 6
+    trainer.resume(state, "a.pth")
+    assert (trainer.first_epoch, trainer.first_step) == (1, 6)
+    assert "steps_per_epoch went from 10 to 6" in caplog.text
+
+
 def test_checkpoint_holds_the_official_keys_and_opens_without_code(undisturbed):
     state = torch.load(undisturbed / "checkpoint-2.pth", weights_only=True)
     assert {"model", "optimizer", "epoch", "scaler", "args", "model_ema"} <= state.keys()
@@ -201,7 +251,7 @@ def test_another_batch_goes_on_at_the_same_share_of_the_epoch(tmp_path, caplog):
     folder.close()
     trainer = continued(tmp_path, batch_size=10)
     assert (trainer.first_epoch, trainer.first_step) == (1, 2)  # 20 of 40 samples done
-    assert "the batch was 4 images and is now 10" in caplog.text
+    assert "images_per_step went from 4 to 10" in caplog.text
 
 
 def test_weights_alone_cannot_be_resumed():

@@ -1,0 +1,48 @@
+"""Which checkpoint a run goes on from, and what becomes of an earlier run in its folder."""
+
+import pytest
+
+from beit.errors import InputError
+from beit.training.checkpoint import LAST, RunFolder
+from beit.training.session import open_session
+from tests.training.test_loop import make_trainer
+
+
+def begin(folder, *, path="", auto=True, start_epoch=0, settings="lr: 1\n"):
+    with open_session(device="cpu", output_dir=str(folder), settings=settings, seed=0) as session:
+        trainer = make_trainer(None)
+        session.resume(trainer, path=str(path), auto=auto, start_epoch=start_epoch)
+        return trainer.first_epoch, trainer.first_step
+
+
+def save(path, epoch, step):
+    path.parent.mkdir(exist_ok=True)
+    folder = RunFolder(path.parent)
+    folder.save(path.name, make_trainer(None)._state(epoch, step))
+    folder.close()
+
+
+def test_the_newest_of_the_folder_comes_before_a_path_it_has_got_further_than(tmp_path):
+    save(tmp_path / "other" / "checkpoint-1.pth", 2, 0)
+    assert begin(tmp_path / "run", path=tmp_path / "other" / "checkpoint-1.pth") == (2, 0)
+    save(tmp_path / "run" / LAST, 2, 3)
+    assert begin(tmp_path / "run", path=tmp_path / "other" / "checkpoint-1.pth") == (2, 3)
+    assert begin(tmp_path / "run", path=tmp_path / "other" / "checkpoint-1.pth", auto=False) == (2, 0)
+
+
+def test_a_run_that_starts_over_sets_the_checkpoints_of_the_earlier_one_aside(tmp_path):
+    # Breaks if they stay: the new run would be taken for the old one, and keeping the newest would delete its own.
+    for epoch in (0, 4):
+        save(tmp_path / f"checkpoint-{epoch}.pth", epoch + 1, 0)
+    save(tmp_path / LAST, 4, 2)
+    assert begin(tmp_path, auto=False, start_epoch=1) == (1, 0)
+    assert [path.name for path in tmp_path.glob("*.pth")] == ["checkpoint-0.pth"]
+    (aside,) = tmp_path.glob("previous-*")
+    assert sorted(path.name for path in aside.iterdir()) == ["checkpoint-4.pth", LAST]
+
+
+def test_a_start_that_fails_leaves_the_settings_of_the_run_alone(tmp_path):
+    begin(tmp_path)
+    with pytest.raises(InputError, match="--start_epoch 3"):
+        begin(tmp_path, start_epoch=3, settings="lr: 7\n")
+    assert (tmp_path / "config.yaml").read_text() == "lr: 1\n"
