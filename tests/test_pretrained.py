@@ -91,7 +91,10 @@ def test_loading_equals_the_official_code(golden, tmp_path, case):
     untouched = {key for key in expected["untouched_keys"] if not key.endswith("relative_position_index")}
     assert set(report.missing) == untouched
     assert set(report.resized) == set(expected["result_transformed"])
-    assert all(torch.equal(own[name], tensor) for name, tensor in expected["result_transformed"].items())
+    for name, tensor in expected["result_transformed"].items():
+        # Tables to the last bit; torch's bicubic, which resizes positions, differs in it between releases.
+        tolerance = 5e-6 if name == "pos_embed" else 0
+        torch.testing.assert_close(own[name], tensor, atol=tolerance, rtol=0)
     assert all(torch.equal(own[name], weights[name]) for name in expected["copied_keys"])
     assert all(torch.equal(own[name], tensor) for name, tensor in expected["target_init"].items())
     with torch.no_grad():
