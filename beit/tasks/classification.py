@@ -31,15 +31,17 @@ from beit.pretrained import load_pretrained, resolve
 from beit.tasks.classification_config import FinetuningConfig, check_settings, mixes
 from beit.tasks.options import (
     effective_batch,
+    epoch_loader,
     loop_settings,
     normalization,
+    optimizer_for,
     schedules,
     session_of,
 )
 from beit.training import distributed
 from beit.training.checkpoint import newest_checkpoint
 from beit.training.loop import Batch, Trainer
-from beit.training.optim import create_optimizer, parameter_groups
+from beit.training.optim import parameter_groups
 from beit.training.precision import Precision, resolve_amp_dtype
 from beit.training.session import Session
 from beit.training.zero import DeepSpeedTrainer
@@ -229,15 +231,7 @@ def build_optimizer(config: FinetuningConfig, model: VisionTransformer, device: 
         num_layers=model.get_num_layers(),
         layer_decay=config.layer_decay,
     )
-    return create_optimizer(
-        config.opt,
-        groups,
-        lr=config.lr,
-        eps=config.opt_eps,
-        betas=config.opt_betas,
-        momentum=config.momentum,
-        fused=device.type == "cuda",
-    )
+    return optimizer_for(config, groups, device)
 
 
 def build_ema(config: FinetuningConfig, model: VisionTransformer) -> ModelEmaV3 | None:
@@ -262,16 +256,7 @@ def build_loader(config: FinetuningConfig, train: LabelledImages, session: Sessi
         erasing_mode=config.remode,
         erasing_count=config.recount,
     )
-    return EpochLoader(
-        labelled_dataset(train, transform, config.seed),
-        config.batch_size,
-        seed=config.seed,
-        rank=session.rank,
-        world_size=session.world_size,
-        num_workers=config.num_workers,
-        pin_memory=config.pin_mem and session.device.type == "cuda",
-        max_unreadable=config.max_unreadable,
-    )
+    return epoch_loader(labelled_dataset(train, transform, config.seed), config, session)
 
 
 class Classification:
@@ -336,18 +321,8 @@ def build_evaluation(
     config: FinetuningConfig, val: LabelledImages, session: Session, precision: Precision
 ) -> Callable[[nn.Module, int], Metrics]:
     """Returns the evaluation on the validation images."""
-    loader = EpochLoader(
-        labelled_dataset(val, build_eval_transform(config), config.seed),
-        config.batch_size,
-        seed=config.seed,
-        rank=session.rank,
-        world_size=session.world_size,
-        num_workers=config.num_workers,
-        pin_memory=config.pin_mem and session.device.type == "cuda",
-        shuffle=False,
-        drop_last=False,
-        max_unreadable=config.max_unreadable,
-    )
+    dataset = labelled_dataset(val, build_eval_transform(config), config.seed)
+    loader = epoch_loader(dataset, config, session, shuffle=False, drop_last=False)
     mean, std = normalization(config)
     return lambda model, _epoch: evaluate(model, loader, precision, mean=mean, std=std)
 

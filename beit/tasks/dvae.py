@@ -33,13 +33,16 @@ from beit.dvae import (
 from beit.errors import InputError
 from beit.storage import atomic_write
 from beit.tasks.options import (
+    EVALUATION_WORKERS,
     OptimizerOptions,
     RunOptions,
     check_positive,
     check_training,
     effective_batch,
+    epoch_loader,
     find_together,
     loop_settings,
+    optimizer_for,
     schedules,
     session_of,
 )
@@ -48,7 +51,7 @@ from beit.training import distributed
 from beit.training.checkpoint import RunFolder
 from beit.training.logging import ScalarWriter
 from beit.training.loop import Batch, Trainer
-from beit.training.optim import create_optimizer, parameter_groups
+from beit.training.optim import parameter_groups
 from beit.training.precision import Precision, resolve_amp_dtype
 from beit.training.schedules import WarmupCosine
 from beit.training.session import Session
@@ -237,22 +240,14 @@ def batch_perplexity(ids: Tensor, num_tokens: int) -> Tensor:
 
 def build_optimizer(config: DvaeConfig, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
     """Creates the optimizer; biases get no weight decay."""
-    return create_optimizer(
-        config.opt,
-        parameter_groups(model, config.weight_decay),
-        lr=config.lr,
-        eps=config.opt_eps,
-        betas=config.opt_betas,
-        momentum=config.momentum,
-        fused=device.type == "cuda",
-    )
+    return optimizer_for(config, parameter_groups(model, config.weight_decay), device)
 
 
 def build_loader(config: DvaeConfig, session: Session) -> EpochLoader:
     """Creates the loader of random crops."""
     transform = RandomCropTransform(config.input_size, interpolation=config.interpolation, scale=(config.min_crop, 1.0))
     dataset = ImageDataset(find_together(config.data_path), transform, config.seed)
-    return _loader(dataset, config, session, config.num_workers, max_unreadable=config.max_unreadable)
+    return epoch_loader(dataset, config, session)
 
 
 def build_eval_loader(config: DvaeConfig, session: Session) -> EpochLoader:
@@ -266,20 +261,8 @@ def build_eval_loader(config: DvaeConfig, session: Session) -> EpochLoader:
     )
     if not config.eval_data_path and config.eval_images < len(dataset):
         dataset = EvenlySpread(dataset, config.eval_images)
-    return _loader(dataset, config, session, min(config.num_workers, 2), drop_last=False)
-
-
-def _loader(dataset: EpochDataset, config: DvaeConfig, session: Session, workers: int, **how: Any) -> EpochLoader:
-    return EpochLoader(
-        dataset,
-        config.batch_size,
-        seed=config.seed,
-        rank=session.rank,
-        world_size=session.world_size,
-        num_workers=workers,
-        pin_memory=config.pin_mem and session.device.type == "cuda",
-        **how,
-    )
+    few = min(config.num_workers, EVALUATION_WORKERS)
+    return epoch_loader(dataset, config, session, num_workers=few, drop_last=False)
 
 
 class EvenlySpread:

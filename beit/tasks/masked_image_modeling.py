@@ -24,21 +24,24 @@ from beit.masking import BlockwiseMaskGenerator
 from beit.modeling import VisionTransformerForMaskedImageModeling
 from beit.pretrained import load_pretrained
 from beit.tasks.options import (
+    EVALUATION_WORKERS,
     OptimizerOptions,
     RunOptions,
     check_positive,
     check_training,
     effective_batch,
+    epoch_loader,
     find_together,
     loop_settings,
     normalization,
+    optimizer_for,
     schedules,
     session_of,
 )
 from beit.tokenizer import VisualTokenizer, load_tokenizer
 from beit.training import distributed
 from beit.training.loop import Batch, Trainer
-from beit.training.optim import create_optimizer, parameter_groups
+from beit.training.optim import parameter_groups
 from beit.training.precision import Precision, resolve_amp_dtype
 from beit.training.session import Session
 from beit.zoo import create_model, list_models
@@ -188,16 +191,7 @@ def build_loader(config: PretrainingConfig, masks: BlockwiseMaskGenerator, sessi
         color_jitter=config.color_jitter,
         mask_generator=masks,
     )
-    return EpochLoader(
-        ImageDataset(find_together(config.data_path), transform, config.seed),
-        config.batch_size,
-        seed=config.seed,
-        rank=session.rank,
-        world_size=session.world_size,
-        num_workers=config.num_workers,
-        pin_memory=config.pin_mem and session.device.type == "cuda",
-        max_unreadable=config.max_unreadable,
-    )
+    return epoch_loader(ImageDataset(find_together(config.data_path), transform, config.seed), config, session)
 
 
 def with_masked_index(batch: Batch) -> dict[str, Tensor]:
@@ -242,15 +236,7 @@ class MaskedTokenPrediction:
 def build_optimizer(config: PretrainingConfig, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
     """Creates the optimizer, with weight decay on what the official grouping gives it to."""
     groups = parameter_groups(model, config.weight_decay, no_decay=model.no_weight_decay())  # type: ignore[operator]
-    return create_optimizer(
-        config.opt,
-        groups,
-        lr=config.lr,
-        eps=config.opt_eps,
-        betas=config.opt_betas,
-        momentum=config.momentum,
-        fused=device.type == "cuda",
-    )
+    return optimizer_for(config, groups, device)
 
 
 def initialize_from(model: VisionTransformerForMaskedImageModeling, source: str) -> None:
@@ -284,17 +270,9 @@ def build_evaluation(
         second_interpolation=config.second_interpolation,
         mask_generator=masks,
     )
-    loader = EpochLoader(
-        ImageDataset(find_together(config.eval_data_path), transform, config.seed),
-        config.batch_size,
-        seed=config.seed,
-        rank=session.rank,
-        world_size=session.world_size,
-        num_workers=min(config.num_workers, 2),
-        pin_memory=config.pin_mem and session.device.type == "cuda",
-        shuffle=False,
-        drop_last=False,
-    )
+    dataset = ImageDataset(find_together(config.eval_data_path), transform, config.seed)
+    few = min(config.num_workers, EVALUATION_WORKERS)
+    loader = epoch_loader(dataset, config, session, num_workers=few, shuffle=False, drop_last=False)
     return lambda model, _epoch: evaluate(model, objective, loader, precision)
 
 

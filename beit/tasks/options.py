@@ -1,12 +1,16 @@
 """Flags that several jobs share, in groups, and what the training engine makes of them."""
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from beit.config import dump_yaml, option
 from beit.data.datasets import ImageIndex, index_images
+from beit.data.loaders import EpochDataset, EpochLoader
 from beit.data.transforms import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -16,9 +20,11 @@ from beit.data.transforms import (
 from beit.errors import InputError
 from beit.training import distributed
 from beit.training.loop import LoopSettings
+from beit.training.optim import create_optimizer
 from beit.training.schedules import WarmupCosine, duration_in_steps
 from beit.training.session import Session, open_session
 
+EVALUATION_WORKERS = 2  # at most, beside those of the training loader
 AMP_CHOICES = ("auto", "bf16", "fp16", "fp32")
 
 
@@ -121,6 +127,40 @@ def normalization(config: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     if config.imagenet_default_mean_and_std:
         return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     return IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+
+
+def epoch_loader(dataset: EpochDataset, config: Any, session: Session, **options: Any) -> EpochLoader:
+    """Returns a job's loader: its part of the data on each process, with the workers that the flags ask for.
+
+    Args:
+        dataset: The samples.
+        config: The job's flags.
+        session: The processes.
+        **options: More of :class:`EpochLoader`, or other values than the flags'.
+    """
+    arguments = {
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "rank": session.rank,
+        "world_size": session.world_size,
+        "num_workers": config.num_workers,
+        "pin_memory": config.pin_mem and session.device.type == "cuda",
+        "max_unreadable": config.max_unreadable,
+    }
+    return EpochLoader(dataset, **{**arguments, **options})
+
+
+def optimizer_for(config: Any, groups: Sequence[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+    """Returns the optimizer that a job's flags ask for, over its parameter groups."""
+    return create_optimizer(
+        config.opt,
+        groups,
+        lr=config.lr,
+        eps=config.opt_eps,
+        betas=config.opt_betas,
+        momentum=config.momentum,
+        fused=device.type == "cuda",
+    )
 
 
 def effective_batch(config: Any) -> int:
