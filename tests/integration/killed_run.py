@@ -11,6 +11,7 @@ import sys
 
 from beit.tasks import masked_image_modeling
 from beit.tasks.launch import launch
+from beit.training.logging import EpochLog
 
 
 def kill_at_step(step: int, number: int) -> None:
@@ -38,10 +39,30 @@ def kill_at_rename(count: int) -> None:
     os.replace = replace
 
 
+def kill_at_call(owner: object, name: str, count: int, before: bool) -> None:
+    """Kills at the ``count``-th call of a function, before or after it does its work."""
+    original, seen = getattr(owner, name), []
+
+    def call(*arguments, **options):
+        seen.append(name)
+        if before and len(seen) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*arguments, **options)
+        if len(seen) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, call)
+
+
 if __name__ == "__main__":
     kind, when, _, *flags = sys.argv[1:]
     if kind == "rename":
         kill_at_rename(int(when))
+    elif kind == "log":
+        kill_at_call(EpochLog, "write", int(when), before=False)
+    elif kind == "evaluation":
+        kill_at_call(masked_image_modeling, "evaluate", int(when), before=True)
     else:
         kill_at_step(int(when), signal.SIGKILL if kind == "step" else signal.SIGTERM)
     sys.exit(launch(masked_image_modeling.PretrainingConfig, masked_image_modeling.main, "", flags))

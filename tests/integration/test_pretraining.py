@@ -80,6 +80,17 @@ def test_killed_between_temporary_file_and_rename(tmp_path, pretraining_flags, u
     assert sorted(path.name for path in tmp_path.glob("*.pth*")) == ["checkpoint-2.pth", "checkpoint-last.pth"]
 
 
+def test_killed_after_a_log_line_and_in_an_evaluation(tmp_path, pretraining_flags, undisturbed, images):
+    # Breaks if an epoch is logged twice, or an evaluation leaves a trace in what follows.
+    flags = (*pretraining_flags, "--output_dir", tmp_path, "--save_ckpt_steps", "4", "--eval_data_path", images)
+    for moment, when in (("log", "1"), ("evaluation", "1"), ("log", "2")):
+        killed = run(KILLED, moment, when, "--", *flags, check=False)
+        assert killed.returncode == -9, killed.stderr
+    run(SCRIPT, *flags, "--num_workers", "2")  # another number than before
+    assert_same_bits(tmp_path, undisturbed)
+    assert [entry["epoch"] for entry in log_of(tmp_path)] == [0, 1, 2]
+
+
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_sigterm_saves_exits_and_goes_on(tmp_path, pretraining_flags, undisturbed, workers):
     flags = (*pretraining_flags, "--output_dir", tmp_path, "--num_workers", workers)
