@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 from beit.errors import InputError, did_you_mean
 from beit.storage import beit_home, describe_problem, download
@@ -28,6 +28,11 @@ FOLDER_WEIGHTS = (
 
 HALF = (0.5, 0.5, 0.5)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# Parts of an address's query that sign it (Azure, S3, Google, CloudFront): they change, the file does not.
+ACCESS_TOKEN = re.compile(
+    r"s[vepr]|st|spr|sig|token|expires|signature|policy|key-pair-id|x-(amz|goog)-.*", re.IGNORECASE
+)
 
 _HUB_ID = re.compile(r"(?:hf-hub:|hf://)?([\w.-]+/[\w.-]+)")
 
@@ -173,8 +178,10 @@ def _fetch(url: str) -> Path:
     if parts.hostname in DEAD_HOSTS or url.startswith(RELEASES):
         urls = row.urls if row else (f"{RELEASES}/{name}",)
         return download(urls, _checkpoints() / name, verify=_refuse_damaged)
-    # Files of the same name lie at many addresses; what follows "?" is an access token, which changes.
-    place = hashlib.sha256(f"{parts.scheme}://{parts.netloc}{parts.path}".encode()).hexdigest()[:12]
+    # Files of the same name lie at many addresses, and "?id=2" is another file than "?id=1".
+    query = [pair for pair in parse_qsl(parts.query, keep_blank_values=True) if not ACCESS_TOKEN.fullmatch(pair[0])]
+    address = f"{parts.scheme}://{parts.netloc}{parts.path}{'?' if query else ''}{urlencode(sorted(query))}"
+    place = hashlib.sha256(address.encode()).hexdigest()[:12]
     return download(url, beit_home() / "urls" / place / name, verify=_refuse_damaged)
 
 
