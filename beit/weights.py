@@ -217,7 +217,9 @@ def architecture_of(weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) 
     Raises:
         InputError: The number of heads or the patch grid cannot be told.
     """
-    masked = "lm_head.weight" in weights or "mask_token" in weights
+    # A classifier of Hugging Face keeps the mask token of its pre-training.
+    classifier = "head.weight" in weights or "fc_norm.weight" in weights
+    masked = "lm_head.weight" in weights or ("mask_token" in weights and not classifier)
     embed_dim, in_chans, *patch = weights["patch_embed.proj.weight"].shape
     table = next((tensor for name, tensor in weights.items() if name.endswith(TABLE)), None)
     grid = window_of(weights, metadata)

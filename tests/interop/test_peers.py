@@ -214,3 +214,18 @@ def test_we_open_what_timm_saved(size, tmp_path):
     images = torch.randn(2, 3, *size)
     with torch.no_grad():
         torch.testing.assert_close(get_model(tmp_path / "timm.pth")(images), peer(images), rtol=1e-5, atol=1e-5)
+
+
+def test_a_classifier_that_kept_its_mask_token_opens_as_a_classifier(tmp_path, caplog):
+    # Breaks when a mask token alone makes a pre-training model: the classifier would be dropped.
+    config = BeitConfig(
+        **HF_SIZES, num_labels=5, use_mask_token=True, use_shared_relative_position_bias=True, layer_norm_eps=1e-12
+    )
+    peer = randomise(BeitForImageClassification(config))
+    peer.save_pretrained(tmp_path)
+    model = get_model(tmp_path)
+    assert isinstance(model, VisionTransformer)
+    torch.testing.assert_close(outputs(model), outputs(peer).logits, rtol=1e-4, atol=1e-4)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    convert(tmp_path, tmp_path / "converted.pth", "unilm")
+    torch.testing.assert_close(outputs(get_model(tmp_path / "converted.pth")), outputs(model))
