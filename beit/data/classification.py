@@ -3,7 +3,7 @@
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+from timm.data.auto_augment import (
+    AugmentOp,
+    augment_and_mix_transform,
+    auto_augment_transform,
+    rand_augment_transform,
+)
+from timm.data.auto_augment import posterize as timm_posterize
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import str_to_pil_interp
 from torch import Tensor
@@ -335,14 +341,36 @@ def build_policy(name: str, size: tuple[int, int], mean: Sequence[float], interp
         settings["interpolation"] = str_to_pil_interp(interpolation)
     try:
         if name.startswith("rand"):
-            return rand_augment_transform(name, settings)
-        if name.startswith("augmix"):
-            return augment_and_mix_transform(name, {**settings, "translate_pct": 0.3})
-        return auto_augment_transform(name, settings)
+            policy = rand_augment_transform(name, settings)
+        elif name.startswith("augmix"):
+            policy = augment_and_mix_transform(name, {**settings, "translate_pct": 0.3})
+        else:
+            policy = auto_augment_transform(name, settings)
     except (AssertionError, KeyError, ValueError) as error:  # timm asserts what it does not know
         raise InputError(
             f"--aa {name!r} is no policy that timm knows, such as rand-m9-mstd0.5-inc1, augmix-m3-w3 or original"
         ) from error
+    for operation in _operations(policy):
+        if operation.aug_fn is timm_posterize:
+            operation.aug_fn = posterize
+    return policy
+
+
+def _operations(policy: Any) -> Iterator[AugmentOp]:
+    """Yields the operations of any of timm's policies."""
+    entries: Any = policy.ops if hasattr(policy, "ops") else policy.policy
+    for entry in entries:
+        yield from entry if isinstance(entry, list) else [entry]
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
+    """Keeps the highest bits of every channel, as timm's operation does, down to none of them.
+
+    At its full magnitude timm asks for no bits, which gave black in older Pillow and is an error from version 13 on.
+    """
+    if bits_to_keep < 1:
+        return Image.new(image.mode, image.size)
+    return timm_posterize(image, bits_to_keep, **options)
 
 
 def build_erasing(probability: float, mode: str, count: int) -> RandomErasing | None:

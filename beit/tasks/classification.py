@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from beit.data.loaders import EpochLoader
 from beit.data.transforms import normalize, size_pair
 from beit.errors import InputError
 from beit.modeling import VisionTransformer
-from beit.pretrained import load_pretrained, resolve
+from beit.pretrained import load_pretrained, load_weights, read_weights, resolve
 from beit.tasks.classification_config import FinetuningConfig, check_settings, mixes
 from beit.tasks.options import (
     effective_batch,
@@ -118,10 +118,10 @@ def evaluate_checkpoint(config: FinetuningConfig) -> Metrics:
         evaluation = build_evaluation(config, val, session, precision)
         source = checkpoint_to_evaluate(config)
         if config.model_ema:
-            load_whole(model, source, "model_ema", config.model_prefix)
+            load_whole(model, source, "model_ema", config, class_names)
             logger.info("the moving average of the weights:")
             evaluation(model, 0)
-        load_whole(model, source, config.model_key, config.model_prefix)
+        load_whole(model, source, config.model_key, config, class_names)
         return evaluation(model, 0)
 
 
@@ -141,13 +141,35 @@ def checkpoint_to_evaluate(config: FinetuningConfig) -> str:
     return found or config.finetune
 
 
-def load_whole(model: VisionTransformer, source: str, model_key: str, prefix: str) -> None:
-    """Loads a checkpoint that must fill the whole model, its head as well.
+def load_whole(
+    model: VisionTransformer, source: str, model_key: str, config: FinetuningConfig, class_names: Sequence[str]
+) -> None:
+    """Loads a checkpoint that must fill the whole model, its head as well, and be of these classes.
 
     Raises:
-        InputError: It does not.
+        InputError: It does not, or is of others.
     """
-    report = load_pretrained(model, source, model_key=model_key, prefix=prefix)
+    weights, metadata = read_weights(source, model_key, config.model_prefix)
+    report = load_weights(model, weights, metadata)
+    logger.info("%s", report.summary())
+    labels = [str(label) for label in metadata.get("labels") or ()]
+    for number, (label, name) in enumerate(zip(labels, class_names, strict=False)):
+        if len(labels) == len(class_names) and label != name:
+            raise InputError(f"{source}: class {number} of the checkpoint is {label!r}, that of the data {name!r}")
+    recorded, given = metadata.get("mean"), normalization(config)[0]
+    if recorded is not None and not torch.allclose(torch.tensor(recorded), torch.tensor(given)):
+        logger.warning(
+            "%s was trained on images normalised with mean %s and is given mean %s: check "
+            "--imagenet_default_mean_and_std",
+            source,
+            list(recorded),
+            list(given),
+        )
+    if report.unexpected:
+        raise InputError(
+            f"{source} has {len(report.unexpected)} tensors without a place in this model, such as "
+            f"{report.unexpected[0]}; check --model and its options"
+        )
     if report.missing:
         reasons = {report.dropped[name] for name in report.missing if name in report.dropped}
         named = f"{', '.join(report.missing[:3])}{' …' if len(report.missing) > 3 else ''}"

@@ -90,8 +90,12 @@ def check_settings(config: FinetuningConfig) -> None:
         raise InputError(f"--nb_classes {config.nb_classes}: must be 0 (as many as there are) or more")
     if config.mixup_mode not in MIXUP_MODES:
         raise InputError(f"--mixup_mode {config.mixup_mode}: choose {', '.join(MIXUP_MODES)}")
-    if config.cutmix_minmax is not None and len(config.cutmix_minmax) != 2:
-        raise InputError("--cutmix_minmax takes two numbers, the smallest and the largest share of a side")
+    shares = config.cutmix_minmax
+    if shares is not None and not (len(shares) == 2 and 0 <= shares[0] <= shares[1] <= 1):
+        raise InputError("--cutmix_minmax takes two numbers from 0 to 1, the smallest and the largest share of a side")
+    for name in ("mixup_prob", "mixup_switch_prob"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise InputError(f"--{name} {getattr(config, name)}: a probability is between 0 and 1")
     if mixes(config) and config.batch_size % 2:
         raise InputError(f"--batch_size {config.batch_size}: mixup and cutmix pair images up, so it must be even")
 

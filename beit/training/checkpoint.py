@@ -89,6 +89,7 @@ class RunFolder:
         later = [path for epoch, path in _epoch_files(self.path) if epoch >= first_epoch]
         paths = [*later, *(self.path / name for name in (LAST, BEST, BEST_EMA))]
         paths += [path.with_suffix("") for path in later]  # DeepSpeed's folders
+        paths += self.path.glob("checkpoint-last-*")
         paths = [path for path in paths if path.exists()]
         if not paths:
             return

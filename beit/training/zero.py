@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from beit.errors import InputError
 from beit.storage import atomic_write
 from beit.training import distributed
-from beit.training.checkpoint import LAST, load_exactly
+from beit.training.checkpoint import BEST, LAST, epoch_file, load_exactly
 from beit.training.loop import Batch, Trainer
 
 logger = logging.getLogger(__name__)
@@ -148,10 +148,12 @@ class DeepSpeedTrainer(Trainer):
             InputError: It did not, or for another model or another number of processes.
         """
         if "deepspeed" not in checkpoint:
-            raise InputError(
-                f"{source} was not written by DeepSpeed: leave --enable_deepspeed out, or start from its weights with "
-                "--finetune"
+            remedy = (
+                f"the best checkpoint holds no state of the optimizer: resume {epoch_file(checkpoint['epoch'])} instead"
+                if Path(source).name == BEST
+                else "it was not written by DeepSpeed: leave --enable_deepspeed out"
             )
+            raise InputError(f"{source} cannot be resumed; {remedy}, or start from its weights with --finetune")
         load_exactly(self.model, checkpoint["model"], source)
         folder = Path(source).parent / checkpoint["deepspeed"]
         self._check_files(folder)

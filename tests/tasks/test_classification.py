@@ -25,6 +25,7 @@ from beit.tasks.classification import (
     build_optimizer,
     evaluate,
     evaluate_checkpoint,
+    find_data,
     main,
 )
 from beit.tasks.classification_config import FinetuningConfig
@@ -494,3 +495,21 @@ def test_evaluate_checkpoint_refuses_a_part_of_a_model(good_flags, tmp_path):
         evaluate_checkpoint(
             parse("--eval", "--resume", tmp_path / "part.pth", "--data_path", good_flags["--data_path"], *MODEL)
         )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": ["ant", "bee"]}, "class 0 of the checkpoint is 'ant'"),
+        ({"flags": ["--disable_rel_pos_bias"]}, "2 tensors without a place in this model, such as blocks.0.attn.rel"),
+    ],
+)
+def test_evaluation_refuses_a_checkpoint_of_other_classes_or_another_network(good_flags, tmp_path, changes, message):
+    # Breaks if only what is missing counts: the numbers would be those of something else.
+    flags = ("--data_path", good_flags["--data_path"], *MODEL)
+    _, _, names = find_data(parse(*flags))
+    weights = build_model(parse(*flags), len(names)).state_dict()
+    labels = [*changes.get("labels", []), *names][: len(names)] if "labels" in changes else list(names)
+    save_checkpoint(tmp_path / "other.pth", {"model": weights, "labels": labels})
+    with pytest.raises(InputError, match=message):
+        evaluate_checkpoint(parse("--eval", "--resume", tmp_path / "other.pth", *flags, *changes.get("flags", [])))
