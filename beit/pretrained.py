@@ -119,6 +119,7 @@ def load_pretrained(
     Bias tables and position embedding are resized to the model's patch grid. A shared bias table is copied into every
     block of a model with a table in each. Left out are a head of another size and the parts of other tasks: of
     a pre-training checkpoint its mask token, its token head and its final norm, which is not ``fc_norm``, as official.
+    ``model.metadata`` becomes what the checkpoint records, without ``labels`` unless its classes came along.
 
     Args:
         model: What to load into.
@@ -161,6 +162,8 @@ def load_weights(
     if odd := [name for name, tensor in taken.items() if tensor.shape != own[name].shape]:
         raise _another_model(source, odd, taken, own)
     model.load_state_dict(taken, strict=False)
+    # A new head has other classes than those the file names.
+    model.metadata = {key: known for key, known in metadata.items() if key != "labels" or "head.weight" in taken}
     return KeyReport(
         source=source,
         loaded=tuple(taken),

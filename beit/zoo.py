@@ -39,7 +39,7 @@ def create_model(name: str, pretrained: bool | str | Path = False, **overrides: 
         name: One of :func:`list_models`.
         pretrained: A checkpoint to load, as :func:`beit.pretrained.load_pretrained` takes it; True for the released
             one: fine-tuned on ImageNet-1k for a classifier, pre-trained on 22k for a pre-training model. A head
-            of another size starts anew.
+            of another size starts anew. What the checkpoint records is in ``model.metadata``.
         **overrides: Keywords of the model's constructor that differ from the published configuration.
 
     Raises:
@@ -83,7 +83,6 @@ def open_model(name_or_path: str | Path) -> tuple[Backbone, Metadata]:
     model = build(architecture_of(weights, metadata), metadata.get("layer_norm_eps"))
     report = load_weights(model, weights, metadata)
     (logger.warning if report.missing or report.unexpected else logger.info)("%s", report.summary())
-    model.metadata = metadata
     return model.eval(), metadata
 
 

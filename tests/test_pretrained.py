@@ -502,6 +502,21 @@ def test_a_model_is_created_with_weights(tmp_path, monkeypatch):
     assert same(beit.get_model("beit_base_patch16_224"), torch.load(path, weights_only=True)["model"])
 
 
+def test_a_created_model_knows_what_its_checkpoint_records(tmp_path):
+    # Breaks when create_model forgets the metadata: inference_model would prepare images with mean 0.5 and number them.
+    recorded = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4), "labels": ["x", "y", "z"]}
+    path, image = save(tmp_path, classifier(), **recorded), torch.rand(3, 70, 80)
+    model = create_model("beit_tiny_patch16_224", pretrained=path, **SIZES, num_classes=3)
+    assert model.metadata["mean"] == recorded["mean"]
+    assert beit.inference_model(model, image) == beit.inference_model(get_model(path), image)
+    other = create_model("beit_tiny_patch16_224", pretrained=path, **SIZES, num_classes=2)
+    assert other.metadata["std"] == recorded["std"]
+    assert "labels" not in other.metadata
+    anew = classifier()
+    load_pretrained(anew, path, drop_head=True)
+    assert "labels" not in anew.metadata
+
+
 @pytest.mark.parametrize(
     "model",
     [
