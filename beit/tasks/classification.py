@@ -39,7 +39,7 @@ from beit.tasks.options import (
     session_of,
 )
 from beit.training import distributed
-from beit.training.checkpoint import newest_checkpoint
+from beit.training.checkpoint import BEST_EMA, newest_checkpoint
 from beit.training.loop import Batch, Trainer
 from beit.training.optim import parameter_groups
 from beit.training.precision import Precision, resolve_amp_dtype
@@ -117,7 +117,7 @@ def evaluate_checkpoint(config: FinetuningConfig) -> Metrics:
         precision = Precision(resolve_amp_dtype(config.amp_dtype, session.device), session.device)
         evaluation = build_evaluation(config, val, session, precision)
         source = checkpoint_to_evaluate(config)
-        if config.model_ema:
+        if config.model_ema and Path(source).name != BEST_EMA:  # there the model is the average
             load_whole(model, source, "model_ema", config, class_names)
             logger.info("the moving average of the weights:")
             evaluation(model, 0)
