@@ -5,6 +5,7 @@ print(report.summary())
 """
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,6 +156,7 @@ def load_weights(
     own = model.state_dict()
     given, expanded = _expand_shared_table(weights, own)
     _check_backbone(given, own, source, metadata)
+    _check_recorded(model, given, source, metadata)
     given, resized = _resize(given, own, model.patch_embed.grid_size, metadata)
     given, dropped = _drop(given, own, metadata, drop_head)
 
@@ -204,6 +206,19 @@ def _check_backbone(given: Mapping[str, Tensor], own: Mapping[str, Tensor], sour
     odd += [name for name in given if name.startswith("blocks.") and name not in own and not name.endswith(TABLE)]
     if odd:
         raise _another_model(source, odd, given, own)
+
+
+def _check_recorded(model: Backbone, given: Mapping[str, Tensor], source: str, metadata: Metadata) -> None:
+    """Compares what no shape tells, where the checkpoint says it; the columns of bias tables count heads."""
+    heads = metadata.get("num_heads", model.num_heads)
+    if heads != model.num_heads and not any(name.endswith(TABLE) for name in given):
+        raise InputError(
+            f"{source} is a checkpoint of another model: it has {heads} heads and the model has {model.num_heads}; "
+            f"build it with num_heads={heads}"
+        )
+    eps = float(getattr(model.norm_layer(1), "eps", 0.0))
+    if eps and not math.isclose(recorded := metadata.get("layer_norm_eps", eps), eps):
+        logger.warning("%s was made with a layer_norm_eps of %g, the model has %g", source, recorded, eps)
 
 
 def _is_backbone(name: str) -> bool:

@@ -9,12 +9,13 @@ pixels, ``window`` ``(h, w)`` in patches, ``mean``, ``std``, ``crop_pct``, ``int
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from beit.errors import InputError
@@ -29,7 +30,9 @@ logger = logging.getLogger(__name__)
 STATE_KEYS = ("model", "module", "state_dict", "model_ema")
 SHARED_TABLE = f"rel_pos_bias.{TABLE}"
 HEAD_WIDTH = 64  # channels of an attention head in every published model
-RECORDED = ("labels", "mean", "std", "crop_pct", "interpolation")
+RECORDED_BY_A_RUN = ("labels", "mean", "std", "crop_pct", "interpolation")  # also among its settings
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+FILE_METADATA = "beit"  # where a safetensors file, which holds only tensors and strings, has the rest, as JSON
 
 Metadata = dict[str, Any]
 
@@ -103,7 +106,20 @@ def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, Any], dict[str, Any]
     content = _read_shards(path) if path.name.endswith(".index.json") else load_checkpoint(path)
     if not isinstance(content, Mapping):
         raise InputError(f"{path} holds a {type(content).__name__}, not a dict of weights")
+    if path.suffix == ".safetensors":
+        content = {**_file_metadata(path), **content}
     return content, configs[0], configs[1]
+
+
+def _file_metadata(path: Path) -> dict[str, Any]:
+    """Reads what ``beit convert`` writes beside the tensors; nothing if another program uses that name."""
+    with safe_open(path, framework="pt") as file:
+        recorded = (file.metadata() or {}).get(FILE_METADATA, "{}")
+    try:
+        found = json.loads(recorded)
+    except ValueError:
+        return {}
+    return {key: found[key] for key in RECORDED if key in found} if isinstance(found, dict) else {}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -140,30 +156,71 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _recorded(content: Mapping[str, Any]) -> Metadata:
-    """Returns what a checkpoint of a run says about its images and classes, at the top level or in its settings."""
+    """Returns what a checkpoint of a run says about its images and classes, at the top level or in its settings.
+
+    What is not of the kind expected is passed over: other programs use the same names for other things.
+    """
     args = content.get("args")
-    settings: dict[str, Any] = {} if isinstance(args, Tensor) or args is None else dict(_as_mapping(args))
+    settings = dict(args if isinstance(args, Mapping) else getattr(args, "__dict__", {}))  # an argparse.Namespace
     found: Metadata = {"args": settings} if settings else {}
     if isinstance(flag := settings.get("imagenet_default_mean_and_std"), bool):
         found |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if flag else {"mean": HALF, "std": HALF}
-    size = settings.get("input_size")
-    if isinstance(size, int):
-        found["image_size"] = (size, size)
-    elif isinstance(size, (list, tuple)) and len(size) == 2:
-        found["image_size"] = (int(size[0]), int(size[1]))
-    heads = (settings.get("model_kwargs") or {}).get("num_heads")
-    if heads:
-        found["num_heads"] = heads
-    for key in RECORDED:
-        for place in (settings, content):  # what stands at the top level counts more
-            value = place.get(key)
-            if value is not None and not isinstance(value, Tensor):
-                found[key] = tuple(value) if isinstance(value, (list, tuple)) else value
+    keywords = settings.get("model_kwargs")
+    heads = keywords.get("num_heads") if isinstance(keywords, Mapping) else None
+    in_settings = {key: settings.get(key) for key in RECORDED_BY_A_RUN}
+    in_settings |= {"image_size": settings.get("input_size"), "num_heads": heads}
+    for place in (in_settings, content):  # what stands at the top level counts more
+        for key, read in RECORDED.items():
+            if (value := read(place.get(key))) is not None:
+                found[key] = value
     return found
 
 
-def _as_mapping(args: Any) -> Mapping[str, Any]:
-    return args if isinstance(args, Mapping) else vars(args)
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _positive(value: Any) -> Any:
+    return value if _is_number(value) and value > 0 else None
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) and _positive(value) else None
+
+
+def _channels(value: Any) -> tuple[float, ...] | None:
+    return tuple(value) if isinstance(value, (list, tuple)) and value and all(map(_is_number, value)) else None
+
+
+def _size(value: Any) -> tuple[int, int] | None:
+    pair = value if isinstance(value, (list, tuple)) else (value, value)
+    return (pair[0], pair[1]) if len(pair) == 2 and all(map(_whole, pair)) else None
+
+
+def _interpolation(value: Any) -> str | None:
+    return value if isinstance(value, str) and value in INTERPOLATIONS else None
+
+
+def _labels(value: Any) -> tuple[Any, ...] | None:
+    """Reads names in a row, or by number in a dict, as ``id2label`` has them."""
+    if isinstance(value, (list, tuple)):
+        return tuple(value)
+    if isinstance(value, Mapping) and all(str(number).isdecimal() for number in value):
+        return tuple(value[number] for number in sorted(value, key=int))
+    return None
+
+
+# What may stand at the top level of a checkpoint, and how each is read: None for what does not fit.
+RECORDED: dict[str, Callable[[Any], Any]] = {
+    "labels": _labels,
+    "mean": _channels,
+    "std": _channels,
+    "crop_pct": _positive,
+    "interpolation": _interpolation,
+    "image_size": _size,
+    "num_heads": _whole,
+    "layer_norm_eps": _positive,
+}
 
 
 def _window_of_index(state: Mapping[str, Tensor]) -> tuple[int, int] | None:

@@ -19,6 +19,7 @@ from beit.interop import from_official, huggingface, timm
 from beit.pretrained import Architecture, Metadata, architecture_of, class_names, read_weights
 from beit.relative_position import relative_position_index
 from beit.storage import atomic_write, save_checkpoint
+from beit.weights import FILE_METADATA, RECORDED
 from beit.zoo import build, open_model
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 TARGETS = ("unilm", "huggingface", "timm", "mmsegmentation", "mmpretrain", "onnx", "torch_export")
 FILE_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 CROP_FROM = 384  # from this size on, published models are evaluated on the whole image
+LAYER_NORM_EPS = 1e-6  # of ours and of timm's
 TOLERANCE = 1e-4  # of a graph's outputs against ours, in float32
 
 
@@ -81,9 +83,16 @@ def convert(source: str | Path, destination: Path, to: str) -> None:
     elif to == "timm":
         _write_timm(destination, translated, architecture, metadata, labels)
     else:
-        recorded = {key: metadata[key] for key in ("args", "mean", "std", "crop_pct") if key in metadata}
         key = "model" if to == "unilm" else "state_dict"
-        save_checkpoint(destination, {key: translated, **recorded, **({"labels": list(labels)} if labels else {})})
+        settings = {"args": metadata["args"]} if "args" in metadata else {}
+        save_checkpoint(destination, {key: translated, **settings, **_recorded(architecture, metadata, labels)})
+
+
+def _recorded(architecture: Architecture, metadata: Metadata, labels: Any) -> dict[str, Any]:
+    """Returns what weights do not tell, for the formats that have no place of their own for it."""
+    found = {key: metadata[key] for key in RECORDED if key in metadata and key != "labels"}
+    found |= {"num_heads": architecture.arguments["num_heads"], "image_size": architecture.arguments["img_size"]}
+    return found | ({"labels": list(labels)} if labels else {})
 
 
 def _check_destination(destination: Path, to: str) -> None:
@@ -130,7 +139,7 @@ def _write_huggingface(
     folder: Path, tensors: dict[str, Tensor], architecture: Architecture, metadata: Metadata, labels: Any
 ) -> None:
     arguments = architecture.arguments
-    eps = metadata.get("layer_norm_eps", 1e-6)
+    eps = metadata.get("layer_norm_eps", LAYER_NORM_EPS)
     config = huggingface.config_json(arguments, layer_norm_eps=eps, labels=labels)
     _write_json(folder / "config.json", config)
     images = huggingface.preprocessor_json(arguments["img_size"], preprocessing(architecture, metadata))
@@ -141,10 +150,11 @@ def _write_huggingface(
 def _write_timm(
     destination: Path, tensors: dict[str, Tensor], architecture: Architecture, metadata: Metadata, labels: Any
 ) -> None:
+    recorded = _recorded(architecture, metadata, labels)
     if destination.suffix == ".safetensors":
-        _write_safetensors(destination, tensors)
+        _write_safetensors(destination, tensors, recorded)
     elif destination.suffix in FILE_SUFFIXES:
-        save_checkpoint(destination, tensors)
+        save_checkpoint(destination, {"state_dict": tensors, **recorded})
     else:
         height, width = architecture.arguments["img_size"]
         if height != width and _position_index(architecture) is not None:
@@ -154,7 +164,11 @@ def _write_timm(
             )
         config = timm.config_json(architecture.arguments, preprocessing(architecture, metadata), labels)
         _write_json(destination / "config.json", config)
-        _write_safetensors(destination / "model.safetensors", tensors)
+        _write_safetensors(destination / "model.safetensors", tensors, recorded)
+    if (eps := metadata.get("layer_norm_eps", LAYER_NORM_EPS)) != LAYER_NORM_EPS:
+        logger.warning(
+            "timm computes with a layer_norm_eps of %g, and this model was made with %g", LAYER_NORM_EPS, eps
+        )
     if architecture.masked:
         logger.info("timm has no mask token and no token head: load it with pretrained_strict=False, as features")
 
@@ -164,9 +178,10 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
         file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
-def _write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], recorded: Mapping[str, Any] | None = None) -> None:
+    metadata = {"format": "pt"} | ({FILE_METADATA: json.dumps(recorded)} if recorded else {})
     with atomic_write(path) as file:
-        file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"}))
+        file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=metadata))
 
 
 def export_graph(source: str | Path, destination: Path, to: str, *, features: bool = False) -> None:

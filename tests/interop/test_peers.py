@@ -20,7 +20,7 @@ from beit.errors import InputError
 from beit.modeling import VisionTransformer
 from beit.storage import save_checkpoint
 from beit.tasks.convert import convert
-from beit.zoo import get_model
+from beit.zoo import create_model, get_model
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 MASK = torch.rand(2, 16, generator=torch.Generator().manual_seed(2)) < 0.4
@@ -229,3 +229,31 @@ def test_a_classifier_that_kept_its_mask_token_opens_as_a_classifier(tmp_path, c
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
     convert(tmp_path, tmp_path / "converted.pth", "unilm")
     torch.testing.assert_close(outputs(get_model(tmp_path / "converted.pth")), outputs(model))
+
+
+@pytest.mark.parametrize("to", ["unilm", "mmpretrain", "timm", "timm .safetensors", "timm folder"])
+def test_what_no_shape_tells_survives_a_conversion(to, tmp_path, caplog):
+    # Breaks when heads, eps, size or interpolation are lost: the file opens, and computes something else.
+    config = BeitConfig(
+        **{**HF_SIZES, "num_attention_heads": 4},
+        num_labels=5,
+        layer_norm_eps=1e-2,
+        use_absolute_position_embeddings=False,
+    )
+    peer = randomise(BeitForImageClassification(config))
+    peer.save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf/preprocessor_config.json").write_text('{"resample": 2, "image_mean": [0.4, 0.5, 0.6]}')
+    format_, _, kind = to.partition(" ")
+    path = tmp_path / f"converted{ {'folder': ''}.get(kind, kind or '.pth') }"
+    convert(tmp_path / "hf", path, format_)
+    assert ("timm computes with a layer_norm_eps of 1e-06" in caplog.text) == (format_ == "timm")
+    model = get_model(path)
+    assert (model.num_heads, model.img_size, model.metadata["layer_norm_eps"]) == (4, (64, 64), 1e-2)
+    assert (model.metadata["interpolation"], model.metadata["mean"]) == ("bilinear", (0.4, 0.5, 0.6))
+    torch.testing.assert_close(outputs(model), outputs(peer).logits, rtol=1e-4, atol=1e-4)
+
+    sizes = {"img_size": 64, "embed_dim": 32, "depth": 2, "num_classes": 5, "use_rel_pos_bias": False}
+    with pytest.raises(InputError, match="it has 4 heads and the model has 2; build it with num_heads=4"):
+        create_model("beit_tiny_patch16_224", pretrained=path, **sizes, num_heads=2)
+    create_model("beit_tiny_patch16_224", pretrained=path, **sizes, num_heads=4)
+    assert "was made with a layer_norm_eps of 0.01, the model has 1e-06" in caplog.text

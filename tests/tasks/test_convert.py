@@ -61,7 +61,7 @@ def test_the_dtype_of_the_weights_stays(tmp_path):
     # Breaks when a conversion goes through a float32 model: a half-precision file would double.
     save_checkpoint(tmp_path / "half.pth", {"model": classifier(img_size=32).half().state_dict()})
     convert(tmp_path / "half.pth", tmp_path / "timm.pth", "timm")
-    assert {tensor.dtype for tensor in load_checkpoint(tmp_path / "timm.pth").values()} == {torch.float16}
+    assert {tensor.dtype for tensor in load_checkpoint(tmp_path / "timm.pth")["state_dict"].values()} == {torch.float16}
 
 
 def test_a_non_square_model_keeps_its_size(tmp_path):
