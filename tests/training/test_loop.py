@@ -386,3 +386,33 @@ def test_an_average_switched_on_at_a_resume_begins_with_the_weights(tmp_path):
     resumed = make_trainer(None)
     resumed.resume(state, "state")
     assert all(torch.equal(tensor, state["model"][name]) for name, tensor in resumed.ema.module.state_dict().items())
+
+
+def test_a_scaled_run_goes_on_with_its_loss_scale(tmp_path):
+    # Breaks if the scaler's state is left out of the checkpoint: the scale would start again at 65536.
+    def scaled_trainer(folder, step=step):
+        trainer = make_trainer(folder, step=step, save_steps=2)
+        trainer.precision = Precision(torch.float16, CPU)
+        trainer.precision.scaler.set_growth_interval(4)
+        return trainer
+
+    def interrupted_step(model, batch, global_step):
+        if global_step == 13:
+            raise Interrupted
+        return step(model, batch, global_step)
+
+    whole = scaled_trainer(tmp_path / "whole")
+    whole.fit()
+    killed = scaled_trainer(tmp_path / "killed", interrupted_step)
+    with pytest.raises(Interrupted):
+        killed.fit()
+    killed.folder.close()
+    continued_run = scaled_trainer(tmp_path / "killed")
+    newest = continued_run.folder.newest()
+    continued_run.resume(load_checkpoint(newest), str(newest))
+    assert continued_run.precision.loss_scale > 65536  # it has grown on the way
+    continued_run.fit()
+    assert whole.precision.loss_scale == continued_run.precision.loss_scale
+    assert log_lines(tmp_path / "killed") == log_lines(tmp_path / "whole")
+    ours, theirs = final_state(tmp_path / "killed"), final_state(tmp_path / "whole")
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
