@@ -75,7 +75,7 @@ def read_weights(
             raise InputError(f"no name in {source} begins with {prefix!r}")
     dialect = recognise(state)
     if dialect == UNKNOWN:
-        raise InputError(f"{source} holds no BEiT: its tensors are called {_some(state)}")
+        raise InputError(f"{source} holds no BEiT: its tensors are called {_some(state) or 'nothing'}")
     other = relative(dialect)
     if other is not None and not other.loads:
         raise InputError(f"{source} is {other.name}, not BEiT: {other.remark}")
@@ -140,18 +140,22 @@ def _find_state(content: Mapping[str, Any], model_key: str, source: str) -> dict
     asked = [key for key in model_key.split("|") if key]
     found: Any = next((content[key] for key in asked if isinstance(content.get(key), Mapping)), None)
     if found is None:
-        flat = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+        flat: Any = {name: value for name, value in content.items() if _is_named_tensor(name, value)}
         if not flat and not set(asked) <= set(STATE_KEYS[:3]):
             raise InputError(f"{source} has nothing under {' or '.join(asked)!r}; it has {_some(content)}")
         found = flat or next((content[key] for key in STATE_KEYS if isinstance(content.get(key), Mapping)), None)
     if found is None:
         raise InputError(f"{source} has no weights under {', '.join(STATE_KEYS)}; it has {_some(content)}")
     nested = next((found[key] for key in STATE_KEYS if isinstance(found.get(key), Mapping)), None)
-    return {name: value for name, value in (nested or found).items() if isinstance(value, Tensor)}
+    return {name: value for name, value in (nested or found).items() if _is_named_tensor(name, value)}
 
 
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
+def _is_named_tensor(name: Any, value: Any) -> bool:
+    return isinstance(name, str) and isinstance(value, Tensor)
+
+
+def _some(names: Iterable[Any]) -> str:
+    listed = [str(name) for name in names]
     return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
 
 
@@ -272,8 +276,9 @@ def architecture_of(weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) 
     """Returns the model that weights in official names belong to.
 
     Raises:
-        InputError: The number of heads or the patch grid cannot be told.
+        InputError: The number of heads or the patch grid cannot be told, or a part is missing.
     """
+    _check_parts(weights, str(metadata.get("source", "the checkpoint")))
     # A classifier of Hugging Face keeps the mask token of its pre-training.
     classifier = "head.weight" in weights or "fc_norm.weight" in weights
     masked = "lm_head.weight" in weights or ("mask_token" in weights and not classifier)
@@ -309,6 +314,15 @@ def architecture_of(weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) 
     classes = len(weights["head.weight"]) if "head.weight" in weights else 0
     mean_pooling = "fc_norm.weight" in weights or "norm.weight" not in weights
     return Architecture(False, arguments | {"num_classes": classes, "use_mean_pooling": mean_pooling})
+
+
+def _check_parts(weights: Mapping[str, Tensor], source: str) -> None:
+    """Makes sure of the tensors that a model's sizes are read off."""
+    for name, axes in (("patch_embed.proj.weight", 4), ("blocks.0.mlp.fc1.weight", 2)):
+        if name not in weights:
+            raise InputError(f"{source} is not a whole model: it lacks {name}")
+        if weights[name].ndim != axes:
+            raise InputError(f"{source} is no BEiT: it has a {name} of shape {tuple(weights[name].shape)}")
 
 
 def _mlp_ratio(embed_dim: int, hidden_dim: int) -> float:

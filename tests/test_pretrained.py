@@ -562,3 +562,58 @@ def test_what_a_run_recorded_is_read(tmp_path):
     assert metadata["image_size"] == (64, 64)
     assert metadata["dialect"] == "unilm"
     assert Path(metadata["source"]) == path
+
+
+WHOLE = dict(classifier().state_dict())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {name: tensor for name, tensor in WHOLE.items() if not name.startswith("patch_embed.")},
+            "is not a whole model: it lacks patch_embed.proj.weight",
+        ),
+        (
+            {name: tensor for name, tensor in WHOLE.items() if ".mlp." not in name},
+            "is not a whole model: it lacks blocks.0.mlp.fc1.weight",
+        ),
+        (WHOLE | {"patch_embed.proj.weight": torch.zeros(16, 768)}, r"patch_embed.proj.weight of shape \(16, 768\)"),
+        ({0: torch.zeros(1), 1: torch.zeros(2)}, "no weights under model, .*; it has 0, 1"),
+        ({"model": {0: torch.zeros(1)}}, "holds no BEiT"),
+    ],
+    ids=["no patches", "no MLP", "flat patches", "numbers", "numbers below"],
+)
+def test_what_is_no_whole_model_is_one_line(content, message, tmp_path):
+    save_checkpoint(tmp_path / "a.pth", content)
+    with pytest.raises(InputError, match=message) as refused:
+        get_model(tmp_path / "a.pth")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"args": "run.py --lr 1"},
+        {"args": ["--lr", "1"]},
+        {"args": {"model_kwargs": "a=1"}},
+        {"args": {"model_kwargs": {"num_heads": "two"}, "input_size": ["a", "b"]}},
+        {"args": {"labels": 3}},
+        {"args": {"interpolation": 3}},
+        {"interpolation": "cubic"},
+        {"mean": 0.5, "std": "0.5", "crop_pct": "most", "image_size": 0.5, "num_heads": 0, "layer_norm_eps": "small"},
+        {0: "a", "labels": {"x": 0}},
+    ],
+    ids=str,
+)
+def test_what_other_programs_record_is_passed_over(more, tmp_path):
+    # Breaks when a name that means something else elsewhere ends in a traceback, or in a wrong picture.
+    save_checkpoint(tmp_path / "a.pth", {"model": WHOLE, **more})
+    model = get_model(tmp_path / "a.pth")
+    assert model.metadata.keys() <= {"source", "dialect", "args"}
+    assert beit.inference_model(model, torch.rand(3, 64, 64))["name"].startswith("class ")
+
+
+def test_labels_by_number_are_taken_in_order(tmp_path):
+    path = save(tmp_path, classifier(), labels={2: "c", 0: "a", 1: "b"})
+    assert get_model(path).metadata["labels"] == ("a", "b", "c")
