@@ -413,6 +413,9 @@ def test_a_scaled_run_goes_on_with_its_loss_scale(tmp_path):
     assert continued_run.precision.loss_scale > 65536  # it has grown on the way
     continued_run.fit()
     assert whole.precision.loss_scale == continued_run.precision.loss_scale
-    assert log_lines(tmp_path / "killed") == log_lines(tmp_path / "whole")
+    ours, theirs = log_lines(tmp_path / "killed"), log_lines(tmp_path / "whole")
+    for entry in (*ours, *theirs):
+        del entry["train_loss_scale"]  # read off the device at each look, and the looks fall on other steps
+    assert ours == theirs
     ours, theirs = final_state(tmp_path / "killed"), final_state(tmp_path / "whole")
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
