@@ -377,8 +377,9 @@ def _only_one_process(destination: Path) -> Iterator[None]:
         if fcntl is not None and not _lock(file, wait=False):
             logger.info("waiting for another process to download %s", destination.name)
             _lock(file, wait=True)
-        if lock_path.exists() and os.path.samestat(os.fstat(file.fileno()), lock_path.stat()):
-            break
+        with contextlib.suppress(FileNotFoundError):  # gone, or gone by now
+            if os.path.samestat(os.fstat(file.fileno()), lock_path.stat()):
+                break
         file.close()  # its holder removed it while we waited: a newcomer would lock a new one
     try:
         yield
