@@ -32,7 +32,7 @@ from beit.visualization.figures import draw_curves, draw_panels
 logger = logging.getLogger(__name__)
 
 MARKER, UNFINISHED = "made_with.json", ".images-unfinished"
-TRAINING_LIST = "train.txt"  # all that BEiT is pre-trained on, the digits too; it holds no held-out image
+TRAINING_LIST = "train.txt"  # all that is trained on without labels, the digits too; it holds no held-out image
 # With labels: where the training and the held-out images of each kind are.
 LABELLED = {"digits": ("digits/train", "digits/val"), "scenes": ("train/scenes", "held_out/scenes")}
 STARTS = {"pretrained": 0.8, "scratch": 1.0}  # with the layer decay that suits each
@@ -89,7 +89,7 @@ FULL = Budget(
     crops=600,
     held_out_scenes=320,
     held_out_crops=160,
-    dvae_epochs=8,
+    dvae_epochs=5,
     dvae_batch=32,
     pretrain_epochs=17,
     pretrain_batch=64,
@@ -135,7 +135,7 @@ def main(config: DemoConfig) -> None:
 def tokenizer_config(folder: Path, budget: Budget, config: DemoConfig) -> DvaeConfig:
     """Returns the settings of the tokenizer's training."""
     return DvaeConfig(
-        data_path=str(folder / "images" / "train"),
+        data_path=str(folder / "images" / TRAINING_LIST),
         eval_data_path=str(folder / "images" / "held_out"),
         output_dir=str(folder / "dvae"),
         input_size=IMAGE_PIXELS,
