@@ -106,11 +106,14 @@ class ArrayDataset(Dataset[dict[str, Any]]):
         return sample
 
 
-def labelled_dataset(source: LabelledImages, transform: Transform, seed: int) -> EpochDataset:
-    """Returns the samples of images, each with its class under ``label``, for an ``EpochLoader``."""
+def labelled_dataset(source: LabelledImages, transform: Transform, seed: int, strict: bool = False) -> EpochDataset:
+    """Returns the samples of images, each with its class under ``label``, for an ``EpochLoader``.
+
+    With ``strict`` the label of an image that cannot be read is -1; the picture is then another's.
+    """
     if isinstance(source, ArrayImages):
         return ArrayDataset(source, transform, seed)
-    return ImageDataset(source, transform, seed, labels=True)
+    return ImageDataset(source, transform, seed, labels=True, strict=strict)
 
 
 def find_images(

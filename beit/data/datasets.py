@@ -59,13 +59,18 @@ class ImageDataset(Dataset[dict[str, Any]]):
         transform: Called with an RGB image and a NumPy generator; returns a dict of tensors.
         seed: Of the run.
         labels: Whether samples have a key ``LABEL``: the class of the image that is shown, int64 ``()``.
+        strict: Whether the label of an image that another took the place of is -1, so that an evaluation can leave it
+            out.
     """
 
-    def __init__(self, index: ImageIndex, transform: Transform, seed: int = 0, labels: bool = False) -> None:
+    def __init__(
+        self, index: ImageIndex, transform: Transform, seed: int = 0, labels: bool = False, strict: bool = False
+    ) -> None:
         self.index = index
         self.transform = transform
         self.seed = seed
         self.labels = labels
+        self.strict = strict
 
     def __len__(self) -> int:
         return len(self.index)
@@ -85,7 +90,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         with sample_randomness(self.seed, epoch, index) as rng:
             sample: dict[str, Any] = dict(self.transform(image, rng))
         if self.labels:
-            sample[LABEL] = torch.tensor(self.index.class_id(shown))
+            sample[LABEL] = torch.tensor(-1 if self.strict and unreadable else self.index.class_id(shown))
         if unreadable:
             sample[UNREADABLE] = unreadable
         return sample

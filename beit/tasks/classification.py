@@ -343,7 +343,7 @@ def build_evaluation(
     config: FinetuningConfig, val: LabelledImages, session: Session, precision: Precision
 ) -> Callable[[nn.Module, int], Metrics]:
     """Returns the evaluation on the validation images."""
-    dataset = labelled_dataset(val, build_eval_transform(config), config.seed)
+    dataset = labelled_dataset(val, build_eval_transform(config), config.seed, strict=True)
     loader = epoch_loader(dataset, config, session, shuffle=False, drop_last=False)
     mean, std = normalization(config)
     return lambda model, _epoch: evaluate(model, loader, precision, mean=mean, std=std)
@@ -353,7 +353,7 @@ def build_evaluation(
 def evaluate(
     model: nn.Module, loader: EpochLoader, precision: Precision, *, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Metrics:
-    """Classifies a data set, each image once over all processes.
+    """Classifies a data set, each image once over all processes; those that cannot be read are left out.
 
     Returns:
         ``loss``, the mean cross-entropy, and ``acc1`` and ``acc5``: the percentage of images whose class is the first,
@@ -366,7 +366,8 @@ def evaluate(
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in host_batch.items()}
         with precision.autocast():
             logits = model(model_input(batch, mean, std)).float()
-        labels = batch["label"]
+        readable = batch["label"] >= 0
+        logits, labels = logits[readable], batch["label"][readable]
         right = logits.topk(min(TOP_K, logits.shape[1])).indices == labels[:, None]  # (B, 5)
         totals[0] += F.cross_entropy(logits, labels, reduction="sum")
         totals[1] += right[:, 0].sum()

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -513,3 +514,19 @@ def test_evaluation_refuses_a_checkpoint_of_other_classes_or_another_network(goo
     save_checkpoint(tmp_path / "other.pth", {"model": weights, "labels": labels})
     with pytest.raises(InputError, match=message):
         evaluate_checkpoint(parse("--eval", "--resume", tmp_path / "other.pth", *flags, *changes.get("flags", [])))
+
+
+def test_an_image_that_cannot_be_read_is_left_out_of_the_evaluation(good_flags, tmp_path, caplog):
+    # Breaks if another image is counted in its place, as training does.
+    shutil.copytree(good_flags["--data_path"], tmp_path / "data")
+    flags = ("--data_path", tmp_path / "data", "--num_workers", 0, *MODEL)
+    _, _, names = find_data(parse(*flags))
+    torch.manual_seed(0)
+    save_checkpoint(tmp_path / "model.pth", {"model": build_model(parse(*flags), len(names)).state_dict()})
+    pictures = sorted(path for path in (tmp_path / "data" / "val").rglob("*.*"))
+    pictures[0].write_bytes(b"no image")
+    damaged = evaluate_checkpoint(parse("--eval", "--resume", tmp_path / "model.pth", *flags))
+    pictures[0].unlink()
+    without = evaluate_checkpoint(parse("--eval", "--resume", tmp_path / "model.pth", *flags))
+    assert damaged == pytest.approx(without)
+    assert "unreadable image" in caplog.text
