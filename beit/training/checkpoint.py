@@ -19,20 +19,20 @@ logger = logging.getLogger(__name__)
 LAST = "checkpoint-last.pth"
 BEST = "checkpoint-best.pth"
 BEST_EMA = "checkpoint-best-ema.pth"  # the moving average of the weights, as its model
-_EPOCH_FILE = re.compile(r"checkpoint-(\d+)\.pth")
+_NUMBERED_FILE = re.compile(r"checkpoint-(\d+)\.pth")
 _SHOWN_DIFFERENCES = 2
 
 
-def epoch_file(epoch: int) -> str:
-    """Returns the name of an epoch's checkpoint; epochs count from 0."""
-    return f"checkpoint-{epoch}.pth"
+def numbered_file(number: int) -> str:
+    """Returns the name of a checkpoint that is kept: of an epoch, from 0, or after a number of optimizer steps."""
+    return f"checkpoint-{number}.pth"
 
 
 class RunFolder:
     """A folder that one run at a time writes its checkpoints and logs into.
 
-    ``checkpoint-<epoch>.pth`` are the epochs' checkpoints (counted from 0), ``checkpoint-last.pth`` the rolling one
-    within an epoch. Files appear whole or not at all.
+    ``checkpoint-<number>.pth`` are the epochs' checkpoints (counted from 0; or the optimizer steps done, where a run
+    counts those), ``checkpoint-last.pth`` the rolling one within an epoch. Files appear whole or not at all.
 
     Args:
         path: The folder; made if missing.
@@ -80,13 +80,16 @@ class RunFolder:
         """Writes a checkpoint and removes the oldest of the epochs' beyond ``keep``."""
         save_checkpoint(self.path / name, dict(state))
         if self.keep > 0:
-            for _, old in _epoch_files(self.path)[: -self.keep]:
+            for _, old in _numbered_files(self.path)[: -self.keep]:
                 if old.name != name:
                     old.unlink()
 
-    def set_aside(self, first_epoch: int) -> None:
-        """Moves what a run that starts at an epoch would overwrite, or be taken for, into ``previous-<time>/``."""
-        later = [path for epoch, path in _epoch_files(self.path) if epoch >= first_epoch]
+    def set_aside(self, first_number: int) -> None:
+        """Moves what a run whose next checkpoint has a number would overwrite, or be taken for.
+
+        It goes into ``previous-<time>/``.
+        """
+        later = [path for number, path in _numbered_files(self.path) if number >= first_number]
         paths = [*later, *(self.path / name for name in (LAST, BEST, BEST_EMA))]
         paths += [path.with_suffix("") for path in later]  # DeepSpeed's folders
         paths += self.path.glob("checkpoint-last-*")
@@ -110,7 +113,7 @@ class RunFolder:
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """Returns a folder's checkpoint that has got furthest, or None if there is none; see :meth:`RunFolder.newest`."""
-    candidates = [path for _, path in reversed(_epoch_files(folder))][:2]
+    candidates = [path for _, path in reversed(_numbered_files(folder))][:2]
     if (folder / LAST).exists():
         candidates.insert(0, folder / LAST)
     positions: list[tuple[tuple[int, int], Path]] = []
@@ -124,9 +127,9 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(positions, default=((0, 0), None))[1]
 
 
-def _epoch_files(folder: Path) -> list[tuple[int, Path]]:
+def _numbered_files(folder: Path) -> list[tuple[int, Path]]:
     paths = folder.iterdir() if folder.is_dir() else ()
-    matches = ((_EPOCH_FILE.fullmatch(path.name), path) for path in paths)
+    matches = ((_NUMBERED_FILE.fullmatch(path.name), path) for path in paths)
     return sorted((int(match[1]), path) for match, path in matches if match)
 
 

@@ -201,21 +201,20 @@ class Progress:
     """The console's view of an epoch: a bar on a terminal, a line every window elsewhere.
 
     Args:
-        epoch: The epoch, from 0.
-        epochs: How many there are.
-        steps: Optimizer steps in the epoch.
-        first_step: Steps already done.
+        head: What is going on.
+        steps: Optimizer steps in all.
+        first_step: Steps of the epoch already done.
+        before: Steps of earlier epochs, where ``steps`` are those of all epochs.
     """
 
-    def __init__(self, epoch: int, epochs: int, steps: int, first_step: int) -> None:
-        self._head = f"Epoch [{epoch + 1}/{epochs}]"
-        self._steps = steps
+    def __init__(self, head: str, steps: int, first_step: int, before: int = 0) -> None:
+        self._head, self._steps, self._before = head, steps, before
         # A terminal without a size (some containers) has no room for a bar.
         self._on_terminal = is_main() and sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
         self._bar = tqdm(
             total=steps,
-            initial=first_step,
-            desc=self._head,
+            initial=before + first_step,
+            desc=head,
             disable=not self._on_terminal,
             dynamic_ncols=True,
             leave=False,
@@ -223,11 +222,12 @@ class Progress:
         )
 
     def update(self, step: int, text: str) -> None:
-        """Shows that ``step`` steps are done, with a line of numbers."""
-        self._bar.n = step
+        """Shows that ``step`` steps of the epoch are done, with a line of numbers."""
+        done = self._before + step
+        self._bar.n = done
         self._bar.set_postfix_str(text)
         if not self._on_terminal:
-            logger.info("%s step %*d/%d  %s", self._head, len(str(self._steps)), step, self._steps, text)
+            logger.info("%s step %*d/%d  %s", self._head, len(str(self._steps)), done, self._steps, text)
 
     def close(self) -> None:
         """Removes the bar."""

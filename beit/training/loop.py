@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from beit.errors import InputError
 from beit.training import distributed
-from beit.training.checkpoint import BEST, BEST_EMA, LAST, RunFolder, epoch_file, load_exactly, position_of, to_cpu
+from beit.training.checkpoint import BEST, BEST_EMA, LAST, RunFolder, load_exactly, numbered_file, position_of, to_cpu
 from beit.training.logging import Averages, EpochLog, Progress, ScalarWriter, Throughput, memory_in_use
 from beit.training.optim import apply_schedules, load_optimizer
 from beit.training.precision import Precision
@@ -74,6 +74,7 @@ class LoopSettings:
         evaluate_average: Whether the moving average is evaluated too.
         save: Whether to write checkpoints at all; without them ``log.txt`` alone is written.
         best_metric: Metric of the evaluation, the larger the better, whose best epoch is kept; None for none.
+        count_steps: Whether log and checkpoints are numbered by the optimizer steps done, not by epochs.
         seed: Seed of everything random in a step (dropout, stochastic depth, mixup).
     """
 
@@ -87,6 +88,7 @@ class LoopSettings:
     evaluate_average: bool = False
     save: bool = True
     best_metric: str | None = None
+    count_steps: bool = False
     seed: int = 0
 
 
@@ -180,7 +182,7 @@ class Trainer:
         self._best = dict(checkpoint.get("best", {}))
         self.first_epoch, self.first_step = self._position(checkpoint)
         self._fresh = False
-        logger.info("resuming %s at epoch %d, step %d", source, self.first_epoch, self.first_step)
+        logger.info("resuming %s at %s", source, self._place(self.first_epoch, self.first_step))
 
     def _position(self, checkpoint: Mapping[str, Any]) -> tuple[int, int]:
         epoch, step = position_of(checkpoint)
@@ -266,7 +268,7 @@ class Trainer:
 
     def _train_epoch(self, model: nn.Module, epoch: int, scalars: ScalarWriter, terminated: "_Flag") -> None:
         model.train()
-        progress = Progress(epoch, self.settings.epochs, self.steps_per_epoch, self.first_step)
+        progress = self._progress(epoch)
         self._throughput = Throughput(self.images_per_step)
         batches = self.loader.epoch(epoch, self.first_step * self.settings.update_freq)
         try:
@@ -288,9 +290,25 @@ class Trainer:
             if close:
                 close()
 
+    def _progress(self, epoch: int) -> Progress:
+        if self.settings.count_steps:
+            total = self.settings.epochs * self.steps_per_epoch
+            return Progress("Training", total, self.first_step, before=epoch * self.steps_per_epoch)
+        return Progress(f"Epoch [{epoch + 1}/{self.settings.epochs}]", self.steps_per_epoch, self.first_step)
+
     def _stop(self, epoch: int, done: int) -> NoReturn:
         self._save(LAST, epoch, done)
-        raise Stopped(f"stopped at epoch {epoch}, step {done}")
+        raise Stopped(f"stopped at {self._place(epoch, done)}")
+
+    def _place(self, epoch: int, done: int) -> str:
+        """Says where a run is: ``done`` steps into an epoch."""
+        if self.settings.count_steps:
+            return f"step {epoch * self.steps_per_epoch + done}"
+        return f"epoch {epoch}, step {done}"
+
+    def checkpoint_number(self, epoch: int) -> int:
+        """Returns the number in the name of the checkpoint that ends an epoch."""
+        return (epoch + 1) * self.steps_per_epoch if self.settings.count_steps else epoch
 
     def _agree(self, wish: bool) -> bool:
         """Whether any process wishes something."""
@@ -430,17 +448,20 @@ class Trainer:
             scalars.write("perf", {f"test_{name}": value for name, value in results.items()}, epoch)
             entry |= {f"test_{name}": value for name, value in results.items()}
         entry |= {"epoch": epoch, "n_parameters": sum(p.numel() for p in parameters)}
+        if self.settings.count_steps:
+            entry["iteration"] = (epoch + 1) * self.steps_per_epoch
         return entry | {**self._throughput.totals(), "skipped_steps": self._skipped_steps}
 
     def _finish_epoch(self, epoch: int, entry: dict[str, Any], log: EpochLog | None, scalars: ScalarWriter) -> None:
         """Logs, then saves: a kill between the two leaves a line that the resumed run writes again, never a gap."""
-        logger.info("epoch %d: %s", epoch, "  ".join(f"{key} {_short(value)}" for key, value in entry.items()))
+        where = self._place(epoch + 1, 0) if self.settings.count_steps else f"epoch {epoch}"
+        logger.info("%s: %s", where, "  ".join(f"{key} {_short(value)}" for key, value in entry.items()))
         if log is not None:
             log.write(entry)
         if self.settings.best_metric is not None:
             self._keep_best(self.settings.best_metric, epoch, entry)
         if (epoch + 1) % self.settings.save_epochs == 0 or epoch + 1 == self.settings.epochs:
-            self._save(epoch_file(epoch), epoch + 1, 0)
+            self._save(numbered_file(self.checkpoint_number(epoch)), epoch + 1, 0)
         elif self._saves_at((epoch + 1) * self.steps_per_epoch):
             self._save(LAST, epoch + 1, 0)
         if self.folder is not None and self.on_epoch_end is not None:

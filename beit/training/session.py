@@ -59,7 +59,7 @@ class Session:
             trainer.first_epoch = start_epoch
         if self.folder is not None:
             if not own:
-                self.folder.set_aside(trainer.first_epoch)
+                self.folder.set_aside(trainer.checkpoint_number(trainer.first_epoch))
             with atomic_write(self.folder.path / "config.yaml") as file:
                 file.write(self.settings.encode())
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from beit.errors import InputError
 from beit.storage import atomic_write
 from beit.training import distributed
-from beit.training.checkpoint import BEST, LAST, epoch_file, load_exactly
+from beit.training.checkpoint import BEST, LAST, load_exactly, numbered_file
 from beit.training.loop import Batch, Trainer
 
 logger = logging.getLogger(__name__)
@@ -148,8 +148,9 @@ class DeepSpeedTrainer(Trainer):
             InputError: It did not, or for another model or another number of processes.
         """
         if "deepspeed" not in checkpoint:
+            kept = numbered_file(checkpoint["epoch"])
             remedy = (
-                f"the best checkpoint holds no state of the optimizer: resume {epoch_file(checkpoint['epoch'])} instead"
+                f"the best checkpoint holds no state of the optimizer: resume {kept} instead"
                 if Path(source).name == BEST
                 else "it was not written by DeepSpeed: leave --enable_deepspeed out"
             )

@@ -12,7 +12,7 @@ from torch import nn
 
 from beit.errors import InputError
 from beit.storage import save_checkpoint
-from beit.training.checkpoint import LAST, RunFolder, epoch_file, load_exactly, position_of
+from beit.training.checkpoint import LAST, RunFolder, load_exactly, numbered_file, position_of
 
 HOLDER = "import sys, time; from beit.training.checkpoint import RunFolder; f = RunFolder(sys.argv[1]); "
 HOLD = HOLDER + "print('held', flush=True); time.sleep(60)"
@@ -58,7 +58,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 def test_every_epoch_is_kept_by_default_and_the_newest_when_limited(tmp_path):
     folder = RunFolder(tmp_path / "all")
     for epoch in (0, 9, 10):  # 9 before 10: by number, not by name
-        folder.save(epoch_file(epoch), {"epoch": epoch})
+        folder.save(numbered_file(epoch), {"epoch": epoch})
     assert sorted(p.name for p in folder.path.glob("*.pth")) == [
         "checkpoint-0.pth",
         "checkpoint-10.pth",
@@ -66,7 +66,7 @@ def test_every_epoch_is_kept_by_default_and_the_newest_when_limited(tmp_path):
     ]
     limited = RunFolder(tmp_path / "limited", keep=2)
     for epoch in (8, 9, 10):
-        limited.save(epoch_file(epoch), {"epoch": epoch})
+        limited.save(numbered_file(epoch), {"epoch": epoch})
     assert sorted(p.name for p in limited.path.glob("*.pth")) == ["checkpoint-10.pth", "checkpoint-9.pth"]
 
 
@@ -74,16 +74,16 @@ def test_newest_is_the_one_that_got_furthest(tmp_path):
     folder = RunFolder(tmp_path)
     assert folder.newest() is None
     folder.save(LAST, {"progress": {"epoch": 2, "step": 5}})
-    folder.save(epoch_file(1), {"progress": {"epoch": 2, "step": 0}})
+    folder.save(numbered_file(1), {"progress": {"epoch": 2, "step": 0}})
     assert folder.newest().name == LAST
     time.sleep(0.01)
-    folder.save(epoch_file(2), {"progress": {"epoch": 3, "step": 0}})
+    folder.save(numbered_file(2), {"progress": {"epoch": 3, "step": 0}})
     assert folder.newest().name == "checkpoint-2.pth"
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_two_are_not_silently_overwritten(tmp_path, caplog):
     folder = RunFolder(tmp_path)
-    folder.save(epoch_file(0), {"epoch": 0})
+    folder.save(numbered_file(0), {"epoch": 0})
     (tmp_path / LAST).write_bytes(b"PK\x03\x04 cut off")
     assert folder.newest().name == "checkpoint-0.pth"
     assert "checkpoint-last.pth" in caplog.text

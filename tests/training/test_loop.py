@@ -419,3 +419,24 @@ def test_a_scaled_run_goes_on_with_its_loss_scale(tmp_path):
     assert ours == theirs
     ours, theirs = final_state(tmp_path / "killed"), final_state(tmp_path / "whole")
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_run_that_counts_steps_numbers_its_files_by_them(tmp_path, undisturbed):
+    trainer = make_trainer(tmp_path, count_steps=True)
+    trainer.fit()
+    trainer.folder.close()
+    # 10 steps an "epoch" of three; breaks if files are numbered by the epoch, or the newest is told by it.
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{n}.pth" for n in (10, 20, 30)}
+    lines = log_lines(tmp_path)
+    assert [entry.pop("iteration") for entry in lines] == [10, 20, 30]
+    assert lines == log_lines(undisturbed)
+    (tmp_path / "checkpoint-30.pth").unlink()
+    trainer = continued(tmp_path, count_steps=True)
+    assert (trainer.first_epoch, trainer.first_step, trainer.checkpoint_number(2)) == (2, 0, 30)
+    trainer.fit()
+    trainer.folder.close()
+    paths = tmp_path / "checkpoint-30.pth", undisturbed / "checkpoint-2.pth"
+    ours, theirs = (load_checkpoint(path) for path in paths)
+    assert all(torch.equal(ours["model"][name], theirs["model"][name]) for name in theirs["model"])
+    RunFolder(tmp_path).set_aside(20)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-10.pth"]

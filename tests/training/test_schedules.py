@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from beit.training.schedules import WarmupCosine, duration_in_steps
+from beit.training.schedules import WarmupCosine, WarmupPoly, duration_in_steps
 
 
 def test_cosine_equals_the_stored_schedules(golden):
@@ -39,3 +39,23 @@ def test_warmup_as_long_as_the_run_or_longer(warmup):
 
 def test_one_step_of_warmup_starts_at_its_start():
     assert WarmupCosine(1.0, 0.0, 10, 1)(0) == 0.0
+
+
+@pytest.mark.parametrize(("base", "total", "warmup"), [(7e-4, 160_000, 1500), (2e-5, 320_000, 3000)])  # base, large
+@pytest.mark.parametrize("scale", [1.0, 0.65**13, 0.95**25])
+def test_poly_with_a_multiplied_warmup_equals_its_definition(base, total, warmup, scale):
+    # Breaks if the warm-up is added instead of multiplied, runs to another end, or includes its last step.
+    schedule = WarmupPoly(base, 0.0, total, warmup, warmup_ratio=1e-6)
+    for t in (0, 1, 750, 1499, 1500, 2999, 3000, 80_000, total - 1):
+        expected = base * scale * (1 - t / total)
+        if t < warmup:
+            expected *= 1 - (1 - t / warmup) * (1 - 1e-6)
+        assert schedule(t) * scale == pytest.approx(expected, rel=1e-12)
+    assert schedule(0) == pytest.approx(base * 1e-6)
+    assert schedule(total) == 0.0
+
+
+def test_poly_ends_at_its_final_value_by_its_power():
+    schedule = WarmupPoly(1.0, 0.2, 10, power=2.0)
+    assert schedule(5) == pytest.approx(0.8 * 0.25 + 0.2)
+    assert schedule(10) == schedule(11) == pytest.approx(0.2)
