@@ -148,7 +148,7 @@ class DeepSpeedTrainer(Trainer):
             InputError: It did not, or for another model or another number of processes.
         """
         if "deepspeed" not in checkpoint:
-            kept = numbered_file(checkpoint["epoch"])
+            kept = numbered_file(checkpoint.get("epoch", 0))
             remedy = (
                 f"the best checkpoint holds no state of the optimizer: resume {kept} instead"
                 if Path(source).name == BEST
