@@ -1,7 +1,8 @@
 """Typed configurations: one frozen dataclass per job, whose fields are the command-line flags and the YAML keys.
 
 This is the only module that knows ``argparse`` and YAML. Values come from, weakest first: the dataclass defaults, a
-YAML file given with ``--config``, the flags on the command line.
+YAML file given with ``--config`` (or as the argument ``config``, where the class has such a field), assignments such as
+``--options lr=1e-3`` (where its :class:`SettingsFiles` has a flag for them), the flags on the command line.
 """
 
 import argparse
@@ -9,7 +10,7 @@ import dataclasses
 import logging
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -24,6 +25,28 @@ ConfigT = TypeVar("ConfigT")
 Size = int | tuple[int, int]
 
 RECIPE_KEYS = ("base", "recipe")  # in a YAML file: the file it builds on, and facts about the run that are no settings
+NOTHING = ("None", "null")
+
+
+@dataclasses.dataclass(frozen=True)
+class SettingsFiles:
+    """Where the settings files of some jobs are, and how their settings may be called in assignments.
+
+    A configuration class has its own as the class variable ``SETTINGS``; without one they are the recipes of ``beit``.
+
+    Args:
+        folder: Folder of the files that come with the package; those that begin with ``_`` are there to build on.
+        overrides: The flags, without dashes, that take assignments ``KEY=VALUE``, stronger than a file.
+        aliases: Other names that assignments may use: that name -> the field, or ``field.key`` of a mapping.
+        without_effect: Keys that may be assigned but do nothing here -> why; said when they are.
+        passed_over: Keys that a file may hold for other jobs.
+    """
+
+    folder: Path = Path(str(resources.files("beit"))) / "recipes"
+    overrides: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    without_effect: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    passed_over: Collection[str] = ()
 
 
 def option(
@@ -46,7 +69,7 @@ def option(
         choices: The accepted values.
         no_effect: Why a flag that the official scripts have does nothing here; said once when it is used.
         positional: Whether the value stands on the command line without a flag; it must then be there.
-        short: A second, short flag, such as ``-o``.
+        short: A second flag, such as ``-o``.
         written_out: For a boolean, whether the flag may take its value in words, as in ``--flag false``.
     """
     metadata = {
@@ -85,20 +108,22 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not (key and equals):
         raise ValueError(f"{text!r} is not of the form key=value")
-    return key, yaml.safe_load(value)
+    return key, _yaml_value(value)
 
 
 def read_command_line(config_class: type[ConfigT], argv: Sequence[str], prog: str, description: str) -> ConfigT:
-    """Builds a configuration from command-line arguments and the YAML file that ``--config`` names.
+    """Builds a configuration from command-line arguments and the YAML file that they name.
 
     Raises:
         InputError: An unknown flag or key, or a value of the wrong type.
     """
     parser = _build_parser(config_class, prog, description)
     flags = vars(parser.parse_args([_underscored(argument) for argument in argv]))
-    yaml_name = flags.pop("config", None)
+    yaml_name, assignments = flags.get("config"), flags.pop(_OVERRIDES, [])
+    if "config" not in _fields(config_class):
+        flags.pop("config", None)
     values = read_yaml(config_class, yaml_name) if yaml_name else {}
-    config = config_class(**{**values, **flags})
+    config = config_class(**{**_override(config_class, values, assignments), **flags})
     _announce_flags_without_effect(config)
     return config
 
@@ -111,7 +136,8 @@ def read_yaml(config_class: type, name: str, _seen: tuple[Path, ...] = ()) -> di
     Raises:
         InputError: No such file, not YAML, or a key that the job does not have.
     """
-    path = _find_yaml(name)
+    files = _files_of(config_class)
+    path = _find_yaml(name, files.folder)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -124,7 +150,7 @@ def read_yaml(config_class: type, name: str, _seen: tuple[Path, ...] = ()) -> di
     values = read_yaml(config_class, str(path.parent / base), _seen) if base else {}
     fields = _fields(config_class)
     for key, value in content.items():
-        if key in RECIPE_KEYS:
+        if key in RECIPE_KEYS or key in files.passed_over:
             continue
         if key not in fields:
             raise InputError(f"{path}: unknown key {key!r}{did_you_mean(str(key), fields)}")
@@ -149,6 +175,62 @@ def dump_yaml(config: Any) -> str:
     return yaml.safe_dump(to_plain(config), sort_keys=False)
 
 
+_OVERRIDES = "assignments to settings"  # where the parser keeps them: no field can be called so
+
+
+def _override(config_class: type, values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Returns the values with ``KEY=VALUE`` assignments applied; the last one of a key counts."""
+    files, result = _files_of(config_class), dict(values)
+    given: dict[str, tuple[str, Any]] = {}
+    for text in assignments:
+        key, equals, word = text.partition("=")
+        where = f"--{files.overrides[0]} {text}"
+        if not (key and equals):
+            raise InputError(f"{where}: an assignment has the form KEY=VALUE")
+        if key in files.without_effect:
+            logger.warning("%s has no effect: %s", where, files.without_effect[key])
+            continue
+        name, item, (field, reader) = _find_setting(config_class, key, where)
+        value = _yaml_value(word) if item else _convert(field, reader, _from_text(word, field, reader), where)
+        other, same = given.get(f"{name}.{item}", (key, value))
+        if other != key and same != value:
+            raise InputError(f"{where}: {other} has set {name} to {same!r} already; here they are one setting")
+        given[f"{name}.{item}"] = key, value
+        result[name] = {**(result.get(name) or {}), item: value} if item else value
+    return result
+
+
+def _find_setting(config_class: type, key: str, where: str) -> tuple[str, str, tuple[dataclasses.Field, Callable]]:
+    """Returns the field that an assignment means, and the key where it means one of a mapping's."""
+    files = _files_of(config_class)
+    fields = {name: it for name, it in _fields(config_class).items() if not it[0].metadata["positional"]}
+    name, _, item = files.aliases.get(key, key).partition(".")
+    if name not in fields or (item and fields[name][1] is not _read_assignments):
+        hint = did_you_mean(key, {*fields, *files.aliases, *files.without_effect})
+        raise InputError(f"{where}: unknown key {key!r}{hint}")
+    return name, item, fields[name]
+
+
+def _from_text(text: str, field: dataclasses.Field, reader: Callable) -> Any:
+    """Reads the value of an assignment: ``None``, ``True``, ``a,b``, ``[a, b]`` or ``(a, b)``, else the text itself."""
+    if text in NOTHING and (field.default is None or field.default == ""):
+        return field.default
+    if reader is _read_bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    if reader is _read_assignments:
+        return _yaml_value(text)
+    if reader in (_read_floats, _read_ints, _read_strings, parse_size) and ("," in text or text[:1] in ("(", "[")):
+        return [item.strip(" '\"") for item in text.strip("()[] ").split(",") if item.strip()]
+    return [text] if reader in (_read_floats, _read_ints) else text
+
+
+def _yaml_value(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{text!r} is no value: {' '.join(str(error).split())}") from error
+
+
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are :class:`InputError`, with near matches for unknown flags."""
 
@@ -171,8 +253,14 @@ def _build_parser(config_class: type, prog: str, description: str) -> argparse.A
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="YAML", help="settings file or recipe name; flags override it")
-    for name, (field, reader) in _fields(config_class).items():
+    fields, overrides = _fields(config_class), _files_of(config_class).overrides
+    if "config" not in fields:
+        parser.add_argument("--config", metavar="YAML", help="settings file or recipe name; flags override it")
+    if overrides:
+        text = "settings, stronger than the file's and weaker than flags"
+        names = [f"--{name}" for name in overrides]
+        parser.add_argument(*names, dest=_OVERRIDES, nargs="+", action="extend", metavar="KEY=VALUE", help=text)
+    for name, (field, reader) in fields.items():
         _add_flag(parser, name, field, reader)
     return parser
 
@@ -222,6 +310,10 @@ def _fields(config_class: type) -> dict[str, tuple[dataclasses.Field, Callable]]
     return {field.name: (field, _reader(hints[field.name])) for field in dataclasses.fields(config_class)}
 
 
+def _files_of(config_class: type) -> SettingsFiles:
+    return getattr(config_class, "SETTINGS", None) or SettingsFiles()
+
+
 def _reader(annotation: Any) -> Callable[[Any], Any]:
     members = set(typing.get_args(annotation))
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
@@ -250,11 +342,23 @@ def _read_bool(value: Any) -> bool:
 
 
 def _read_floats(value: Any) -> tuple[float, ...]:
-    return tuple(float(item) for item in value)
+    return tuple(float(item) for item in _listed(value))
 
 
 def _read_ints(value: Any) -> tuple[int, ...]:
-    return tuple(int(item) for item in value)
+    return tuple(_read_int(item) for item in _listed(value))
+
+
+def _read_int(value: Any) -> int:
+    if isinstance(value, bool) or float(value) != int(float(value)):
+        raise ValueError("a whole number expected")
+    return int(value)
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    if not isinstance(value, list | tuple):
+        raise ValueError("a list of numbers expected")
+    return value
 
 
 def _read_strings(value: Any) -> tuple[str, ...]:
@@ -269,12 +373,12 @@ def _convert(field: dataclasses.Field, reader: Callable, value: Any, where: str)
     if value is None:
         return None
     try:
-        if reader is int and (isinstance(value, bool) or float(value) != int(float(value))):
-            raise ValueError("a whole number expected")
+        if reader is int:
+            value = _read_int(value)
         if field.metadata["choices"] and value not in field.metadata["choices"]:
             raise ValueError(f"choose {', '.join(field.metadata['choices'])}")
         return reader(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{where}: cannot use {value!r}: {error}") from error
 
 
@@ -289,15 +393,20 @@ def _underscored(argument: str) -> str:
     return "--" + flag[2:].replace("-", "_") + equals + value if flag.startswith("--") else argument
 
 
-def _find_yaml(name: str) -> Path:
-    if Path(name).is_file():
-        return Path(name)
-    recipes = Path(str(resources.files("beit"))) / "recipes"
-    packaged = recipes / (name if name.endswith(".yaml") else f"{name}.yaml")
-    if packaged.is_file():
+def _find_yaml(name: str, folder: Path) -> Path:
+    """Returns a file, or that of the package's folder; ``NAME``, ``NAME.yaml`` and ``NAME.py`` are the same one."""
+    path = Path(name).with_suffix(".yaml") if name.endswith(".py") else Path(name)
+    if path.is_file():
+        return path
+    stem, parents = path.name.removesuffix(".yaml"), path.parent.parts
+    packaged = folder / f"{stem}.yaml"
+    if packaged.is_file() and folder.parts[len(folder.parts) - len(parents) :] == parents:
         return packaged
-    known = sorted(path.stem for path in recipes.glob("*.yaml"))
-    raise InputError(f"no settings file {name}{did_you_mean(name, known)}; recipes in the package: {', '.join(known)}")
+    if Path(name).is_file():
+        raise InputError(f"{name} is a Python file, which is not run: write its settings as 'key: value' in {path}")
+    shipped = sorted(file.stem for file in folder.glob("*.yaml") if not file.name.startswith("_"))
+    hint = did_you_mean(stem, {*shipped, *(file.stem for file in path.parent.glob("*.yaml"))})
+    raise InputError(f"no settings file {name}{hint}; the package has {', '.join(shipped)}")
 
 
 def _announce_flags_without_effect(config: Any) -> None:
