@@ -1,0 +1,131 @@
+"""How good a segmentation is: mIoU, mAcc and aAcc over a data set, and the same for each class."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from beit.errors import InputError
+
+IGNORE = 255
+
+
+class Confusion:
+    """Counts, over many images, which class was predicted where which was right.
+
+    The counts stay on the device, and on a GPU an update waits for nothing.
+
+    Args:
+        num_classes: Number of classes, ``K``.
+        device: Where the counts are kept; predictions and labels are brought there.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
+        self.num_classes = num_classes
+        # One bin more than there are pairs of classes takes the pixels that do not count: to leave them out instead,
+        # the host would have to know how many there are.
+        self._counts = torch.zeros(num_classes**2 + 1, dtype=torch.int64, device=device)
+
+    @property
+    def matrix(self) -> Tensor:
+        """Pixels by class and predicted class, int64 ``(K, K)``; a view, which processes may sum in place."""
+        return self._counts[:-1].view(self.num_classes, self.num_classes)
+
+    def update(self, prediction: Tensor, label: Tensor) -> None:
+        """Adds the pixels of an image.
+
+        Args:
+            prediction: Predicted class of each pixel, ``(H, W)``, integers in [0, K).
+            label: Right class, ``(H, W)``, integers; 255 where there is none, and the pixel does not count.
+
+        Raises:
+            InputError: The two differ in size, or a label in host memory is no class. (For labels on a GPU one would
+                have to wait: there it is taken for 255. Data sets look at their labels when they read them.)
+        """
+        if prediction.shape != label.shape:
+            raise InputError(f"the prediction is {_size(prediction)} pixels and its label map {_size(label)}")
+        if label.device.type == "cpu":
+            self._check(label)
+        device = self._counts.device
+        right = label.to(device, torch.int64, non_blocking=True).flatten()
+        found = prediction.to(device, torch.int64, non_blocking=True).flatten()
+        unused = self.num_classes**2
+        pairs = torch.where(right < self.num_classes, right * self.num_classes + found, unused)
+        # Not `bincount`, which on a GPU makes the host wait for the largest value.
+        self._counts.scatter_add_(0, pairs, torch.ones_like(pairs))
+
+    def _check(self, label: Tensor) -> None:
+        wrong = label[(label >= self.num_classes) & (label != IGNORE)]
+        if len(wrong):
+            raise InputError(
+                f"a label map has the label {int(wrong[0])}, but there are {self.num_classes} classes (0 to "
+                f"{self.num_classes - 1}; {IGNORE} is left out): check classes and reduce_zero_label"
+            )
+
+
+@dataclass(frozen=True)
+class SegmentationScores:
+    """Results over a data set, as fractions in [0, 1].
+
+    Attributes:
+        mIoU: Mean of ``iou`` over the classes that have one.
+        mAcc: Mean of ``accuracy`` over the classes that have one.
+        aAcc: Rightly predicted pixels over all pixels with a label; nan without any.
+        iou: Of each class, its rightly predicted pixels over those that it is predicted for or right for; nan for a
+            class that is neither anywhere.
+        accuracy: Of each class, its rightly predicted pixels over those that it is right for; nan where there are none.
+    """
+
+    mIoU: float
+    mAcc: float
+    aAcc: float
+    iou: tuple[float, ...]
+    accuracy: tuple[float, ...]
+
+    def table(self, names: Sequence[str]) -> str:
+        """Returns a table in text: a line for each class and one for the means, in percent."""
+        width = max(map(len, [*names, "class"]))
+        lines = [f"{'class':<{width}}  {'IoU':>6}  {'Acc':>6}"]
+        for name, iou, accuracy in zip(names, self.iou, self.accuracy, strict=True):
+            lines.append(f"{name:<{width}}  {_percent(iou)}  {_percent(accuracy)}")
+        lines.append(f"{'mean':<{width}}  {_percent(self.mIoU)}  {_percent(self.mAcc)}")
+        lines.append(f"{'all':<{width}}  {'':>6}  {_percent(self.aAcc)}")
+        return "\n".join(lines)
+
+    def summary(self) -> str:
+        """Returns the three numbers in a line, in percent."""
+        return f"mIoU {100 * self.mIoU:.2f} mAcc {100 * self.mAcc:.2f} aAcc {100 * self.aAcc:.2f}"
+
+
+def scores(matrix: Tensor) -> SegmentationScores:
+    """Works out the results from the counts of :class:`Confusion`, summed over all processes.
+
+    A class that is in no label map and in no prediction counts in no mean. One that is predicted, but in no label map,
+    has IoU 0 and counts in mIoU, but not in mAcc.
+
+    Args:
+        matrix: int64 ``(K, K)``, rows by the right class, columns by the predicted one.
+
+    Source: mmsegmentation 0.11, ``mmseg.core.evaluation.eval_metrics``.
+    """
+    counts = matrix.cpu().double()
+    right, labelled, predicted = counts.diagonal(), counts.sum(dim=1), counts.sum(dim=0)
+    iou = right / (labelled + predicted - right)  # 0 / 0 is nan
+    accuracy = right / labelled
+    return SegmentationScores(
+        mIoU=iou.nanmean().item(),
+        mAcc=accuracy.nanmean().item(),
+        aAcc=(right.sum() / labelled.sum()).item(),
+        iou=tuple(iou.tolist()),
+        accuracy=tuple(accuracy.tolist()),
+    )
+
+
+def _percent(fraction: float) -> str:
+    return f"{'nan':>6}" if math.isnan(fraction) else f"{100 * fraction:6.2f}"
+
+
+def _size(map_: Tensor) -> str:
+    return "x".join(map(str, map_.shape))
