@@ -370,9 +370,11 @@ def _read_assignments(value: Any) -> dict[str, Any]:
 
 
 def _convert(field: dataclasses.Field, reader: Callable, value: Any, where: str) -> Any:
-    if value is None:
+    if value is None and types.NoneType in typing.get_args(field.type):
         return None
     try:
+        if value is None:
+            raise ValueError("a value expected")
         if reader is int:
             value = _read_int(value)
         if field.metadata["choices"] and value not in field.metadata["choices"]:
