@@ -1,0 +1,206 @@
+"""What turns the features of a backbone into logits: UPerNet, SETR-PUP, the auxiliary FCN, in mmsegmentation's names.
+
+Shapes: ``B`` images, ``C`` channels of the features, ``K`` classes, ``(h, w)`` the size of a level. Each head takes all
+levels of the backbone, a list from fine to coarse, and picks what it reads.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from beit.errors import InputError
+
+POOL_SCALES = (1, 2, 3, 6)
+
+
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Resizes ``(B, C, h, w)`` to ``size`` pixels, bilinear, as images are resized: ``align_corners=False``."""
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+class ConvNormReLU(nn.Sequential):
+    """A convolution without bias that keeps the size, batch normalisation, ReLU.
+
+    Args:
+        in_channels: Channels that come in.
+        out_channels: Channels that go out.
+        kernel_size: Side of the kernel, odd.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, kernel_size: int) -> None:
+        conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+        super().__init__(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_channels), activate=nn.ReLU()))
+
+
+class Head(nn.Module):
+    """What the heads share: the classifier of each position, and how all weights are drawn.
+
+    Args:
+        channels: Channels that enter the classifier.
+        num_classes: ``K``.
+        dropout: Probability that a channel of an image is dropped before the classifier.
+    """
+
+    def __init__(self, *, channels: int, num_classes: int, dropout: float) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.conv_seg = nn.Conv2d(channels, num_classes, kernel_size=1)
+        self.dropout = nn.Dropout2d(dropout)
+
+    def classify(self, x: Tensor) -> Tensor:
+        """Turns features ``(B, channels, h, w)`` into logits ``(B, K, h, w)``."""
+        return self.conv_seg(self.dropout(x))
+
+    def init_weights(self) -> None:
+        """Draws every weight anew: the classifier from N(0, 0.01²), the other convolutions by He's rule, fan out."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)):
+                module.reset_parameters()
+        nn.init.normal_(self.conv_seg.weight, std=0.01)
+        nn.init.zeros_(cast("Tensor", self.conv_seg.bias))
+
+
+class UPerHead(Head):
+    """UPerNet: the coarsest level pooled at several scales, a feature pyramid from top to bottom, all levels fused.
+
+    Args:
+        in_channels: Channels of each level, ``C``.
+        levels: How many levels there are.
+        channels: Channels of every convolution's output.
+        num_classes: ``K``.
+        pool_scales: Sides of the grids that the coarsest level is pooled to.
+        dropout: As for :class:`Head`.
+
+    Source: Unified Perceptual Parsing for Scene Understanding (arXiv 1807.10221).
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        levels: int = 4,
+        channels: int,
+        num_classes: int,
+        pool_scales: Sequence[int] = POOL_SCALES,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__(channels=channels, num_classes=num_classes, dropout=dropout)
+        self.psp_modules = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(scale), ConvNormReLU(in_channels, channels, kernel_size=1))
+            for scale in pool_scales
+        )
+        pooled = in_channels + len(pool_scales) * channels
+        self.bottleneck = ConvNormReLU(pooled, channels, kernel_size=3)
+        finer = range(levels - 1)
+        self.lateral_convs = nn.ModuleList(ConvNormReLU(in_channels, channels, kernel_size=1) for _ in finer)
+        self.fpn_convs = nn.ModuleList(ConvNormReLU(channels, channels, kernel_size=3) for _ in finer)
+        self.fpn_bottleneck = ConvNormReLU(levels * channels, channels, kernel_size=3)
+        self.init_weights()
+
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        """Classifies ``levels`` of ``(B, C, h, w)``, from fine to coarse: logits of the finest level's size.
+
+        Raises:
+            InputError: Training on one image, of which a 1 x 1 pooling leaves nothing to normalise over.
+        """
+        top = self._pool(levels[-1])
+        path = [top]  # from coarse to fine, each level with all that is coarser added
+        for level, lateral in zip(reversed(levels[:-1]), reversed(self.lateral_convs), strict=True):
+            path.insert(0, lateral(level) + resize(path[0], level.shape[2:]))
+        outputs = [conv(level) for conv, level in zip(self.fpn_convs, path, strict=False)] + [top]
+        size = outputs[0].shape[2:]
+        fused = torch.cat([outputs[0], *(resize(output, size) for output in outputs[1:])], dim=1)
+        return self.classify(self.fpn_bottleneck(fused))
+
+    def _pool(self, level: Tensor) -> Tensor:
+        if self.training and len(level) == 1:
+            self._check_single_image()
+        pooled = [resize(module(level), level.shape[2:]) for module in self.psp_modules]
+        return self.bottleneck(torch.cat([level, *pooled], dim=1))
+
+    def _check_single_image(self) -> None:
+        for module in self.psp_modules:
+            pool, conv = cast("nn.Sequential", module)
+            # The synchronised kinds of normalisation see the images of other processes too.
+            if pool.output_size == 1 and type(conv.bn) is nn.BatchNorm2d:
+                raise InputError(
+                    "one image at a time cannot train UPerNet: pooled to 1 x 1 it leaves batch normalisation a single "
+                    "value; take at least 2 images a step (samples_per_gpu), or several processes"
+                )
+
+
+class FCNHead(Head):
+    """One convolution and the classifier on one level: the auxiliary head of mmsegmentation's configs.
+
+    Args:
+        in_channels: Channels of the level.
+        channels: Channels of the convolution's output.
+        num_classes: ``K``.
+        index: Which level is read.
+        dropout: As for :class:`Head`.
+
+    Source: Fully Convolutional Networks for Semantic Segmentation (arXiv 1411.4038).
+    """
+
+    def __init__(
+        self, *, in_channels: int, channels: int, num_classes: int, index: int = 2, dropout: float = 0.1
+    ) -> None:
+        super().__init__(channels=channels, num_classes=num_classes, dropout=dropout)
+        self.index = index
+        self.convs = nn.Sequential(ConvNormReLU(in_channels, channels, kernel_size=3))
+        self.init_weights()
+
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        """Classifies one of ``levels`` ``(B, C, h, w)``: logits of its size."""
+        return self.classify(self.convs(levels[self.index]))
+
+
+class SETRUPHead(Head):
+    """SETR-PUP: the last level through convolutions, each followed by an upsampling to twice the size.
+
+    Args:
+        in_channels: Channels of the level.
+        channels: Channels of every convolution's output.
+        num_classes: ``K``.
+        num_convs: How many times the size doubles; 4 lead from patches of 16 pixels back to the image's size.
+        kernel_size: Side of the convolutions' kernels.
+        dropout: As for :class:`Head`.
+
+    Source: SETR (arXiv 2012.15840), section 3.2; the head of BEiT's own paper (arXiv 2106.08254, section 3.2).
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        channels: int,
+        num_classes: int,
+        num_convs: int = 4,
+        kernel_size: int = 3,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__(channels=channels, num_classes=num_classes, dropout=dropout)
+        self.norm = nn.LayerNorm(in_channels, eps=1e-6)
+        self.up_convs = nn.ModuleList(
+            nn.Sequential(
+                ConvNormReLU(channels if step else in_channels, channels, kernel_size=kernel_size),
+                nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False),
+            )
+            for step in range(num_convs)
+        )
+        self.init_weights()
+
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        """Classifies the last of ``levels`` ``(B, C, h, w)``: logits ``(B, K, h * 2**num_convs, w * 2**num_convs)``."""
+        x = self.norm(rearrange(levels[-1], "b c h w -> b h w c"))
+        x = rearrange(x, "b h w c -> b c h w")
+        for up_conv in self.up_convs:
+            x = up_conv(x)
+        return self.classify(x)
