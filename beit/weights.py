@@ -3,13 +3,16 @@
 The metadata is a plain dict; each key is there only if the file, its neighbours or the released table say it:
 ``source``, ``dialect``, ``args`` (settings of the run), ``labels`` (names of the classes), ``image_size`` ``(H, W)`` in
 pixels, ``window`` ``(h, w)`` in patches, ``mean``, ``std``, ``crop_pct``, ``interpolation``, ``num_heads``,
-``layer_norm_eps``.
+``layer_norm_eps``. Of a segmentor also ``segmentation`` (True), ``out_indices`` (the blocks that are tapped, from 0),
+``pool_scales`` (of UPerNet), ``auxiliary_index`` (the tap that the auxiliary head sees), ``palette`` (colours of the
+classes), ``reduce_zero_label`` (in label maps 0 is no class). Its weights are called ``blocks.…``, ``fpn1.…``,
+``fpn2.…``, ``decode_head.…``, ``auxiliary_head.…``: without the ``backbone.`` of its files.
 """
 
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from beit.errors import InputError
-from beit.interop import UNKNOWN, huggingface, recognise, relative, timm, to_official
+from beit.interop import UNKNOWN, huggingface, mmseg, recognise, relative, timm, to_official
+from beit.interop.segmentation import is_segmentor
 from beit.interop.unilm import INDEX, TABLE
 from beit.relative_position import num_table_rows
 from beit.released import FOLDER_WEIGHTS, HALF, IMAGENET_MEAN, IMAGENET_STD, released_at, resolve
@@ -30,7 +34,10 @@ logger = logging.getLogger(__name__)
 STATE_KEYS = ("model", "module", "state_dict", "model_ema")
 SHARED_TABLE = f"rel_pos_bias.{TABLE}"
 HEAD_WIDTH = 64  # channels of an attention head in every published model
-RECORDED_BY_A_RUN = ("labels", "mean", "std", "crop_pct", "interpolation")  # also among its settings
+RECORDED_BY_A_RUN = (  # also among its settings; the second row by one of segmentation
+    *("labels", "mean", "std", "crop_pct", "interpolation"),
+    *("out_indices", "pool_scales", "auxiliary_index", "reduce_zero_label"),
+)
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 FILE_METADATA = "beit"  # where a safetensors file, which holds only tensors and strings, has the rest, as JSON
 
@@ -86,10 +93,25 @@ def read_weights(
         metadata["image_size"] = (released.input_size, released.input_size)
     reader = timm.read_config(config) if "architecture" in config else huggingface.read_config(config, preprocessor)
     metadata |= reader
-    metadata |= _recorded(content)
     if (window := _window_of_index(state)) is not None:
         metadata["window"] = window
-    return to_official(state, dialect), metadata
+    weights = to_official(state, dialect)
+    if is_segmentor(weights):
+        weights, described = _segmentor(weights, dialect, (config, preprocessor), content)
+        metadata |= described
+    return weights, metadata | _recorded(content)
+
+
+def _segmentor(
+    weights: dict[str, Tensor], dialect: str, configs: Sequence[Mapping[str, Any]], content: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], Metadata]:
+    """Returns a segmentor's weights without a layer that only an export needed, and what its own format says of it."""
+    described = mmseg.read_meta(content)
+    if dialect == "huggingface":
+        described |= huggingface.read_segmentation(*configs)
+        weights = huggingface.without_inert_layer(weights, described["out_indices"])
+    found = {key: value for key in described if (value := RECORDED[key](described[key])) is not None}
+    return weights, found | {"segmentation": True}
 
 
 def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, Any], dict[str, Any]]:
@@ -172,7 +194,7 @@ def _recorded(content: Mapping[str, Any]) -> Metadata:
     keywords = settings.get("model_kwargs")
     heads = keywords.get("num_heads") if isinstance(keywords, Mapping) else None
     in_settings = {key: settings.get(key) for key in RECORDED_BY_A_RUN}
-    in_settings |= {"image_size": settings.get("input_size"), "num_heads": heads}
+    in_settings |= {"image_size": settings.get("input_size", settings.get("crop_size")), "num_heads": heads}
     for place in (in_settings, content):  # what stands at the top level counts more
         for key, read in RECORDED.items():
             if (value := read(place.get(key))) is not None:
@@ -214,6 +236,26 @@ def _labels(value: Any) -> tuple[Any, ...] | None:
     return None
 
 
+def _indices(value: Any) -> tuple[int, ...] | None:
+    whole = isinstance(value, (list, tuple)) and value and all(isinstance(v, int) and v >= 0 for v in value)
+    return tuple(value) if whole else None
+
+
+def _index(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+def _flag(value: Any) -> bool | None:
+    return value if isinstance(value, bool) else None
+
+
+def _palette(value: Any) -> tuple[tuple[int, ...], ...] | None:
+    """Reads colours, three numbers from 0 to 255 each."""
+    colours = [_indices(colour) for colour in value] if isinstance(value, (list, tuple)) else []
+    fits = colours and all(colour and len(colour) == 3 and max(colour) <= 255 for colour in colours)
+    return tuple(colour for colour in colours if colour) if fits else None
+
+
 # What may stand at the top level of a checkpoint, and how each is read: None for what does not fit.
 RECORDED: dict[str, Callable[[Any], Any]] = {
     "labels": _labels,
@@ -224,6 +266,11 @@ RECORDED: dict[str, Callable[[Any], Any]] = {
     "image_size": _size,
     "num_heads": _whole,
     "layer_norm_eps": _positive,
+    "out_indices": _indices,
+    "pool_scales": _indices,
+    "auxiliary_index": _index,
+    "palette": _palette,
+    "reduce_zero_label": _flag,
 }
 
 
@@ -273,14 +320,15 @@ def window_of(
 
 
 def architecture_of(weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Architecture:
-    """Returns the model that weights in official names belong to.
+    """Returns the model that weights in official names belong to; of a segmentor the backbone, without classes.
 
     Raises:
         InputError: The number of heads or the patch grid cannot be told, or a part is missing.
     """
     _check_parts(weights, str(metadata.get("source", "the checkpoint")))
-    # A classifier of Hugging Face keeps the mask token of its pre-training.
-    classifier = "head.weight" in weights or "fc_norm.weight" in weights
+    # A classifier or segmentor of Hugging Face may keep the mask token of its pre-training.
+    segmentor = is_segmentor(weights)
+    classifier = segmentor or "head.weight" in weights or "fc_norm.weight" in weights
     masked = "lm_head.weight" in weights or ("mask_token" in weights and not classifier)
     embed_dim, in_chans, *patch = weights["patch_embed.proj.weight"].shape
     table = next((tensor for name, tensor in weights.items() if name.endswith(TABLE)), None)
@@ -312,7 +360,7 @@ def architecture_of(weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) 
         head = weights.get("lm_head.weight")
         return Architecture(True, arguments | {"vocab_size": 8192 if head is None else len(head)})
     classes = len(weights["head.weight"]) if "head.weight" in weights else 0
-    mean_pooling = "fc_norm.weight" in weights or "norm.weight" not in weights
+    mean_pooling = segmentor or "fc_norm.weight" in weights or "norm.weight" not in weights
     return Architecture(False, arguments | {"num_classes": classes, "use_mean_pooling": mean_pooling})
 
 
@@ -329,6 +377,24 @@ def _mlp_ratio(embed_dim: int, hidden_dim: int) -> float:
     """Returns a ratio of which ``int(embed_dim * ratio)`` is exactly ``hidden_dim``; the quotient can round below."""
     ratio = hidden_dim / embed_dim
     return ratio if int(embed_dim * ratio) == hidden_dim else (hidden_dim + 0.5) / embed_dim
+
+
+def taps_of(weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """Returns the blocks that a segmentor taps, from 0: as recorded, else as published, else the ends of four quarters.
+
+    Args:
+        weights: Of a segmentor, in official names.
+        metadata: From :func:`read_weights`.
+    """
+    if recorded := metadata.get("out_indices"):
+        return tuple(recorded)
+    depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+    published = {12: (3, 5, 7, 11), 24: (7, 11, 15, 23)}
+    taps = published.get(depth, tuple(depth * quarter // 4 - 1 for quarter in range(1, 5)))
+    logger.info(
+        "%s does not say which blocks it taps: taking %s", metadata.get("source"), ", ".join(str(tap) for tap in taps)
+    )
+    return taps
 
 
 def class_names(metadata: Mapping[str, Any], num_classes: int) -> tuple[str, ...] | None:

@@ -66,7 +66,7 @@ def get_model(name_or_path: str | Path) -> Backbone:
 
 
 def open_model(name_or_path: str | Path) -> tuple[Backbone, Metadata]:
-    """Opens a checkpoint as the model it is of.
+    """Opens a checkpoint as the model it is of; of a segmentor the backbone, without the heads.
 
     Args:
         name_or_path: A file, folder, released name, address or hub id; or one of :func:`list_models`, for the
@@ -80,6 +80,8 @@ def open_model(name_or_path: str | Path) -> tuple[Backbone, Metadata]:
     """
     source = released_for(str(name_or_path)).name if name_or_path in _REGISTRY else name_or_path
     weights, metadata = read_weights(source)
+    if metadata.get("segmentation"):
+        logger.info("%s is a segmentor: this is its backbone, without the heads", metadata["source"])
     model = build(architecture_of(weights, metadata), metadata.get("layer_norm_eps"))
     report = load_weights(model, weights, metadata)
     (logger.warning if report.missing or report.unexpected else logger.info)("%s", report.summary())

@@ -2,6 +2,10 @@
 
 A file keeps query, key and value apart, the key without a bias. The other name that needs care is ``layernorm``: the
 final norm, before the token head at the top level and otherwise below ``beit``.
+
+Of a segmentor the pyramid stands at the top level and ``conv_seg`` is a ``classifier``. Its ``out_indices`` count from
+the embedding and are compared one further on: ``i`` taps our block ``i - 2``. There is no such number for the last
+block, so an export of a model that taps it has one more layer, an inert one.
 """
 
 import re
@@ -13,6 +17,7 @@ from torch import Tensor
 
 from beit.errors import InputError
 from beit.interop.names import NameTable
+from beit.interop.segmentation import LEVELS, PARTS, Heads
 from beit.interop.unilm import INDEX, TABLE, bare
 
 PREFIX = "beit."
@@ -43,7 +48,15 @@ _NAMES = NameTable(
     },
     blocks="encoder.layer",
 )
-_HEADS = {"head.": "classifier.", "lm_head.": "lm_head."}
+_HEADS = {
+    "head.": "classifier.",
+    "lm_head.": "lm_head.",
+    "decode_head.conv_seg.": "decode_head.classifier.",
+    "auxiliary_head.conv_seg.": "auxiliary_head.classifier.",
+}
+TAP_SHIFT = 2
+CONFIG_TAPS = (3, 5, 7, 11)  # where a config says nothing
+AUXILIARY_INDEX = 2  # of the taps, the one that the library's auxiliary head sees
 
 
 def to_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -94,6 +107,8 @@ def from_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             result[head] = tensor
         elif match := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.weight", name):
             result |= _split(int(match[1]), tensor, biased=f"blocks.{match[1]}.attn.q_bias" in weights)
+        elif name.startswith(PARTS):
+            result[name] = tensor
         else:
             theirs = _NAMES.theirs(name) or name
             result[theirs if masked and theirs.startswith(FINAL_NORM) else PREFIX + theirs] = tensor
@@ -156,6 +171,107 @@ def config_json(arguments: Mapping[str, Any], *, layer_norm_eps: float, labels: 
     return config | _label_maps(labels or [f"LABEL_{index}" for index in range(arguments["num_classes"])])
 
 
+def segmentation_json(
+    config: Mapping[str, Any], heads: Heads, *, taps: Sequence[int], pool_scales: Sequence[int], palette: Any = None
+) -> dict[str, Any]:
+    """Makes a backbone's config that of a segmentor.
+
+    Args:
+        config: From :func:`config_json`, for the backbone with the layers it will have.
+        heads: Of the segmentor.
+        taps: Blocks that are tapped, from 0.
+        pool_scales: Of UPerNet.
+        palette: Colours of the classes, which the library keeps as it keeps every word it does not know.
+
+    Raises:
+        InputError: The library has no such segmentor.
+    """
+    size, width, patch = config["image_size"], config["hidden_size"], config["patch_size"]
+    for odd, why in (
+        (heads.kind != "uper", f"transformers has UPerNet alone, and the decode head is {heads.kind or 'another one'}"),
+        (
+            heads.channels != width,
+            f"the decode head has {heads.channels} channels and the backbone {width}; in transformers' BEiT both are "
+            "the hidden size",
+        ),
+        (patch == 8, "transformers' pyramid is the one for patches of 16 pixels, and these are of 8"),
+        (not isinstance(size, int), f"transformers segments square images alone, not {size} pixels"),
+        (
+            len(taps) != LEVELS or list(taps) != sorted(set(taps)),
+            f"transformers taps four blocks, one after the other; this model taps {', '.join(map(str, taps))}",
+        ),
+        (len(pool_scales) != heads.stages, f"it is not known at which {heads.stages} scales UPerNet pools"),
+        (
+            heads.auxiliary_channels > 0 and not heads.auxiliary_convs,
+            "the auxiliary head is another one than transformers'",
+        ),
+    ):
+        if odd:
+            raise InputError(f"transformers has no such segmentor: {why}; convert it to unilm or mmsegmentation")
+    colours = {"palette": [list(colour) for colour in palette]} if palette else {}
+    return (
+        dict(config)
+        | colours
+        | {
+            "architectures": ["BeitForSemanticSegmentation"],
+            "out_indices": [tap + TAP_SHIFT for tap in taps],
+            "pool_scales": list(pool_scales),
+            "use_auxiliary_head": heads.auxiliary_channels > 0,
+            "auxiliary_channels": heads.auxiliary_channels or 256,
+            "auxiliary_num_convs": heads.auxiliary_convs or 1,
+            "auxiliary_concat_input": heads.auxiliary_concat,
+            "auxiliary_loss_weight": 0.4,
+            "semantic_loss_ignore_index": 255,
+        }
+    )
+
+
+def needs_inert_layer(taps: Sequence[int], depth: int) -> bool:
+    """Tells whether taps have no number in the library unless the model gets one more layer."""
+    return max(taps) == depth - 1
+
+
+def with_inert_layer(weights: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """Adds a block of zeros, which hands on what it is given, after the last one of a model of that depth."""
+    last = f"blocks.{depth - 1}."
+    return dict(weights) | {
+        f"blocks.{depth}.{name[len(last) :]}": torch.zeros_like(tensor)
+        for name, tensor in weights.items()
+        if name.startswith(last)
+    }
+
+
+def without_inert_layer(weights: Mapping[str, Tensor], taps: Sequence[int]) -> dict[str, Tensor]:
+    """Takes the block after the last tapped one away if it is the last one and hands on what it is given."""
+    last = f"blocks.{max(taps) + 1}."
+    block = {name: tensor for name, tensor in weights.items() if name.startswith(last)}
+    scales = [tensor for name, tensor in block.items() if ".gamma_" in name]
+    inert = not any(tensor.any() for tensor in scales or block.values())
+    deeper = any(name.startswith(f"blocks.{max(taps) + 2}.") for name in weights)
+    if deeper or not inert:
+        return dict(weights)
+    return {name: tensor for name, tensor in weights.items() if name not in block}
+
+
+def read_segmentation(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what the two files beside a segmentor's weights say: taps in our numbers, scales, colours, label maps.
+
+    Raises:
+        InputError: It taps what no block computes.
+    """
+    indices = config.get("out_indices") or config.get("semantic_out_indices") or CONFIG_TAPS
+    taps = tuple(sorted({index - TAP_SHIFT for index in indices}))
+    if len(taps) != LEVELS or taps[0] < 0:
+        raise InputError(
+            f"the Hugging Face segmentor has out_indices {list(indices)}: four that differ are needed, from "
+            f"{TAP_SHIFT} on, which taps the first layer"
+        )
+    found: dict[str, Any] = {"out_indices": taps, "auxiliary_index": AUXILIARY_INDEX}
+    found |= {key: config[key] for key in ("pool_scales", "palette") if config.get(key)}
+    zero = preprocessor.get("do_reduce_labels", preprocessor.get("reduce_labels"))
+    return found if zero is None else found | {"reduce_zero_label": zero}
+
+
 def _label_maps(labels: Sequence[str]) -> dict[str, Any]:
     names = {str(index): label for index, label in enumerate(labels)}
     # Two classes of ImageNet have the same words; the way back is by the first.
@@ -172,12 +288,32 @@ def preprocessor_json(image_size: tuple[int, int], preprocessing: Mapping[str, A
         "resample": resample[preprocessing["interpolation"]],
         "do_center_crop": True,
         "crop_size": {"height": image_size[0], "width": image_size[1]},
+        "crop_pct": preprocessing["crop_pct"],  # ours: the quotient of the two sizes is a rounded one
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": list(preprocessing["mean"]),
         "image_std": list(preprocessing["std"]),
         "do_convert_rgb": True,
+    }
+
+
+def segmentation_preprocessor_json(image_size: int, preprocessing: Mapping[str, Any], *, zero: bool) -> dict[str, Any]:
+    """Describes how images of a segmentor are prepared: resized to its size, as the library has no sliding window.
+
+    Args:
+        image_size: Height and width in pixels.
+        preprocessing: ``mean``, ``std`` and ``interpolation`` of the images.
+        zero: In label maps 0 is no class, and the first class is 1.
+    """
+    described = preprocessor_json((image_size, image_size), {**preprocessing, "crop_pct": 1.0})
+    for key in ("crop_size", "crop_pct"):
+        described.pop(key)
+    return described | {
+        "image_processor_type": "BeitImageProcessor",
+        "size": {"height": image_size, "width": image_size},
+        "do_center_crop": False,
+        "do_reduce_labels": zero,
     }
 
 
@@ -205,6 +341,10 @@ def _read_preprocessor(preprocessor: Mapping[str, Any]) -> dict[str, Any]:
     resized, cropped = (_edge(preprocessor.get(key)) for key in ("size", "crop_size"))
     if resized and preprocessor.get("do_resize", True):
         found["crop_pct"] = cropped / resized if cropped and preprocessor.get("do_center_crop") else 1.0
+        # What an export of ours wrote beside the sizes counts as long as nobody has changed those.
+        recorded = preprocessor.get("crop_pct")
+        if cropped and isinstance(recorded, (int, float)) and recorded > 0 and int(cropped / recorded) == resized:
+            found["crop_pct"] = recorded
     names = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
     if preprocessor.get("resample") in names:
         found["interpolation"] = names[preprocessor["resample"]]

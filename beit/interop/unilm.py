@@ -1,8 +1,13 @@
-"""The official names, which are ours and timm's; files differ in wrappers' prefixes and in derived buffers."""
+"""The official names, which are ours and timm's; files differ in wrappers' prefixes and in derived buffers.
+
+A segmentor's file is one of mmsegmentation 0.x: all but the heads, the pyramid too, stands below ``backbone``.
+"""
 
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor
+
+from beit.interop.segmentation import HEADS, is_segmentor
 
 INDEX = "relative_position_index"
 TABLE = "relative_position_bias_table"
@@ -24,12 +29,14 @@ def to_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_official(weights: Mapping[str, Tensor], position_index: Tensor | None = None) -> dict[str, Tensor]:
-    """Writes a file as the official code does: with the index buffers beside the tables.
+    """Writes a file as the official code does: with the index buffers beside the tables, and a segmentor in its parts.
 
     Args:
         weights: Weights in official names.
         position_index: Rows of the tables, int64 ``(N + 1, N + 1)``; None where there are no tables.
     """
+    if is_segmentor(weights):
+        weights = {name if name.startswith(HEADS) else f"backbone.{name}": t for name, t in weights.items()}
     return dict(with_index(weights, position_index))
 
 

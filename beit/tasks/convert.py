@@ -13,18 +13,26 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from beit.config import option
-from beit.data.transforms import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from beit.data.transforms import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+)
 from beit.errors import InputError
-from beit.interop import from_official, huggingface, timm
+from beit.interop import from_official, huggingface, mmseg, timm
+from beit.interop.segmentation import PARTS, heads_of, incomplete, is_segmentor
 from beit.pretrained import Architecture, Metadata, architecture_of, class_names, read_weights
 from beit.relative_position import relative_position_index
 from beit.storage import atomic_write, save_checkpoint
-from beit.weights import FILE_METADATA, RECORDED
+from beit.weights import FILE_METADATA, RECORDED, taps_of
 from beit.zoo import build, open_model
 
 logger = logging.getLogger(__name__)
 
 TARGETS = ("unilm", "huggingface", "timm", "mmsegmentation", "mmpretrain", "onnx", "torch_export")
+SEGMENTATION_TARGETS = ("unilm", "huggingface", "mmsegmentation")
+POOL_SCALES = (1, 2, 3, 6)  # of UPerNet, where nothing else is recorded
 FILE_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 CROP_FROM = 384  # from this size on, published models are evaluated on the whole image
 LAYER_NORM_EPS = 1e-6  # of ours and of timm's
@@ -74,6 +82,9 @@ def convert(source: str | Path, destination: Path, to: str) -> None:
     """
     _check_destination(destination, to)
     weights, metadata = read_weights(source)
+    if is_segmentor(weights):
+        _convert_segmentor(weights, metadata, destination, to)
+        return
     architecture = architecture_of(weights, metadata)
     weights = _complete(weights, architecture, str(source))
     labels = class_names(metadata, architecture.arguments.get("num_classes", 0))
@@ -86,6 +97,70 @@ def convert(source: str | Path, destination: Path, to: str) -> None:
         key = "model" if to == "unilm" else "state_dict"
         settings = {"args": metadata["args"]} if "args" in metadata else {}
         save_checkpoint(destination, {key: translated, **settings, **_recorded(architecture, metadata, labels)})
+
+
+def _convert_segmentor(weights: dict[str, Tensor], metadata: Metadata, destination: Path, to: str) -> None:
+    """Writes a segmentor whole: the backbone as of other models, the heads by their names and shapes."""
+    _check_segmentation_target(to, metadata)
+    architecture = architecture_of(weights, metadata)
+    weights = _complete_segmentor(weights, architecture, metadata["source"])
+    recorded = metadata.get("labels") or ()
+    labels = [str(label) for label in recorded] if len(recorded) == heads_of(weights).num_classes else None
+    if to == "huggingface":
+        _write_huggingface_segmentor(destination, weights, architecture, metadata, labels)
+        return
+    translated = from_official(weights, to, position_index=_position_index(architecture))
+    palette = [list(colour) for colour in metadata["palette"]] if "palette" in metadata else None
+    meta = mmseg.meta(labels, palette, legacy=to == "unilm")
+    settings = {"args": metadata["args"]} if "args" in metadata else {}
+    content = {"state_dict": translated, "meta": meta, **settings, **_recorded(architecture, metadata, labels)}
+    save_checkpoint(destination, content)
+
+
+def _check_segmentation_target(to: str, metadata: Metadata) -> None:
+    if to not in SEGMENTATION_TARGETS:
+        raise InputError(
+            f"{metadata['source']} is a segmentor, and --to {to} has no heads of segmentation: convert it to one of "
+            f"{', '.join(SEGMENTATION_TARGETS)}"
+        )
+
+
+def _complete_segmentor(weights: Mapping[str, Tensor], architecture: Architecture, source: str) -> dict[str, Tensor]:
+    """Keeps backbone, pyramid and heads, and makes sure that nothing is missing."""
+    a = architecture.arguments
+    if missing := incomplete(weights, a["embed_dim"], a["patch_size"][0]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"{source} is not a whole segmentor: it lacks {missing[0]}{more}, or they have other sizes")
+    parts = {name: tensor for name, tensor in weights.items() if name.startswith(PARTS)}
+    backbone = {name: tensor for name, tensor in weights.items() if name not in parts}
+    return _complete(backbone, architecture, source, headless=True) | parts
+
+
+def _write_huggingface_segmentor(
+    folder: Path, weights: dict[str, Tensor], architecture: Architecture, metadata: Metadata, labels: Any
+) -> None:
+    heads, taps = heads_of(weights), taps_of(weights, metadata)
+    arguments = architecture.arguments | {"num_classes": heads.num_classes}
+    if huggingface.needs_inert_layer(taps, depth := arguments["depth"]):
+        weights = huggingface.with_inert_layer(weights, depth)
+        arguments["depth"] = depth + 1
+        logger.info("transformers cannot tap a model's last layer: the export has an inert layer %d after it", depth)
+    if metadata.get("auxiliary_index", huggingface.AUXILIARY_INDEX) != huggingface.AUXILIARY_INDEX:
+        logger.warning("transformers' auxiliary head sees the third tap, this one another: its logits will differ")
+    eps = metadata.get("layer_norm_eps", LAYER_NORM_EPS)
+    config = huggingface.segmentation_json(
+        huggingface.config_json(arguments, layer_norm_eps=eps, labels=labels),
+        heads,
+        taps=taps,
+        pool_scales=metadata.get("pool_scales", POOL_SCALES),
+        palette=metadata.get("palette"),
+    )
+    images = preprocessing(architecture, {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, **metadata})
+    zero = metadata.get("reduce_zero_label", False)
+    _write_json(folder / "config.json", config)
+    prepared = huggingface.segmentation_preprocessor_json(config["image_size"], images, zero=zero)
+    _write_json(folder / "preprocessor_config.json", prepared)
+    _write_safetensors(folder / "model.safetensors", from_official(weights, "huggingface"))
 
 
 def _recorded(architecture: Architecture, metadata: Metadata, labels: Any) -> dict[str, Any]:
@@ -105,10 +180,21 @@ def _check_destination(destination: Path, to: str) -> None:
         raise InputError(f"{destination} is a file; a folder is to be written there")
 
 
-def _complete(weights: Mapping[str, Tensor], architecture: Architecture, source: str) -> dict[str, Tensor]:
-    """Keeps what belongs to the model, in its order, and makes sure that nothing is missing."""
+def _complete(
+    weights: Mapping[str, Tensor], architecture: Architecture, source: str, *, headless: bool = False
+) -> dict[str, Tensor]:
+    """Keeps what belongs to the model, in its order, and makes sure that nothing is missing.
+
+    Args:
+        weights: In official names.
+        architecture: Of the model.
+        source: What to call it.
+        headless: It has no norm after the last block either.
+    """
     with torch.device("meta"):
         own = build(architecture).state_dict()
+    if headless:
+        own = {name: tensor for name, tensor in own.items() if not name.startswith(("norm.", "fc_norm."))}
     if missing := [name for name in own if name not in weights]:
         raise InputError(f"{source} is not a whole model: it lacks {missing[0]} and {len(missing) - 1} more tensors")
     if left_out := [name for name in weights if name not in own]:
@@ -201,7 +287,9 @@ def export_graph(source: str | Path, destination: Path, to: str, *, features: bo
         raise InputError(f"--to {to} writes one file: name it {destination.with_suffix(suffix)}")
     if to == "onnx":
         _require_onnx()
-    model, _ = open_model(source)
+    model, metadata = open_model(source)
+    if metadata.get("segmentation"):
+        _check_segmentation_target(to, metadata)
     if to == "onnx":
         model.set_attention("eager")  # ONNX has plain operations for it; torch's own fused one does not decompose
     channels = model.patch_embed.proj.in_channels
