@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
-from torchvision.tv_tensors import Image, Mask
+from torchvision.tv_tensors import Image, Mask, wrap
 
 from beit.data.transforms import Box, size_pair
 from beit.errors import InputError
@@ -140,6 +140,10 @@ def resize(pixels: Pixels, size: tuple[int, int]) -> Pixels:
     """
     if tuple(pixels.shape[-2:]) == size:
         return pixels
+    if not isinstance(pixels, Mask):
+        # The channels of a pixel side by side, as decoders leave them: torch is faster so, and fails in the other
+        # order on its way to one single pixel.
+        pixels = wrap(pixels.movedim(-3, -1).contiguous().movedim(-1, -3), like=pixels)
     return F.resize(pixels, list(size), InterpolationMode.BILINEAR, antialias=False)
 
 
