@@ -5,6 +5,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -21,7 +22,8 @@ ConfigT = TypeVar("ConfigT")
 
 OK, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 OUT_OF_MEMORY = (
-    "out of memory on the {device}: lower --batch_size and raise --update_freq to keep the effective batch; "
+    "out of memory on the {device}: lower --batch_size (for segmentation --samples_per_gpu) and raise --update_freq to "
+    "keep the effective batch; "
     "--grad_checkpointing saves memory too, in jobs that have it"
 )
 
@@ -47,7 +49,7 @@ def launch(
         not finite), 143 after SIGTERM, 130 after Ctrl-C.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    open_mpi = "--dist_on_itp" in arguments
+    open_mpi = asks_for_open_mpi(arguments)
     name = prog or sys.argv[0].rpartition("/")[2]
 
     def run() -> None:
@@ -55,6 +57,13 @@ def launch(
         main(read_command_line(config_class, arguments, name, description or ""))
 
     return run_and_report(run, open_mpi)
+
+
+def asks_for_open_mpi(arguments: Sequence[str]) -> bool:
+    """Whether a command line says that ``mpirun`` started the process: ``--dist_on_itp``, or ``--launcher mpi``."""
+    return bool({"--dist_on_itp", "--dist-on-itp", "--launcher=mpi"} & set(arguments)) or (
+        ("--launcher", "mpi") in pairwise(arguments)
+    )
 
 
 def run_and_report(run: Callable[[], None], open_mpi: bool = False) -> int:
