@@ -7,7 +7,6 @@ is there: one batch of every process, so that with ``update_freq`` 2 every secon
 import dataclasses
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -17,8 +16,7 @@ from beit import zoo
 from beit.config import SettingsFiles, Size, option, read_command_line
 from beit.data.transforms import size_pair
 from beit.errors import InputError, did_you_mean
-from beit.tasks import options
-from beit.training.session import Session
+from beit.tasks.options import AMP_CHOICES, check_positive
 from semantic_segmentation.official_keys import KEYS_WITHOUT_EFFECT, MODEL_SIZES, OFFICIAL_KEYS
 
 DECODE_HEADS = ("uper", "setr_pup")
@@ -111,7 +109,7 @@ class SegmentationConfig:
     device: str = option("cuda", "cuda, cpu or mps; the CPU where there is no CUDA")
     seed: int = option(0, "seed of everything random")
     deterministic: bool = option(False, "allow only deterministic GPU kernels (slower)")
-    amp_dtype: str = option("auto", "number format of forward and backward", choices=options.AMP_CHOICES)
+    amp_dtype: str = option("auto", "number format of forward and backward", choices=AMP_CHOICES)
     pin_mem: bool = option(True, "page-locked host memory for faster transfers to a GPU", off="--no_pin_mem")
     keep_checkpoints: int = option(0, "newest checkpoint-<steps>.pth to keep; 0 keeps all")
     save_ckpt_steps: int = option(1000, "optimizer steps between two writes of checkpoint-last.pth; 0 for none")
@@ -128,10 +126,6 @@ class SegmentationConfig:
     def dist_on_itp(self) -> bool:
         """Whether Open MPI's ``mpirun`` started the processes, under the name that the engine's options have for it."""
         return self.launcher == "mpi"
-
-    def data_folder(self) -> Path:
-        """Returns the folder of the data."""
-        return Path(self.data_root).expanduser()
 
 
 @dataclass(frozen=True)
@@ -184,11 +178,6 @@ def read_train(argv: Sequence[str], prog: str = "train.py", description: str = "
 def read_test(argv: Sequence[str], prog: str = "test.py", description: str = "") -> TestConfig:
     """Reads the command line of ``tools/test.py``."""
     return read_command_line(TestConfig, argv, prog, description)
-
-
-def session_of(config: SegmentationConfig) -> AbstractContextManager[Session]:
-    """Opens the session that the flags ask for; only training has a run folder to itself."""
-    return options.session_of(config, writes=isinstance(config, TrainConfig))
 
 
 def intervals(config: SegmentationConfig) -> tuple[int, int]:
@@ -290,7 +279,7 @@ _COUNTS = ("samples_per_gpu", "head_channels", "max_iters", "update_freq", "reci
 
 def check_settings(config: SegmentationConfig) -> None:
     """Raises :class:`InputError` for the first setting that cannot be used."""
-    options.check_positive(config, *_COUNTS, "checkpoint_interval", "log_every", "test_batch_size")
+    check_positive(config, *_COUNTS, "checkpoint_interval", "log_every", "test_batch_size")
     for what, (names, holds) in _RANGES.items():
         for name in names:
             value = getattr(config, name, None)
