@@ -20,6 +20,7 @@ from beit.errors import InputError
 from beit.modeling import VisionTransformer
 from beit.storage import save_checkpoint
 from beit.tasks.convert import convert
+from beit.weights import read_weights
 from beit.zoo import create_model, get_model
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
@@ -257,3 +258,14 @@ def test_what_no_shape_tells_survives_a_conversion(to, tmp_path, caplog):
         create_model("beit_tiny_patch16_224", pretrained=path, **sizes, num_heads=2)
     create_model("beit_tiny_patch16_224", pretrained=path, **sizes, num_heads=4)
     assert "was made with a layer_norm_eps of 0.01, the model has 1e-06" in caplog.text
+
+
+def test_the_crop_comes_back_from_transformers_as_it_was(small, tmp_path):
+    # Breaks when it is read off the sizes, which are whole pixels: 64 / 73 is not 0.875.
+    path = saved(small("per-layer tables"), tmp_path, crop_pct=0.875)
+    convert(path, tmp_path / "hf", "huggingface")
+    assert read_weights(tmp_path / "hf")[1]["crop_pct"] == 0.875
+    described = tmp_path / "hf" / "preprocessor_config.json"
+    described.write_text(described.read_text().replace('"shortest_edge": 73', '"shortest_edge": 80'))
+    assert read_weights(tmp_path / "hf")[1]["crop_pct"] == 0.8  # somebody changed the sizes, which count then
+    assert AutoImageProcessor.from_pretrained(tmp_path / "hf").size["shortest_edge"] == 80

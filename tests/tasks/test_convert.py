@@ -12,7 +12,9 @@ from beit.errors import InputError
 from beit.modeling import VisionTransformer, VisionTransformerForMaskedImageModeling
 from beit.storage import load_checkpoint, save_checkpoint
 from beit.tasks.convert import Features, convert, export_graph
+from beit.weights import read_weights
 from beit.zoo import get_model
+from semantic_segmentation.modeling import build_segmentor
 
 SIZES = {"img_size": (32, 48), "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2, "init_values": 0.1}
 
@@ -87,6 +89,78 @@ def test_imagenet_classes_get_their_names(tmp_path):
     save_checkpoint(tmp_path / "a.pth", {"model": classifier(img_size=32, num_classes=1000).state_dict()})
     convert(tmp_path / "a.pth", tmp_path / "hf", "huggingface")
     assert json.loads((tmp_path / "hf/config.json").read_text())["id2label"]["207"] == "golden retriever"
+
+
+def segmentor(folder, **options):
+    """A run's checkpoint of a segmentor that transformers can compute."""
+    sizes = {**SIZES, "img_size": 32, "depth": 4, "use_abs_pos_emb": False, "use_rel_pos_bias": True}
+    heads = {"num_classes": 3, "channels": 32, "auxiliary_channels": 8, "out_indices": (0, 1, 2, 3)}
+    model = random_(build_segmentor(**{**sizes, **heads, **options}))
+    path = folder / "segmentor.pth"
+    save_checkpoint(path, {"model": model.state_dict(), "labels": ["x", "y", "z"], "args": {"head_channels": 32}})
+    return path
+
+
+@pytest.mark.parametrize("chain", [("mmsegmentation",), ("huggingface",), ("huggingface", "mmsegmentation", "unilm")])
+def test_segmentors_come_back_bit_identical(chain, tmp_path):
+    # Through every format, on the command line; the last file is one that the official code reads.
+    source = segmentor(tmp_path)
+    for step, to in enumerate((*chain, "unilm")):
+        there = tmp_path / (f"{step}.pth" if to != "huggingface" else f"folder{step}")
+        assert main(["convert", str(source), str(there), "--to", to]) == 0
+        source = there
+    content = load_checkpoint(source)
+    assert list(content["meta"]["CLASSES"]) == ["x", "y", "z"]
+    before = load_checkpoint(tmp_path / "segmentor.pth")["model"]
+    after = {k: v for k, v in content["state_dict"].items() if not k.endswith("relative_position_index")}
+    assert len(content["state_dict"]) == len(after) + 4
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_segmentor_in_half_precision_stays_so(tmp_path):
+    content = load_checkpoint(segmentor(tmp_path))
+    weights = {name: t.half() if t.is_floating_point() else t for name, t in content["model"].items()}
+    save_checkpoint(tmp_path / "half.pth", {"model": weights})
+    convert(tmp_path / "half.pth", tmp_path / "hf", "huggingface")
+    types = {name.rpartition(".")[2]: tensor.dtype for name, tensor in read_weights(tmp_path / "hf")[0].items()}
+    assert (types.pop("num_batches_tracked"), set(types.values())) == (torch.int64, {torch.float16})
+
+
+def test_a_file_without_names_of_classes_says_so_to_mmsegmentation_0(tmp_path):
+    # Its code reads both keys without asking whether they are there.
+    weights = load_checkpoint(segmentor(tmp_path))["model"]
+    save_checkpoint(tmp_path / "unnamed.pth", {"model": weights, "labels": ["too", "few"]})
+    convert(tmp_path / "unnamed.pth", tmp_path / "official.pth", "unilm")
+    assert load_checkpoint(tmp_path / "official.pth")["meta"] == {"CLASSES": None, "PALETTE": None}
+    assert "labels" not in read_weights(tmp_path / "official.pth")[1]
+
+
+@pytest.mark.parametrize("to", ["timm", "mmpretrain", "onnx", "torch_export"])
+def test_formats_without_segmentation_refuse_a_segmentor(to, tmp_path, capsys):
+    # Breaks when the backbone alone is written, which opens and is not what was asked for.
+    file = tmp_path / {"onnx": "a.onnx", "torch_export": "a.pt2"}.get(to, "a.pth")
+    assert main(["convert", str(segmentor(tmp_path)), str(file), "--to", to]) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert f"is a segmentor, and --to {to} has no heads of segmentation: convert it to one of unilm" in error
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("decode_head.lateral_convs.1", "it lacks decode_head.lateral_convs.1.conv.weight and 4 more"),
+        ("decode_head.conv_seg", "it lacks decode_head.conv_seg.weight and "),
+        ("backbone.fpn2", "it lacks fpn2.0.weight and 1 more"),
+        ("backbone.blocks.2.mlp", "is not a whole model: it lacks blocks.2.mlp.fc1.weight and 3 more"),
+    ],
+)
+def test_a_segmentor_that_lacks_a_part_is_not_written(part, message, tmp_path):
+    weights = load_checkpoint(segmentor(tmp_path))["model"]
+    kept = {name: tensor for name, tensor in weights.items() if not name.startswith(f"{part}.")}
+    save_checkpoint(tmp_path / "part.pth", {"model": kept})
+    with pytest.raises(InputError, match=message):
+        convert(tmp_path / "part.pth", tmp_path / "b.pth", "unilm")
 
 
 @pytest.mark.parametrize("to", ["torch_export", "onnx"])
