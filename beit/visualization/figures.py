@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 PANEL_INCHES = 1.6
 DIAGRAM_INCHES = (4.0, 2.8)
+SEGMENTATION_INCHES = 4.0
+LEGEND_POINTS = 8
+LEGEND_SPACING = 0.37  # between two lines, in heights of a letter
 DIAGRAMS_A_ROW = 4
 DPI = 150
 STYLES = {"train": "-", "test": "--"}
@@ -53,12 +56,71 @@ def draw_panels(path: str | Path, panels: Mapping[str, Tensor], captions: Sequen
     _save(figure, path)
 
 
-def _show(axes: "Axes", image: Tensor) -> None:
-    axes.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
+def _show(axes: "Axes", image: Tensor, interpolation: str = "nearest") -> None:
+    axes.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation=interpolation)
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_visible(False)
+
+
+def draw_segmentation(
+    path: str | Path,
+    panels: Mapping[str, Tensor],
+    legend: Sequence[tuple[str, tuple[int, int, int]]],
+    title: str = "",
+) -> None:
+    """Draws versions of one image side by side, and under them what the colours mean.
+
+    Args:
+        path: The PNG file to write.
+        panels: Title of a version → its picture, uint8 ``(3, H, W)``; all are of one size.
+        legend: Names and colours (red, green, blue, 0 to 255), in the order in which to list them, down the columns.
+        title: A line above all.
+    """
+    height, width = next(iter(panels.values())).shape[-2:]
+    # An extreme panorama would be a thin line; drawn higher than it is, it would be wrong. It has room at its sides.
+    scale = SEGMENTATION_INCHES / max(height, width)
+    panel_width, panel_height = max(width * scale, 1.5), max(height * scale, 0.5)
+    total_width = len(panels) * (panel_width + 0.08) + 0.08
+    columns, rows = _legend_shape([name for name, _ in legend], total_width)
+    foot = 0.08 + (rows * LEGEND_POINTS * (1 + LEGEND_SPACING) / 72 + 0.15 if legend else 0)
+    head = 0.3 + (0.2 if title else 0)
+    total_height = head + panel_height + foot
+    figure = _new_figure(total_width, total_height)
+    for column, (name, picture) in enumerate(panels.items()):
+        left = 0.08 + column * (panel_width + 0.08)
+        place = (left / total_width, foot / total_height, panel_width / total_width, panel_height / total_height)
+        axes = figure.add_axes(place)
+        _show(axes, picture.float() / 255, interpolation="antialiased")
+        axes.set_title(name, fontsize=9, pad=4)
+    if legend:
+        _draw_legend(figure, legend, columns)
+    if title:
+        figure.suptitle(title, fontsize=10, y=1 - 0.08 / total_height, va="top")
+    _save(figure, path)
+
+
+def _legend_shape(names: Sequence[str], inches: float) -> tuple[int, int]:
+    """Returns how many columns fit into a width, and how many rows that makes."""
+    letter = LEGEND_POINTS * 0.6 / 72  # a little more than the mean of the font
+    entry = (max(map(len, names), default=0) + 5) * letter  # with its patch of colour and the gap to the next
+    columns = max(1, min(len(names), int(inches / entry)))
+    return columns, math.ceil(len(names) / columns)
+
+
+def _draw_legend(figure: "Figure", legend: Sequence[tuple[str, tuple[int, int, int]]], columns: int) -> None:
+    from matplotlib.patches import Patch
+
+    patches = [
+        Patch(facecolor=[level / 255 for level in colour], edgecolor="black", linewidth=0.4, label=name)
+        for name, colour in legend
+    ]
+    figure.legend(
+        handles=patches, loc="lower center", bbox_to_anchor=(0.5, 0), ncols=columns, fontsize=LEGEND_POINTS,
+        frameon=False, borderaxespad=0.2, borderpad=0, labelspacing=LEGEND_SPACING, handlelength=1.4, handletextpad=0.5,
+        columnspacing=1.4,
+    )  # fmt: skip
 
 
 def draw_curves(path: str | Path, diagrams: Mapping[str, Sequence[Curve]], title: str = "") -> None:

@@ -9,7 +9,14 @@ import torch
 from PIL import Image
 
 from beit.visualization.curves import Curve
-from beit.visualization.figures import DPI, PANEL_INCHES, draw_curves, draw_panels
+from beit.visualization.figures import (
+    DPI,
+    PANEL_INCHES,
+    SEGMENTATION_INCHES,
+    draw_curves,
+    draw_panels,
+    draw_segmentation,
+)
 
 
 def read(path) -> np.ndarray:
@@ -28,6 +35,29 @@ def test_every_panel_is_drawn_in_its_colour(tmp_path):
         assert 2 * 0.8 * panel < painted.sum() < 2 * 1.1 * panel
     left, right = pixels[:, : pixels.shape[1] // 2], pixels[:, pixels.shape[1] // 2 :]
     assert (left[..., 1] - left[..., 0]).max() < 200 < (right[..., 1] - right[..., 0]).max()
+
+
+@pytest.mark.parametrize("size", [(30, 40), (40, 30), (4, 40)])
+@pytest.mark.parametrize("entries", [0, 1, 20, 150])
+def test_a_segmentation_is_drawn_with_its_legend(tmp_path, size, entries):
+    # Broken by panels that are stretched, or that the legend covers, and by a legend that leaves the picture.
+    red, green = (torch.zeros(3, *size, dtype=torch.uint8) for _ in range(2))
+    red[0], green[1] = 255, 255
+    legend = [(f"a class {number}", (0, 100, number)) for number in range(entries)]
+    draw_segmentation(tmp_path / "a.png", {"image": red, "overlay": green}, legend, "Title")
+    pixels = read(tmp_path / "a.png")
+    enlarged = [side * SEGMENTATION_INCHES * DPI / max(size) for side in size]
+    for colour in ((255, 0, 0), (0, 255, 0)):
+        rows, columns = (pixels == colour).all(axis=-1).nonzero()
+        assert [np.ptp(rows) + 1, np.ptp(columns) + 1] == pytest.approx(enlarged, abs=4)
+        assert len(rows) > 0.97 * enlarged[0] * enlarged[1]
+    patches = (pixels[..., 0] == 0) & (pixels[..., 1] == 100)
+    assert len(np.unique(pixels[patches][:, 2])) == entries
+    if entries:
+        assert patches.nonzero()[0].min() > rows.max() + 5  # the legend is below the panels, and near
+        assert patches.nonzero()[0].min() < rows.max() + 60
+    edge = np.concatenate([pixels[:3].reshape(-1, 3), pixels[-3:].reshape(-1, 3), pixels[:, -3:].reshape(-1, 3)])
+    assert (edge == 255).all()
 
 
 @pytest.mark.parametrize("count", [1, 3, 5])
