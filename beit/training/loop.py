@@ -449,7 +449,7 @@ class Trainer:
             entry |= {f"test_{name}": value for name, value in results.items()}
         entry |= {"epoch": epoch, "n_parameters": sum(p.numel() for p in parameters)}
         if self.settings.count_steps:
-            entry["iteration"] = (epoch + 1) * self.steps_per_epoch
+            entry["step"] = (epoch + 1) * self.steps_per_epoch
         return entry | {**self._throughput.totals(), "skipped_steps": self._skipped_steps}
 
     def _finish_epoch(self, epoch: int, entry: dict[str, Any], log: EpochLog | None, scalars: ScalarWriter) -> None:

@@ -428,7 +428,7 @@ def test_a_run_that_counts_steps_numbers_its_files_by_them(tmp_path, undisturbed
     # 10 steps an "epoch" of three; breaks if files are numbered by the epoch, or the newest is told by it.
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{n}.pth" for n in (10, 20, 30)}
     lines = log_lines(tmp_path)
-    assert [entry.pop("iteration") for entry in lines] == [10, 20, 30]
+    assert [entry.pop("step") for entry in lines] == [10, 20, 30]
     assert lines == log_lines(undisturbed)
     (tmp_path / "checkpoint-30.pth").unlink()
     trainer = continued(tmp_path, count_steps=True)
