@@ -408,7 +408,7 @@ def _find_yaml(name: str, folder: Path) -> Path:
         raise InputError(f"{name} is a Python file, which is not run: write its settings as 'key: value' in {path}")
     shipped = sorted(file.stem for file in folder.glob("*.yaml") if not file.name.startswith("_"))
     hint = did_you_mean(stem, {*shipped, *(file.stem for file in path.parent.glob("*.yaml"))})
-    raise InputError(f"no settings file {name}{hint}; the package has {', '.join(shipped)}")
+    raise InputError(f"no settings file {name}{hint or '; the package has ' + ', '.join(shipped)}")
 
 
 def _announce_flags_without_effect(config: Any) -> None:
