@@ -111,14 +111,14 @@ def predict(
 def _views(image: Tensor, settings: TestSettings) -> Iterator[tuple[Tensor, bool, int]]:
     """Yields the image in its sizes, whether it is mirrored, and how many times it counts."""
     # With a bound on the short side several ratios come to the same size, which need not be computed again.
-    for size, times in Counter(test_sizes((image.shape[-2], image.shape[-1]), settings)).items():
+    for size, times in Counter(view_sizes((image.shape[-2], image.shape[-1]), settings)).items():
         resized = resize(image, size)
         yield resized, False, times
         if settings.flip:
             yield resized.flip(-1), True, times
 
 
-def test_sizes(size: tuple[int, int], settings: TestSettings) -> list[tuple[int, int]]:
+def view_sizes(size: tuple[int, int], settings: TestSettings) -> list[tuple[int, int]]:
     """Returns the height and width in which an image of some height and width is tested, for each ratio."""
     return [fit_size(size, scaled(settings.image_scale, ratio), settings.short_at_least) for ratio in settings.ratios]
 

@@ -113,8 +113,8 @@ def _draw_legend(figure: "Figure", legend: Sequence[tuple[str, tuple[int, int, i
     from matplotlib.patches import Patch
 
     patches = [
-        Patch(facecolor=[level / 255 for level in colour], edgecolor="black", linewidth=0.4, label=name)
-        for name, colour in legend
+        Patch(facecolor=(red / 255, green / 255, blue / 255), edgecolor="black", linewidth=0.4, label=name)
+        for name, (red, green, blue) in legend
     ]
     figure.legend(
         handles=patches, loc="lower center", bbox_to_anchor=(0.5, 0), ncols=columns, fontsize=LEGEND_POINTS,
