@@ -38,6 +38,7 @@ RECORDED_BY_A_RUN = (  # also among its settings; the second row by one of segme
     *("labels", "mean", "std", "crop_pct", "interpolation"),
     *("out_indices", "pool_scales", "auxiliary_index", "reduce_zero_label"),
 )
+PUBLISHED_TAPS = {12: (3, 5, 7, 11), 24: (7, 11, 15, 23)}  # of the segmentors, by depth
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 FILE_METADATA = "beit"  # where a safetensors file, which holds only tensors and strings, has the rest, as JSON
 
@@ -109,7 +110,13 @@ def _segmentor(
     described = mmseg.read_meta(content)
     if dialect == "huggingface":
         described |= huggingface.read_segmentation(*configs)
-        weights = huggingface.without_inert_layer(weights, described["out_indices"])
+        weights = huggingface.without_inert_layer(weights, taps := described["out_indices"])
+        if (published := PUBLISHED_TAPS.get(_depth(weights))) == tuple(tap + huggingface.TAP_SHIFT for tap in taps):
+            logger.warning(
+                "taking blocks %s, which transformers means by out_indices %s; weights that were converted from an "
+                "official file learnt with blocks %s: %s in config.json",
+                *(taps, published, published, [tap + huggingface.TAP_SHIFT for tap in published]),
+            )
     found = {key: value for key in described if (value := RECORDED[key](described[key])) is not None}
     return weights, found | {"segmentation": True}
 
@@ -347,7 +354,7 @@ def architecture_of(weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) 
         "patch_size": tuple(patch),
         "in_chans": in_chans,
         "embed_dim": embed_dim,
-        "depth": 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
+        "depth": _depth(weights),
         "num_heads": heads,
         "mlp_ratio": _mlp_ratio(embed_dim, len(weights["blocks.0.mlp.fc1.weight"])),
         "qkv_bias": "blocks.0.attn.q_bias" in weights,
@@ -362,6 +369,10 @@ def architecture_of(weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) 
     classes = len(weights["head.weight"]) if "head.weight" in weights else 0
     mean_pooling = segmentor or "fc_norm.weight" in weights or "norm.weight" not in weights
     return Architecture(False, arguments | {"num_classes": classes, "use_mean_pooling": mean_pooling})
+
+
+def _depth(weights: Mapping[str, Tensor]) -> int:
+    return 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
 
 
 def _check_parts(weights: Mapping[str, Tensor], source: str) -> None:
@@ -388,9 +399,8 @@ def taps_of(weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> tuple
     """
     if recorded := metadata.get("out_indices"):
         return tuple(recorded)
-    depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
-    published = {12: (3, 5, 7, 11), 24: (7, 11, 15, 23)}
-    taps = published.get(depth, tuple(depth * quarter // 4 - 1 for quarter in range(1, 5)))
+    depth = _depth(weights)
+    taps = PUBLISHED_TAPS.get(depth, tuple(depth * quarter // 4 - 1 for quarter in range(1, 5)))
     logger.info(
         "%s does not say which blocks it taps: taking %s", metadata.get("source"), ", ".join(str(tap) for tap in taps)
     )

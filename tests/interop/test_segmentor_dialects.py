@@ -130,7 +130,7 @@ def test_we_open_a_segmentor_that_transformers_saved(options, tmp_path):
     assert_equal_logits(both_logits(model), both_logits_of_transformers(peer))
 
 
-def test_documented_taps_of_transformers_are_two_blocks_earlier(tmp_path):
+def test_documented_taps_of_transformers_are_two_blocks_earlier(tmp_path, caplog):
     # Its [3, 5, 7, 11] reads like the official blocks of that number, and is not what it computes.
     config = BeitConfig(
         **{**HF_SIZES, "num_hidden_layers": 12}, use_relative_position_bias=True, out_indices=[3, 5, 7, 11]
@@ -139,11 +139,14 @@ def test_documented_taps_of_transformers_are_two_blocks_earlier(tmp_path):
     peer.save_pretrained(tmp_path)
     weights, metadata = read_weights(tmp_path)
     assert metadata["out_indices"] == (1, 3, 5, 9)
+    assert "official file learnt with blocks (3, 5, 7, 11): [5, 7, 9, 13] in config.json" in caplog.text
     assert_equal_logits(both_logits(segmentor_from(weights, metadata)), both_logits_of_transformers(peer))
     described = json.loads((tmp_path / "config.json").read_text())
     del described["out_indices"]
     (tmp_path / "config.json").write_text(json.dumps(described))
     assert read_weights(tmp_path)[1]["out_indices"] == (1, 3, 5, 9)
+    (tmp_path / "config.json").write_text(json.dumps(described | {"out_indices": [5, 7, 9, 13]}))
+    assert read_weights(tmp_path)[1]["out_indices"] == (3, 5, 7, 11)
     (tmp_path / "config.json").write_text(json.dumps(described | {"out_indices": [1, 3, 5, 11]}))
     with pytest.raises(InputError, match=r"out_indices \[1, 3, 5, 11\]: four that differ are needed"):
         read_weights(tmp_path)
