@@ -70,15 +70,19 @@ class _SumOverProcesses(torch.autograd.Function):
 
     @staticmethod
     def forward(_ctx: Any, tensor: Tensor) -> Tensor:
-        total = tensor.clone()
-        dist.all_reduce(total)
-        return total
+        return _all_reduced(tensor)
 
     @staticmethod
     def backward(_ctx: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].clone()
-        dist.all_reduce(total)
-        return total
+        return _all_reduced(gradients[0])
+
+
+def _all_reduced(tensor: Tensor) -> Tensor:
+    total = tensor.clone()
+    dist.all_reduce(total)
+    # An alias: gloo's thread may hold `total` a little longer, and must not be the one to free a graph of Python nodes,
+    # which ends the process with an abort if the interpreter is on its way out.
+    return total.detach()
 
 
 def _sum_over_processes(tensor: Tensor) -> Tensor:
@@ -90,8 +94,9 @@ def _channelwise(values: Tensor) -> Tensor:
 
 
 def _with_tensors_of(norm: nn.BatchNorm2d) -> CPUSyncBatchNorm:
-    settings = {"eps": norm.eps, "momentum": norm.momentum, "affine": norm.affine}
-    synchronised = CPUSyncBatchNorm(norm.num_features, track_running_stats=norm.track_running_stats, **settings)
+    synchronised = CPUSyncBatchNorm(
+        norm.num_features, norm.eps, norm.momentum, affine=norm.affine, track_running_stats=norm.track_running_stats
+    )
     for name, parameter in norm.named_parameters():
         setattr(synchronised, name, parameter)
     for name, buffer in norm.named_buffers():

@@ -144,8 +144,9 @@ class Segmentor(nn.Module):
             without one and in evaluation mode.
         """
         levels = self.backbone(images)
-        helps = self.training and self.auxiliary_head is not None
-        return self.decode_head(levels), self.auxiliary_head(levels) if helps else None
+        if self.auxiliary_head is None or not self.training:
+            return self.decode_head(levels), None
+        return self.decode_head(levels), self.auxiliary_head(levels)
 
     def segment(self, images: Tensor) -> Tensor:
         """Returns logits ``(B, K, H, W)`` for the pixels of images ``(B, 3, H, W)``, in float32 at least."""
@@ -331,9 +332,7 @@ def _head_kind(weights: Mapping[str, Tensor], source: str) -> str:
     for prefix, kind in HEAD_NAMES.items():
         if any(name.startswith(prefix) for name in weights):
             return kind
-    raise InputError(
-        f"{source} has a decode_head of another kind than UPerNet or SETR-PUP, which are all there are here"
-    )
+    raise InputError(f"{source} has a decode_head that is neither UPerNet nor SETR-PUP: there are no others here")
 
 
 def _classifier(weights: Mapping[str, Tensor], source: str) -> Tensor:

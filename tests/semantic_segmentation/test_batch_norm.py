@@ -12,6 +12,7 @@ from tests.commands import run
 from tests.semantic_segmentation.two_processes_batch_norm import STEPS, network, train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("counts", ["4,4", "1,6"])
 def test_two_processes_equal_one_over_the_whole_batch(tmp_path, counts, free_port):
     # Breaks if the gradient stops at the statistics, a process's own count is taken, or variances are just averaged.

@@ -159,9 +159,7 @@ def test_setr_pup_doubles_the_last_tap_four_times_under_mmsegmentations_names():
     assert logits.shape == (2, 5, 32, 48)
     names = {name.removeprefix("decode_head.") for name in model.state_dict() if name.startswith("decode_head.")}
     norms = [f"bn.{x}" for x in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
-    convs = {f"up_convs.{n}.0.conv.weight" for n in range(4)} | {
-        f"up_convs.{n}.0.bn.{x}" for n in range(4) for x in norms
-    }
+    convs = {f"up_convs.{n}.0.{x}" for n in range(4) for x in ("conv.weight", *norms)}
     assert names == {"conv_seg.weight", "conv_seg.bias", "norm.weight", "norm.bias"} | convs
     assert not any("fpn" in name for name in model.state_dict())
 

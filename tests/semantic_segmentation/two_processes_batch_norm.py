@@ -48,7 +48,7 @@ def train(model: nn.Module, part: slice, total: int, scale: float) -> dict:
         optimizer.step()
     model.eval()
     found["evaluated"] = model(batch(9, total)[0][part]).detach()
-    return found | {"state": bare.state_dict()}
+    return found | {"state": {name: tensor.clone() for name, tensor in bare.state_dict().items()}}
 
 
 def main(folder: Path, counts: list[int]) -> None:
@@ -59,7 +59,8 @@ def main(folder: Path, counts: list[int]) -> None:
     # DistributedDataParallel averages gradients: each process's part counts `world` times.
     found = train(model, slice(start, start + counts[rank]), sum(counts), float(world))
     with torch.autocast("cpu", torch.bfloat16):
-        found["bfloat16"] = model.module.train()(batch(0, sum(counts))[0][start : start + counts[rank]])
+        found["bfloat16"] = model.module.train()(batch(0, sum(counts))[0][start : start + counts[rank]]).detach()
+    dist.barrier()
     torch.save(found, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
