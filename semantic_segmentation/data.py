@@ -217,7 +217,10 @@ def find_pairs(images_dir: str | os.PathLike[str], annotations_dir: str | os.Pat
 def _existing_folder(folder: str | os.PathLike[str], what: str) -> Path:
     path = Path(os.path.abspath(os.path.expanduser(folder)))
     if not path.exists():
-        siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
+        try:
+            siblings = os.listdir(path.parent)
+        except OSError:  # not there either, or not ours to look into
+            siblings = []
         missing = "" if siblings else f" ({path.parent} is missing or empty too)"
         raise InputError(f"no such folder of {what}: {path}{did_you_mean(path.name, siblings) or missing}")
     if not path.is_dir():
