@@ -21,11 +21,12 @@ from beit.data.transforms import (
 )
 from beit.errors import InputError
 from beit.interop import from_official, huggingface, mmseg, timm
+from beit.interop.recorded import RECORDED
 from beit.interop.segmentation import PARTS, heads_of, incomplete, is_segmentor
 from beit.pretrained import Architecture, Metadata, architecture_of, class_names, read_weights
 from beit.relative_position import relative_position_index
 from beit.storage import atomic_write, save_checkpoint
-from beit.weights import FILE_METADATA, RECORDED, taps_of
+from beit.weights import FILE_METADATA, taps_of
 from beit.zoo import build, open_model
 
 logger = logging.getLogger(__name__)
