@@ -39,7 +39,7 @@ class SettingsFiles:
         overrides: The flags, without dashes, that take assignments ``KEY=VALUE``, stronger than a file.
         aliases: Other names that assignments may use: that name -> the field, or ``field.key`` of a mapping.
         without_effect: Keys that may be assigned but do nothing here -> why; said when they are.
-        passed_over: Keys that a file may hold for other jobs.
+        passed_over: Keys that a file may hold for other jobs, where this one has no such field.
     """
 
     folder: Path = Path(str(resources.files("beit"))) / "recipes"
@@ -150,7 +150,7 @@ def read_yaml(config_class: type, name: str, _seen: tuple[Path, ...] = ()) -> di
     values = read_yaml(config_class, str(path.parent / base), _seen) if base else {}
     fields = _fields(config_class)
     for key, value in content.items():
-        if key in RECIPE_KEYS or key in files.passed_over:
+        if key in RECIPE_KEYS or (key in files.passed_over and key not in fields):
             continue
         if key not in fields:
             raise InputError(f"{path}: unknown key {key!r}{did_you_mean(str(key), fields)}")

@@ -182,7 +182,7 @@ class Job(Config):
             "net.size": "input_size",
         },
         without_effect={"fp16": "amp_dtype says it"},
-        passed_over={"optimism"},
+        passed_over={"optimism", "lr"},
     )
 
 

@@ -16,7 +16,7 @@ import beit
 
 ROOT = Path(__file__).parents[1]
 LAUNCHERS = sorted(path.name for path in ROOT.glob("run_*.py"))
-PACKAGES = ("beit", "dall_e")
+PACKAGES = ("beit", "dall_e", "semantic_segmentation")
 NOT_SOURCE = (".*", "__pycache__", "build", "dist", "*.egg-info", "demo", "output", "tests")
 
 pytestmark = pytest.mark.slow
@@ -57,10 +57,13 @@ def read(wheel, pattern):
 def test_the_wheel_holds_all_that_a_run_needs(wheel):
     # Broken by package data or a launcher that pyproject.toml forgets.
     sources = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    segmentation = ROOT / "semantic_segmentation"
     data = [*(ROOT / "beit" / "recipes").glob("*.yaml"), ROOT / "beit" / "py.typed"]
+    data += [*segmentation.rglob("*.yaml"), *(segmentation / "tools").glob("*.sh"), segmentation / "ade20k.txt"]
     needed = {str(path.relative_to(ROOT)) for path in [*sources, *data]} | set(LAUNCHERS)
     assert len(data) > 3
     assert {"run_beit_pretraining.py", "run_dvae_training.py", "dall_e/encoder.py"} <= needed
+    assert {f"semantic_segmentation/tools/{name}" for name in ("train.py", "dist_train.sh", "dist_test.sh")} <= needed
     assert needed - names(wheel) == set()
 
 
@@ -103,3 +106,13 @@ def test_an_installed_wheel_runs_away_from_the_sources(wheel, tmp_path):
     )
     for recipe in (ROOT / "beit" / "recipes").glob("pretrain*.yaml"):
         assert "'lr'" in run("-c", show.format(recipe.stem), cwd=tmp_path, env=environment)
+    segment = (
+        "import semantic_segmentation.config as c; "
+        "print(c.read_train(['configs/beit/upernet/upernet_beit_tiny_64_slide_ade20k.py']).max_iters)"
+    )
+    assert int(run("-c", segment, cwd=tmp_path, env=environment)) > 0
+    for tool in ("train", "test"):
+        module = f"semantic_segmentation.tools.{tool}"
+        assert "CONFIG" in run("-m", module, "--help", cwd=tmp_path, env=environment)
+    shell = tmp_path / "site" / "semantic_segmentation" / "tools" / "dist_train.sh"
+    assert os.access(shell, os.X_OK)
