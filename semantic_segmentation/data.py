@@ -29,7 +29,7 @@ from beit.data.index import index_images
 from beit.errors import InputError, did_you_mean
 from semantic_segmentation.transforms import IGNORED
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"beit.{__name__}")
 
 CLASSES_FILE = "classes.txt"
 LABEL_MAPS = ".png"
@@ -112,6 +112,14 @@ def _parse_class(line: str) -> tuple[str, Colour | None]:
     if max(red, green, blue) > 255:
         raise ValueError("has a colour beyond 255")
     return name, (red, green, blue)
+
+
+def named_classes(names: Sequence[str], colours: Sequence[Sequence[int]] = ()) -> SegmentationClasses:
+    """Returns classes with the colours given, or with different ones where they are not one for each name."""
+    given = [(colour[0], colour[1], colour[2]) for colour in colours]
+    return SegmentationClasses(
+        tuple(names), tuple(given) if len(given) == len(names) else _complete([None] * len(names))
+    )
 
 
 def _complete(colours: Sequence[Colour | None]) -> tuple[Colour, ...]:

@@ -150,7 +150,11 @@ BACKGROUNDS = ("plain", "stripes", "checks", "gradient", "gradient", "noise", "n
 
 
 def draw_scene(
-    size: int | tuple[int, int], rng: np.random.Generator, dominant: str, shapes: Sequence[str] = SHAPES
+    size: int | tuple[int, int],
+    rng: np.random.Generator,
+    dominant: str,
+    shapes: Sequence[str] = SHAPES,
+    coloured: bool = False,
 ) -> tuple[Image.Image, NDArray[np.uint8]]:
     """Draws one large textured shape and up to three smaller ones, which may hide parts of each other.
 
@@ -159,6 +163,8 @@ def draw_scene(
         rng: Decides everything else.
         dominant: The shape that covers more pixels than any other.
         shapes: What the smaller ones are chosen from.
+        coloured: Whether each kind of shape has two colours of its own, as things have in photographs; else all have
+            any colours. The background has any.
 
     Returns:
         The RGB image, and the labels of its pixels, uint8 ``(H, W)``: 0 is background, ``k + 1`` is ``shapes[k]``.
@@ -170,7 +176,7 @@ def draw_scene(
         canvas = _texture(BACKGROUNDS, (0, 0, width, height), min(height, width), (width / 2, height / 2), rng)
         below, above = (int(rng.integers(0, 2)), int(rng.integers(0, 3)))
         for shape, large in [("", False)] * below + [(dominant, True)] + [("", False)] * above:
-            _draw_shape(canvas, labels, shape or str(rng.choice(shapes)), shapes, large, rng)
+            _draw_shape(canvas, labels, shape or str(rng.choice(shapes)), shapes, large, coloured, rng)
         covered = np.bincount(labels.ravel(), minlength=len(shapes) + 1)[1:]
         if covered.argmax() == label - 1:
             break
@@ -185,6 +191,7 @@ def _draw_shape(
     shape: str,
     shapes: Sequence[str],
     large: bool,
+    coloured: bool,
     rng: np.random.Generator,
 ) -> None:
     height, width = labels.shape
@@ -198,7 +205,8 @@ def _draw_shape(
     box = (left, top, right, bottom)
     cover = _coverage(OUTLINES[shape], box, centre, radius, rng.uniform(0, 2 * math.pi))
     region = canvas[top:bottom, left:right]
-    region += cover[..., None] * (_texture(tuple(TEXTURES), box, unit, centre, rng) - region)
+    colours = PALETTE.reshape(len(SHAPES), 2, 3)[SHAPES.index(shape)] if coloured else None
+    region += cover[..., None] * (_texture(tuple(TEXTURES), box, unit, centre, rng, colours) - region)
     labels[top:bottom, left:right][cover > 0.5] = shapes.index(shape) + 1
 
 
@@ -226,6 +234,7 @@ def _texture(
     unit: int,
     centre: tuple[float, float],
     rng: np.random.Generator,
+    colours: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
     """Returns the colours of a region in a texture drawn at random, float32 ``(h, w, 3)`` in 0 to 255."""
     left, top, right, bottom = box
@@ -235,7 +244,8 @@ def _texture(
     x = across * math.cos(turn) + down * math.sin(turn)
     y = down * math.cos(turn) - across * math.sin(turn)
     field = TEXTURES[names[int(rng.integers(len(names)))]](x, y, rng)[..., None]
-    first, second = PALETTE[rng.choice(len(PALETTE), 2, replace=False)] + rng.normal(0, 7, (2, 3)).astype(np.float32)
+    drawn = PALETTE[rng.choice(len(PALETTE), 2, replace=False)]
+    first, second = (drawn if colours is None else colours) + rng.normal(0, 7, (2, 3)).astype(np.float32)
     return first + field * (second - first)
 
 
@@ -276,13 +286,14 @@ def write_segmentation_scenes(
     seed: int = 0,
     classes: Sequence[str] = SHAPES,
     validation_count: int | None = None,
+    coloured: bool = False,
 ) -> None:
     """Writes scenes with a label for every pixel, in ADE20K's folders.
 
     ``images/training/ADE_train_00000001.jpg`` has its labels in ``annotations/training/ADE_train_00000001.png``, and
     ``validation`` likewise (``ADE_val_…``). Labels are 8-bit greys as in ADE20K: ``k`` from 1 on is ``classes[k - 1]``,
     and 0 is everything else, here the background, which training and metrics leave out. ``classes.txt`` has one name
-    a line. The training scenes are those of :func:`write_scenes` with the same arguments.
+    a line. The training scenes are those of :func:`write_scenes` with the same arguments, if they are not coloured.
 
     Args:
         folder: Made if it is missing.
@@ -291,6 +302,7 @@ def write_segmentation_scenes(
         seed: Other seeds give other scenes.
         classes: Some of ``SHAPES``.
         validation_count: How many scenes for validation; ``None`` is a fifth of ``count``, at least one.
+        coloured: As for :func:`draw_scene`: far easier to segment than shapes of any colours.
 
     Raises:
         InputError: An argument cannot work, or the folder cannot be written.
@@ -302,7 +314,7 @@ def write_segmentation_scenes(
         _make_folder(images)
         _make_folder(annotations)
         for number in range(scenes):
-            image, labels = _scene(first + number, size, seed, classes)
+            image, labels = _scene(first + number, size, seed, classes, coloured)
             name = f"ADE_{short}_{number + 1:08d}"
             image.save(images / f"{name}.jpg", quality=JPEG_QUALITY)
             Image.fromarray(labels).save(annotations / f"{name}.png")
@@ -310,10 +322,10 @@ def write_segmentation_scenes(
 
 
 def _scene(
-    number: int, size: int | tuple[int, int], seed: int, classes: Sequence[str]
+    number: int, size: int | tuple[int, int], seed: int, classes: Sequence[str], coloured: bool = False
 ) -> tuple[Image.Image, NDArray[np.uint8]]:
     rng = np.random.default_rng((seed % 2**64, number))
-    return draw_scene(size, rng, classes[number % len(classes)], classes)
+    return draw_scene(size, rng, classes[number % len(classes)], classes, coloured)
 
 
 def write_photograph_crops(

@@ -1,0 +1,147 @@
+"""``python -m semantic_segmentation predict``: label maps of images, and pictures of them with a legend."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torchvision.transforms.v2 import functional as F
+
+from beit.config import option
+from beit.data.datasets import UnreadableImageError, index_images, read_image
+from beit.data.transforms import size_pair
+from beit.errors import InputError
+from beit.pretrained import read_weights
+from beit.tasks.options import AMP_CHOICES
+from beit.training.distributed import select_device
+from beit.training.precision import Precision, resolve_amp_dtype
+from semantic_segmentation.data import SegmentationClasses, ade20k_classes, named_classes, read_classes
+from semantic_segmentation.inference import TestSettings, predict
+from semantic_segmentation.modeling import Segmentor, segmentor_from
+from semantic_segmentation.overlays import save_figure, save_label_map
+from semantic_segmentation.testing import MEAN, STD
+
+logger = logging.getLogger(f"beit.{__name__}")
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """The arguments of ``predict``; what is left out is as the checkpoint was trained."""
+
+    images: tuple[str, ...] = option((), "image files, and folders of images", positional=True)
+    checkpoint: str = option("", "a segmentor: a path, a released name, a URL or a hub id")
+    output_dir: str = option("segmentation", "folder for NAME.png, the label map, and NAME_overlay.png")
+    classes: str = option("", "file with a class a line, where the checkpoint does not name them")
+    test_mode: str = option("slide", "windows of the size of the training crops, or the whole image at once")
+    test_ratios: tuple[float, ...] = option((1.0,), "factors on the image's size whose results are averaged")
+    test_flip: bool = option(False, "average over the mirrored image too")
+    test_batch_size: int = option(4, "windows at once; changes speed and memory, not the result")
+    opacity: float = option(0.5, "of the colours over the image, above 0 and at most 1")
+    device: str = option("cuda", "cuda, cpu or mps; the CPU where there is no CUDA")
+    amp_dtype: str = option("auto", "number format", choices=AMP_CHOICES)
+
+
+def main(config: PredictConfig) -> None:
+    """Segments images; one that cannot be read is named at the end, when the others are done.
+
+    Raises:
+        InputError: There is no such checkpoint or image, or it cannot be read.
+    """
+    if not config.checkpoint:
+        raise InputError("--checkpoint is missing: a trained segmentor, a file of your own or a released name")
+    if not 0 < config.opacity <= 1:
+        raise InputError(f"--opacity {config.opacity}: must be above 0 and at most 1")
+    outputs = find_images(config.images)
+    weights, metadata = read_weights(config.checkpoint)
+    segmentor = segmentor_from(weights, metadata)
+    classes = classes_of(segmentor, metadata, config.classes)
+    settings = settings_of(segmentor, metadata, config)
+    device = select_device(config.device, 0)
+    precision = Precision(resolve_amp_dtype(config.amp_dtype, device), device)
+    statistics = {"mean": metadata.get("mean", MEAN), "std": metadata.get("std", STD)}
+    segmentor.to(device)
+    unreadable = []
+    for path, name in outputs.items():
+        try:
+            image = F.pil_to_tensor(read_image(path))
+        except UnreadableImageError as error:
+            logger.error("cannot read %s: %s", path, error)
+            unreadable.append(path)
+            continue
+        prediction = predict(segmentor, image, settings, precision=precision, **statistics)
+        target = Path(config.output_dir) / name
+        save_label_map(target.with_name(f"{target.name}.png"), prediction, add_one=counts_from_one(metadata, classes))
+        picture = target.with_name(f"{target.name}_overlay.png")
+        save_figure(picture, image, prediction, classes, opacity=config.opacity)
+        logger.info("%s: %s", path, picture)
+    if unreadable:
+        raise InputError(f"{len(unreadable)} of {len(outputs)} images could not be read: {', '.join(unreadable[:3])}")
+
+
+def find_images(given: Sequence[str]) -> dict[str, str]:
+    """Returns the images of files and folders, and what to call the results of each, all different.
+
+    Raises:
+        InputError: There is no such file, or a folder without images.
+    """
+    paths: list[str] = []
+    for path in map(os.path.abspath, given):
+        if os.path.isdir(path):
+            index = index_images(path)
+            paths += [str(index.path(number)) for number in range(len(index))]
+        elif os.path.isfile(path):
+            paths.append(path)
+        else:
+            raise InputError(f"there is no image {path}")
+    paths = list(dict.fromkeys(paths))
+    stems = [Path(path).stem for path in paths]
+    if len(set(stems)) < len(stems):  # as they lie below the folder that they share
+        shared = os.path.commonpath([os.path.dirname(path) for path in paths])
+        stems = [os.path.relpath(path, shared) for path in paths]
+    return dict(zip(paths, stems, strict=True))
+
+
+def classes_of(segmentor: Segmentor, metadata: Mapping[str, Any], file: str) -> SegmentationClasses:
+    """Returns names and colours: of a file, or as recorded, or ADE20K's for 150 classes, or numbers.
+
+    Raises:
+        InputError: The file is of another number of classes.
+    """
+    count = segmentor.num_classes
+    if file:
+        classes = read_classes(file)
+        if len(classes) != count:
+            raise InputError(f"{file} has {len(classes)} classes and the checkpoint {count}")
+        return classes
+    names = metadata.get("labels")
+    if names is None or len(names) != count:
+        if count == len(ade20k := ade20k_classes()):
+            return ade20k
+        names = [f"class {number}" for number in range(count)]
+    return named_classes([str(name) for name in names], metadata.get("palette") or ())
+
+
+def settings_of(segmentor: Segmentor, metadata: Mapping[str, Any], config: PredictConfig) -> TestSettings:
+    """Returns how images are tested: as the checkpoint's run did, else as the published ones, at the model's size."""
+    recorded = metadata.get("args", {})
+    crop = segmentor.img_size
+    stride = size_pair(recorded["slide_stride"]) if "slide_stride" in recorded else (crop[0] * 2 // 3, crop[1] * 2 // 3)
+    long, short = recorded.get("image_scale", (4 * min(crop), min(crop)))
+    return TestSettings(
+        mode=config.test_mode,
+        crop=crop,
+        stride=(min(stride[0], crop[0]), min(stride[1], crop[1])),
+        image_scale=(long, short),
+        ratios=config.test_ratios,
+        flip=config.test_flip,
+        short_at_least=min(crop) if len(config.test_ratios) > 1 else 0,
+        batch_size=config.test_batch_size,
+    )
+
+
+def counts_from_one(metadata: Mapping[str, Any], classes: SegmentationClasses) -> bool:
+    """Whether label maps are numbered as the training data were: from 1, with 0 for what is no class, as ADE20K's."""
+    recorded = metadata.get("reduce_zero_label")
+    return recorded if isinstance(recorded, bool) else len(classes) == len(ade20k_classes())

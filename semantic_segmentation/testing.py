@@ -1,0 +1,210 @@
+"""Testing of a segmentor: the scores over a data set, label maps for a server, pictures to look at."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from beit.data.loaders import EpochLoader
+from beit.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, size_pair
+from beit.errors import InputError
+from beit.pretrained import read_weights
+from beit.storage import atomic_write
+from beit.tasks.options import EVALUATION_WORKERS, session_of
+from beit.training import distributed
+from beit.training.logging import Progress
+from beit.training.precision import Precision, resolve_amp_dtype
+from beit.training.session import Session
+from semantic_segmentation.config import (
+    SegmentationConfig,
+    TestConfig,
+    check_settings,
+    label_map_folder,
+    scales,
+    segmentor_arguments,
+)
+from semantic_segmentation.data import ImagePairs, SegmentationClasses, TestImages, find_classes, find_pairs
+from semantic_segmentation.inference import TestSettings, predict
+from semantic_segmentation.metrics import Confusion, SegmentationScores, scores
+from semantic_segmentation.modeling import Segmentor, build_segmentor, load_segmentor
+from semantic_segmentation.overlays import save_figure, save_label_map
+from semantic_segmentation.transforms import IGNORED
+
+logger = logging.getLogger(f"beit.{__name__}")
+
+LOG_EVERY = 100  # images between two lines while testing
+
+MEAN, STD = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+# What is done with an image's segmentation: called with its place in the data set, the image and the prediction.
+Visitor = Callable[[int, Tensor, Tensor], None]
+
+
+def main(config: TestConfig) -> None:
+    """Tests a checkpoint as the settings say."""
+    check_settings(config)
+    with session_of(config, writes=False) as session:
+        root = Path(config.data_root)
+        annotations = None if config.format_only else root / config.val_annotations
+        pairs = find_pairs(root / config.val_images, annotations)
+        classes = find_classes(root, config.classes, config.reduce_zero_label)
+        segmentor = build_model(config, len(classes))
+        load_segmentor(segmentor, *read_weights(config.checkpoint), config.checkpoint)
+        precision = Precision(resolve_amp_dtype(config.amp_dtype, session.device), session.device)
+        logger.info("testing %s on the %d images in %s", config.checkpoint, len(pairs), pairs.root)
+        run = build_test(config, pairs, classes, session, precision, visit=visitor(config, pairs, classes))
+        results = run(segmentor.to(session.device))
+        if config.format_only:
+            logger.info("label maps written to %s", label_map_folder(config))
+            return
+        logger.info("per class, in percent:\n%s", results.table(classes.names))
+        logger.info("%s", results.summary())
+        if config.out and distributed.is_main():
+            write_scores(Path(config.out), results, config, classes)
+
+
+def build_model(config: SegmentationConfig, num_classes: int) -> Segmentor:
+    """Creates the segmentor that the settings describe, at the size of the crops.
+
+    Raises:
+        InputError: Settings that do not fit each other.
+    """
+    try:
+        segmentor = build_segmentor(**segmentor_arguments(config, num_classes))
+    except TypeError as error:
+        raise InputError(f"model {config.model} cannot be built: {error}") from error
+    segmentor.set_grad_checkpointing(config.grad_checkpointing)
+    return segmentor
+
+
+def test_settings(config: SegmentationConfig) -> TestSettings:
+    """Returns how an image is tested, from a job's settings."""
+    crop = size_pair(config.crop_size)
+    ratios, flip = scales(config)
+    return TestSettings(
+        mode=config.test_mode,
+        crop=crop,
+        stride=size_pair(config.slide_stride),
+        image_scale=(config.image_scale[0], config.image_scale[1]),
+        ratios=ratios,
+        flip=flip,
+        short_at_least=min(crop) if config.test_short_at_least_crop else 0,
+        batch_size=config.test_batch_size,
+    )
+
+
+def build_test(
+    config: SegmentationConfig,
+    pairs: ImagePairs,
+    classes: SegmentationClasses,
+    session: Session,
+    precision: Precision,
+    visit: Visitor | None = None,
+) -> Callable[[Segmentor], SegmentationScores]:
+    """Returns what scores a segmentor on images; each image is taken once, by one of the processes.
+
+    Args:
+        config: The settings.
+        pairs: The images, with label maps or without.
+        classes: What the labels mean.
+        session: The processes.
+        precision: Number format of the forward pass.
+        visit: What else is done with a segmentation.
+    """
+    images = TestImages(pairs, num_classes=len(classes), reduce_zero_label=config.reduce_zero_label)
+    loader = EpochLoader(
+        _Samples(images),
+        1,  # they differ in size
+        rank=session.rank,
+        world_size=session.world_size,
+        num_workers=min(config.num_workers, EVALUATION_WORKERS),
+        pin_memory=config.pin_mem and session.device.type == "cuda",
+        shuffle=False,
+        drop_last=False,
+    )
+    settings = test_settings(config)
+
+    def test(segmentor: Segmentor) -> SegmentationScores:
+        return evaluate(segmentor, loader, settings, precision, len(classes), visit)
+
+    return test
+
+
+def evaluate(
+    segmentor: Segmentor,
+    loader: EpochLoader,
+    settings: TestSettings,
+    precision: Precision,
+    num_classes: int,
+    visit: Visitor | None = None,
+) -> SegmentationScores:
+    """Segments images and compares; the counts of all processes are added up, so their number changes nothing."""
+    confusion = Confusion(num_classes, precision.device)
+    progress = Progress("Testing", loader.batches_per_epoch, 0)
+    for number, batch in enumerate(loader.epoch(0), 1):
+        image, label = batch["image"][0], batch["label"][0]
+        prediction = predict(segmentor, image, settings, mean=MEAN, std=STD, precision=precision)
+        confusion.update(prediction, label)
+        if visit is not None:
+            visit(int(batch["index"]), image, prediction)
+        if number % LOG_EVERY == 0:
+            progress.update(number, "images on this process")
+    progress.close()
+    return scores(distributed.sum_over_ranks(confusion.matrix.clone()))
+
+
+class _Samples:
+    """Test images as a loader reads them."""
+
+    def __init__(self, images: TestImages) -> None:
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def name(self, index: int) -> str:
+        return self._images.pairs.name(index)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        _, index = key
+        _, image, label = self._images[index]
+        none = torch.full(image.shape[1:], IGNORED, dtype=torch.uint8)
+        return {"image": image, "label": none if label is None else label, "index": index}
+
+
+def visitor(config: TestConfig, pairs: ImagePairs, classes: SegmentationClasses) -> Visitor | None:
+    """Returns what writes the files that are asked for: label maps, pictures."""
+    if not (config.format_only or config.show_dir):
+        return None
+
+    def visit(index: int, image: Tensor, prediction: Tensor) -> None:
+        if config.format_only:
+            path = label_map_folder(config) / f"{pairs.name(index)}.png"
+            save_label_map(path, prediction, add_one=config.reduce_zero_label)
+        if config.show_dir:
+            path = Path(config.show_dir) / f"{pairs.name(index)}.png"
+            save_figure(path, image, prediction, classes, opacity=config.opacity)
+
+    return visit
+
+
+def write_scores(path: Path, results: SegmentationScores, config: TestConfig, classes: SegmentationClasses) -> None:
+    """Writes the scores, as fractions, with null for those of absent classes."""
+
+    def by_class(values: tuple[float, ...]) -> dict[str, float | None]:
+        return {name: None if value != value else value for name, value in zip(classes.names, values, strict=True)}
+
+    content = {
+        "checkpoint": config.checkpoint,
+        "mIoU": results.mIoU,
+        "mAcc": results.mAcc,
+        "aAcc": results.aAcc,
+        "IoU": by_class(results.iou),
+        "Acc": by_class(results.accuracy),
+    }
+    with atomic_write(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
+    logger.info("scores written to %s", path)
