@@ -97,6 +97,10 @@ def _table() -> dict[str, ReleasedCheckpoint]:
         for pixels in (224, 384, 512)[: 2 if size == "base" else 3]:
             model = f"beit_{size}_patch16_{pixels}"
             rows.append(_released(f"{model}_pt22k_ft22kto1k", model, 1000, f"beit-{size}-patch16-{pixels}"))
+        # A segmentor, of which this is the backbone. The hub's copy is tapped at other blocks, so it is no mirror.
+        imagenet: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "overrides": {"img_size": 640}}
+        name = f"beit_{size}_patch16_640_pt22k_ft22ktoade20k"
+        rows.append(_released(name, f"beit_{size}_patch16_224", 150, **imagenet))
     rows.append(
         _released(
             "beit_base_patch16_224_pt1k_800ep",

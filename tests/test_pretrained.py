@@ -476,7 +476,7 @@ def test_means_are_those_of_the_transforms():
 
 
 def test_every_released_checkpoint_has_a_model_and_an_address():
-    assert len(RELEASED) == 12
+    assert len(RELEASED) == 14
     for name, row in RELEASED.items():
         assert row.urls[0] == f"https://github.com/addf400/files/releases/download/v1.0/{name}.pth"
         with torch.device("meta"):
