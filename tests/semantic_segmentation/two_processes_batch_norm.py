@@ -61,6 +61,7 @@ def main(folder: Path, counts: list[int]) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found["bfloat16"] = model.module.train()(batch(0, sum(counts))[0][start : start + counts[rank]]).detach()
     dist.barrier()
+    del model  # it holds the process group, whose threads should end before the interpreter does
     torch.save(found, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
