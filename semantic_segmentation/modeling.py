@@ -28,7 +28,7 @@ from beit.pretrained import KeyReport, load_weights
 from beit.weights import Metadata, architecture_of
 from semantic_segmentation.heads import POOL_SCALES, FCNHead, Head, SETRUPHead, UPerHead, resize
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"beit.{__name__}")
 
 HEAD_NAMES = {"decode_head.psp_modules.": "uper", "decode_head.up_convs.": "setr_pup"}
 PUBLISHED_TAPS = {12: (3, 5, 7, 11), 24: (7, 11, 15, 23)}

@@ -261,7 +261,7 @@ class Trainer:
         if distributed.world_size() == 1:
             return self.model
         devices = [self._device.index] if self._device.type == "cuda" else None
-        # The only buffers are indices that follow from the architecture. Newer torch has another word for it.
+        # Buffers are indices, and statistics that are computed over all processes. Newer torch has another word for it.
         newer = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
         synchronise: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
         return DistributedDataParallel(self.model, device_ids=devices, gradient_as_bucket_view=True, **synchronise)
