@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 class EpochDataset(Protocol, Sized):
     """What a loader reads: samples addressed by ``(epoch, index)``; an ``ImageDataset`` is one."""
@@ -302,6 +304,8 @@ def _start_worker(_worker: int) -> None:
     # ends in disorder sends it to workers it could not tell to stop.)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _forgive_once)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def _forgive_once(_signal: int, _frame: Any) -> None:
@@ -324,10 +328,21 @@ def _begin(loader: "DataLoader[Any]") -> Iterator[Any]:
     if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
         return iter(loader)
     before = signal.getsignal(signal.SIGCHLD)
-    batches = iter(loader)
+    with _stop_signals_held():
+        batches = iter(loader)
     if before is not None and signal.getsignal(signal.SIGCHLD) is not before:
         signal.signal(signal.SIGCHLD, before)
     return batches
+
+
+@contextlib.contextmanager
+def _stop_signals_held() -> Iterator[None]:
+    """Holds back signals that ask to stop: a worker that starts meanwhile gets them once it knows what to do."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_workers(batches: Any) -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 
 from beit.data.datasets import ImageDataset, index_images
-from beit.data.loaders import EpochLoader, RoundLoader, _Batches
+from beit.data.loaders import EpochLoader, RoundLoader, _Batches, _start_worker
 from beit.data.transforms import MaskedImageModelingTransform
 from beit.errors import InputError
 from beit.masking import BlockwiseMaskGenerator
@@ -288,6 +289,24 @@ def test_a_signal_to_all_processes_does_not_take_the_workers():
     batches += epoch
     assert keys(batches) == [(0, i) for i in range(40)]
     loader.close()
+
+
+def test_a_signal_to_workers_that_have_just_started_waits_until_they_are_ready(monkeypatch):
+    # Breaks if signals are not held back while workers start: they would end the ones that have no handler yet.
+    ready = _start_worker
+
+    def slow_start(worker):
+        time.sleep(0.5)
+        ready(worker)
+
+    monkeypatch.setattr("beit.data.loaders._start_worker", slow_start)
+    loader = EpochLoader(Numbers(12), 2, num_workers=2, shuffle=False)
+    killer = threading.Timer(0.2, lambda: [os.kill(p.pid, signal.SIGINT) for p in multiprocessing.active_children()])
+    killer.start()
+    assert keys(loader.epoch(0)) == [(0, i) for i in range(12)]
+    killer.join()
+    loader.close()
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGINT, signal.SIGTERM}
 
 
 def threads_of_worker(index):
