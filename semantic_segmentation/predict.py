@@ -25,6 +25,8 @@ from semantic_segmentation.testing import MEAN, STD
 
 logger = logging.getLogger(f"beit.{__name__}")
 
+LABEL_MAP, PICTURE = ".png", "_overlay.png"  # what the files of a result end in, after its name
+
 
 @dataclass(frozen=True)
 class PredictConfig:
@@ -54,6 +56,7 @@ def main(config: PredictConfig) -> None:
     if not 0 < config.opacity <= 1:
         raise InputError(f"--opacity {config.opacity}: must be above 0 and at most 1")
     outputs = find_images(config.images)
+    check_files(outputs, config.output_dir)
     weights, metadata = read_weights(config.checkpoint)
     segmentor = segmentor_from(weights, metadata)
     classes = classes_of(segmentor, metadata, config.classes)
@@ -71,9 +74,8 @@ def main(config: PredictConfig) -> None:
             unreadable.append(path)
             continue
         prediction = predict(segmentor, image, settings, precision=precision, **statistics)
-        target = Path(config.output_dir) / name
-        save_label_map(target.with_name(f"{target.name}.png"), prediction, add_one=counts_from_one(metadata, classes))
-        picture = target.with_name(f"{target.name}_overlay.png")
+        label_map, picture = result_files(config.output_dir, name)
+        save_label_map(label_map, prediction, add_one=counts_from_one(metadata, classes))
         save_figure(picture, image, prediction, classes, opacity=config.opacity)
         logger.info("%s: %s", path, picture)
     if unreadable:
@@ -84,8 +86,10 @@ def find_images(given: Sequence[str]) -> dict[str, str]:
     """Returns the images of files and folders, and what to call the results of each, all different.
 
     Raises:
-        InputError: There is no such file, or a folder without images.
+        InputError: There is no such file, or a folder without images, or nothing at all.
     """
+    if not given:
+        raise InputError("no image is given: name image files, or folders of images")
     paths: list[str] = []
     for path in map(os.path.abspath, given):
         if os.path.isdir(path):
@@ -97,10 +101,28 @@ def find_images(given: Sequence[str]) -> dict[str, str]:
             raise InputError(f"there is no image {path}")
     paths = list(dict.fromkeys(paths))
     stems = [Path(path).stem for path in paths]
-    if len(set(stems)) < len(stems):  # as they lie below the folder that they share
+    files = [stem + end for stem in stems for end in (LABEL_MAP, PICTURE)]
+    if len(set(files)) < len(files):  # as they lie below the folder that they share
         shared = os.path.commonpath([os.path.dirname(path) for path in paths])
         stems = [os.path.relpath(path, shared) for path in paths]
     return dict(zip(paths, stems, strict=True))
+
+
+def result_files(folder: str, name: str) -> tuple[Path, Path]:
+    """Returns where the label map and the picture of an image go."""
+    return Path(folder) / (name + LABEL_MAP), Path(folder) / (name + PICTURE)
+
+
+def check_files(outputs: Mapping[str, str], folder: str) -> None:
+    """Looks whether a result would take the place of an image.
+
+    Raises:
+        InputError: One would.
+    """
+    for name in outputs.values():
+        for path in result_files(folder, name):
+            if os.path.abspath(path) in outputs:
+                raise InputError(f"{path} would be overwritten by a result: choose another --output_dir")
 
 
 def classes_of(segmentor: Segmentor, metadata: Mapping[str, Any], file: str) -> SegmentationClasses:

@@ -1,0 +1,218 @@
+"""``python -m semantic_segmentation predict``: which images, what their results are called, what the numbers mean."""
+
+import logging
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from beit.errors import InputError
+from semantic_segmentation.data import ade20k_classes
+from semantic_segmentation.modeling import build_segmentor
+from semantic_segmentation.predict import (
+    PredictConfig,
+    classes_of,
+    counts_from_one,
+    find_images,
+    main,
+    settings_of,
+)
+
+SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 8, "depth": 4, "num_heads": 2}
+HEADS = {"out_indices": (0, 1, 2, 3), "channels": 4, "auxiliary_channels": 0, "use_rel_pos_bias": True}
+
+
+def write_image(path, height=20, width=30, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Writes a checkpoint of a segmentor that sees one class everywhere, and what it records."""
+
+    def write(sees: int = 2, num_classes: int = 3, **recorded):
+        torch.manual_seed(0)
+        segmentor = build_segmentor(**SIZES, **HEADS, num_classes=num_classes)
+        nn.init.zeros_(segmentor.decode_head.conv_seg.weight)
+        segmentor.decode_head.conv_seg.bias.data = torch.arange(num_classes).eq(sees).float()
+        path = tmp_path / "segmentor.pth"
+        torch.save({"model": segmentor.state_dict(), "image_size": [32, 32], "num_heads": 2, **recorded}, path)
+        return str(path)
+
+    return write
+
+
+# Images and names
+
+
+def test_results_are_called_as_the_images_are(tmp_path):
+    first, second = write_image(tmp_path / "b.png"), write_image(tmp_path / "in" / "deep" / "a.jpg")
+    write_image(tmp_path / "in" / "c.jpg")
+    (tmp_path / "in" / "notes.txt").write_text("no image")
+    found = find_images([str(first), str(tmp_path / "in"), str(second)])  # `second` is given twice
+    assert found == {str(first): "b", str(tmp_path / "in" / "c.jpg"): "c", str(second): "a"}
+
+
+def test_paths_may_be_relative(tmp_path, monkeypatch):
+    write_image(tmp_path / "b.png")
+    monkeypatch.chdir(tmp_path)
+    assert find_images(["b.png", "./b.png"]) == {str(tmp_path / "b.png"): "b"}
+
+
+def test_images_of_one_stem_keep_apart(tmp_path):
+    # Broken by results that overwrite each other: in other folders, or with another extension.
+    paths = [write_image(tmp_path / name) for name in ("x/a.jpg", "y/a.jpg", "y/a.png", "y/b.jpg")]
+    found = find_images([str(path) for path in paths])
+    assert list(found.values()) == [
+        os.path.join(*name.split("/")) for name in ("x/a.jpg", "y/a.jpg", "y/a.png", "y/b.jpg")
+    ]
+
+
+@pytest.mark.parametrize("missing", ["nowhere.jpg", "empty"])
+def test_what_is_not_there_is_named(tmp_path, missing):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=missing):
+        find_images([str(write_image(tmp_path / "a.jpg")), str(tmp_path / missing)])
+
+
+# Classes and settings
+
+
+def segmentor_of(num_classes, img_size=(48, 32)):
+    return SimpleNamespace(num_classes=num_classes, img_size=img_size)
+
+
+def test_classes_are_those_of_the_file_then_of_the_checkpoint(tmp_path):
+    file = tmp_path / "classes.txt"
+    file.write_text("sky 1 2 3\na road\n")
+    recorded = {"labels": ("ground", "air"), "palette": ((9, 8, 7), (6, 5, 4))}
+    given = classes_of(segmentor_of(2), recorded, str(file))
+    assert (given.names, given.colours[0]) == (("sky", "a road"), (1, 2, 3))
+    own = classes_of(segmentor_of(2), recorded, "")
+    assert (own.names, own.colours) == (("ground", "air"), ((9, 8, 7), (6, 5, 4)))
+    with pytest.raises(InputError, match=r"classes\.txt has 2 classes and the checkpoint 3"):
+        classes_of(segmentor_of(3), recorded, str(file))
+
+
+def test_150_classes_without_names_are_ade20ks_and_others_numbers():
+    assert classes_of(segmentor_of(150), {}, "") == ade20k_classes()
+    numbered = classes_of(segmentor_of(3), {}, "")
+    assert numbered.names == ("class 0", "class 1", "class 2")
+    assert len(set(numbered.colours)) == 3
+    # names of another task, such as those of the ImageNet classes that the backbone was fine-tuned on
+    assert classes_of(segmentor_of(3), {"labels": ("tench",) * 1000}, "").names == numbered.names
+
+
+@pytest.mark.parametrize(
+    ("metadata", "count", "expected"),
+    [
+        ({"reduce_zero_label": True}, 3, True),
+        ({"reduce_zero_label": False}, 150, False),
+        ({}, 150, True),  # a released checkpoint
+        ({}, 3, False),
+    ],
+)
+def test_label_maps_are_numbered_as_the_training_data(metadata, count, expected):
+    assert counts_from_one(metadata, [0] * count) is expected
+
+
+def test_images_are_segmented_as_the_run_tested_them():
+    recorded = {"args": {"slide_stride": [24, 16], "image_scale": [256, 64]}}
+    settings = settings_of(segmentor_of(3), recorded, PredictConfig(test_batch_size=7))
+    assert (settings.crop, settings.stride, settings.image_scale) == ((48, 32), (24, 16), (256, 64))
+    assert (settings.mode, settings.ratios, settings.flip, settings.batch_size) == ("slide", (1.0,), False, 7)
+    assert settings.short_at_least == 0
+
+
+def test_of_a_published_checkpoint_they_are_the_published_ones():
+    settings = settings_of(segmentor_of(150, (640, 640)), {}, PredictConfig(test_ratios=(0.5, 1.0), test_flip=True))
+    assert (settings.crop, settings.stride, settings.image_scale) == ((640, 640), (426, 426), (2560, 640))
+    assert (settings.ratios, settings.flip, settings.short_at_least) == ((0.5, 1.0), True, 640)
+
+
+# The whole command, in this process
+
+
+def read(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+@pytest.mark.parametrize(("reduced", "number"), [(True, 3), (False, 2)])
+def test_it_writes_a_label_map_and_a_picture_for_each_image(tmp_path, checkpoint, reduced, number):
+    images = [write_image(tmp_path / "wide.jpg", 20, 50), write_image(tmp_path / "tall.png", 40, 31)]
+    file = checkpoint(
+        labels=["sky", "road", "tree"], palette=[[0, 0, 0], [9, 9, 9], [0, 255, 0]], args={"reduce_zero_label": reduced}
+    )
+    output = tmp_path / "out"
+    main(PredictConfig(tuple(map(str, images)), checkpoint=file, output_dir=str(output), device="cpu", opacity=1.0))
+    assert sorted(path.name for path in output.iterdir()) == [
+        "tall.png",
+        "tall_overlay.png",
+        "wide.png",
+        "wide_overlay.png",
+    ]
+    for name, size in (("wide", (20, 50)), ("tall", (40, 31))):
+        labels = read(output / f"{name}.png")
+        assert (labels.shape, labels.dtype) == (size, np.uint8)
+        assert (labels == number).all()
+        picture = read(output / f"{name}_overlay.png")[..., :3].reshape(-1, 3)
+        assert (picture == (0, 255, 0)).all(axis=1).mean() > 0.05  # the class's own colour, with no image through it
+
+
+def test_what_cannot_be_read_is_named_when_the_rest_is_done(tmp_path, checkpoint, caplog):
+    bad = tmp_path / "a_bad.jpg"
+    bad.write_bytes(b"not an image")
+    good = write_image(tmp_path / "good.jpg")
+    config = PredictConfig(
+        (str(bad), str(good)), checkpoint=checkpoint(), output_dir=str(tmp_path / "out"), device="cpu"
+    )
+    with (
+        caplog.at_level(logging.ERROR),
+        pytest.raises(InputError, match=r"^1 of 2 images could not be read: .*a_bad.jpg$"),
+    ):
+        main(config)
+    assert "a_bad.jpg" in caplog.text
+    assert (tmp_path / "out" / "good.png").exists()
+    assert not (tmp_path / "out" / "a_bad.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"checkpoint": ""}, "--checkpoint is missing"),
+        ({"opacity": 0.0}, "--opacity 0.0: must be above 0 and at most 1"),
+        ({"test_mode": "slides"}, "slide or whole, not 'slides'"),
+        ({"test_batch_size": 0}, "at least 1 window at once"),
+        ({"images": ()}, "no image"),
+    ],
+)
+def test_mistakes_are_said_before_anything_is_written(tmp_path, checkpoint, options, message):
+    image = str(write_image(tmp_path / "a.jpg"))
+    output = tmp_path / "out"
+    settings = {"images": (image,), "checkpoint": checkpoint(), "output_dir": str(output), "device": "cpu", **options}
+    with pytest.raises(InputError, match=message):
+        main(PredictConfig(**settings))
+    assert not output.exists()
+
+
+def test_an_image_is_not_overwritten_by_its_own_labels(tmp_path, checkpoint):
+    image = write_image(tmp_path / "photo.png")
+    before = image.read_bytes()
+    config = PredictConfig((str(image),), checkpoint=checkpoint(), output_dir=str(tmp_path), device="cpu")
+    with pytest.raises(InputError, match=r"photo\.png would be overwritten"):
+        main(config)
+    assert image.read_bytes() == before
+
+
+def test_labels_of_one_image_do_not_take_the_place_of_anothers_picture(tmp_path):
+    # As when a folder is segmented that holds pictures of an earlier prediction.
+    paths = [write_image(tmp_path / name) for name in ("a.jpg", "a_overlay.png")]
+    assert list(find_images([str(path) for path in paths]).values()) == ["a.jpg", "a_overlay.png"]
