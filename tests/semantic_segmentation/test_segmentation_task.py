@@ -1,0 +1,260 @@
+"""Training of segmentors: what learns how fast, what the loss is the mean of, what a checkpoint says."""
+
+import logging
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from beit.config import to_plain
+from beit.training.optim import apply_schedules
+from beit.weights import read_weights
+from semantic_segmentation.config import TrainConfig, read_train, segmentor_arguments
+from semantic_segmentation.data import named_classes
+from semantic_segmentation.modeling import build_segmentor, segmentor_from
+from semantic_segmentation.task import (
+    PixelClassification,
+    build_optimizer,
+    description,
+    learning_rate,
+    log_summary,
+    loop_settings,
+    model_input,
+    pixel_accuracy,
+    pixel_loss,
+    round_length,
+)
+
+BASE = "upernet_beit_base_12_512_slide_160k_ade20k_pt"
+LARGE = "upernet_beit_large_24_512_slide_160k_ade20k_pt2ft"
+LARGE_640 = "upernet_beit_large_24_640_slide_160k_ade20k_pt2ft"
+PUBLISHED = {BASE: (7e-4, 0.65, 12), LARGE: (2e-5, 0.95, 24)}
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+# Learning rates and weight decay
+
+
+def official_layer(name: str, depth: int) -> int:
+    """The layer of a parameter: 0 for what makes tokens, then the blocks, then everything after or beside them."""
+    if name in ("backbone.cls_token", "backbone.mask_token", "backbone.pos_embed"):
+        return 0
+    if name.startswith("backbone.patch_embed"):
+        return 0
+    if name.startswith("backbone.blocks."):
+        return int(name.split(".")[2]) + 1
+    return depth + 1
+
+
+def optimizer_of(config: TrainConfig) -> tuple[torch.optim.Optimizer, dict[str, dict], nn.Module]:
+    """The optimizer of a config, and the group of every parameter by its name."""
+    with torch.device("meta"):
+        segmentor = build_segmentor(**segmentor_arguments(config, 150))
+    optimizer = build_optimizer(config, segmentor, torch.device("cpu"))
+    group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    return optimizer, {name: group_of[id(parameter)] for name, parameter in segmentor.named_parameters()}, segmentor
+
+
+@pytest.fixture(scope="module", params=PUBLISHED)
+def published(request):
+    config = read_train([request.param])
+    return config, *optimizer_of(config), *PUBLISHED[request.param]
+
+
+@pytest.mark.parametrize("iteration", [0, 1, 750, 1500, 80000])
+def test_the_learning_rate_of_every_parameter_is_the_published_one(published, iteration):
+    # Broken by a warm-up that replaces the decay, starts at 0 or ends one iteration off, and by a scale one layer off.
+    config, optimizer, groups, _, base, decay, depth = published
+    apply_schedules(optimizer, iteration, learning_rate(config), None)
+    expected = base * (1 - iteration / 160000)
+    if iteration < 1500:
+        expected *= 1 - (1 - iteration / 1500) * (1 - 1e-6)
+    for name, group in groups.items():
+        scale = decay ** (depth + 2 - official_layer(name, depth) - 1)
+        assert group["lr"] == pytest.approx(expected * scale, rel=1e-9), name
+
+
+def test_biases_and_norms_do_not_decay_but_class_token_and_tables_do(published):
+    config, _, groups, segmentor, *_ = published
+    assert config.weight_decay == 0.05
+    shapes = {name: parameter.ndim for name, parameter in segmentor.named_parameters()}
+    for name, group in groups.items():
+        decays = not name.endswith("bias") and shapes[name] > 1
+        assert group["weight_decay"] == (0.05 if decays else 0), name
+    assert groups["backbone.cls_token"]["weight_decay"] == 0.05
+    assert groups["backbone.blocks.3.attn.relative_position_bias_table"]["weight_decay"] == 0.05
+    for name in ("backbone.blocks.0.norm1.weight", "backbone.blocks.0.gamma_1", "decode_head.conv_seg.bias"):
+        assert groups[name]["weight_decay"] == 0
+
+
+def test_a_position_embedding_decays_as_in_the_official_code():
+    # There it is compared by a name without "backbone.", which no parameter of a segmentor has.
+    _, groups, _ = optimizer_of(read_train([BASE, "--abs_pos_emb"]))
+    assert groups["backbone.pos_embed"]["weight_decay"] == 0.05
+    assert groups["backbone.pos_embed"]["lr_scale"] == pytest.approx(0.65**13)
+
+
+def test_a_step_of_several_batches_has_the_rate_of_the_last_of_them():
+    # mmcv counts iterations, and its optimizer steps where an iteration's number, from 1, is a multiple of two.
+    config = read_train([LARGE_640])
+    assert (config.update_freq, config.max_iters, config.warmup_iters) == (2, 320000, 3000)
+    rate = learning_rate(config)
+    for step in (0, 1, 749, 1500, 80000, 159999):
+        iteration = 2 * (step + 1) - 1
+        expected = 2e-5 * (1 - iteration / 320000)
+        if iteration < 3000:
+            expected *= 1 - (1 - iteration / 3000) * (1 - 1e-6)
+        assert rate(step) == pytest.approx(expected, rel=1e-9)
+
+
+def test_evaluations_and_checkpoints_fall_on_ends_of_rounds():
+    flags = "--max_iters 24 --eval_interval 6 --checkpoint_interval 8 --update_freq 2 --save_ckpt_steps 3 --clip_grad 1"
+    config = read_train([BASE, *flags.split()])
+    assert round_length(config) == 2
+    settings = loop_settings(config)
+    assert (settings.epochs, settings.evaluate_epochs, settings.save_epochs) == (12, 3, 4)
+    assert (settings.update_freq, settings.save_steps, settings.clip_grad) == (2, 3, 1)
+    assert settings.count_steps
+    assert settings.best_metric == "mIoU"
+
+
+# The objective
+
+
+def naive_loss(logits: torch.Tensor, labels: torch.Tensor, average: str) -> float:
+    """Cross-entropy pixel by pixel."""
+    losses = []
+    for image, rows in enumerate(labels.tolist()):
+        for y, row in enumerate(rows):
+            for x, label in enumerate(row):
+                if label != 255:
+                    scores = logits[image, :, y, x].tolist()
+                    losses.append(math.log(sum(map(math.exp, scores))) - scores[label])
+    count = labels.numel() if average == "all" else max(1, len(losses))
+    return sum(losses) / count
+
+
+def random_batch(ignored: float, classes: int = 3, size: tuple[int, ...] = (2, 5, 7)):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(size[0], classes, *size[1:], generator=generator)
+    labels = torch.randint(classes, size, generator=generator)
+    return logits, labels.masked_fill(torch.rand(size, generator=generator) < ignored, 255)
+
+
+@pytest.mark.parametrize("ignored", [0, 0.4, 1])
+@pytest.mark.parametrize("average", ["all", "valid"])
+def test_the_loss_is_the_mean_over_all_or_over_labelled_pixels(average, ignored):
+    logits, labels = random_batch(ignored)
+    assert (labels == 255).any() == (ignored > 0)
+    logits.requires_grad_()
+    loss = pixel_loss(logits, labels, average)
+    assert loss.item() == pytest.approx(naive_loss(logits.detach(), labels, average), rel=1e-5)
+    loss.backward()
+    assert logits.grad.isfinite().all()
+    assert not logits.grad.permute(1, 0, 2, 3)[:, labels == 255].any()
+
+
+@pytest.mark.parametrize("ignored", [0.4, 1])
+def test_accuracy_is_that_of_labelled_pixels(ignored):
+    logits, labels = random_batch(ignored)
+    guesses = logits.argmax(dim=1)
+    pairs = torch.stack([guesses, labels]).flatten(1).T.tolist()
+    right = [guess == label for guess, label in pairs if label != 255]
+    expected = sum(right) / max(1, len(right))
+    assert pixel_accuracy(logits, labels).item() == pytest.approx(expected)
+
+
+class StandIn(nn.Module):
+    """Gives logits of a half and a quarter of the images' size, whatever they show."""
+
+    def __init__(self, auxiliary: bool) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.logits = torch.randn(2, 3, 4, 4, generator=generator, dtype=torch.bfloat16)
+        self.auxiliary = torch.randn(2, 3, 2, 2, generator=generator) if auxiliary else None
+
+    def forward(self, _images):
+        return self.logits, self.auxiliary
+
+
+@pytest.mark.parametrize("average", ["all", "valid"])
+@pytest.mark.parametrize("auxiliary", [False, True])
+def test_both_heads_learn_at_the_size_of_the_labels(auxiliary, average):
+    # Broken by labels that are made smaller instead, by a loss in bfloat16, and by another weight.
+    _, labels = random_batch(0.3, size=(2, 8, 8))
+    image = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    batch = {"image": image, "label": labels.to(torch.uint8), "size": torch.tensor([[8, 8], [8, 8]])}
+    model = StandIn(auxiliary)
+    loss, metrics = PixelClassification(auxiliary_weight=0.4, average=average)(model, batch, 0)
+    whole = F.interpolate(model.logits.float(), size=(8, 8), mode="bilinear", align_corners=False)
+    expected = naive_loss(whole, labels, average)
+    assert metrics["decode_loss"].item() == pytest.approx(expected, rel=1e-5)
+    assert metrics["pixel_acc"].item() == pytest.approx(pixel_accuracy(whole, labels).item())
+    assert ("aux_loss" in metrics) == auxiliary
+    if auxiliary:
+        other = F.interpolate(model.auxiliary, size=(8, 8), mode="bilinear", align_corners=False)
+        assert metrics["aux_loss"].item() == pytest.approx(naive_loss(other, labels, average), rel=1e-5)
+        expected += 0.4 * naive_loss(other, labels, average)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_padding_is_zero_after_normalisation_and_the_rest_is_normalised():
+    # Broken by padding before normalisation, which makes it the darkest black, and by rows taken for columns.
+    images = torch.randint(256, (3, 3, 6, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    sizes = [(6, 8), (4, 8), (3, 5)]
+    got = model_input({"image": images, "size": torch.tensor(sizes)})
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    for image, (height, width), ours in zip(images, sizes, got, strict=True):
+        assert torch.allclose(ours[:, :height, :width], ((image / 255 - mean) / std)[:, :height, :width], atol=1e-6)
+        padding = torch.ones(6, 8, dtype=torch.bool)
+        padding[:height, :width] = False
+        assert not ours[:, padding].any()
+
+
+# What a run records
+
+
+def test_a_checkpoint_describes_its_segmentor(tmp_path):
+    # Neither taps, heads nor the auxiliary head's tap can be read off the shapes, and none of these is the usual one.
+    flags = "--out_indices 0 2 3 4 --auxiliary_index 1 --head_channels 8 --auxiliary_channels 6 --crop_size 48x32"
+    sizes = ("--model_kwargs", "patch_size=8", "embed_dim=24", "depth=5", "num_heads=6")
+    config = read_train(["upernet_beit_tiny_64_slide_ade20k", *flags.split(), *sizes, "--slide_stride", "16"])
+    segmentor = build_segmentor(**segmentor_arguments(config, 3)).eval()
+    for parameter in segmentor.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    classes = named_classes(["sky", "a road", "tree"], [(1, 2, 3), (4, 5, 6), (250, 255, 0)])
+    content = {"model": segmentor.state_dict(), "args": to_plain(config), **description(segmentor, classes)}
+    torch.save(content, tmp_path / "checkpoint.pth")
+
+    weights, metadata = read_weights(tmp_path / "checkpoint.pth")
+    again = segmentor_from(weights, metadata)
+    assert again.backbone.out_indices == (0, 2, 3, 4)
+    assert again.img_size == (48, 32)
+    assert again.auxiliary_head.index == segmentor.auxiliary_head.index == 1
+    images = torch.randn(2, 3, 48, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(again.segment(images), segmentor.segment(images))
+    assert tuple(metadata["labels"]) == classes.names
+    assert tuple(metadata["palette"]) == classes.colours
+    assert metadata["reduce_zero_label"] is True
+    assert (tuple(metadata["mean"]), tuple(metadata["std"])) == (MEAN, STD)
+
+
+@pytest.mark.parametrize(("batch", "said"), [(16, False), (4, True), (32, True)])
+def test_a_batch_that_the_recipe_was_not_tuned_for_is_said(batch, said, caplog):
+    config = read_train([BASE, "--samples_per_gpu", "2", "--update_freq", "2"])
+    trainer = SimpleNamespace(
+        model=nn.Linear(2, 2), precision=SimpleNamespace(dtype=torch.float32), images_per_step=batch
+    )
+    data = SimpleNamespace(train=[0] * 7, val=None, classes=[0] * 3)
+    with caplog.at_level(logging.INFO):
+        log_summary(config, trainer, data)
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == int(said)
+    if said:
+        assert f"tuned for a batch of 16 and this run has {batch}" in warnings[0]
+    assert f"batch {batch} = 2 images x 1 processes x 2 batches an update" in caplog.text
+    assert "3 classes, 7 training and no validation images" in caplog.text
