@@ -108,7 +108,7 @@ class SegmentationConfig:
     log_dir: str | None = option(None, "folder for TensorBoard")
     device: str = option("cuda", "cuda, cpu or mps; the CPU where there is no CUDA")
     seed: int = option(0, "seed of everything random")
-    deterministic: bool = option(False, "allow only deterministic GPU kernels (slower)")
+    deterministic: bool = option(False, "deterministic GPU kernels where there are any (slower)")
     amp_dtype: str = option("auto", "number format of forward and backward", choices=AMP_CHOICES)
     pin_mem: bool = option(True, "page-locked host memory for faster transfers to a GPU", off="--no_pin_mem")
     keep_checkpoints: int = option(0, "newest checkpoint-<steps>.pth to keep; 0 keeps all")

@@ -45,7 +45,7 @@ class RunOptions:
     num_workers: int = option(10, "data-loading processes per process")
     pin_mem: bool = option(True, "page-locked host memory for faster transfers to a GPU", off="--no_pin_mem")
     amp_dtype: str = option("auto", "number format of forward and backward", choices=AMP_CHOICES)
-    deterministic: bool = option(False, "allow only deterministic GPU kernels (slower)")
+    deterministic: bool = option(False, "deterministic GPU kernels where there are any (slower)")
     log_every: int = option(10, "optimizer steps between two console lines")
     world_size: int = option(1, "number of processes", no_effect="the launcher says how many processes there are")
     local_rank: int = option(-1, "GPU of this process, as old launchers pass it; LOCAL_RANK wins")

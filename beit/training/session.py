@@ -96,7 +96,7 @@ def open_session(
         settings: The run's settings, written there as ``config.yaml``.
         seed: Seed of the initialisation, the same on all processes.
         keep_checkpoints: Epoch checkpoints to keep; 0 keeps all.
-        deterministic: Whether only deterministic kernels may run.
+        deterministic: Whether to compute with deterministic kernels where there are any.
         local_rank: What old launchers pass as ``--local_rank``.
         dist_url: Where the processes meet.
         use_open_mpi: Whether ``mpirun`` started the processes.
@@ -144,7 +144,10 @@ def seed_everything(seed: int) -> None:
 
 
 def make_deterministic() -> None:
-    """Allows only kernels that give the same bits each time, at some cost in speed."""
+    """Computes with kernels that give the same bits each time, at some cost in speed.
+
+    On a GPU some operations of segmentation have none; torch warns of each that runs, once.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
