@@ -128,7 +128,7 @@ def read_command_line(config_class: type[ConfigT], argv: Sequence[str], prog: st
     return config
 
 
-def read_yaml(config_class: type, name: str, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_yaml(config_class: type, name: str) -> dict[str, Any]:
     """Reads the settings of a YAML file: a path, or the name of a recipe that comes with the package.
 
     A file may name another one under ``base``, relative to itself, whose settings it overrides.
@@ -136,8 +136,41 @@ def read_yaml(config_class: type, name: str, _seen: tuple[Path, ...] = ()) -> di
     Raises:
         InputError: No such file, not YAML, or a key that the job does not have.
     """
-    files = _files_of(config_class)
-    path = _find_yaml(name, files.folder)
+    files, fields = _files_of(config_class), _fields(config_class)
+    values: dict[str, Any] = {}
+    for path, content in _read_layers(name, files.folder):
+        for key, value in content.items():
+            if key in RECIPE_KEYS or (key in files.passed_over and key not in fields):
+                continue
+            if key not in fields:
+                raise InputError(f"{path}: unknown key {key!r}{did_you_mean(str(key), fields)}")
+            values[key] = _convert(*fields[key], value, f"{path}: {key}")
+    return values
+
+
+def read_facts(name: str) -> dict[str, Any]:
+    """Reads what a recipe says about its run: ``recipe`` in its file, over the facts of the files it builds on.
+
+    Raises:
+        InputError: No such file, not YAML, or facts that are not ``key: value`` lines.
+    """
+    facts: dict[str, Any] = {}
+    for path, content in _read_layers(name, SettingsFiles().folder):
+        own = content.get("recipe") or {}
+        if not isinstance(own, dict):
+            raise InputError(f"{path}: recipe must hold 'key: value' lines, one for each fact")
+        facts.update(own)
+    return facts
+
+
+def recipe_names() -> list[str]:
+    """Returns the names of the recipes that come with the package, sorted."""
+    return sorted(path.stem for path in SettingsFiles().folder.glob("[!_]*.yaml"))
+
+
+def _read_layers(name: str, folder: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
+    """Returns the content of a settings file, after that of the files it builds on."""
+    path = _find_yaml(name, folder)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -145,17 +178,11 @@ def read_yaml(config_class: type, name: str, _seen: tuple[Path, ...] = ()) -> di
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold 'key: value' lines, one for each setting")
     base = content.get("base")
-    if base and (path.parent / base).resolve() in (_seen := (*_seen, path.resolve())):
+    if not base:
+        return [(path, content)]
+    if (path.parent / base).resolve() in (seen := (*seen, path.resolve())):
         raise InputError(f"{path}: base {base!r} leads back to a file that builds on it")
-    values = read_yaml(config_class, str(path.parent / base), _seen) if base else {}
-    fields = _fields(config_class)
-    for key, value in content.items():
-        if key in RECIPE_KEYS or (key in files.passed_over and key not in fields):
-            continue
-        if key not in fields:
-            raise InputError(f"{path}: unknown key {key!r}{did_you_mean(str(key), fields)}")
-        values[key] = _convert(*fields[key], value, f"{path}: {key}")
-    return values
+    return [*_read_layers(str(path.parent / base), folder, seen), (path, content)]
 
 
 def to_plain(config: Any) -> dict[str, Any]:
