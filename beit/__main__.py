@@ -46,6 +46,18 @@ COMMANDS = {
         "beit.tasks.visualize", "ReconstructConfig", "reconstruct", "draw what a model makes of masked patches"
     ),
     "visualize curves": Command("beit.tasks.visualize", "CurvesConfig", "curves", "draw the curves of training logs"),
+    "visualize attention": Command(
+        "beit.tasks.visualize_attention", "AttentionConfig", "attention", "draw where patches of images look"
+    ),
+    "visualize distance": Command(
+        "beit.tasks.visualize_attention", "DistanceConfig", "distance", "draw how far the heads of each block look"
+    ),
+    "visualize bias": Command(
+        "beit.tasks.visualize_attention", "BiasConfig", "bias", "draw relative position biases as images"
+    ),
+    "visualize embeddings": Command(
+        "beit.tasks.visualize_embeddings", "EmbeddingsConfig", "embeddings", "draw features in the plane, by class"
+    ),
 }
 
 

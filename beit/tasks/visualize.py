@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 
 from beit.config import from_plain, option
-from beit.data.datasets import UnreadableImageError, index_images, read_image, sample_randomness
+from beit.data.datasets import UnreadableImageError, read_image, sample_randomness
 from beit.data.transforms import MaskedImageModelingEvalTransform
 from beit.errors import InputError
 from beit.modeling import VisionTransformerForMaskedImageModeling
 from beit.storage import load_checkpoint
 from beit.tasks.masked_image_modeling import PretrainingConfig, build_mask_generator, build_model
-from beit.tasks.options import normalization
+from beit.tasks.options import check_positive, normalization
+from beit.tasks.visualize_inputs import image_files
 from beit.tokenizer import VisualTokenizer, load_tokenizer
 from beit.training.checkpoint import load_exactly
 from beit.training.distributed import select_device
 from beit.visualization.curves import diagrams, read_log
-from beit.visualization.figures import draw_curves, draw_panels
+from beit.visualization.figures import check_picture_name, draw_curves, draw_panels
 from beit.visualization.reconstructions import Reconstructions
 from beit.visualization.reconstructions import reconstruct as reconstruct_tensors
 
@@ -32,12 +33,13 @@ class CurvesConfig:
     """The arguments of ``beit visualize curves``."""
 
     logs: tuple[str, ...] = option((), "log.txt files, or the run folders they are in", positional=True)
-    output: str = option("curves.png", "the picture to write", short="-o")
+    output: str = option("curves.png", "the picture to write, .png or .svg", short="-o")
     metrics: tuple[str, ...] = option((), "metrics to draw, such as loss mlm_acc; all but bookkeeping by default")
 
 
 def curves(config: CurvesConfig) -> None:
     """Draws the numbers of one or several runs over epochs."""
+    check_picture_name(config.output)
     runs = {_run_name(path, config.logs): read_log(path) for path in config.logs}
     draw_curves(config.output, diagrams(runs, config.metrics))
     logger.info("%s written", config.output)
@@ -62,7 +64,7 @@ class ReconstructConfig:
     checkpoint: str = option("", "checkpoint of a pre-training run")
     tokenizer: str = option("", "folder of its tokenizer; the run's own by default")
     images: tuple[str, ...] = option((), "image files, or folders of images")
-    output: str = option("reconstructions.png", "the picture to write", short="-o")
+    output: str = option("reconstructions.png", "the picture to write, .png or .svg", short="-o")
     limit: int = option(8, "most images to draw")
     seed: int = option(0, "seed of the masks")
     device: str = option("cpu", "cuda, cpu or mps")
@@ -72,9 +74,11 @@ def reconstruct(config: ReconstructConfig) -> None:
     """Draws image, masked image, the tokenizer's reconstruction and the predicted tokens decoded."""
     if not config.checkpoint or not config.images:
         raise InputError("--checkpoint and --images are needed: a pre-training checkpoint, and what to show it")
+    check_picture_name(config.output)
+    check_positive(config, "limit")
     device = select_device(config.device, 0)
     pretraining, model, tokenizer = load_pretrained(config.checkpoint, config.tokenizer, device)
-    paths = _image_paths(config.images)[: config.limit]
+    paths = image_files(config.images, config.limit)
     result = reconstruct_files(paths, pretraining, model, tokenizer, config.seed)
     draw_panels(config.output, result.panels(), result.captions())
     logger.info("%s written", config.output)
@@ -146,16 +150,3 @@ def reconstruct_files(
     }
     views = batch["image"], batch["token_image"], batch["mask"]
     return reconstruct_tensors(model, tokenizer, *views, *normalization(config))
-
-
-def _image_paths(given: Sequence[str]) -> list[str]:
-    """Returns image files; of a folder, images at even distances, so that all its classes show."""
-    paths: list[str] = []
-    for path in given:
-        if Path(path).is_dir():
-            index = index_images(path)
-            step = max(1, len(index) // 8)
-            paths += [str(index.path(number)) for number in range(0, len(index), step)]
-        else:
-            paths.append(path)
-    return paths

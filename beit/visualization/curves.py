@@ -25,11 +25,13 @@ class Curve:
         label: What the legend calls it.
         epochs: Numbers of the epochs, from 1.
         values: A number for each.
+        run: Number of the run, from 0: curves of one run look alike where several are drawn.
     """
 
     label: str
     epochs: list[int]
     values: list[float]
+    run: int = 0
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
@@ -88,12 +90,13 @@ def diagrams(runs: Mapping[str, Sequence[Entry]], only: Sequence[str] = ()) -> d
 
 def _curves(metric: str, runs: Mapping[str, Sequence[Entry]]) -> list[Curve]:
     curves = []
-    for run, entries in runs.items():
+    for number, (run, entries) in enumerate(runs.items()):
         for prefix in (*PREFIXES, ""):
             points = [(e["epoch"] + 1, e[prefix + metric]) for e in entries if _is_number(e.get(prefix + metric))]
             if points:
                 label = " ".join(part for part in (run if len(runs) > 1 else "", prefix.rstrip("_")) if part)
-                curves.append(Curve(label or run, [epoch for epoch, _ in points], [value for _, value in points]))
+                epochs, values = [epoch for epoch, _ in points], [value for _, value in points]
+                curves.append(Curve(label or run, epochs, values, number))
     return curves
 
 
