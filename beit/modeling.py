@@ -644,10 +644,10 @@ class VisionTransformer(Backbone):
 
 
 class VisionTransformerForMaskedImageModeling(Backbone):
-    """Predicts the visual token of each masked patch.
+    """Predicts the visual token of each masked patch, or whatever else a target asks of it.
 
     Args:
-        vocab_size: Number of visual tokens.
+        vocab_size: Number of visual tokens; of another target, how many numbers describe a patch.
         init_std: Standard deviation of the initial weights before truncation.
         **backbone: Keywords of :class:`Backbone`.
     """
@@ -676,7 +676,8 @@ class VisionTransformerForMaskedImageModeling(Backbone):
             bool_masked_pos: True where a patch is masked, ``(B, N)`` or ``(B, h, w)``.
             return_all_tokens: Predict all patches, not only the masked ones.
             masked_index: ``bool_masked_pos.flatten().nonzero().flatten()``, for those who know it already: finding it
-                on a GPU makes the host wait for the number of masked patches.
+                on a GPU makes the host wait for the number of masked patches. Or the places of other patches among
+                all ``B * N``, whose predictions are then returned in that order.
 
         Returns:
             Logits ``(M, vocab_size)`` of the ``M`` masked patches, image by image and row by row; or, of all of them,

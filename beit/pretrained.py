@@ -291,6 +291,8 @@ def _drop(
     for name in given:
         if name not in own and name not in dropped:
             reason = next((reason for part, reason in OTHER_TASKS.items() if name.startswith(part)), None)
+            if reason == "of pre-training" and "target" in metadata:
+                reason = f"of pre-training on {metadata['target']}"
             if reason:
                 dropped[name] = reason
     return {name: tensor for name, tensor in given.items() if name not in dropped}, dropped

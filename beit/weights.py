@@ -3,10 +3,11 @@
 The metadata is a plain dict; each key is there only if the file, its neighbours or the released table say it:
 ``source``, ``dialect``, ``args`` (settings of the run), ``labels`` (names of the classes), ``image_size`` ``(H, W)`` in
 pixels, ``window`` ``(h, w)`` in patches, ``mean``, ``std``, ``crop_pct``, ``interpolation``, ``num_heads``,
-``layer_norm_eps``. Of a segmentor also ``segmentation`` (True), ``out_indices`` (the blocks that are tapped, from 0),
-``pool_scales`` (of UPerNet), ``auxiliary_index`` (the tap that the auxiliary head sees), ``palette`` (colours of the
-classes), ``reduce_zero_label`` (in label maps 0 is no class). Its weights are called ``blocks.…``, ``fpn1.…``,
-``fpn2.…``, ``decode_head.…``, ``auxiliary_head.…``: without the ``backbone.`` of its files.
+``layer_norm_eps``, ``target`` (what it learned to predict of a patch). Of a segmentor also ``segmentation`` (True),
+``out_indices`` (the blocks that are tapped, from 0), ``pool_scales`` (of UPerNet), ``auxiliary_index`` (the tap that
+the auxiliary head sees), ``palette`` (colours of the classes), ``reduce_zero_label`` (in label maps 0 is no class).
+Its weights are called ``blocks.…``, ``fpn1.…``, ``fpn2.…``, ``decode_head.…``, ``auxiliary_head.…``: without the
+``backbone.`` of its files.
 """
 
 import json

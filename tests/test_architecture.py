@@ -20,6 +20,7 @@ MODELS = ("beit.modeling", "beit.pretrained", "beit.zoo", "beit.inference", "bei
 BELOW_TASKS = (
     *MODELS,
     *CHECKPOINTS,
+    "beit.targets",
     "beit.relative_position",
     "beit.masking",
     "beit.storage",
@@ -42,6 +43,7 @@ MAY_IMPORT = {
     "beit.modeling": ("beit.relative_position",),
     "beit.tokenizer": ("dall_e.*", "beit.dvae", "beit.storage"),
     "beit.data.*": ("beit.data.*", "beit.masking", "beit.storage"),
+    "beit.targets": ("beit.tokenizer", "beit.data.*"),
     # checkpoints of every dialect, and the models they are of
     "beit.released": ("beit.storage",),
     "beit.weights": ("beit.released", "beit.interop.*", "beit.storage", "beit.relative_position"),

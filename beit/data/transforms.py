@@ -47,7 +47,7 @@ class MaskedImageModelingTransform:
 
     Args:
         input_size: Size of the model's view in pixels, ``(H, W)`` or one number.
-        second_input_size: Size of the tokenizer's view in pixels, ``(H2, W2)`` or one number.
+        second_input_size: Size of the tokenizer's view in pixels, ``(H2, W2)`` or one number; None for no such view.
         interpolation: How the model's view is resized: bicubic, bilinear, nearest, lanczos, or random.
         second_interpolation: How the tokenizer's view is resized.
         color_jitter: Brightness, contrast and saturation change by a factor in ``1 ± color_jitter``.
@@ -62,7 +62,7 @@ class MaskedImageModelingTransform:
     def __init__(
         self,
         input_size: int | Sequence[int] = 224,
-        second_input_size: int | Sequence[int] = 112,
+        second_input_size: int | Sequence[int] | None = 112,
         *,
         interpolation: str = "bicubic",
         second_interpolation: str = "lanczos",
@@ -95,7 +95,7 @@ class MaskedImageModelingEvalTransform:
 
     Args:
         input_size: Size of the model's view in pixels, ``(H, W)`` or one number.
-        second_input_size: Size of the tokenizer's view in pixels, ``(H2, W2)`` or one number.
+        second_input_size: Size of the tokenizer's view in pixels, ``(H2, W2)`` or one number; None for no such view.
         interpolation: How the model's view is resized.
         second_interpolation: How the tokenizer's view is resized.
         crop_fraction: Side of the crop, as a share of the largest one that fits; 0.875 is 224 of 256 pixels.
@@ -108,7 +108,7 @@ class MaskedImageModelingEvalTransform:
     def __init__(
         self,
         input_size: int | Sequence[int] = 224,
-        second_input_size: int | Sequence[int] = 112,
+        second_input_size: int | Sequence[int] | None = 112,
         *,
         interpolation: str = "bicubic",
         second_interpolation: str = "lanczos",
@@ -184,24 +184,25 @@ class CenterCropTransform:
 
 
 class _TwoViews:
-    """One region of an image at two sizes."""
+    """One region of an image at two sizes, or at one."""
 
     def __init__(
         self,
         size: int | Sequence[int],
-        second_size: int | Sequence[int],
+        second_size: int | Sequence[int] | None,
         interpolation: str,
         second_interpolation: str,
     ) -> None:
-        self.size, self.second_size = size_pair(size), size_pair(second_size)
+        self.size = size_pair(size)
+        self.second_size = None if second_size is None else size_pair(second_size)
         self.interpolation = known_interpolation(interpolation)
         self.second_interpolation = known_interpolation(second_interpolation)
 
     def __call__(self, image: Image.Image, box: Box, rng: np.random.Generator) -> dict[str, Tensor]:
-        return {
-            "image": view(image, box, self.size, self.interpolation, rng),
-            "token_image": view(image, box, self.second_size, self.second_interpolation, rng),
-        }
+        views = {"image": view(image, box, self.size, self.interpolation, rng)}
+        if self.second_size is not None:
+            views["token_image"] = view(image, box, self.second_size, self.second_interpolation, rng)
+        return views
 
 
 def view(image: Image.Image, box: Box, size: tuple[int, int], interpolation: str, rng: np.random.Generator) -> Tensor:

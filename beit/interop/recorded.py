@@ -34,6 +34,10 @@ def _interpolation(value: Any) -> str | None:
     return value if isinstance(value, str) and value in INTERPOLATIONS else None
 
 
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
 def _labels(value: Any) -> tuple[Any, ...] | None:
     """Reads names in a row, or by number in a dict, as ``id2label`` has them."""
     if isinstance(value, (list, tuple)):
@@ -73,6 +77,7 @@ RECORDED: dict[str, Callable[[Any], Any]] = {
     "image_size": _size,
     "num_heads": _whole,
     "layer_norm_eps": _positive,
+    "target": _text,
     "out_indices": _indices,
     "pool_scales": _indices,
     "auxiliary_index": _index,

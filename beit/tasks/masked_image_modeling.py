@@ -1,12 +1,12 @@
-"""BEiT pre-training: predict the visual tokens of masked patches (arXiv 2106.08254, section 2)."""
+"""BEiT pre-training: predict the visual tokens of masked patches (arXiv 2106.08254, section 2), or something else."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit.config import Size, option, to_plain
@@ -17,12 +17,13 @@ from beit.data.transforms import (
     MaskedImageModelingTransform,
     normalize,
     size_pair,
-    to_unit_range,
 )
 from beit.errors import InputError
-from beit.masking import BlockwiseMaskGenerator
+from beit.masking import BlockwiseMaskGenerator, MaskGenerator, RandomMaskGenerator
 from beit.modeling import VisionTransformerForMaskedImageModeling
-from beit.pretrained import load_pretrained
+from beit.pretrained import load_weights, read_weights
+from beit.targets import VISUAL_TOKENS, PixelTarget, PredictionTarget, TokenTarget
+from beit.tasks.image_log import ImageLog, spread_samples
 from beit.tasks.options import (
     EVALUATION_WORKERS,
     OptimizerOptions,
@@ -49,6 +50,7 @@ from beit.zoo import create_model, list_models
 logger = logging.getLogger(__name__)
 
 PUBLISHED_LR, PUBLISHED_BATCH = 1.5e-3, 2048
+TargetFactory = Callable[["PretrainingConfig", torch.device], PredictionTarget]
 
 
 @dataclass(frozen=True)
@@ -68,18 +70,30 @@ class PretrainingConfig(RunOptions, OptimizerOptions):
     drop_path: float = option(0.1, "stochastic depth rate of the last block; grows linearly with depth")
     grad_checkpointing: bool = option(False, "recompute activations in the backward pass, to save memory")
 
+    target: str = option("tokens", "what is predicted of a patch", choices=("tokens", "pixels"))
+    pixel_norm: bool = option(
+        True, "for --target pixels: predict them less their patch's mean, over its standard deviation"
+    )
+    predict: str = option("masked", "which patches are predicted in training", choices=("masked", "all"))
+
     discrete_vae_weight_path: str | None = option(None, "folder of the tokenizer")
     discrete_vae_type: str = option("dall-e", "kind of tokenizer: dall-e or customized")
     second_input_size: Size = option(112, "size of the tokenizer's view, in pixels (HEIGHTxWIDTH or one number)")
     second_interpolation: str = option("lanczos", "interpolation of the tokenizer's view")
 
-    num_mask_patches: int = option(75, "most patches masked in an image")
+    mask_strategy: str = option(
+        "block", "mask blocks of patches, or single patches at random", choices=("block", "random")
+    )
+    num_mask_patches: int = option(75, "most patches masked in an image; with --mask_strategy random exactly so many")
     max_mask_patches_per_block: int | None = option(None, "largest masked block, in patches; no limit by default")
     min_mask_patches_per_block: int = option(16, "smallest masked block, in patches")
 
     data_path: str = option("/datasets01/imagenet_full_size/061417/", "folder of images, or a text file of paths")
     eval_data_path: str | None = option(None, "held-out images to score masked-token prediction on, after epochs")
     eval_freq: int = option(1, "epochs between two evaluations")
+    log_images: int = option(
+        0, "images whose reconstructions go to --log_dir after each epoch: of --eval_data_path, else of --data_path"
+    )
     input_size: Size = option(224, "size of the model's view, in pixels (HEIGHTxWIDTH or one number)")
     train_interpolation: str = option("bicubic", "interpolation of the model's view")
     color_jitter: float = option(0.4, "strength of brightness, contrast and saturation jitter")
@@ -93,24 +107,29 @@ class PretrainingConfig(RunOptions, OptimizerOptions):
     opt_betas: tuple[float, ...] | None = option((0.9, 0.999), "decay rates of Adam")
 
 
-def main(config: PretrainingConfig) -> None:
-    """Pre-trains a model as the flags say."""
+def main(config: PretrainingConfig, make_target: TargetFactory | None = None) -> None:
+    """Pre-trains a model as the flags say.
+
+    Args:
+        config: The flags.
+        make_target: Makes the prediction target, in place of ``--target``.
+    """
     check_training(config)
     check_positive(config, "num_mask_patches", "eval_freq")
     with session_of(config) as session:
-        # A frozen tokenizer says what each patch shows; the model learns to say it of patches it does not see.
-        tokenizer = build_tokenizer(config, session.device)
-        model = build_model(config, tokenizer.vocab_size).to(session.device)
-        tokenizer.check_grid(size_pair(config.second_input_size), model.patch_embed.grid_size)
+        # The target says what each patch shows; the model learns to say it of patches it does not see.
+        target = (make_target or build_target)(config, session.device)
+        model = build_model(config, target.output_size).to(session.device)
+        target.check(model.patch_embed.grid_size, size_pair(config.second_input_size))
         masks = build_mask_generator(config, model.patch_embed.grid_size)
 
-        loader = build_loader(config, masks, session)
-        objective = MaskedTokenPrediction(tokenizer, *normalization(config))
+        loader = build_loader(config, target, masks, session)
+        objective = MaskedPrediction(target, *normalization(config))
         optimizer = build_optimizer(config, model, session.device)
         settings = loop_settings(config, evaluate_epochs=config.eval_freq)
         precision = Precision(resolve_amp_dtype(config.amp_dtype, session.device), session.device)
         lr, weight_decay = schedules(config, loader.batches_per_epoch // config.update_freq)
-        trainer = Trainer(
+        trainer = PretrainingTrainer(
             model,
             objective,
             loader,
@@ -119,17 +138,33 @@ def main(config: PretrainingConfig) -> None:
             settings,
             lr,
             weight_decay,
-            prepare=with_masked_index,
+            prepare=partial(with_patch_index, predict=config.predict),
             folder=session.folder,
             log_dir=config.log_dir,
             config=to_plain(config),
+            extras={"target": target.name},
             evaluate=build_evaluation(config, objective, masks, session, precision),
+            on_epoch_end=build_image_log(config, objective, masks, model, precision),
         )
         if config.init_from:
-            initialize_from(model, config.init_from)
+            initialize_from(model, config.init_from, target.name)
         session.resume(trainer, path=config.resume, auto=config.auto_resume, start_epoch=config.start_epoch)
-        log_summary(config, trainer, tokenizer, session)
+        announce_flags_without_effect(config, own_target=make_target is not None)
+        log_summary(config, trainer, target, session)
         trainer.fit()
+
+
+def build_target(config: PretrainingConfig, device: torch.device) -> PredictionTarget:
+    """Creates what ``--target`` says.
+
+    Raises:
+        InputError: The target cannot be had, such as a tokenizer that is not there.
+    """
+    if config.target == "tokens":
+        return TokenTarget(build_tokenizer(config, device))
+    with torch.device("meta"):  # takes no memory and draws no random number
+        patch_size = build_model(config, 1).patch_embed.patch_size
+    return PixelTarget(patch_size, *normalization(config), normalised=config.pixel_norm)
 
 
 def build_tokenizer(config: PretrainingConfig, device: torch.device) -> VisualTokenizer:
@@ -141,20 +176,21 @@ def build_tokenizer(config: PretrainingConfig, device: torch.device) -> VisualTo
     if not config.discrete_vae_weight_path:
         raise InputError(
             "--discrete_vae_weight_path is missing: give the tokenizer's folder. `beit download tokenizer DIR` fetches "
-            "OpenAI's, run_dvae_training.py trains one on your images (--discrete_vae_type customized)"
+            "OpenAI's, run_dvae_training.py trains one on your images (--discrete_vae_type customized); --target "
+            "pixels needs none"
         )
     return load_tokenizer(config.discrete_vae_weight_path, config.discrete_vae_type, device)
 
 
-def build_model(config: PretrainingConfig, vocab_size: int) -> VisionTransformerForMaskedImageModeling:
-    """Creates the model with as many outputs as the tokenizer has tokens.
+def build_model(config: PretrainingConfig, output_size: int) -> VisionTransformerForMaskedImageModeling:
+    """Creates the model with as many outputs a patch as the target needs, such as one for each token.
 
     Raises:
         InputError: The name is unknown or not a pre-training model, or an option does not fit.
     """
     arguments = {
         "img_size": config.input_size,
-        "vocab_size": vocab_size,
+        "vocab_size": output_size,
         "drop_path_rate": config.drop_path,
         "init_values": config.layer_scale_init_value,
         "use_shared_rel_pos_bias": config.rel_pos_bias,
@@ -171,8 +207,10 @@ def build_model(config: PretrainingConfig, vocab_size: int) -> VisionTransformer
     return model
 
 
-def build_mask_generator(config: PretrainingConfig, grid_size: tuple[int, int]) -> BlockwiseMaskGenerator:
+def build_mask_generator(config: PretrainingConfig, grid_size: tuple[int, int]) -> MaskGenerator:
     """Creates the generator of the patches to mask, for a grid of patches ``(h, w)``."""
+    if config.mask_strategy == "random":
+        return RandomMaskGenerator(grid_size, config.num_mask_patches)
     return BlockwiseMaskGenerator(
         grid_size,
         num_mask_patches=config.num_mask_patches,
@@ -181,11 +219,13 @@ def build_mask_generator(config: PretrainingConfig, grid_size: tuple[int, int]) 
     )
 
 
-def build_loader(config: PretrainingConfig, masks: BlockwiseMaskGenerator, session: Session) -> EpochLoader:
-    """Creates the loader of augmented two-view images with their masks."""
+def build_loader(
+    config: PretrainingConfig, target: PredictionTarget, masks: MaskGenerator, session: Session
+) -> EpochLoader:
+    """Creates the loader of augmented images, in as many views as the target needs, with their masks."""
     transform = MaskedImageModelingTransform(
         config.input_size,
-        config.second_input_size,
+        config.second_input_size if target.second_view else None,
         interpolation=config.train_interpolation,
         second_interpolation=config.second_interpolation,
         color_jitter=config.color_jitter,
@@ -194,43 +234,68 @@ def build_loader(config: PretrainingConfig, masks: BlockwiseMaskGenerator, sessi
     return epoch_loader(ImageDataset(find_together(config.data_path), transform, config.seed), config, session)
 
 
-def with_masked_index(batch: Batch) -> dict[str, Tensor]:
-    """Adds the flat positions of the masked patches, found on the host, where that makes no GPU wait.
+def with_patch_index(batch: Batch, predict: str = "masked") -> dict[str, Tensor]:
+    """Adds the flat positions of the patches to predict, found on the host, where that makes no GPU wait.
 
     Args:
         batch: Holds ``mask``, bool ``(B, h, w)``.
+        predict: ``masked`` or ``all``.
 
     Returns:
-        The batch with ``masked_index``, int64 ``(M,)``, positions in the ``B * h * w`` patches.
+        The batch with ``patch_index``, int64 ``(M,)``, positions in the ``B * h * w`` patches.
     """
-    return {**batch, "masked_index": batch["mask"].flatten().nonzero().flatten()}
+    mask = batch["mask"].flatten()
+    return {**batch, "patch_index": mask.nonzero().flatten() if predict == "masked" else torch.arange(len(mask))}
 
 
-class MaskedTokenPrediction:
-    """The objective: cross-entropy of the predicted tokens at the masked patches, averaged over them.
+class MaskedPrediction:
+    """The objective: of a masked image, what the target says of the chosen patches; the loss is their mean.
 
     Args:
-        tokenizer: Frozen; gives the tokens.
+        target: What is predicted.
         mean: Mean of the model's input, per channel.
         std: Standard deviation of the model's input, per channel.
     """
 
-    def __init__(self, tokenizer: VisualTokenizer, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, target: PredictionTarget, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        self.target = target
         self._mean, self._std = mean, std
 
     def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Returns logits ``(M, vocab)`` and tokens ``(M,)`` of the masked patches of a batch."""
-        index = batch["masked_index"]
-        tokens = self.tokenizer.encode(to_unit_range(batch["token_image"]), index)
+        """Returns outputs ``(M, output_size)`` and targets ``(M, …)`` of the chosen patches of a batch."""
+        index = batch["patch_index"]
+        targets = self.target.of(batch, index)
         images = normalize(batch["image"], self._mean, self._std)
-        return model(images, batch["mask"], masked_index=index), tokens
+        return model(images, batch["mask"], masked_index=index), targets
+
+    def outputs_of_all(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Returns the outputs of all patches, ``(B, N, output_size)``; the masked ones are masked all the same."""
+        return model(normalize(batch["image"], self._mean, self._std), batch["mask"], return_all_tokens=True)
 
     def __call__(self, model: nn.Module, batch: Batch, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss of a batch and the share of tokens predicted right, ``mlm_acc``."""
-        logits, tokens = self.predict(model, batch)
-        loss = F.cross_entropy(logits.float(), tokens)
-        return loss, {"mlm_acc": (logits.detach().argmax(dim=-1) == tokens).float().mean()}
+        """Returns the loss of a batch and the target's metrics."""
+        outputs, targets = self.predict(model, batch)
+        with torch.no_grad():
+            metrics = self.target.metrics(outputs.detach(), targets)
+        return self.target.loss(outputs, targets), metrics
+
+
+class PretrainingTrainer(Trainer):
+    """A trainer that goes on only with what its checkpoint learned to predict (``extras["target"]``)."""
+
+    def resume(self, checkpoint: Mapping[str, Any], source: str) -> None:
+        """Takes a run up again.
+
+        Raises:
+            InputError: The checkpoint is of another target or model, or lacks the optimizer's state.
+        """
+        theirs, ours = checkpoint.get("target", VISUAL_TOKENS), self.extras["target"]
+        if theirs != ours:
+            raise InputError(
+                f"{source} learned to predict {theirs}, this run predicts {ours}: go on with the same --target and "
+                "--pixel_norm, or start from its weights with --init_from in another --output_dir"
+            )
+        super().resume(checkpoint, source)
 
 
 def build_optimizer(config: PretrainingConfig, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
@@ -239,37 +304,51 @@ def build_optimizer(config: PretrainingConfig, model: nn.Module, device: torch.d
     return optimizer_for(config, groups, device)
 
 
-def initialize_from(model: VisionTransformerForMaskedImageModeling, source: str) -> None:
-    """Gives a model the weights of a checkpoint; a head for another vocabulary starts anew.
+def initialize_from(model: VisionTransformerForMaskedImageModeling, source: str, target: str = VISUAL_TOKENS) -> None:
+    """Gives a model the weights of a checkpoint; a head for another vocabulary or target starts anew.
 
     Args:
         model: The model.
         source: A file, folder, released name, address or hub id.
+        target: Name of what the model predicts.
 
     Raises:
         InputError: The checkpoint cannot be read or is of another model.
     """
-    if "lm_head.weight" in load_pretrained(model, source).missing:
+    weights, metadata = read_weights(source, "model|module")
+    theirs = metadata.get("target", VISUAL_TOKENS)
+    report = load_weights(model, weights, metadata, drop_head=theirs != target)
+    (logger.warning if report.unexpected else logger.info)("%s", report.summary())
+    if theirs != target:
+        logger.info("%s learned to predict %s, this run predicts %s: the head starts anew", source, theirs, target)
+    elif "lm_head.weight" in report.missing:
         logger.info("%s has another vocabulary or none: the prediction head starts anew", source)
+
+
+def evaluation_transform(
+    config: PretrainingConfig, target: PredictionTarget, masks: MaskGenerator
+) -> MaskedImageModelingEvalTransform:
+    """Creates the views of images that are not trained on."""
+    return MaskedImageModelingEvalTransform(
+        config.input_size,
+        config.second_input_size if target.second_view else None,
+        interpolation=config.train_interpolation,
+        second_interpolation=config.second_interpolation,
+        mask_generator=masks,
+    )
 
 
 def build_evaluation(
     config: PretrainingConfig,
-    objective: MaskedTokenPrediction,
-    masks: BlockwiseMaskGenerator,
+    objective: MaskedPrediction,
+    masks: MaskGenerator,
     session: Session,
     precision: Precision,
 ) -> Callable[[nn.Module, int], dict[str, float]] | None:
     """Returns the evaluation on held-out images, or None if there are none."""
     if not config.eval_data_path:
         return None
-    transform = MaskedImageModelingEvalTransform(
-        config.input_size,
-        config.second_input_size,
-        interpolation=config.train_interpolation,
-        second_interpolation=config.second_interpolation,
-        mask_generator=masks,
-    )
+    transform = evaluation_transform(config, objective.target, masks)
     dataset = ImageDataset(find_together(config.eval_data_path), transform, config.seed)
     few = min(config.num_workers, EVALUATION_WORKERS)
     loader = epoch_loader(dataset, config, session, num_workers=few, shuffle=False, drop_last=False)
@@ -278,37 +357,103 @@ def build_evaluation(
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, objective: MaskedTokenPrediction, loader: EpochLoader, precision: Precision
+    model: nn.Module, objective: MaskedPrediction, loader: EpochLoader, precision: Precision
 ) -> dict[str, float]:
-    """Scores masked-token prediction over a data set, each image once with a fixed mask.
+    """Scores the prediction of masked patches over a data set, each image once with a fixed mask.
+
+    Only masked patches count, whichever were trained on, so that all runs with one target can be compared.
 
     Returns:
-        ``loss`` and ``mlm_acc``, means over all masked patches, and ``most_frequent_acc``: what always answering the
-        data set's most frequent token would score, the bar to clear.
+        ``loss``, the mean over all masked patches, and the target's scores over them.
     """
     model.eval()
-    device = precision.device
-    summed_loss = torch.zeros((), device=device)
-    counts = torch.zeros(objective.tokenizer.vocab_size + 1, dtype=torch.int64, device=device)  # tokens; right answers
+    target, device = objective.target, precision.device
+    totals = {"loss": torch.zeros((), device=device), "patches": torch.zeros((), dtype=torch.int64, device=device)}
     for host_batch in loader.epoch(0):
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in with_masked_index(host_batch).items()}
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in with_patch_index(host_batch).items()}
         with precision.autocast():
-            logits, tokens = objective.predict(model, batch)
-        summed_loss += F.cross_entropy(logits.float(), tokens, reduction="sum")
-        counts[-1] += (logits.argmax(dim=-1) == tokens).sum()
-        counts[:-1] += torch.bincount(tokens, minlength=len(counts) - 1)
-    loss = distributed.sum_over_ranks(summed_loss).item()
-    *frequencies, right = distributed.sum_over_ranks(counts).tolist()
-    patches = sum(frequencies)
-    return {"loss": loss / patches, "mlm_acc": right / patches, "most_frequent_acc": max(frequencies) / patches}
+            outputs, targets = objective.predict(model, batch)
+        sums = {"loss": target.loss(outputs, targets, "sum"), **target.tally(outputs, targets)}
+        totals["patches"] += len(outputs)
+        totals = {**totals, **{name: totals[name] + value if name in totals else value for name, value in sums.items()}}
+    # A process may have had no images, the main one always has; so it tells the others what there is to add up.
+    zeros = distributed.on_main(lambda: {name: torch.zeros_like(value, device="cpu") for name, value in totals.items()})
+    totals = {
+        name: distributed.sum_over_ranks(totals[name] if name in totals else zero.to(device))
+        for name, zero in zeros.items()
+    }
+    loss, patches = totals.pop("loss").item(), int(totals.pop("patches").item())
+    return {"loss": loss / patches, **target.scores(totals, patches)}
 
 
-def log_summary(config: PretrainingConfig, trainer: Trainer, tokenizer: VisualTokenizer, session: Session) -> None:
+def build_image_log(
+    config: PretrainingConfig, objective: MaskedPrediction, masks: MaskGenerator, model: nn.Module, precision: Precision
+) -> ImageLog | None:
+    """Returns what writes reconstructions to TensorBoard after each epoch, on the main process, or None for none.
+
+    Raises:
+        InputError: The number of images is negative, or the pictures cannot be made.
+    """
+    if config.log_images < 0:
+        raise InputError(f"--log_images {config.log_images}: must be 0 or more")
+    if not config.log_images:
+        return None
+    if not (config.log_dir and config.output_dir):
+        logger.warning("--log_images has no effect without --log_dir and --output_dir")
+        return None
+    transform = evaluation_transform(config, objective.target, masks)
+    dataset = ImageDataset(find_together(config.eval_data_path or config.data_path), transform, config.seed)
+
+    def build() -> ImageLog:
+        samples = spread_samples(dataset, config.log_images)
+        log = ImageLog(model, objective.outputs_of_all, objective.target, samples, precision)
+        log.picture()  # what cannot be drawn, such as tokens without a decoder, is found now and not after an epoch
+        return log
+
+    return _on_main_only(build)
+
+
+def _on_main_only(build: Callable[[], ImageLog]) -> ImageLog | None:
+    """Builds something on the main process; what goes wrong there ends all processes."""
+    built: list[ImageLog] = []
+    distributed.on_main(lambda: built.append(build()))
+    return built[0] if built else None
+
+
+def announce_flags_without_effect(config: PretrainingConfig, own_target: bool) -> None:
+    """Says which of the flags given can have no effect together with the others.
+
+    Args:
+        config: The flags.
+        own_target: Whether the target is not that of ``--target``: what such a target reads is not known here.
+    """
+    if config.mask_strategy == "random":
+        _say_unused(config, "mask_strategy", "min_mask_patches_per_block", "max_mask_patches_per_block")
+    if own_target:
+        return
+    if config.target == "tokens":
+        _say_unused(config, "target", "pixel_norm")
+    else:
+        tokenizer = ("discrete_vae_weight_path", "discrete_vae_type")
+        _say_unused(config, "target", *tokenizer, "second_input_size", "second_interpolation")
+
+
+def _say_unused(config: PretrainingConfig, because: str, *names: str) -> None:
+    default = PretrainingConfig()
+    given = [f"--{name}" for name in names if getattr(config, name) != getattr(default, name)]
+    if given:
+        logger.warning("without effect beside --%s %s: %s", because, getattr(config, because), ", ".join(given))
+
+
+def log_summary(config: PretrainingConfig, trainer: Trainer, target: PredictionTarget, session: Session) -> None:
     """Says what is about to run, and warns where the learning rate does not fit the batch."""
     batch = effective_batch(config)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     logger.info("model %s: %s parameters, %s", config.model, f"{parameters:,}", trainer.precision.dtype)
-    logger.info("tokenizer %s: %d tokens", config.discrete_vae_weight_path, tokenizer.vocab_size)
+    if isinstance(target, TokenTarget):
+        logger.info("tokenizer %s: %d tokens", config.discrete_vae_weight_path, target.output_size)
+    else:
+        logger.info("predicting %s: %d numbers a patch", target.name, target.output_size)
     logger.info(
         "batch %d = %d images x %d processes x %d batches an update; %d updates an epoch, %d epochs; lr %g",
         batch,

@@ -15,14 +15,14 @@ from beit.training.logging import EpochLog
 
 
 def kill_at_step(step: int, number: int) -> None:
-    original = masked_image_modeling.MaskedTokenPrediction.__call__
+    original = masked_image_modeling.MaskedPrediction.__call__
 
     def call(self, model, batch, global_step):
         if global_step == step:
             os.kill(os.getpid(), number)
         return original(self, model, batch, global_step)
 
-    masked_image_modeling.MaskedTokenPrediction.__call__ = call
+    masked_image_modeling.MaskedPrediction.__call__ = call
 
 
 def kill_at_rename(count: int) -> None:

@@ -18,15 +18,16 @@ from beit.dvae import DiscreteVAE
 from beit.errors import InputError
 from beit.masking import BlockwiseMaskGenerator
 from beit.storage import save_checkpoint
+from beit.targets import TokenTarget
 from beit.tasks.launch import launch
 from beit.tasks.masked_image_modeling import (
-    MaskedTokenPrediction,
+    MaskedPrediction,
     PretrainingConfig,
     build_model,
     evaluate,
     initialize_from,
     main,
-    with_masked_index,
+    with_patch_index,
 )
 from beit.tokenizer import load_tokenizer, save_dvae
 from beit.training.precision import Precision
@@ -83,14 +84,14 @@ def random_batch(masks=2):
     mask[:, 1, :masks] = True
     mask[2, 3] = True
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
-    return with_masked_index({"image": images, "token_image": images.flip(3), "mask": mask})
+    return with_patch_index({"image": images, "token_image": images.flip(3), "mask": mask})
 
 
 def test_the_loss_is_the_mean_over_masked_patches(setting):
     # Breaks if unmasked patches enter the loss, or the views, their scaling or the order of patches are mixed up.
     _, tokenizer, model = setting
     batch = random_batch()
-    loss, metrics = MaskedTokenPrediction(tokenizer, *HALF)(model.eval(), batch, 0)
+    loss, metrics = MaskedPrediction(TokenTarget(tokenizer), *HALF)(model.eval(), batch, 0)
     logits = model((batch["image"] / 255 - 0.5) / 0.5, batch["mask"], return_all_tokens=True)
     tokens = tokenizer.encode(batch["token_image"] / 255).flatten(1)
     terms, right = [], []
@@ -106,14 +107,14 @@ def test_the_loss_is_the_mean_over_masked_patches(setting):
 
 def test_no_gradient_reaches_the_tokenizer(setting):
     _, tokenizer, model = setting
-    MaskedTokenPrediction(tokenizer, *HALF)(model.train(), random_batch(), 0)[0].backward()
+    MaskedPrediction(TokenTarget(tokenizer), *HALF)(model.train(), random_batch(), 0)[0].backward()
     assert all(parameter.grad is None for parameter in tokenizer.parameters())
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_evaluation_equals_a_naive_count(setting):
     folder, tokenizer, model = setting
-    objective = MaskedTokenPrediction(tokenizer, *HALF)
+    objective = MaskedPrediction(TokenTarget(tokenizer), *HALF)
     transform = MaskedImageModelingEvalTransform(32, 32, mask_generator=BlockwiseMaskGenerator((4, 4), 6, 2))
     dataset = ImageDataset(index_images(folder / "images"), transform, seed=0)
     loader = EpochLoader(dataset, 6, shuffle=False, drop_last=False)
@@ -121,7 +122,7 @@ def test_evaluation_equals_a_naive_count(setting):
     right, losses, seen = [], [], []
     for index in range(20):
         sample = {name: value[None] for name, value in dataset[(0, index)].items() if torch.is_tensor(value)}
-        logits, tokens = objective.predict(model.eval(), with_masked_index(sample))
+        logits, tokens = objective.predict(model.eval(), with_patch_index(sample))
         right += (logits.argmax(1) == tokens).tolist()
         losses += F.cross_entropy(logits, tokens, reduction="none").tolist()
         seen += tokens.tolist()
@@ -148,7 +149,7 @@ def test_weights_to_start_from_keep_everything_but_a_head_of_another_vocabulary(
 def test_first_loss_is_the_logarithm_of_the_vocabulary(setting):
     _, tokenizer, _ = setting
     config = parse("--model", "beit_tiny_patch16_224_8k_vocab", "--input_size", 32, "--model_kwargs", *overrides(TINY))
-    loss, _ = MaskedTokenPrediction(tokenizer, *HALF)(build_model(config, 16), random_batch(), 0)
+    loss, _ = MaskedPrediction(TokenTarget(tokenizer), *HALF)(build_model(config, 16), random_batch(), 0)
     assert loss.item() == pytest.approx(math.log(16), abs=0.2)
 
 
@@ -241,7 +242,7 @@ def test_out_of_memory_says_what_to_lower(good_flags, monkeypatch, capsys):
     def full(*_args, **_options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(MaskedTokenPrediction, "__call__", full)
+    monkeypatch.setattr(MaskedPrediction, "__call__", full)
     assert call(good_flags) == 1
     assert "lower --batch_size" in capsys.readouterr().err
 
