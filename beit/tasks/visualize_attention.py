@@ -119,7 +119,7 @@ def _map_of(
 ) -> Picture:
     heat = maps.mean(dim=0) if head is None else maps[head]
     name = f"patch {query[0]},{query[1]}" if name_query else "mean of heads" if head is None else f"head {head}"
-    return Picture(image, heat, marks=(mark,), title=f"{name}, to {heat.max().item():.1%}")
+    return Picture(image, heat, marks=(mark,), title=f"{name}, max {heat.max().item():.1%}")
 
 
 def _mark(query: Query, grid: tuple[int, int], number: int) -> tuple[float, float, int]:
@@ -215,8 +215,8 @@ def distance(config: DistanceConfig) -> None:
     draw_heads(
         config.output,
         found,
-        f"mean attention distance (pixels of {height} x {width})",
-        f"How far heads look: {Path(config.checkpoint).name}, {len(paths)} image{'s' if len(paths) > 1 else ''}",
+        "mean attention distance (pixels)",
+        f"How far heads look: {Path(config.checkpoint).name}, {len(paths)} images of {height} x {width}",
         ("attention to all patches alike", everywhere),
     )
     logger.info("%s written", config.output)
@@ -258,15 +258,14 @@ def bias(config: BiasConfig) -> None:
         raise InputError(
             f"{config.checkpoint} has no relative position bias: it knows places by its position embedding"
         )
-    rows, names = [], []
+    rows: list[list[Picture]] = []
     for table in tables:
         most = max(table.grids.abs().max().item(), 1e-6)
         titles = [f"head {head}" if not rows else "" for head in range(len(table.grids))]
-        captions = [" ".join(f"{value:+.2f}" for value in entries) for entries in table.class_token.tolist()]
+        captions = ["   ".join(f"{value:+.2f}" for value in entries) for entries in table.class_token.tolist()]
         pictures = zip(table.grids, titles, captions, strict=True)
         rows.append([Picture(heat=grid, limits=(-most, most), title=t, caption=c) for grid, t, c in pictures])
-        names.append(table.name)
-    name = Path(config.checkpoint).name
+    name, names = Path(config.checkpoint).name, [table.name for table in tables]
     draw_pictures(
         config.output,
         rows,

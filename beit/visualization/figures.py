@@ -6,6 +6,7 @@ stands alone: runs and classes also differ by marker, training and test by the s
 
 import itertools
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,13 @@ from beit.visualization.curves import Curve
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 FORMATS = ("png", "svg")
 PANEL_INCHES = 1.6
 GAP_INCHES = 0.08
 LINE_INCHES = 0.2  # a line of text above or below a panel
+NOTE_LETTER = 0.062
 TITLE_INCHES = 0.32
 BAR_INCHES = 0.65  # a bar of colours with its numbers
 DIAGRAM_INCHES = (4.0, 2.8)
@@ -44,6 +47,7 @@ HEAT_OPACITY = 0.65
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 OTHERS = "#BBBBBB"
+SIZES = {"*": 2.0, "P": 1.3, "X": 1.3, "D": 0.8}  # areas of markers, so that all weigh alike
 
 
 def check_picture_name(path: str | Path) -> str:
@@ -114,11 +118,12 @@ def draw_pictures(
     margin = GAP_INCHES + (LINE_INCHES if row_names else 0)
     columns = max(len(row) for row in rows)
     width = margin + columns * (panel[0] + GAP_INCHES) + (BAR_INCHES if bars else 0)
-    width = max(width, 0.085 * len(title), 0.058 * len(note))
-    # Two letters of space between rows without text, so that they are no single picture.
+    if (wanted := 0.085 * len(title)) > width:
+        margin, width = margin + (wanted - width) / 2, wanted
+    lines = textwrap.wrap(note, int(width / NOTE_LETTER))
     above, below = ([LINE_INCHES if any(getattr(p, part) for p in row) else GAP_INCHES / 2 for row in rows]
                     for part in ("title", "caption"))  # fmt: skip
-    head, foot = (TITLE_INCHES if title else GAP_INCHES / 2), (LINE_INCHES if note else GAP_INCHES / 2)
+    head, foot = (TITLE_INCHES if title else GAP_INCHES / 2), GAP_INCHES / 2 + 0.15 * len(lines)
     height = head + sum(above) + sum(below) + len(rows) * panel[1] + foot
     figure = _new_figure(width, height)
     top = head
@@ -137,7 +142,7 @@ def draw_pictures(
     if title:
         figure.suptitle(title, fontsize=10, y=1 - 0.08 / height, va="top")
     if note:
-        figure.text(0.5, 0.05 / height, note, fontsize=7.5, ha="center")
+        figure.text(0.5, 0.05 / height, "\n".join(lines), fontsize=7.5, ha="center", va="bottom")
     _save(figure, path)
 
 
@@ -289,7 +294,7 @@ def draw_curves(path: str | Path, diagrams: Mapping[str, Sequence[Curve]], title
     runs = {curve.run for curves in diagrams.values() for curve in curves}
     figure = _new_figure(columns * DIAGRAM_INCHES[0], rows * DIAGRAM_INCHES[1], layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
-    legend: dict[str, object] = {}
+    legend: dict[str, Line2D] = {}
     for axes, (metric, curves) in zip(grid.flat, diagrams.items(), strict=False):
         legend |= _plot(axes, metric, curves, by_run=len(runs) > 1)
         if len(runs) == 1:
@@ -303,11 +308,11 @@ def draw_curves(path: str | Path, diagrams: Mapping[str, Sequence[Curve]], title
     _save(figure, path)
 
 
-def _plot(axes: "Axes", metric: str, curves: Sequence[Curve], by_run: bool) -> dict[str, object]:
+def _plot(axes: "Axes", metric: str, curves: Sequence[Curve], by_run: bool) -> "dict[str, Line2D]":
     """Draws a diagram and returns its lines by their labels."""
     from matplotlib.ticker import MaxNLocator
 
-    lines: dict[str, object] = {}
+    lines: dict[str, Line2D] = {}
     for number, curve in enumerate(curves):
         style = STYLES.get(curve.label.split()[-1], "-")
         look = curve.run if by_run else number
@@ -327,7 +332,7 @@ def _plot(axes: "Axes", metric: str, curves: Sequence[Curve], by_run: bool) -> d
     return lines
 
 
-def _legend_below(figure: "Figure", lines: Mapping[str, object]) -> None:
+def _legend_below(figure: "Figure", lines: "Mapping[str, Line2D]") -> None:
     width, height = figure.get_size_inches()
     columns, rows = _legend_shape(list(lines), width)
     figure.set_size_inches(width, height + rows * LEGEND_POINTS * 1.6 / 72 + 0.1)
@@ -360,7 +365,7 @@ def draw_heads(
         axes.plot(blocks, head, "o", markersize=4, alpha=0.6, mew=0, color=COLOURS[0], label=name)
     if reference is not None:
         axes.axhline(reference[1], color="black", linestyle=":", linewidth=1, label=reference[0])
-    axes.set_ylim(0, None)
+    axes.set_ylim(0, 1.08 * max(values.max().item(), reference[1] if reference else 0))
     axes.set_xlabel("block", fontsize=9)
     axes.set_ylabel(label, fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -390,13 +395,14 @@ def draw_points(
     figure = _new_figure(SCATTER_INCHES * 1.25, SCATTER_INCHES, "constrained")
     axes = figure.subplots()
     count = sum(len(points) for _, points in groups)
-    area = min(36.0, max(6.0, 6000 / max(count, 1)))
+    area = min(36.0, max(8.0, 9000 / max(count, 1)))
     looks = list(zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), range(len(groups)), strict=False))
     drawn = [(*group, colour, marker) for group, (colour, marker, _) in zip(groups, looks, strict=True)]
     for name, points, colour, marker in ([(*others, OTHERS, ".")] if others else []) + drawn:
         axes.scatter(
-            points[:, 0], points[:, 1], s=area, c=colour, marker=marker, alpha=0.75, linewidths=0.2,
-            edgecolors="white", label=name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…",
+            points[:, 0], points[:, 1], s=area * SIZES.get(marker, 1), c=colour, marker=marker, alpha=0.75,
+            linewidths=0.2, edgecolors="white",
+            label=name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…",
         )  # fmt: skip
     axes.set_xlabel(axes_names[0], fontsize=9)
     axes.set_ylabel(axes_names[1], fontsize=9)
@@ -406,7 +412,7 @@ def draw_points(
     legend = figure.legend(loc="outside right upper", fontsize=LEGEND_POINTS + 1, frameon=False)
     for handle in legend.legend_handles:
         if handle is not None:
-            handle.set(sizes=[36.0], alpha=1)
+            handle.set(sizes=[40.0], alpha=1)
     _save(figure, path)
 
 
