@@ -41,6 +41,14 @@ COMMANDS = {
     "probe": Command(
         "beit.tasks.linear_probe", "LinearProbeConfig", "main", "train linear classifiers on frozen features"
     ),
+    "recipes list": Command("beit.tasks.recipes", "ListConfig", "print_list", "list the published runs"),
+    "recipes show": Command("beit.tasks.recipes", "ShowConfig", "show", "say all about a published run"),
+    "recipes command": Command(
+        "beit.tasks.recipes", "CommandConfig", "print_command", "work out a published run's command for your GPUs"
+    ),
+    "recipes document": Command(
+        "beit.tasks.recipes", "DocumentConfig", "write_document", "write docs/reproducing.md from the recipes"
+    ),
     "models": Command("beit.tasks.commands", "ModelsConfig", "print_models", "list the models with their sizes"),
     "visualize reconstruct": Command(
         "beit.tasks.visualize", "ReconstructConfig", "reconstruct", "draw what a model makes of masked patches"

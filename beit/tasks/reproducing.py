@@ -1,0 +1,159 @@
+"""The page ``docs/reproducing.md``, from the recipes."""
+
+from collections.abc import Iterable, Sequence
+
+from beit.config import recipe_names
+from beit.tasks import memory
+from beit.tasks.published import TASKS, Recipe, command, plan, read_recipe, workload
+
+GPU_COUNTS = (16, 8, 4, 2, 1)
+SHOWN_IN_FULL = (16, 8, 1)
+CARDS = {"V100 16 GB": 16, "V100 32 GB": 32, "A100 80 GB": 80, "H200 141 GB": 141}
+
+HEAD = """\
+# Reproducing the published results
+
+<!-- Written by `beit recipes document`, from beit/recipes/*.yaml: change those, then run it again. A test compares. -->
+
+Every published row is a recipe, and a recipe is one command away. **All results on this page are quoted** from the
+sources named beside them; none has been measured with this library. What is tested is that each command, read by its
+launcher, means exactly the published settings, and that the batch is the published one on any number of GPUs.
+
+```bash
+beit recipes list                                                  # what there is
+beit recipes show finetune_base_pt22k_224                          # settings, source, quoted results, command
+beit recipes command finetune_base_pt22k_224 --gpus 2 --gpu-memory 16
+```
+
+The last line prints a command for the GPUs you have: images per GPU and `--update_freq` are worked out so that
+GPUs x images x `update_freq` is the published batch, which the learning rate belongs to. A number of GPUs over which it
+does not split is refused, with the nearest that do. `--nnodes 2` shares the GPUs between two machines. Replace
+`/path/to/...` by your paths.
+
+## Before you start
+
+- **Fewer GPUs are slower, not different**: gradients of `update_freq` batches are added up for one step. Divide the
+  published number of GPUs by yours to see how much longer it takes; the published times are for the published hardware.
+- **Batch norm** in segmentation's heads sees the images of one forward pass, over all GPUs. With `update_freq` 1 that
+  is 16 images; on fewer GPUs it is fewer, which no accumulation makes up for. Keep `samples_per_gpu` as large as fits.
+- **DeepSpeed**: the published fine-tunings used it. The commands here do without; `--enable_deepspeed` brings it back.
+- **Precision**: the published runs used fp16. Here it is bf16 where the GPU has it, fp16 on a V100
+  (`--amp_dtype fp16` asks for it), for the same memory.
+- **How close is close**: users have reproduced segmentation within half a point of mIoU (quoted). For the other rows no
+  tolerance was published.
+"""
+
+MEMORY = """\
+## What fits on which GPU
+
+`--gpu-memory` chooses the largest batch that fits **by an estimate on the safe side** (`beit/tasks/memory.py`):
+{per} bytes for each trained parameter (weight, gradient, buffers of DistributedDataParallel, Adam's moments, 16-bit
+copy), and for each image and block {value} bytes a value and {weight} an attention weight, as if no kernel recomputed
+the latter; heads and tokenizer on top, and a tenth of the card left alone. For segmentation it comes to
+{base:.1f} GB (base) and {large:.1f} GB (large) at 640 pixels with the published batch, where mmsegmentation quotes 15.88
+and 22.64. If the first step fits with room to spare, take more images and a smaller `update_freq`. Most images per GPU,
+by the estimate:
+
+"""
+
+OUTSIDE = """\
+## Published results without a recipe
+
+- BEiT-large, pre-trained on ImageNet-22k (`beit_large_patch16_224_pt22k`): neither its command nor its settings were
+  published, only the weights. Recipes start from them by name.
+- BEiT-large, ImageNet-1k only, 86.3 at 384 pixels (paper): `pretrain_large_1k_800ep` is the pre-training as the paper
+  describes it. How it was fine-tuned to 384 pixels is not said.
+- SETR-PUP on ADE20K, the head of the paper's first version: as a config in `semantic_segmentation/configs`, but with
+  settings that were not published.
+"""
+
+
+def document() -> str:
+    """Returns the page as Markdown."""
+    recipes = [read_recipe(name) for name in recipe_names()]
+    parts = [HEAD]
+    for task in TASKS:
+        ours = [recipe for recipe in recipes if recipe.task == task]
+        if ours:
+            parts += [f"## {task.capitalize()}\n", _overview(ours), *map(_section, ours)]
+    return "\n".join([*parts, _memory_section(recipes), OUTSIDE])
+
+
+def _overview(recipes: Sequence[Recipe]) -> str:
+    if not recipes[0].trains:
+        rows = [(_link(r), r.facts["start"], r.expected()) for r in recipes]
+        return _table(("recipe", "of", "quoted result"), rows)
+    head = ("recipe", "model", "batch", "lr", "length", "quoted result", "published hardware", "time")
+    runs = [
+        (
+            *(_link(r), f"`{r.settings['model']}`", str(r.batch), _rate(r), _length(r), r.expected()),
+            *(r.facts.get("hardware", ""), r.facts.get("time", "")),
+        )
+        for r in recipes
+    ]
+    return _table(head, runs)
+
+
+def _section(recipe: Recipe) -> str:
+    about = f"### {recipe.name}\n\nSource: {recipe.facts['source']}. Data: {recipe.facts.get('data', '')}.\n"
+    if not recipe.trains:
+        return f"{about}\n{_commands(recipe, (8, 1))}"
+    plans = [plan(recipe, gpus) for gpus in GPU_COUNTS if recipe.can_run_on(gpus)]
+    shared = _table(("GPUs", "images per GPU", "update_freq"), [(p.gpus, p.images, p.update_freq) for p in plans])
+    return f"{about}\n{shared}\n{_commands(recipe, [n for n in SHOWN_IN_FULL if recipe.can_run_on(n)])}"
+
+
+def _commands(recipe: Recipe, counts: Iterable[int]) -> str:
+    shown = (f"# {gpus} GPU{'s' * (gpus > 1)}\n{command(recipe, plan(recipe, gpus))}" for gpus in counts)
+    return "```bash\n" + "\n\n".join(shown) + "\n```\n"
+
+
+def _memory_section(recipes: Sequence[Recipe]) -> str:
+    works = {_kind(recipe): workload(recipe) for recipe in recipes if recipe.trains}
+    rows = [(kind, *(_fit(work, size) for size in CARDS.values())) for kind, work in sorted(works.items())]
+    by_name = {recipe.name: recipe for recipe in recipes}
+    peaks = {
+        size: memory.needed(workload(recipe), recipe.images) / 1e9
+        for size in ("base", "large")
+        for recipe in [by_name[f"segment_{size}_640_pt2ft"]]
+    }
+    text = MEMORY.format(
+        per=memory.PER_PARAMETER[memory.AMP],
+        value=memory.PER_VALUE[memory.AMP],
+        weight=memory.PER_ATTENTION_WEIGHT[memory.AMP],
+        **peaks,
+    )
+    note = "\nIn brackets: with activation checkpointing, where nothing fits without it.\n"
+    return text + _table(("run", *CARDS), rows) + note
+
+
+def _kind(recipe: Recipe) -> str:
+    size = recipe.settings["model"].split("_")[1]
+    pixels = recipe.settings.get("input_size") or 224
+    return f"{recipe.task}, {size}, {pixels} pixels"
+
+
+def _fit(work: memory.Workload, gigabytes: float) -> str:
+    fit = memory.images_that_fit(work, gigabytes)
+    if fit:
+        return str(fit)
+    fit = memory.images_that_fit(work, gigabytes, checkpointing=True)
+    return f"({fit})" if fit else "none"
+
+
+def _rate(recipe: Recipe) -> str:
+    return f"{recipe.settings['lr']:g}" if recipe.settings.get("lr") else "in the config"
+
+
+def _length(recipe: Recipe) -> str:
+    updates = recipe.facts.get("updates")
+    return f"{updates['max_iters'] // 1000}k updates" if updates else f"{recipe.settings['epochs']} epochs"
+
+
+def _link(recipe: Recipe) -> str:
+    return f"[`{recipe.name}`](#{recipe.name})"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
