@@ -1,5 +1,6 @@
 """The pre-training job: flags, objective, evaluation, and what it says about mistakes."""
 
+import io
 import json
 import logging
 import math
@@ -17,12 +18,15 @@ from beit.data.transforms import MaskedImageModelingEvalTransform
 from beit.dvae import DiscreteVAE
 from beit.errors import InputError
 from beit.masking import BlockwiseMaskGenerator
+from beit.pretrained import load_pretrained
 from beit.storage import save_checkpoint
-from beit.targets import TokenTarget
+from beit.targets import PixelTarget, TokenTarget
+from beit.tasks.image_log import ImageLog, spread_samples
 from beit.tasks.launch import launch
 from beit.tasks.masked_image_modeling import (
     MaskedPrediction,
     PretrainingConfig,
+    build_mask_generator,
     build_model,
     evaluate,
     initialize_from,
@@ -31,6 +35,7 @@ from beit.tasks.masked_image_modeling import (
 )
 from beit.tokenizer import load_tokenizer, save_dvae
 from beit.training.precision import Precision
+from beit.zoo import create_model
 
 CPU = torch.device("cpu")
 HALF = ((0.5,) * 3, (0.5,) * 3)
@@ -265,3 +270,225 @@ def test_an_lr_that_does_not_fit_the_batch_is_said_and_not_changed(good_flags, c
     assert ("lr/batch is" in caplog.text) is warns
     state = torch.load(good_flags["--output_dir"] / "checkpoint-0.pth", weights_only=True)
     assert state["args"]["lr"] == lr
+
+
+class TestOtherTargets:
+    """Runs that predict pixels, or all patches, or hide patches one by one; and what each leaves behind."""
+
+    @pytest.fixture
+    def pixel_flags(self, good_flags):
+        tokenizer = ("--discrete_vae_weight_path", "--discrete_vae_type", "--second_input_size")
+        return {**{f: v for f, v in good_flags.items() if f not in tokenizer}, "--target": "pixels"}
+
+    @staticmethod
+    def checkpoint(flags):
+        return torch.load(flags["--output_dir"] / "checkpoint-0.pth", weights_only=True)
+
+    @staticmethod
+    def error_of(flags, capsys):
+        assert call(flags) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        return line
+
+    def test_pixels_need_no_tokenizer_and_no_second_view(self, pixel_flags, setting, monkeypatch):
+        folder, *_ = setting
+        views = []
+        original = MaskedPrediction.__call__
+        monkeypatch.setattr(
+            MaskedPrediction, "__call__", lambda self, *a: views.append(set(a[1])) or original(self, *a)
+        )
+        assert call({**pixel_flags, "--eval_data_path": folder / "images"}) == 0
+        assert views == [{"image", "mask", "patch_index"}] * 2
+        entry = json.loads((pixel_flags["--output_dir"] / "log.txt").read_text())
+        assert {"train_loss", "train_r2", "test_loss", "test_r2"} <= entry.keys()
+        assert not [name for name in entry if "mlm" in name or "frequent" in name]
+        state = self.checkpoint(pixel_flags)
+        assert state["target"] == "pixels normalised per patch"
+        assert state["model"]["lm_head.weight"].shape == (8 * 8 * 3, 32)
+
+    def test_a_checkpoint_of_tokens_says_so(self, good_flags):
+        assert call(good_flags) == 0
+        assert self.checkpoint(good_flags)["target"] == "visual tokens"
+
+    def test_flags_that_the_target_does_not_read_are_said_once(self, good_flags, pixel_flags, caplog):
+        with caplog.at_level(logging.WARNING):
+            call({**pixel_flags, "--second_input_size": 64, "--discrete_vae_type": "customized"})
+        assert caplog.text.count("without effect") == 1
+        assert "without effect beside --target pixels: --discrete_vae_type, --second_input_size" in caplog.text
+        caplog.clear()
+        run = good_flags["--output_dir"]
+        call({**good_flags, "--mask_strategy": "random", "--no_pixel_norm": [], "--output_dir": run / "random"})
+        assert "without effect beside --target tokens: --pixel_norm" in caplog.text
+        assert "without effect beside --mask_strategy random: --min_mask_patches_per_block" in caplog.text
+        caplog.clear()
+        call({**good_flags, "--output_dir": run / "good"})
+        assert "without effect" not in caplog.text
+
+    @pytest.mark.parametrize("other", [{"--target": "tokens"}, {"--no_pixel_norm": []}], ids=["tokens", "raw pixels"])
+    def test_a_run_goes_on_with_the_same_target_only(self, pixel_flags, good_flags, other, capsys):
+        # The heads of normalised and raw pixels have the same shapes, so shapes alone would let this pass.
+        assert call(pixel_flags) == 0
+        tokenizer = ("--discrete_vae_weight_path", "--discrete_vae_type", "--second_input_size")
+        flags = {**pixel_flags, **{name: good_flags[name] for name in tokenizer}, **other, "--epochs": 2}
+        line = self.error_of(flags, capsys)
+        assert "learned to predict pixels normalised per patch, this run predicts" in line
+        assert "--init_from" in line
+        assert call({**pixel_flags, "--epochs": 2}) == 0
+
+    def test_weights_of_another_target_come_without_their_head(self, pixel_flags, tmp_path, caplog):
+        assert call(pixel_flags) == 0
+        source = str(pixel_flags["--output_dir"] / "checkpoint-0.pth")
+        config = parse("--input_size", 32, "--model_kwargs", *overrides(TINY))
+        theirs = self.checkpoint(pixel_flags)["model"]
+        for name, anew in (("pixels normalised per patch", False), ("raw pixels", True)):
+            model = build_model(config, 192)  # as many outputs as theirs
+            with caplog.at_level(logging.INFO):
+                initialize_from(model, source, name)
+            assert torch.equal(model.blocks[1].mlp.fc1.weight, theirs["blocks.1.mlp.fc1.weight"])
+            assert torch.equal(model.lm_head.weight, theirs["lm_head.weight"]) is not anew
+        assert "learned to predict pixels normalised per patch, this run predicts raw pixels" in caplog.text
+
+    def test_fine_tuning_says_what_the_weights_learned_to_predict(self, pixel_flags):
+        assert call(pixel_flags) == 0
+        source = str(pixel_flags["--output_dir"] / "checkpoint-0.pth")
+        sizes = {"img_size": 32, "num_classes": 3, **TINY}
+        classifier = create_model("beit_tiny_patch16_224", **sizes)
+        report = load_pretrained(classifier, source)
+        assert "dropped (of pre-training on pixels normalised per patch): " in report.summary()
+        assert classifier.metadata["target"] == "pixels normalised per patch"
+        assert torch.equal(
+            classifier.blocks[0].attn.qkv.weight, self.checkpoint(pixel_flags)["model"]["blocks.0.attn.qkv.weight"]
+        )
+
+    def test_raw_pixels_and_all_patches_train_and_stop_and_go_on(self, pixel_flags, tmp_path):
+        flags = {**pixel_flags, "--no_pixel_norm": [], "--predict": "all", "--mask_strategy": "random", "--epochs": 2}
+        assert call({**flags, "--output_dir": tmp_path / "whole"}) == 0
+        assert call({**flags, "--save_ckpt_freq": 1}) == 0
+        (tmp_path / "run" / "checkpoint-1.pth").unlink()
+        assert call(flags) == 0
+        one, two = (torch.load(tmp_path / name / "checkpoint-1.pth", weights_only=True) for name in ("whole", "run"))
+        assert two["target"] == "raw pixels"
+        assert all(torch.equal(value, two["model"][name]) for name, value in one["model"].items())
+
+    def test_the_evaluation_of_pixels_equals_a_naive_one(self, setting):
+        folder, *_ = setting
+        target = PixelTarget((8, 8), *HALF)
+        objective = MaskedPrediction(target, *HALF)
+        model = build_model(parse("--input_size", 32, "--model_kwargs", *overrides(TINY)), target.output_size).eval()
+        transform = MaskedImageModelingEvalTransform(32, None, mask_generator=BlockwiseMaskGenerator((4, 4), 6, 2))
+        dataset = ImageDataset(index_images(folder / "images"), transform, seed=0)
+        results = evaluate(
+            model, objective, EpochLoader(dataset, 6, shuffle=False, drop_last=False), Precision(torch.float32, CPU)
+        )
+        outputs, truth = [], []
+        for index in range(20):
+            sample = {name: value[None] for name, value in dataset[(0, index)].items() if torch.is_tensor(value)}
+            with torch.no_grad():
+                output, targets = objective.predict(model, with_patch_index(sample))
+            outputs += output.numpy().tolist()
+            truth += targets.numpy().tolist()
+        errors = (np.array(outputs) - np.array(truth)) ** 2
+        assert results["loss"] == pytest.approx(errors.mean(), rel=1e-5)
+        assert results["r2"] == pytest.approx(1 - errors.mean() / np.array(truth).var(), abs=1e-4)
+
+    def test_random_masks_hide_exactly_as_many_patches(self):
+        config = parse("--mask_strategy", "random", "--num_mask_patches", 75)
+        generator, rng = build_mask_generator(config, (14, 14)), np.random.default_rng(0)
+        masks = np.stack([generator(rng) for _ in range(400)])
+        assert (masks.sum((1, 2)) == 75).all()
+        # Neighbours are hidden together as often as any two patches, 75/196 * 74/195 = 0.1452; in blocks more often.
+        assert (masks[:, 1:] & masks[:, :-1]).mean() == pytest.approx(0.1452, abs=0.005)
+        blocks = build_mask_generator(parse(), (14, 14))
+        assert np.mean([(m[1:] & m[:-1]).mean() for m in (blocks(rng) for _ in range(100))]) > 0.25
+
+
+ABLATIONS = {
+    "no shared bias": ({"--disable_rel_pos_bias": []}, lambda names: "rel_pos_bias" not in " ".join(names)),
+    "no LayerScale": ({"--layer_scale_init_value": 0}, lambda names: "gamma" not in " ".join(names)),
+    "no stochastic depth": ({"--drop_path": 0}, lambda names: len(names) == 39),
+    "positions": ({"--abs_pos_emb": []}, lambda names: "pos_embed" in names),
+    "all": ({}, lambda names: len(names) == 39 and "blocks.0.gamma_1" in names and "pos_embed" not in names),
+}
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_parts_of_the_architecture_can_be_left_out(ablation, good_flags):
+    changes, as_expected = ABLATIONS[ablation]
+    assert call({**good_flags, **changes}) == 0
+    state = torch.load(good_flags["--output_dir"] / "checkpoint-0.pth", weights_only=True)
+    assert as_expected(list(state["model"])), list(state["model"])
+
+
+def test_without_stochastic_depth_the_loss_of_training_is_that_of_evaluation(setting):
+    _, tokenizer, _ = setting
+    sizes = ("--input_size", 32, "--model_kwargs", *overrides(TINY))
+    losses = {}
+    for rate in (0, 0.9):
+        torch.manual_seed(0)
+        model = build_model(parse("--drop_path", rate, *sizes), 16)
+        objective = MaskedPrediction(TokenTarget(tokenizer), *HALF)
+        losses[rate] = [objective(model.train(mode), random_batch(), 0)[0].item() for mode in (True, False)]
+    assert losses[0][0] == losses[0][1]
+    assert losses[0.9][0] != losses[0.9][1]
+
+
+class TestImageLog:
+    @pytest.mark.parametrize("target", ["tokens", "pixels"])
+    def test_the_run_is_the_same_with_and_without_images(self, good_flags, setting, tmp_path, target):
+        # Breaks if drawing takes a random number, leaves the model in evaluation mode or changes a batch.
+        folder, *_ = setting
+        flags = {**good_flags, "--target": target, "--epochs": 2, "--drop_path": 0.5}
+        assert call({**flags, "--output_dir": tmp_path / "without", "--log_dir": tmp_path / "without/tb"}) == 0
+        logged = {"--output_dir": tmp_path / "with", "--log_dir": tmp_path / "with/tb", "--log_images": 3}
+        assert call({**flags, **logged, "--eval_data_path": folder / "images"}) == 0
+        one, two = (torch.load(tmp_path / name / "checkpoint-1.pth", weights_only=True) for name in ("without", "with"))
+        assert all(torch.equal(value, two["model"][name]) for name, value in one["model"].items())
+        assert one["averages"] == two["averages"]
+        pictures = images_in(tmp_path / "with/tb")
+        assert [step for step, _ in pictures] == [0, 1]
+        columns = 4 if target == "tokens" else 3
+        assert {picture.size for _, picture in pictures} == {(columns * 34 + 2, 3 * 34 + 2)}  # 32 pixels and the gaps
+        assert images_in(tmp_path / "without/tb") == []
+
+    def test_the_columns_are_image_masked_image_and_prediction(self, setting):
+        folder, *_ = setting
+        target = PixelTarget((8, 8), *HALF)
+        objective = MaskedPrediction(target, *HALF)
+        model = build_model(parse("--input_size", 32, "--model_kwargs", *overrides(TINY)), target.output_size)
+        masks = BlockwiseMaskGenerator((4, 4), 6, 2)
+        dataset = ImageDataset(
+            index_images(folder / "images"), MaskedImageModelingEvalTransform(32, None, mask_generator=masks), seed=0
+        )
+        samples = spread_samples(dataset, 5)
+        assert torch.equal(samples["image"][1], dataset[0, 4]["image"])  # every fourth of 20
+        precision = Precision(torch.float32, CPU)
+        picture = ImageLog(model.train(), objective.outputs_of_all, target, samples, precision).picture()
+        assert model.training
+        tiles = [
+            [picture[:, 2 + 34 * row :, 2 + 34 * column :][:, :32, :32] for column in range(3)] for row in range(5)
+        ]
+        for row, (image, masked, predicted) in enumerate(tiles):
+            hidden = samples["mask"][row].repeat_interleave(8, 0).repeat_interleave(8, 1)
+            torch.testing.assert_close(image, samples["image"][row] / 255)
+            assert torch.equal(masked[:, ~hidden], image[:, ~hidden])
+            assert (masked[:, hidden] == 0.5).all()
+            torch.testing.assert_close(predicted[:, ~hidden], image[:, ~hidden])
+            assert not torch.allclose(predicted[:, hidden], image[:, hidden])
+
+    def test_what_cannot_be_drawn_is_said_at_the_start(self, good_flags, tmp_path, capsys, caplog):
+        assert call({**good_flags, "--log_images": -1, "--log_dir": tmp_path / "tb"}) == 2
+        assert "--log_images -1" in capsys.readouterr().err
+        with caplog.at_level(logging.WARNING):
+            assert call({**good_flags, "--log_images": 2}) == 0
+        assert "--log_images has no effect without --log_dir" in caplog.text
+
+
+def images_in(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    if "reconstructions" not in events.Tags()["images"]:
+        return []
+    pictures = events.Images("reconstructions")
+    return [(event.step, Image.open(io.BytesIO(event.encoded_image_string))) for event in pictures]
