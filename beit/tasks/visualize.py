@@ -1,23 +1,29 @@
-"""Pictures on demand: what a pre-trained model makes of masked images, and the curves of training logs."""
+"""Pictures of pre-training: what a model makes of masked images, and the curves of training logs."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from beit.config import from_plain, option
-from beit.data.datasets import UnreadableImageError, read_image, sample_randomness
-from beit.data.transforms import MaskedImageModelingEvalTransform
+from beit.data.datasets import sample_randomness
 from beit.errors import InputError
+from beit.inference import decoded
 from beit.modeling import VisionTransformerForMaskedImageModeling
 from beit.storage import load_checkpoint
-from beit.tasks.masked_image_modeling import PretrainingConfig, build_mask_generator, build_model
+from beit.targets import PredictionTarget
+from beit.tasks.masked_image_modeling import (
+    MaskedPrediction,
+    PretrainingConfig,
+    build_mask_generator,
+    build_model,
+    build_target,
+    evaluation_transform,
+)
 from beit.tasks.options import check_positive, normalization
 from beit.tasks.visualize_inputs import image_files
-from beit.tokenizer import VisualTokenizer, load_tokenizer
 from beit.training.checkpoint import load_exactly
 from beit.training.distributed import select_device
 from beit.visualization.curves import diagrams, read_log
@@ -62,7 +68,7 @@ class ReconstructConfig:
     """The arguments of ``beit visualize reconstruct``."""
 
     checkpoint: str = option("", "checkpoint of a pre-training run")
-    tokenizer: str = option("", "folder of its tokenizer; the run's own by default")
+    tokenizer: str = option("", "folder of its tokenizer, if it predicts tokens; the run's own by default")
     images: tuple[str, ...] = option((), "image files, or folders of images")
     output: str = option("reconstructions.png", "the picture to write, .png or .svg", short="-o")
     limit: int = option(8, "most images to draw")
@@ -71,23 +77,23 @@ class ReconstructConfig:
 
 
 def reconstruct(config: ReconstructConfig) -> None:
-    """Draws image, masked image, the tokenizer's reconstruction and the predicted tokens decoded."""
+    """Draws image, masked image and predictions: of tokens also what the tokenizer itself makes of the image."""
     if not config.checkpoint or not config.images:
         raise InputError("--checkpoint and --images are needed: a pre-training checkpoint, and what to show it")
     check_picture_name(config.output)
     check_positive(config, "limit")
-    device = select_device(config.device, 0)
-    pretraining, model, tokenizer = load_pretrained(config.checkpoint, config.tokenizer, device)
     paths = image_files(config.images, config.limit)
-    result = reconstruct_files(paths, pretraining, model, tokenizer, config.seed)
+    device = select_device(config.device, 0)
+    pretraining, model, target = load_pretrained(config.checkpoint, config.tokenizer, device)
+    result = reconstruct_files(paths, pretraining, model, target, config.seed)
     draw_panels(config.output, result.panels(), result.captions())
     logger.info("%s written", config.output)
 
 
 def load_pretrained(
     checkpoint_path: str | Path, tokenizer_path: str, device: torch.device
-) -> tuple[PretrainingConfig, VisionTransformerForMaskedImageModeling, VisualTokenizer]:
-    """Rebuilds a pre-trained model from its checkpoint, with the tokenizer it was trained with.
+) -> tuple[PretrainingConfig, VisionTransformerForMaskedImageModeling, PredictionTarget]:
+    """Rebuilds a pre-trained model from its checkpoint, with the target it was trained on.
 
     Args:
         checkpoint_path: A pre-training checkpoint; it holds the settings of its run.
@@ -95,27 +101,33 @@ def load_pretrained(
         device: Where both go.
 
     Raises:
-        InputError: The file is no pre-training checkpoint, or the tokenizer cannot be loaded.
+        InputError: The file is no pre-training checkpoint, its target is not one of ``--target``, or the tokenizer
+            cannot be loaded.
     """
     checkpoint = load_checkpoint(Path(checkpoint_path))
-    settings = checkpoint.get("args")
-    if settings is None or "model" not in checkpoint:
-        raise InputError(f"{checkpoint_path} does not hold the settings of a pre-training run under 'args'")
+    settings = checkpoint.get("args") if isinstance(checkpoint, Mapping) else None
+    if settings is None or "model" not in checkpoint or "lm_head.weight" not in checkpoint["model"]:
+        raise InputError(
+            f"{checkpoint_path} is no checkpoint of pre-training with its settings under 'args', so there is nothing "
+            "to reconstruct; the other `beit visualize` commands take any BEiT"
+        )
     config = from_plain(PretrainingConfig, settings if isinstance(settings, dict) else vars(settings))
-    folder = tokenizer_path or config.discrete_vae_weight_path
-    if not folder:
+    config = replace(config, discrete_vae_weight_path=tokenizer_path or config.discrete_vae_weight_path)
+    if config.target == "tokens" and not config.discrete_vae_weight_path:
         raise InputError("--tokenizer is missing: the folder of the tokenizer that the model was trained with")
-    tokenizer = load_tokenizer(folder, config.discrete_vae_type, device)  # type: ignore[arg-type]
-    model = build_model(config, tokenizer.vocab_size).to(device)
+    target = build_target(config, device)
+    if (learned := checkpoint.get("target", target.name)) != target.name:
+        raise InputError(f"{checkpoint_path} learned to predict {learned}, which this command cannot draw")
+    model = build_model(config, target.output_size).to(device)
     load_exactly(model, checkpoint["model"], str(checkpoint_path))
-    return config, model, tokenizer
+    return config, model, target
 
 
 def reconstruct_files(
     paths: Sequence[str | Path],
     config: PretrainingConfig,
     model: VisionTransformerForMaskedImageModeling,
-    tokenizer: VisualTokenizer,
+    target: PredictionTarget,
     seed: int = 0,
 ) -> Reconstructions:
     """Masks image files as in pre-training and lets a model fill them in.
@@ -124,29 +136,19 @@ def reconstruct_files(
         paths: The images.
         config: The settings of the model's run.
         model: The model.
-        tokenizer: Its tokenizer.
+        target: What it was trained to predict.
         seed: Seed of the masks.
 
     Raises:
         InputError: A file is missing, or no image.
     """
-    transform = MaskedImageModelingEvalTransform(
-        config.input_size,
-        config.second_input_size,
-        interpolation=config.train_interpolation,
-        second_interpolation=config.second_interpolation,
-        mask_generator=build_mask_generator(config, model.patch_embed.grid_size),
-    )
+    transform = evaluation_transform(config, target, build_mask_generator(config, model.patch_embed.grid_size))
     samples = []
     for number, path in enumerate(paths):
+        image = decoded(str(path))
         with sample_randomness(seed, 0, number) as rng:
-            try:
-                samples.append(transform(read_image(path), rng))
-            except UnreadableImageError as error:
-                raise InputError(f"cannot read the image {path}: {error}") from error
+            samples.append(transform(image, rng))
     device = next(model.parameters()).device
-    batch: dict[str, Tensor] = {
-        name: torch.stack([sample[name] for sample in samples]).to(device) for name in samples[0]
-    }
-    views = batch["image"], batch["token_image"], batch["mask"]
-    return reconstruct_tensors(model, tokenizer, *views, *normalization(config))
+    batch = {name: torch.stack([sample[name] for sample in samples]).to(device) for name in samples[0]}
+    outputs_of_all = MaskedPrediction(target, *normalization(config)).outputs_of_all
+    return reconstruct_tensors(model, outputs_of_all, target, batch)

@@ -4,7 +4,6 @@ Every picture is PNG or SVG, by the ending of its name. Colours can be told apar
 stands alone: runs and classes also differ by marker, training and test by the style of their lines.
 """
 
-import itertools
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -43,7 +42,7 @@ STYLES = {"train": "-", "test": "--"}
 HEAT, SIGNED = "inferno", "RdBu_r"  # maps of colours: from nothing to the most; below and above zero
 HEAT_OPACITY = 0.65
 # Okabe and Ito's colours without their yellow, which is hardly seen on white; seven, and eight markers, so that pairs
-# of them repeat only after 56.
+# of them repeat only after 56. Points of the second seven classes are hollow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 OTHERS = "#BBBBBB"
@@ -255,10 +254,13 @@ def draw_segmentation(
     _save(figure, path)
 
 
-def _legend_shape(names: Sequence[str], inches: float) -> tuple[int, int]:
-    """Returns how many columns fit into a width, and how many rows that makes."""
+def _legend_shape(names: Sequence[str], inches: float, symbol: int = 5) -> tuple[int, int]:
+    """Returns how many columns fit into a width, and how many rows that makes.
+
+    A name takes ``symbol`` letters more, for what it explains and the gap to the next.
+    """
     letter = LEGEND_POINTS * 0.6 / 72  # a little more than the mean of the font
-    entry = (max(map(len, names), default=0) + 5) * letter  # with its patch of colour and the gap to the next
+    entry = (max(map(len, names), default=0) + symbol) * letter
     columns = max(1, min(len(names), int(inches / entry)))
     return columns, math.ceil(len(names) / columns)
 
@@ -334,7 +336,7 @@ def _plot(axes: "Axes", metric: str, curves: Sequence[Curve], by_run: bool) -> "
 
 def _legend_below(figure: "Figure", lines: "Mapping[str, Line2D]") -> None:
     width, height = figure.get_size_inches()
-    columns, rows = _legend_shape(list(lines), width)
+    columns, rows = _legend_shape(list(lines), width, symbol=10)
     figure.set_size_inches(width, height + rows * LEGEND_POINTS * 1.6 / 72 + 0.1)
     figure.legend(
         list(lines.values()), list(lines), loc="outside lower center", ncols=columns, fontsize=LEGEND_POINTS,
@@ -396,24 +398,35 @@ def draw_points(
     axes = figure.subplots()
     count = sum(len(points) for _, points in groups)
     area = min(36.0, max(8.0, 9000 / max(count, 1)))
-    looks = list(zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), range(len(groups)), strict=False))
-    drawn = [(*group, colour, marker) for group, (colour, marker, _) in zip(groups, looks, strict=True)]
-    for name, points, colour, marker in ([(*others, OTHERS, ".")] if others else []) + drawn:
-        axes.scatter(
-            points[:, 0], points[:, 1], s=area * SIZES.get(marker, 1), c=colour, marker=marker, alpha=0.75,
-            linewidths=0.2, edgecolors="white",
-            label=name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…",
-        )  # fmt: skip
+    if others is not None:  # first: they must not cover what is told apart
+        _scatter(axes, others[0], others[1], area, OTHERS, ".")
+    for number, (name, points) in enumerate(groups):
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        _scatter(axes, name, points, area, colour, marker, hollow=number // len(COLOURS) % 2 == 1)
     axes.set_xlabel(axes_names[0], fontsize=9)
     axes.set_ylabel(axes_names[1], fontsize=9)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25)
     axes.set_title(title, fontsize=10)
-    legend = figure.legend(loc="outside right upper", fontsize=LEGEND_POINTS + 1, frameon=False)
+    handles, names = axes.get_legend_handles_labels()
+    last = 1 if others else 0
+    handles, names = handles[last:] + handles[:last], names[last:] + names[:last]
+    legend = figure.legend(handles, names, loc="outside right upper", fontsize=LEGEND_POINTS + 1, frameon=False)
     for handle in legend.legend_handles:
         if handle is not None:
             handle.set(sizes=[40.0], alpha=1)
     _save(figure, path)
+
+
+def _scatter(
+    axes: "Axes", name: str, points: Tensor, area: float, colour: str, marker: str, hollow: bool = False
+) -> None:
+    label = name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
+    axes.scatter(
+        points[:, 0], points[:, 1], s=area * SIZES.get(marker, 1), marker=marker, alpha=0.8, label=label,
+        facecolors="none" if hollow else colour, edgecolors=colour if hollow else "white",
+        linewidths=1.0 if hollow else 0.2,
+    )  # fmt: skip
 
 
 def _new_figure(width: float, height: float, layout: str | None = None) -> "Figure":

@@ -1,91 +1,88 @@
 """What a pre-trained model sees, and what it makes of the patches it does not see: tensors, ready to be drawn."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beit.data.transforms import normalize, to_unit_range
-from beit.tokenizer import VisualTokenizer
+from beit.data.transforms import to_unit_range
+from beit.targets import PredictionTarget
 
 MASK_GREY = 0.5
+
+Batch = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Reconstructions:
-    """Some images in four versions, each ``(B, 3, H', W')`` in [0, 1], on the CPU.
+    """Some images in several versions, each ``(B, 3, H', W')`` in [0, 1], on the CPU.
 
     Attributes:
         images: What was given.
         masked: The same with the masked patches in grey: all that the model sees.
-        tokenized: Decoded from the true tokens: the best that a model could do.
-        predicted: Decoded from the predicted tokens at masked patches and the true ones elsewhere.
-        correct: Rightly predicted tokens of each image, int64 ``(B,)``.
-        masked_patches: Masked patches of each image, int64 ``(B,)``.
+        predictions: What the model's answers look like, by title, as its target says: for visual tokens the images
+            decoded from the true tokens, the best that a model could do, and those decoded from the predicted tokens
+            at masked patches and the true ones elsewhere.
+        scores: For each image, the target's scores over its masked patches.
+        masked_patches: Masked patches of each image.
     """
 
     images: Tensor
     masked: Tensor
-    tokenized: Tensor
-    predicted: Tensor
-    correct: Tensor
-    masked_patches: Tensor
+    predictions: dict[str, Tensor]
+    scores: list[dict[str, float]]
+    masked_patches: list[int]
 
     def panels(self) -> dict[str, Tensor]:
-        """Returns the four versions under the titles of their columns."""
-        return {
-            "image": self.images,
-            "masked": self.masked,
-            "dVAE reconstruction": self.tokenized,
-            "predicted tokens decoded": self.predicted,
-        }
+        """Returns the versions under the titles of their columns."""
+        return {"image": self.images, "masked": self.masked, **self.predictions}
 
     def captions(self) -> list[str]:
-        """Returns how many tokens were predicted rightly, for each image."""
-        pairs = zip(self.correct.tolist(), self.masked_patches.tolist(), strict=True)
-        return [f"{right} of {masked} tokens right" for right, masked in pairs]
+        """Returns how good the predictions are, for each image."""
+        return [_caption(*pair) for pair in zip(self.scores, self.masked_patches, strict=True)]
+
+
+def _caption(scores: Mapping[str, float], patches: int) -> str:
+    if "mlm_acc" in scores:
+        return f"{round(scores['mlm_acc'] * patches)} of {patches} tokens right"
+    return ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
 
 
 @torch.no_grad()
 def reconstruct(
-    model: nn.Module,
-    tokenizer: VisualTokenizer,
-    images: Tensor,
-    token_images: Tensor,
-    masks: Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
+    model: nn.Module, outputs_of_all: Callable[[nn.Module, Batch], Tensor], target: PredictionTarget, batch: Batch
 ) -> Reconstructions:
     """Lets a model fill in the masked patches of some images.
 
-    The mixture is decoded as a whole, so a predicted token also colours the rims of the patches around it.
+    Tokens are decoded as a whole, so a predicted one also colours the rims of the patches around it.
 
     Args:
-        model: Pre-trained; ``model(images, masks)`` gives logits ``(M, vocab)`` at the masked patches.
-        tokenizer: The tokenizer it was trained with.
-        images: The model's view, uint8 ``(B, 3, H, W)``.
-        token_images: The tokenizer's view of the same regions, uint8 ``(B, 3, H2, W2)``.
-        masks: Bool ``(B, h, w)``, True where masked.
-        mean: Mean of the model's input, per channel.
-        std: Standard deviation of the model's input, per channel.
+        model: Pre-trained.
+        outputs_of_all: Gives a model's outputs of all patches of a batch, ``(B, N, output_size)``.
+        target: What it was trained to predict.
+        batch: Its views and masks, as :mod:`beit.targets` describes them, on the model's device.
 
     Source: BEiT (arXiv 2106.08254), figure 1.
     """
     model.eval()
-    tokens = tokenizer.encode(to_unit_range(token_images))
-    guesses = model(normalize(images, mean, std), masks).argmax(dim=-1)
-    filled = tokens.clone()
-    filled[masks] = guesses  # logits and boolean indexing agree: row-major order of the masked patches
+    outputs = outputs_of_all(model, batch).float()
+    images, masks = to_unit_range(batch["image"]), batch["mask"]
     return Reconstructions(
-        images=to_unit_range(images).cpu(),
-        masked=hide_patches(to_unit_range(images), masks).cpu(),
-        tokenized=tokenizer.decode(tokens).cpu(),
-        predicted=tokenizer.decode(filled).cpu(),
-        correct=((filled == tokens) & masks).sum(dim=(1, 2)).cpu(),
-        masked_patches=masks.sum(dim=(1, 2)).cpu(),
+        images=images.cpu(),
+        masked=hide_patches(images, masks).cpu(),
+        predictions={title: pictures.cpu() for title, pictures in target.pictures(outputs, batch).items()},
+        scores=[_scores(target, outputs, batch, number) for number in range(len(masks))],
+        masked_patches=masks.sum(dim=(1, 2)).tolist(),
     )
+
+
+def _scores(target: PredictionTarget, outputs: Tensor, batch: Batch, number: int) -> dict[str, float]:
+    """Returns the target's scores over the masked patches of one image of a batch."""
+    places = batch["mask"][number].flatten().nonzero().flatten()
+    truth = target.of(batch, places + number * outputs.shape[1])
+    return target.scores(target.tally(outputs[number, places], truth), len(places))
 
 
 def hide_patches(images: Tensor, masks: Tensor) -> Tensor:
