@@ -26,6 +26,7 @@ from semantic_segmentation.batch_norm import synchronise_batch_norm
 from semantic_segmentation.config import TrainConfig, check_settings, intervals
 from semantic_segmentation.data import ImagePairs, SegmentationClasses, SegmentationDataset, find_classes, find_pairs
 from semantic_segmentation.heads import resize
+from semantic_segmentation.metrics import scores
 from semantic_segmentation.modeling import Segmentor, load_segmentor
 from semantic_segmentation.testing import MEAN, STD, build_model, build_test
 from semantic_segmentation.transforms import IGNORED, TrainTransform
@@ -244,7 +245,7 @@ def build_evaluation(
 
     def evaluation(segmentor: nn.Module, _round: int) -> dict[str, float]:
         assert isinstance(segmentor, Segmentor)
-        results = run(segmentor)
+        results = scores(run(segmentor))
         logger.info("%s", results.summary())
         return {"mIoU": results.mIoU, "mAcc": results.mAcc, "aAcc": results.aAcc}
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,14 +57,15 @@ def main(config: TestConfig) -> None:
         precision = Precision(resolve_amp_dtype(config.amp_dtype, session.device), session.device)
         logger.info("testing %s on the %d images in %s", config.checkpoint, len(pairs), pairs.root)
         run = build_test(config, pairs, classes, session, precision, visit=visitor(config, pairs, classes))
-        results = run(segmentor.to(session.device))
+        confusion = run(segmentor.to(session.device))
         if config.format_only:
             logger.info("label maps written to %s", label_map_folder(config))
             return
+        results = scores(confusion)
         logger.info("per class, in percent:\n%s", results.table(classes.names))
         logger.info("%s", results.summary())
         if config.out and distributed.is_main():
-            write_scores(Path(config.out), results, config, classes)
+            write_scores(Path(config.out), results, confusion, config, classes)
 
 
 def build_model(config: SegmentationConfig, num_classes: int) -> Segmentor:
@@ -103,8 +105,10 @@ def build_test(
     session: Session,
     precision: Precision,
     visit: Visitor | None = None,
-) -> Callable[[Segmentor], SegmentationScores]:
-    """Returns what scores a segmentor on images; each image is taken once, by one of the processes.
+) -> Callable[[Segmentor], Tensor]:
+    """Returns what tests a segmentor on images; each image is taken once, by one of the processes.
+
+    It returns the counts of :class:`Confusion`, over all processes.
 
     Args:
         config: The settings.
@@ -127,7 +131,7 @@ def build_test(
     )
     settings = test_settings(config)
 
-    def test(segmentor: Segmentor) -> SegmentationScores:
+    def test(segmentor: Segmentor) -> Tensor:
         return evaluate(segmentor, loader, settings, precision, len(classes), visit)
 
     return test
@@ -140,7 +144,7 @@ def evaluate(
     precision: Precision,
     num_classes: int,
     visit: Visitor | None = None,
-) -> SegmentationScores:
+) -> Tensor:
     """Segments images and compares; the counts of all processes are added up, so their number changes nothing."""
     confusion = Confusion(num_classes, precision.device)
     progress = Progress("Testing", loader.batches_per_epoch, 0)
@@ -153,7 +157,7 @@ def evaluate(
         if number % LOG_EVERY == 0:
             progress.update(number, "images on this process")
     progress.close()
-    return scores(distributed.sum_over_ranks(confusion.matrix.clone()))
+    return distributed.sum_over_ranks(confusion.matrix.clone())
 
 
 class _Samples:
@@ -191,19 +195,25 @@ def visitor(config: TestConfig, pairs: ImagePairs, classes: SegmentationClasses)
     return visit
 
 
-def write_scores(path: Path, results: SegmentationScores, config: TestConfig, classes: SegmentationClasses) -> None:
-    """Writes the scores, as fractions, with null for those of absent classes."""
+def write_scores(
+    path: Path, results: SegmentationScores, confusion: Tensor, config: TestConfig, classes: SegmentationClasses
+) -> None:
+    """Writes the scores, as fractions, with null for those of absent classes, and the pixels that they rest on."""
+
+    def known(value: float) -> float | None:
+        return None if math.isnan(value) else value
 
     def by_class(values: tuple[float, ...]) -> dict[str, float | None]:
-        return {name: None if value != value else value for name, value in zip(classes.names, values, strict=True)}
+        return dict(zip(classes.names, map(known, values), strict=True))
 
     content = {
         "checkpoint": config.checkpoint,
-        "mIoU": results.mIoU,
-        "mAcc": results.mAcc,
-        "aAcc": results.aAcc,
+        "mIoU": known(results.mIoU),
+        "mAcc": known(results.mAcc),
+        "aAcc": known(results.aAcc),
         "IoU": by_class(results.iou),
         "Acc": by_class(results.accuracy),
+        "confusion": confusion.tolist(),  # a row for each class, a column for each that is predicted
     }
     with atomic_write(path) as file:
         file.write((json.dumps(content, indent=2) + "\n").encode())
