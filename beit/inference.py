@@ -249,6 +249,10 @@ def _opened(model: Backbone | str | Path) -> tuple[Backbone, Mapping[str, Any]]:
 def _classifier(model: Backbone) -> VisionTransformer:
     if isinstance(model, VisionTransformer) and model.num_classes > 0:
         return model
+    if getattr(model, "metadata", {}).get("segmentation"):
+        raise InputError(
+            "the checkpoint is a segmentor, which classifies pixels: use `python -m semantic_segmentation predict`"
+        )
     raise InputError(
         "the model has no classes to choose from: it was pre-trained and not fine-tuned (run_class_finetuning.py does "
         "that); extract_feat gives its features"

@@ -197,6 +197,12 @@ def test_a_model_in_half_precision(picture, model):
     assert score == pytest.approx(inference_model(model, picture)["score"], abs=0.05)
 
 
+def backbone_of_a_segmentor():
+    model = VisionTransformer(num_classes=0, **SMALL)
+    model.metadata = {"segmentation": True}
+    return model
+
+
 MISTAKES = {
     "no such file": (lambda: inference_model(make_classifier(), "nowhere.jpg"), "nowhere.jpg: no such file"),
     "a folder": (lambda: inference_model(make_classifier(), "/"), "is a folder"),
@@ -208,6 +214,7 @@ MISTAKES = {
     "a vector": (lambda: inference_model(make_classifier(), np.zeros(3)), "(height, width, 3)"),
     "a pre-trained model": (lambda: inference_model(make_pretrained(), "a.jpg"), "run_class_finetuning.py"),
     "no head": (lambda: inference_model(VisionTransformer(num_classes=0, **SMALL), "a.jpg"), "no classes"),
+    "a segmentor": (lambda: inference_model(backbone_of_a_segmentor(), "a.jpg"), "semantic_segmentation predict"),
     "no classes wanted": (lambda: inference_model(make_classifier(), "a.jpg", topk=0), "topk"),
     "no such model": (lambda: inference_model("nowhere.pth", "a.jpg"), "nowhere.pth"),
     "a block too many": (lambda: extract_feat(make_classifier(), "a.jpg", layer=3), "3 blocks, numbered from 0"),
