@@ -67,6 +67,11 @@ class Recipe:
         return self.facts["task"]
 
     @property
+    def ablates(self) -> bool:
+        """Whether the run is one of the paper's ablations."""
+        return "_ablation_" in self.name
+
+    @property
     def trains(self) -> bool:
         """Whether the run learns something, so that its batch matters."""
         return self.task != SEGMENTATION_TEST
@@ -100,9 +105,10 @@ class Recipe:
         return _in_words({key: value for key, value in self.facts["quoted"].items() if key not in QUOTED_SIZES})
 
     def expected_in_short(self) -> str:
-        """Returns the run's own quoted results in a line; those after it only where it has none."""
-        own = {key: value for key, value in self.facts["quoted"].items() if not isinstance(value, Mapping)}
-        return _in_words({key: own[key] for key in own if key not in QUOTED_SIZES}) or self.expected()
+        """Returns the run's own quoted results in a line; where it has none, the first that came of it."""
+        quoted = {key: value for key, value in self.facts["quoted"].items() if key not in QUOTED_SIZES}
+        own = {key: value for key, value in quoted.items() if not isinstance(value, Mapping)}
+        return _in_words(own or dict(list(quoted.items())[:1]))
 
 
 @dataclass(frozen=True)
@@ -286,7 +292,8 @@ def _segmentation_tool(tool: str, recipe: Recipe, how: Plan, *words: str) -> lis
         return [f"python {TOOLS}/{tool}.py {config}", *words]
     script = f"bash {TOOLS}/dist_{tool}.sh {config}"
     together = [f"NNODES={how.nodes} NODE_RANK=$NODE_RANK MASTER_ADDR=$MASTER_ADDR"] if how.nodes > 1 else []
-    return [*together, script, " ".join([*words, str(how.gpus // how.nodes)])]
+    processes = str(how.gpus // how.nodes)
+    return [*together, script, " ".join([*words, processes])] if words else [*together, f"{script} {processes}"]
 
 
 def _in_words(quoted: Mapping[str, Any]) -> str:

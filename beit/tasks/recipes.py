@@ -60,7 +60,7 @@ def print_list(config: ListConfig) -> None:
         hint = did_you_mean(config.task, TASKS) or f"; there is {', '.join(TASKS)}"
         raise InputError(f"--task {config.task}: no such task{hint}")
     recipes = [read_recipe(name) for name in recipe_names()]
-    chosen = sorted((r for r in recipes if config.task in ("", r.task)), key=lambda r: TASKS.index(r.task))
+    chosen = sorted((r for r in recipes if config.task in ("", r.task)), key=lambda r: (TASKS.index(r.task), r.ablates))
     rows = [("recipe", "task", "model", "expected (quoted)", "published hardware")]
     rows += [(r.name, r.task, r.settings["model"], r.expected_in_short(), r.facts.get("hardware", "")) for r in chosen]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

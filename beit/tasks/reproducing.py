@@ -50,9 +50,19 @@ MEMORY = """\
 {per} bytes for each trained parameter (weight, gradient, buffers of DistributedDataParallel, Adam's moments, 16-bit
 copy), and for each image and block {value} bytes a value and {weight} an attention weight, as if no kernel recomputed
 the latter; heads and tokenizer on top, and a tenth of the card left alone. For segmentation it comes to
-{base:.1f} GB (base) and {large:.1f} GB (large) at 640 pixels with the published batch, where mmsegmentation quotes 15.88
-and 22.64. If the first step fits with room to spare, take more images and a smaller `update_freq`. Most images per GPU,
-by the estimate:
+{base:.1f} GB (base) and {large:.1f} GB (large) at 640 pixels with the published batch, where mmsegmentation quotes
+15.88 and 22.64. If the first step fits with room to spare, take more images and a smaller `update_freq`. Most images
+per GPU, by the estimate:
+
+"""
+
+ABLATIONS_CHANGE, REFERENCE = "pretrain_base_1k_300ep", "pretrain_ablation_beit"
+ABLATIONS = f"""\
+## Ablations of the paper
+
+Runs that change a part of the method. The reference, `{REFERENCE}`, is `{ABLATIONS_CHANGE}` with the settings in its
+row; the others are the reference with theirs. They are shared out over GPUs in the same way.
+`beit recipes show NAME` says from which table a row is, `beit recipes command NAME --gpus N` how it is run.
 
 """
 
@@ -71,12 +81,33 @@ OUTSIDE = """\
 def document() -> str:
     """Returns the page as Markdown."""
     recipes = [read_recipe(name) for name in recipe_names()]
+    rows = [recipe for recipe in recipes if not recipe.ablates]
     parts = [HEAD]
     for task in TASKS:
-        ours = [recipe for recipe in recipes if recipe.task == task]
-        if ours:
-            parts += [f"## {task.capitalize()}\n", _overview(ours), *map(_section, ours)]
-    return "\n".join([*parts, _memory_section(recipes), OUTSIDE])
+        ours = [recipe for recipe in rows if recipe.task == task]
+        parts += [f"## {task.capitalize()}\n", _overview(ours), *map(_section, ours)]
+    parts += [_ablations([recipe for recipe in recipes if recipe.ablates])]
+    return "\n".join([*parts, _memory_section(rows), OUTSIDE])
+
+
+def _ablations(recipes: Sequence[Recipe]) -> str:
+    if not recipes:
+        return ""
+    reference, usual = (read_recipe(name) for name in (REFERENCE, ABLATIONS_CHANGE))
+    rows = [
+        (
+            f"`{recipe.name}`",
+            _difference(recipe, usual if recipe.name == REFERENCE else reference),
+            recipe.expected(),
+        )
+        for recipe in sorted(recipes, key=lambda recipe: recipe.name != REFERENCE)
+    ]
+    return ABLATIONS + _table(("recipe", "settings", "quoted result"), rows)
+
+
+def _difference(recipe: Recipe, other: Recipe) -> str:
+    changed = {key: value for key, value in recipe.own.items() if other.settings[key] != value}
+    return ", ".join(f"`{key}: {value}`" for key, value in changed.items())
 
 
 def _overview(recipes: Sequence[Recipe]) -> str:
