@@ -64,7 +64,8 @@ def embeddings(config: EmbeddingsConfig) -> None:
     others = None
     if not groups[-1][0]:
         shown = len(groups) - 1
-        others = (f"{len(labels.unique()) - shown} other classes", groups.pop()[1])
+        rest = len(labels.unique()) - shown
+        others = (f"{rest} other class{'es' if rest > 1 else ''}", groups.pop()[1])
     layer, pool = frozen.layers[0], {"mean": "mean of the patches", "cls": "class token"}.get(config.pool, config.pool)
     title = f"{len(labels)} images, block {layer}, {pool}: {Path(config.checkpoint).name}"
     draw_points(config.output, groups, embedding.axes, title, others)

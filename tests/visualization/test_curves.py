@@ -54,7 +54,7 @@ def test_several_runs_are_told_apart_and_gaps_are_left_out():
     assert diagrams({"a": ENTRIES, "b": other}, ["loss"])["loss"] == [
         Curve("a train", [1, 2], [3.0, 2.0]),
         Curve("a test", [2], [2.5]),
-        Curve("b train", [2], [1.0]),
+        Curve("b train", [2], [1.0], run=1),
     ]
 
 

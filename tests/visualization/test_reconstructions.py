@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from beit.targets import PixelTarget, TokenTarget
 from beit.visualization.reconstructions import hide_patches, reconstruct
 
 PATCH, GRID, VOCABULARY = 4, (2, 3), 256
@@ -11,8 +12,11 @@ PATCH, GRID, VOCABULARY = 4, (2, 3), 256
 class GreyTokenizer:
     """A patch's token is its first red value; a token decodes to that grey."""
 
-    def encode(self, images):
-        return (images[:, 0, ::PATCH, ::PATCH] * 255).round().long()
+    vocab_size = VOCABULARY
+
+    def encode(self, images, index=None):
+        ids = (images[:, 0, ::PATCH, ::PATCH] * 255).round().long()
+        return ids if index is None else ids.flatten()[index]
 
     def decode(self, ids):
         grey = (ids / 255).repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)
@@ -20,16 +24,17 @@ class GreyTokenizer:
 
 
 class Counting(nn.Module):
-    """Predicts token 10 for the first masked patch of a batch, 11 for the second, and so on."""
+    """Predicts token 10 for the first masked patch of a batch, 11 for the second, and so on; of others token 0."""
 
-    def __init__(self):
-        super().__init__()
-        self.saw = None
-
-    def forward(self, images, masks):
+    def forward(self, _images, masks):
         assert not self.training
-        self.saw = images
-        return nn.functional.one_hot(torch.arange(int(masks.sum())) + 10, VOCABULARY).float()
+        answers = torch.zeros(masks.shape, dtype=torch.long)
+        answers[masks] = torch.arange(int(masks.sum())) + 10
+        return nn.functional.one_hot(answers.flatten(1), VOCABULARY).float()
+
+
+def outputs_of_all(model, batch):
+    return model(batch["image"], batch["mask"])
 
 
 def example():
@@ -42,28 +47,40 @@ def example():
 def test_predicted_tokens_stand_at_masked_patches_and_true_ones_elsewhere():
     images, masks = example()
     images[0, :, 0, 0] = 10  # the first prediction is right, by chance
-    model = Counting()
-    result = reconstruct(model, GreyTokenizer(), images, images, masks, (0.5,) * 3, (0.25,) * 3)
+    batch = {"image": images, "token_image": images, "mask": masks}
+    result = reconstruct(Counting(), outputs_of_all, TokenTarget(GreyTokenizer()), batch)
 
-    torch.testing.assert_close(model.saw, (images / 255 - 0.5) / 0.25)
     guess = iter(range(10, 20))
     for number in range(2):
         for row in range(GRID[0]):
             for column in range(GRID[1]):
                 true = images[number, 0, row * PATCH, column * PATCH].item()
                 expected = next(guess) if masks[number, row, column] else true
-                region = (
-                    number,
-                    slice(None),
-                    slice(row * PATCH, row * PATCH + 4),
-                    slice(column * PATCH, column * PATCH + 4),
-                )
-                assert torch.allclose(result.predicted[region], torch.tensor(expected / 255)), (number, row, column)
-                assert torch.allclose(result.tokenized[region], torch.tensor(true / 255))
-    assert result.masked_patches.tolist() == [2, 3]
-    assert result.correct[0].item() == 1
-    assert result.captions()[0] == "1 of 2 tokens right"
+                rows, columns = (slice(place * PATCH, place * PATCH + PATCH) for place in (row, column))
+                region = (number, slice(None), rows, columns)
+                predicted = result.predictions["predicted tokens decoded"][region]
+                assert torch.allclose(predicted, torch.tensor(expected / 255)), (number, row, column)
+                assert torch.allclose(result.predictions["dVAE reconstruction"][region], torch.tensor(true / 255))
+    assert result.masked_patches == [2, 3]
+    assert result.captions() == ["1 of 2 tokens right", "0 of 3 tokens right"]
+    assert list(result.panels()) == ["image", "masked", "dVAE reconstruction", "predicted tokens decoded"]
     assert [len(images) for images in result.panels().values()] == [2, 2, 2, 2]
+
+
+def test_predicted_pixels_stand_at_masked_patches_and_true_ones_elsewhere():
+    # A model that says 0 of every number: in raw pixels of mean 0.5 that is grey, and no variance is explained.
+    images, masks = example()
+    target = PixelTarget((PATCH, PATCH), (0.5,) * 3, (0.25,) * 3, normalised=False)
+
+    def nothing(_model, batch):
+        return torch.zeros(2, 6, 3 * PATCH * PATCH)
+
+    result = reconstruct(nn.Identity(), nothing, target, {"image": images, "mask": masks})
+    torch.testing.assert_close(result.predictions["predicted pixels"], hide_patches(images / 255, masks))
+    for number, caption in enumerate(result.captions()):
+        hidden = images[number].unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH)[:, masks[number]] / 255  # (3, m, p, p)
+        r2 = 1 - ((hidden - 0.5) ** 2).sum() / ((hidden - hidden.mean()) ** 2).sum()
+        assert caption == f"r2 {r2.item():.2f}"
 
 
 def test_masked_patches_are_grey_and_no_others():
