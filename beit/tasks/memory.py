@@ -6,6 +6,7 @@ It is an estimate all the same: the first step of a run is the measurement.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -133,6 +134,7 @@ def segmentation_workload(model: str, crop: int) -> Workload:
     return Workload(trained, 0, depth, width, heads, tokens, logits, extra_values=maps)
 
 
+@cache
 def _measure(name: str, size: Any, **options: Any) -> tuple[Any, int, int]:
     """Returns a model without memory for its weights, its number of parameters, and an image's number of tokens."""
     sized = {} if size is None else {"img_size": size}

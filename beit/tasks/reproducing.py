@@ -60,8 +60,8 @@ ABLATIONS_CHANGE, REFERENCE = "pretrain_base_1k_300ep", "pretrain_ablation_beit"
 ABLATIONS = f"""\
 ## Ablations of the paper
 
-Runs that change a part of the method. The reference, `{REFERENCE}`, is `{ABLATIONS_CHANGE}` with the settings in its
-row; the others are the reference with theirs. They are shared out over GPUs in the same way.
+Runs that change a part of the method. The reference, `{REFERENCE}`, is `{ABLATIONS_CHANGE}` with
+the settings in its row; the others are the reference with theirs. They are shared out over GPUs in the same way.
 `beit recipes show NAME` says from which table a row is, `beit recipes command NAME --gpus N` how it is run.
 
 """
