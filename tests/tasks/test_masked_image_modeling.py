@@ -435,7 +435,7 @@ def test_without_stochastic_depth_the_loss_of_training_is_that_of_evaluation(set
 class TestImageLog:
     @pytest.mark.parametrize("target", ["tokens", "pixels"])
     def test_the_run_is_the_same_with_and_without_images(self, good_flags, setting, tmp_path, target):
-        # Breaks if drawing takes a random number, leaves the model in evaluation mode or changes a batch.
+        # Whatever drawing does, to generators, to the model's mode or to samples, training must not see it.
         folder, *_ = setting
         flags = {**good_flags, "--target": target, "--epochs": 2, "--drop_path": 0.5}
         assert call({**flags, "--output_dir": tmp_path / "without", "--log_dir": tmp_path / "without/tb"}) == 0
