@@ -22,6 +22,7 @@ from beit.tasks.visualize_attention import (
 from beit.tasks.visualize_inputs import open_viewer
 from beit.visualization.attention import mean_distances, patch_distances
 from beit.zoo import create_model
+from semantic_segmentation.modeling import build_segmentor
 from tests.commands import run
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
@@ -163,6 +164,38 @@ def test_a_mistake_is_refused_in_one_line(site, capsys, arguments, message):
     assert message in fails([*command, *given], capsys)
 
 
+# -------------------------------------------------------------------------------------------------- whose checkpoints
+@pytest.mark.parametrize("to", ["huggingface", "timm", "unilm"])
+@pytest.mark.parametrize("checkpoint", ["pretrained", "classifier"])
+def test_other_libraries_files_give_the_same_pictures(site, tmp_path, drawn, checkpoint, to):
+    source = site / f"{checkpoint}.pth"
+    converted = tmp_path / ("folder" if to == "huggingface" else "file.pth")
+    assert beit(["convert", str(source), str(converted), "--to", to]) == 0
+    for path in (source, converted):
+        for command in (
+            ["attention", str(site / "images"), "--size", "32x48"],
+            ["distance", str(site / "images")],
+            ["bias"],
+        ):
+            assert beit(["visualize", *command, "--checkpoint", str(path)]) == 0
+    ours, theirs = drawn[:3], drawn[3:]
+    for first, second in zip(ours[0][0][1], theirs[0][0][1], strict=True):
+        assert all(torch.equal(a.heat, b.heat) for a, b in zip(first[1:], second[1:], strict=True))
+    assert torch.equal(ours[1][0][1], theirs[1][0][1])
+    for first, second in zip(ours[2][0][1], theirs[2][0][1], strict=True):
+        assert all(torch.equal(a.heat, b.heat) for a, b in zip(first, second, strict=True))
+
+
+def test_of_a_segmentor_the_backbone_is_drawn(site, tmp_path, drawn):
+    sizes = {**TINY, "depth": 4, "use_rel_pos_bias": True}
+    segmentor = build_segmentor(**sizes, out_indices=(0, 1, 2, 3), num_classes=4, channels=8)
+    args = {"out_indices": [0, 1, 2, 3], "crop_size": 32, "model_kwargs": {"num_heads": 2}}
+    save_checkpoint(tmp_path / "segmentor.pth", {"model": segmentor.state_dict(), "args": args})
+    attention(AttentionConfig(images=(str(site / "images"),), checkpoint=str(tmp_path / "segmentor.pth"), limit=1))
+    ((_, rows, _), _) = drawn[0]
+    assert [len(row) for row in rows] == [4, 4, 4]
+
+
 # ------------------------------------------------------------------------------------------------- how far heads look
 def test_the_distance_is_the_mean_over_images(site):
     viewer = open_viewer(str(site / "classifier.pth"), (32, 48), "cpu")
@@ -188,7 +221,9 @@ def test_distances_are_written_out(site, drawn, capsys):
 
 
 # --------------------------------------------------------------------------------------------------- biases for places
-@pytest.mark.parametrize(("checkpoint", "names"), [("pretrained", ["all blocks"]), ("classifier", ["block 0", "block 1", "block 2"])])  # fmt: skip
+@pytest.mark.parametrize(
+    ("checkpoint", "names"), [("pretrained", ["all blocks"]), ("classifier", ["block 0", "block 1", "block 2"])]
+)
 def test_a_row_a_table_and_a_column_a_head(site, drawn, checkpoint, names):
     bias(BiasConfig(checkpoint=str(site / f"{checkpoint}.pth")))
     ((_, rows, _), options) = drawn[0]
@@ -211,15 +246,17 @@ def test_a_model_without_tables_is_refused_in_one_line(site, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "command",
+    ("ending", "command"),
     [
-        ("attention", "{site}/images/0.png", "{site}/images/1.png", "--query", "0,0", "2,3", "--size", "32x64"),
-        ("attention", "{site}/images", "--heads", "mean", "--block", "0", "--mask_patches", "5"),
-        ("distance", "{site}/images", "--limit", "2"),
-        ("bias",),
+        (
+            "svg",
+            ("attention", "{site}/images/0.png", "{site}/images/1.png", "--query", "0,0", "2,3", "--size", "32x64"),
+        ),
+        ("png", ("attention", "{site}/images", "--heads", "mean", "--block", "0", "--mask_patches", "5")),
+        ("svg", ("distance", "{site}/images", "--limit", "2")),
+        ("png", ("bias",)),
     ],
 )
-@pytest.mark.parametrize("ending", ["png", "svg"])
 def test_whole_commands(site, tmp_path, command, ending):
     output = tmp_path / "new" / f"picture.{ending}"
     words = [word.format(site=site) for word in command]

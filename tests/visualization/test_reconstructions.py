@@ -46,7 +46,7 @@ def example():
 
 def test_predicted_tokens_stand_at_masked_patches_and_true_ones_elsewhere():
     images, masks = example()
-    images[0, :, 0, 0] = 10  # the first prediction is right, by chance
+    images[0, :, 0, 0], images[1, :, 0, 2 * PATCH] = 10, 12  # the first predictions of each are right, by chance
     batch = {"image": images, "token_image": images, "mask": masks}
     result = reconstruct(Counting(), outputs_of_all, TokenTarget(GreyTokenizer()), batch)
 
@@ -62,7 +62,7 @@ def test_predicted_tokens_stand_at_masked_patches_and_true_ones_elsewhere():
                 assert torch.allclose(predicted, torch.tensor(expected / 255)), (number, row, column)
                 assert torch.allclose(result.predictions["dVAE reconstruction"][region], torch.tensor(true / 255))
     assert result.masked_patches == [2, 3]
-    assert result.captions() == ["1 of 2 tokens right", "0 of 3 tokens right"]
+    assert result.captions() == ["1 of 2 tokens right", "1 of 3 tokens right"]
     assert list(result.panels()) == ["image", "masked", "dVAE reconstruction", "predicted tokens decoded"]
     assert [len(images) for images in result.panels().values()] == [2, 2, 2, 2]
 
