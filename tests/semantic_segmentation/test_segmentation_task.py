@@ -218,11 +218,12 @@ def test_padding_is_zero_after_normalisation_and_the_rest_is_normalised():
 # What a run records
 
 
-def test_a_checkpoint_describes_its_segmentor(tmp_path):
-    # Neither taps, heads nor the auxiliary head's tap can be read off the shapes, and none of these is the usual one.
+@pytest.mark.parametrize("bias", [(), ("--disable_rel_pos_bias",)])
+def test_a_checkpoint_describes_its_segmentor(tmp_path, bias):
+    # Neither taps nor the auxiliary head's tap can be read off the shapes, nor heads where there is no bias for each.
     flags = "--out_indices 0 2 3 4 --auxiliary_index 1 --head_channels 8 --auxiliary_channels 6 --crop_size 48x32"
     sizes = ("--model_kwargs", "patch_size=8", "embed_dim=24", "depth=5", "num_heads=6")
-    config = read_train(["upernet_beit_tiny_64_slide_ade20k", *flags.split(), *sizes, "--slide_stride", "16"])
+    config = read_train(["upernet_beit_tiny_64_slide_ade20k", *flags.split(), *bias, *sizes, "--slide_stride", "16"])
     segmentor = build_segmentor(**segmentor_arguments(config, 3)).eval()
     for parameter in segmentor.parameters():
         nn.init.normal_(parameter, std=0.2)
