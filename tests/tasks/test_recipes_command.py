@@ -1,5 +1,7 @@
 """``beit recipes``: what it lists and shows, the commands it works out, the memory it estimates, the page it writes."""
 
+import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -7,9 +9,11 @@ import pytest
 import torch
 
 from beit.__main__ import main
-from beit.config import read_facts, recipe_names
+from beit.config import read_command_line, read_facts, recipe_names
 from beit.errors import InputError
+from beit.pretrained import RELEASED
 from beit.tasks import memory
+from beit.tasks.masked_image_modeling import PretrainingConfig
 from beit.tasks.published import command, plan, read_recipe, workload
 from beit.tasks.reproducing import document
 from beit.zoo import create_model
@@ -250,6 +254,25 @@ class TestDocument:
         output_of(capsys, "document", "-o", str(tmp_path / "page.md"))
         assert (tmp_path / "page.md").read_text(encoding="utf-8") == document()
         assert "there is no folder" in refused(capsys, "document", "--output", str(tmp_path / "no" / "page.md"))
+
+
+class TestFaq:
+    TEXT = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8").replace("\\\n", " ")
+
+    def test_its_commands_can_be_given(self, capsys):
+        # Broken by a flag, a recipe or a released name in the text that does not exist.
+        commands = re.findall(r"^(?:python )?run_beit_pretraining\.py (.*)$", self.TEXT, re.MULTILINE)
+        configs = [read_command_line(PretrainingConfig, shlex.split(words), "faq", "") for words in commands]
+        assert [config.init_from for config in configs if config.init_from] == ["beit_base_patch16_224_pt22k"]
+        assert configs[0].init_from in RELEASED
+        for words in re.findall(r"`beit recipes (command [^`]*[a-z_0-9] --gpus \d[^`]*)`", self.TEXT):
+            assert "--update_freq" in output_of(capsys, *words.split()).out
+
+    def test_quotes_the_authors_log_as_the_recipe_does(self):
+        quoted = read_facts("pretrain_base_1k_300ep")["quoted"]
+        for key in ("train_loss", "train_mlm_acc", "train_grad_norm"):
+            row = next(line for line in self.TEXT.splitlines() if line.startswith(f"| `{key}` |"))
+            assert row.split("|")[2].strip() == str(quoted[key])
 
 
 def test_the_largest_divisor_below_what_fits_is_taken():
