@@ -276,6 +276,15 @@ def test_a_run_is_continued_in_another_folder(tmp_path, few_scenes, undisturbed)
     assert log_of(tmp_path) == log_of(undisturbed)[3:]
 
 
+def test_a_continued_run_knows_the_best_it_has_seen(tmp_path, few_scenes, undisturbed):
+    checkpoint = torch.load(undisturbed / "checkpoint-6.pth", weights_only=True)
+    torch.save({**checkpoint, "best": {"mIoU": 0.99}}, tmp_path / "checkpoint.pth")
+    flags = (*SMALL, "--data_root", few_scenes, "--work-dir", tmp_path / "run")
+    assert main(["train", TINY, *map(str, flags), "--resume-from", str(tmp_path / "checkpoint.pth")]) == 0
+    assert "test_mIoU" in log_of(tmp_path / "run")[-1]
+    assert not (tmp_path / "run" / "checkpoint-best.pth").exists()
+
+
 def test_two_processes_learn_what_one_learns(tmp_path, few_scenes, free_port):
     # Broken by batch normalisation over each process's own images, and by gradients that are summed.
     # A bias before a normalisation has no gradient but rounding: Adam makes a step of it, unless epsilon hides it.
