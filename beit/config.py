@@ -151,6 +151,8 @@ def read_yaml(config_class: type, name: str) -> dict[str, Any]:
 def read_facts(name: str) -> dict[str, Any]:
     """Reads what a recipe says about its run: ``recipe`` in its file, over the facts of the files it builds on.
 
+    A ``note`` is the file's own.
+
     Raises:
         InputError: No such file, not YAML, or facts that are not ``key: value`` lines.
     """
@@ -159,6 +161,7 @@ def read_facts(name: str) -> dict[str, Any]:
         own = content.get("recipe") or {}
         if not isinstance(own, dict):
             raise InputError(f"{path}: recipe must hold 'key: value' lines, one for each fact")
+        facts.pop("note", None)  # what is to be said of one run
         facts.update(own)
     return facts
 

@@ -80,6 +80,8 @@ def show(config: ShowConfig) -> None:
         "hardware": recipe.facts.get("hardware", "not published"),
         "time": recipe.facts.get("time", "not published"),
     }
+    if "note" in recipe.facts:
+        about["note"] = recipe.facts["note"]
     if recipe.trains:
         about |= {"shared out": str(published), "memory": _memory_line(recipe, published)}
     if recipe.task not in LAUNCHERS:

@@ -127,6 +127,8 @@ def _overview(recipes: Sequence[Recipe]) -> str:
 
 def _section(recipe: Recipe) -> str:
     about = f"### {recipe.name}\n\nSource: {recipe.facts['source']}. Data: {recipe.facts.get('data', '')}.\n"
+    if "note" in recipe.facts:
+        about += f"Note: {recipe.facts['note']}.\n"
     if not recipe.trains:
         return f"{about}\n{_commands(recipe, (8, 1))}"
     plans = [plan(recipe, gpus) for gpus in GPU_COUNTS if recipe.can_run_on(gpus)]
