@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from beit.config import option, read_yaml
-from beit.data.synthetic import write_segmentation_scenes
+from beit.data.synthetic import SHAPES, write_segmentation_scenes
 from beit.errors import InputError
 from beit.pretrained import read_weights
 from beit.storage import atomic_write
@@ -29,9 +29,9 @@ from semantic_segmentation.testing import MEAN, STD, test_settings
 
 logger = logging.getLogger(f"beit.{__name__}")
 
+BACKGROUND = "background 200 200 200"  # its name and colour
 MARKER, UNFINISHED = "made_with.json", ".scenes-unfinished"
-SHAPES = ("cross", "disc", "star")
-STARTS = ("pretrained", "scratch")
+STARTS = {"pretrained": 0.75, "scratch": 1.0}  # with the layer decay that suits each
 PICTURE_IMAGES = 4
 GAP_PIXELS = 4  # between the images of the picture
 
@@ -56,7 +56,7 @@ class Budget:
     iterations: int
 
 
-FULL = Budget(training=400, validation=100, iterations=400)
+FULL = Budget(training=800, validation=100, iterations=200)
 QUICK = Budget(training=16, validation=4, iterations=2)
 
 
@@ -71,13 +71,13 @@ def main(config: DemoConfig) -> None:
     if not list((folder / "pretrain").glob("checkpoint-[0-9]*.pth")):
         raise InputError(f"{folder} holds no pre-trained backbone: run `beit demo --output_dir {folder}` first")
     scenes = folder / "segmentation" / "scenes"
-    logger.info("1/3 scenes with a label for every pixel: %s and background", ", ".join(SHAPES))
+    logger.info("1/3 scenes with a label for every pixel: %d shapes and background", len(SHAPES))
     make_scenes(scenes, budget, config.seed)
     logger.info("2/3 segmentation: UPerNet on the demo's backbone, and the same from scratch")
     for start in STARTS:
         task.main(training_config(folder, start, budget, config))
     logger.info("3/3 picture")
-    draw(folder, training_config(folder, STARTS[0], budget, config))
+    draw(folder, training_config(folder, "pretrained", budget, config))
     summary = {start: read_log(run_folder(folder, start))[-1]["test_mIoU"] for start in STARTS}
     with atomic_write(folder / "segmentation.json") as file:
         file.write((json.dumps({"mIoU": summary}, indent=2) + "\n").encode())
@@ -102,6 +102,9 @@ def training_config(folder: Path, start: str, budget: Budget, config: DemoConfig
         "model_kwargs": MODEL,
         "crop_size": IMAGE_PIXELS,
         "pretrained": str(pretrained_checkpoint(folder)) if start == "pretrained" else "",
+        "lr": 8e-3,
+        "layer_decay": STARTS[start],
+        "warmup_iters": budget.iterations // 10,
         "max_iters": budget.iterations,
         "eval_interval": budget.iterations,
         "checkpoint_interval": budget.iterations,
@@ -131,9 +134,9 @@ def make_scenes(folder: Path, budget: Budget, seed: int) -> None:
     unfinished = folder.with_name(UNFINISHED)
     shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was stopped here
     write_segmentation_scenes(
-        unfinished, budget.training, STORED_PIXELS, seed=seed, classes=SHAPES, validation_count=budget.validation
+        unfinished, budget.training, STORED_PIXELS, seed, validation_count=budget.validation, coloured=True
     )
-    (unfinished / "classes.txt").write_text("\n".join(("background", *SHAPES)) + "\n", encoding="utf-8")
+    (unfinished / "classes.txt").write_text("\n".join((BACKGROUND, *SHAPES)) + "\n", encoding="utf-8")
     (unfinished / MARKER).write_text(json.dumps(recipe), encoding="utf-8")
     unfinished.rename(folder)
 

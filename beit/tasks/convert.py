@@ -26,6 +26,7 @@ from beit.interop.segmentation import PARTS, heads_of, incomplete, is_segmentor
 from beit.pretrained import Architecture, Metadata, architecture_of, class_names, read_weights
 from beit.relative_position import relative_position_index
 from beit.storage import atomic_write, save_checkpoint
+from beit.targets import VISUAL_TOKENS
 from beit.weights import FILE_METADATA, taps_of
 from beit.zoo import build, open_model
 
@@ -87,6 +88,8 @@ def convert(source: str | Path, destination: Path, to: str) -> None:
         _convert_segmentor(weights, metadata, destination, to)
         return
     architecture = architecture_of(weights, metadata)
+    if (target := metadata.get("target", VISUAL_TOKENS)) != VISUAL_TOKENS and to != "unilm":
+        logger.warning("the head of %s predicts %s, which %s will take for a vocabulary", source, target, to)
     weights = _complete(weights, architecture, str(source))
     labels = class_names(metadata, architecture.arguments.get("num_classes", 0))
     translated = from_official(weights, to, position_index=_position_index(architecture))
