@@ -185,7 +185,7 @@ def test_several_sizes_and_pictures(tmp_path, trained, scored):
 
 
 def test_images_are_predicted_as_they_are_tested(tmp_path, trained, scenes, submission):
-    # Broken by windows, sizes or numbers that the checkpoint does not tell, and by a backbone built otherwise.
+    # Broken by sizes or numbers that the checkpoint does not tell, and by a backbone that is built otherwise.
     images = [scenes / "images" / "validation" / f"ADE_val_{number:08d}.jpg" for number in (1, 2)]
     flags = ("--checkpoint", trained / "checkpoint-best.pth", "--output_dir", tmp_path, "--device", "cpu")
     run("-m", "semantic_segmentation", "predict", *images, *flags)
