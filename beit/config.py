@@ -131,7 +131,7 @@ def read_command_line(config_class: type[ConfigT], argv: Sequence[str], prog: st
 def read_yaml(config_class: type, name: str) -> dict[str, Any]:
     """Reads the settings of a YAML file: a path, or the name of a recipe that comes with the package.
 
-    A file may name another one under ``base``, relative to itself, whose settings it overrides.
+    A file may name another one under ``base``, relative to itself or of the package, whose settings it overrides.
 
     Raises:
         InputError: No such file, not YAML, or a key that the job does not have.
@@ -183,9 +183,11 @@ def _read_layers(name: str, folder: Path, seen: tuple[Path, ...] = ()) -> list[t
     base = content.get("base")
     if not base:
         return [(path, content)]
-    if (path.parent / base).resolve() in (seen := (*seen, path.resolve())):
+    beside = path.parent / base
+    below = beside if beside.is_file() else _find_yaml(str(base), folder)  # or one of the package
+    if below.resolve() in (seen := (*seen, path.resolve())):
         raise InputError(f"{path}: base {base!r} leads back to a file that builds on it")
-    return [*_read_layers(str(path.parent / base), folder, seen), (path, content)]
+    return [*_read_layers(str(below), folder, seen), (path, content)]
 
 
 def to_plain(config: Any) -> dict[str, Any]:

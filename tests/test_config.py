@@ -231,6 +231,15 @@ def test_a_file_nearby_comes_before_the_packages_and_is_offered(job, tmp_path, m
         job("anothr.yaml")
 
 
+def test_a_users_file_builds_on_one_beside_it_or_on_one_of_the_package(job, tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("base: small\nepochs: 5\n")
+    config = job(str(mine))
+    assert (config.lr, config.epochs, config.model_kwargs) == (1e-2, 5, {"depth": 4, "heads": 2})
+    (tmp_path / "small").write_text("lr: 2.0\n")
+    assert job(str(mine)).lr == 2.0
+
+
 def test_a_python_file_is_refused_as_such(job, tmp_path):
     (tmp_path / "mine.py").write_text("lr = 1")
     with pytest.raises(InputError, match=r"mine\.py is a Python file, which is not run: write .* in .*mine\.yaml"):
