@@ -133,8 +133,8 @@ def evaluate(config: KnnConfig) -> list[Result]:
         model, preprocessing = build_model(config)
         features = freeze(config, model.to(session.device), preprocessing, session)
         _warn_of_size(features, len(train) + len(val), session)
-        bank = compute(config, train, features, preprocessing, session)
-        queries = compute(config, val, features, preprocessing, session)
+        bank = compute(config, train, features, preprocessing, session, strict=False)
+        queries = compute(config, val, features, preprocessing, session, strict=True)
         results = [
             result for f in features.features for result in score(config, f, bank, queries, num_classes, session.device)
         ]
@@ -199,7 +199,7 @@ class Share:
 
     Args:
         features: By name, float32 ``(n, D)``, of length 1, in host memory.
-        labels: int64 ``(n,)``.
+        labels: int64 ``(n,)``; -1 where there is none.
         positions: Where in the data set each is, int64 ``(n,)``.
         images: Length of the whole data set.
     """
@@ -216,11 +216,15 @@ def compute(
     features: FrozenFeatures,
     preprocessing: Preprocessing,
     session: Session,
+    strict: bool,
 ) -> Share:
-    """Computes the features of this process's part of a data set, each image once over all processes."""
+    """Computes the features of this process's part of a data set, each image once over all processes.
+
+    In the place of an image that cannot be read there is another; with ``strict`` its label is -1.
+    """
     transform: ClassificationEvalTransform = preprocessing.transform
     loader = EpochLoader(
-        labelled_dataset(images, transform, config.seed),
+        labelled_dataset(images, transform, config.seed, strict),
         config.batch_size,
         rank=session.rank,
         world_size=session.world_size,
@@ -250,11 +254,12 @@ def score(
     train, labels = whole(bank, feature.name, device)
     similarities, indices = nearest(queries.features[feature.name].to(device), train, max(config.k))
     own = queries.labels.to(device)
+    readable = distributed.sum_over_ranks((own >= 0).sum()).item()
     results = []
     for k in config.k:
         votes = vote(similarities[:, :k], labels[indices[:, :k]], config.temperature, num_classes)
         right = distributed.sum_over_ranks((votes.argmax(dim=1) == own).sum())
-        acc1 = 100 * right.item() / queries.images
+        acc1 = 100 * right.item() / readable
         results.append(Result(feature.layer, feature.pool, k, acc1))
         logger.info("layer %d, %s, k %d: Acc@1 %.2f", feature.layer, feature.pool, k, acc1)
     return results

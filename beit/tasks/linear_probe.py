@@ -281,10 +281,11 @@ def _loader(
     images: LabelledImages,
     transform: ClassificationTransform | ClassificationEvalTransform,
     session: Session,
+    strict: bool = False,
     **options: Any,
 ) -> EpochLoader:
     return EpochLoader(
-        labelled_dataset(images, transform, config.seed),
+        labelled_dataset(images, transform, config.seed, strict),
         config.batch_size_per_gpu,
         seed=config.seed,
         rank=session.rank,
@@ -301,13 +302,13 @@ def build_evaluation(
 ) -> Callable[[nn.Module, int], dict[str, float]]:
     """Returns the evaluation on the validation images."""
     transform = ClassificationEvalTransform(features.model.img_size, crop_pct=config.crop_pct)
-    loader = _loader(config, val, transform, session, shuffle=False, drop_last=False)
+    loader = _loader(config, val, transform, session, strict=True, shuffle=False, drop_last=False)
     return lambda model, _epoch: evaluate(model, features, loader)
 
 
 @torch.no_grad()
 def evaluate(heads: nn.Module, features: FrozenFeatures, loader: EpochLoader) -> dict[str, float]:
-    """Scores every head, each image once over all processes.
+    """Scores every head, each image once over all processes; those that cannot be read are left out.
 
     Returns:
         ``acc1``, ``acc5`` (percent) and ``loss`` of the head with the highest ``acc1``, its ``best_layer``, and
@@ -331,6 +332,7 @@ def evaluate(heads: nn.Module, features: FrozenFeatures, loader: EpochLoader) ->
 
 
 def _count(logits: Tensor, labels: Tensor) -> Tensor:
+    logits, labels = logits[labels >= 0], labels[labels >= 0]
     right = logits.topk(min(TOP_K, logits.shape[1])).indices == labels[:, None]  # (B, 5)
     loss = F.cross_entropy(logits, labels, reduction="sum")
     return torch.stack([loss, right[:, 0].sum(), right.sum(), torch.tensor(len(labels), device=loss.device)])

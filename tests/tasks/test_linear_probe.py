@@ -3,6 +3,7 @@
 import json
 import logging
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -268,6 +269,23 @@ def test_evaluation_equals_a_naive_count(images, caplog):
     assert expected[best]["acc1"] == max(scores["acc1"] for scores in expected.values())
     assert {key: results[key] for key in ("acc1", "acc5", "loss")} == pytest.approx(expected[best], rel=1e-5)
     assert "* Acc@1" in caplog.text
+
+
+def test_an_image_that_cannot_be_read_is_left_out_of_the_evaluation(images, tmp_path):
+    # Breaks if the picture that takes its place is counted, under whichever label.
+    features = frozen(create_model("beit_tiny_patch16_224", **TINY), pools=("cls_mean",))
+    heads = small_heads()
+    for head in heads.heads.values():
+        torch.nn.init.normal_(head.weight, std=5.0)
+    scores = []
+    for name in ("damaged", "without"):
+        shutil.copytree(images, tmp_path / name)
+        victim = tmp_path / name / "val/class3/1.png"
+        victim.write_bytes(b"no image") if name == "damaged" else victim.unlink()
+        val = find_images("IMNET", str(tmp_path / name), train=False)
+        dataset = labelled_dataset(val, ClassificationEvalTransform(32), 0, strict=True)
+        scores.append(evaluate(heads, features, EpochLoader(dataset, 4, shuffle=False, drop_last=False)))
+    assert scores[0] == pytest.approx(scores[1])
 
 
 # The job
