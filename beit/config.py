@@ -26,6 +26,7 @@ Size = int | tuple[int, int]
 
 RECIPE_KEYS = ("base", "recipe")  # in a YAML file: the file it builds on, and facts about the run that are no settings
 NOTHING = ("None", "null")
+DEFAULTS_FOLLOW = "# The rest has its default."  # in a run's config.yaml
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,12 +175,7 @@ def recipe_names() -> list[str]:
 def _read_layers(name: str, folder: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
     """Returns the content of a settings file, after that of the files it builds on."""
     path = _find_yaml(name, folder)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must hold 'key: value' lines, one for each setting")
+    content = _parse(path.read_bytes(), path)
     base = content.get("base")
     if not base:
         return [(path, content)]
@@ -188,6 +184,33 @@ def _read_layers(name: str, folder: Path, seen: tuple[Path, ...] = ()) -> list[t
     if below.resolve() in (seen := (*seen, path.resolve())):
         raise InputError(f"{path}: base {base!r} leads back to a file that builds on it")
     return [*_read_layers(str(below), folder, seen), (path, content)]
+
+
+def _parse(text: bytes, path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(text.decode("utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold 'key: value' lines, one for each setting")
+    return content
+
+
+def read_run_settings(path: Path) -> tuple[dict[str, Any], set[str] | None]:
+    """Reads the ``config.yaml`` of any job's run folder.
+
+    Returns:
+        The settings as plain values, and the names of those that differ from their defaults, None if it does not say.
+
+    Raises:
+        InputError: It cannot be read, or is not YAML.
+    """
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    before, marker, _ = text.partition(DEFAULTS_FOLLOW.encode())
+    return _parse(text, path), set(_parse(before, path)) if marker else None
 
 
 def to_plain(config: Any) -> dict[str, Any]:
@@ -203,8 +226,51 @@ def from_plain(config_class: type[ConfigT], values: Mapping[str, Any]) -> Config
 
 
 def dump_yaml(config: Any) -> str:
-    """Returns the settings as a YAML text that ``--config`` reads back."""
-    return yaml.safe_dump(to_plain(config), sort_keys=False)
+    """Returns the settings as a YAML text that ``--config`` reads back; first those that differ from their defaults."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    given: dict[str, Any] = {}
+    rest: dict[str, Any] = {}
+    for key, value in to_plain(config).items():
+        (given if getattr(config, key) != defaults[key] else rest)[key] = value
+    parts = [yaml.safe_dump(part, sort_keys=False) if part else "" for part in (given, rest)]
+    return f"{parts[0]}{DEFAULTS_FOLLOW}\n{parts[1]}"
+
+
+def to_flags(config: Any) -> list[str]:
+    """Returns the arguments that make this configuration of the defaults; the inverse of :func:`read_command_line`.
+
+    A value that no flag can give (None, or nothing, where the default is something) is left out.
+    """
+    arguments, flags = [], []
+    for name, (field, reader) in _fields(type(config)).items():
+        value = getattr(config, name)
+        if value != field.default:
+            words = _words(value, reader)
+            if field.metadata["positional"]:
+                arguments += words
+            elif isinstance(value, bool):
+                flags.append(f"--{name}" if value else field.metadata["off"] or f"--no_{name}")
+            elif len(words) == 1 and words[0].startswith("-"):
+                flags.append(f"--{name}={words[0]}")
+            elif words:
+                flags += [f"--{name}", *words]
+    return arguments + flags
+
+
+def _words(value: Any, reader: Callable) -> list[str]:
+    """Returns a value as the words that stand after its flag."""
+    if value is None:
+        return []
+    if reader is parse_size:
+        return [str(value) if isinstance(value, int) else "x".join(map(str, value))]
+    if isinstance(value, dict):
+        return [f"{key}={_in_a_line(item)}" for key, item in value.items()]
+    return [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]
+
+
+def _in_a_line(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=1_000_000)
+    return text.removesuffix("\n").removesuffix("\n...")  # which YAML writes after a value that is no list
 
 
 _OVERRIDES = "assignments to settings"  # where the parser keeps them: no field can be called so

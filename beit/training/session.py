@@ -1,6 +1,7 @@
 """What every training job needs around its loop: a device, its fellow processes, a run folder, and a way to resume."""
 
 import contextlib
+import json
 import logging
 import os
 import random
@@ -15,6 +16,7 @@ from beit.errors import InputError
 from beit.storage import atomic_write, load_checkpoint
 from beit.training import distributed
 from beit.training.checkpoint import RunFolder, position_of
+from beit.training.environment import ENVIRONMENT, describe_environment
 from beit.training.logging import configure_console
 from beit.training.loop import Trainer
 
@@ -44,7 +46,7 @@ class Session:
 
         With ``auto`` the folder's newest checkpoint also comes before a ``path`` that it has got further than: a run
         that was started from ``path`` and stopped goes on where it was. What the run would overwrite is set aside, and
-        its settings are written into the folder, once all this has worked.
+        its settings and its environment are written into the folder, once all this has worked.
 
         Raises:
             InputError: The file cannot be read or is of another model.
@@ -62,6 +64,8 @@ class Session:
                 self.folder.set_aside(trainer.checkpoint_number(trainer.first_epoch))
             with atomic_write(self.folder.path / "config.yaml") as file:
                 file.write(self.settings.encode())
+            with atomic_write(self.folder.path / ENVIRONMENT) as file:
+                file.write(json.dumps(describe_environment(self.device, self.world_size), indent=2).encode() + b"\n")
 
     def _newest(self, path: str) -> str:
         """Returns the folder's newest checkpoint, or nothing if ``path`` has got as far."""

@@ -1,9 +1,17 @@
 """Which checkpoint a run goes on from, and what becomes of an earlier run in its folder."""
 
+import json
+import platform
+import socket
+import sys
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from beit.errors import InputError
 from beit.training.checkpoint import LAST, RunFolder
+from beit.training.environment import command_line
 from beit.training.session import open_session
 from tests.training.test_loop import make_trainer
 
@@ -46,3 +54,26 @@ def test_a_start_that_fails_leaves_the_settings_of_the_run_alone(tmp_path):
     with pytest.raises(InputError, match="--start_epoch 3"):
         begin(tmp_path, start_epoch=3, settings="lr: 7\n")
     assert (tmp_path / "config.yaml").read_text() == "lr: 1\n"
+
+
+def test_a_run_writes_down_what_it_runs_on_but_not_where(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["run_beit_pretraining.py", "--config", "pretrain_base_22k"])
+    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace())
+    begin(tmp_path)
+    written = (tmp_path / "environment.json").read_text()
+    environment = json.loads(written)
+    assert environment["torch"] == torch.__version__
+    assert environment["python"] == platform.python_version()
+    assert environment["device"].startswith("CPU")
+    assert environment["processes"] == 1
+    assert environment["command"] == ["python", "run_beit_pretraining.py", "--config", "pretrain_base_22k"]
+    assert socket.gethostname() not in written
+
+
+def test_a_command_is_told_as_it_was_typed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace())
+    assert command_line(["/venv/bin/beit", "pretrain", "--lr", "1"]) == ["beit", "pretrain", "--lr", "1"]
+    assert command_line(["-c"]) == []
+    package = SimpleNamespace(__spec__=SimpleNamespace(name="beit.__main__"))
+    monkeypatch.setitem(sys.modules, "__main__", package)
+    assert command_line(["/lib/beit/__main__.py", "demo"]) == ["python", "-m", "beit", "demo"]

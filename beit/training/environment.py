@@ -1,0 +1,65 @@
+"""What a run's numbers rest on besides its settings: versions, device, command. Never the host's name."""
+
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ENVIRONMENT = "environment.json"
+LIBRARIES = ("beit", "torch", "torchvision", "timm", "numpy")
+
+
+def describe_environment(device: torch.device, processes: int) -> dict[str, Any]:
+    """Returns versions, device, number of processes and the command line, as plain values.
+
+    Args:
+        device: Where a process computes.
+        processes: How many there are, on all machines.
+    """
+    content: dict[str, Any] = {name: found for name in LIBRARIES if (found := _version_of(name))}
+    content["torch"] = torch.__version__  # with the build, such as +cpu
+    content |= {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    content["device"] = device_name(device)
+    if device.type == "cuda":
+        content["cuda"] = torch.version.cuda or f"ROCm {torch.version.hip}"
+    content |= {"processes": processes, "threads": torch.get_num_threads()}
+    if command := command_line(sys.argv):
+        content["command"] = command
+    return content
+
+
+def device_name(device: torch.device) -> str:
+    """Returns what a device is called by its maker, as far as it is known."""
+    if device.type == "cuda":
+        return f"GPU {torch.cuda.get_device_name(device)}"
+    return device.type.upper() + (f" {name}" if (name := _processor()) and device.type == "cpu" else "")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def _version_of(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
+
+
+def command_line(argv: Sequence[str]) -> list[str]:
+    """Returns how the process was started, as one would type it; nothing where no command started it."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    if spec is not None:  # python -m package
+        return ["python", "-m", spec.name.removesuffix(".__main__"), *argv[1:]]
+    if not argv or argv[0] in ("", "-c"):
+        return []
+    script = Path(argv[0])
+    return ["python", *argv] if script.suffix == ".py" else [script.name, *argv[1:]]
