@@ -1,0 +1,18 @@
+"""The paper's comparison in the small: from scratch, BEiT, and BEiT without one of its parts, by four measures.
+
+    python benchmarks/reproduce_small.py                 # two hours or less on two CPU cores
+    python benchmarks/reproduce_small.py --quick         # ten minutes or less; shows that it works
+    python benchmarks/reproduce_small.py --table         # the table of what is there already
+    python benchmarks/reproduce_small.py --preset h200   # larger, on a GPU
+
+Stopped, the same command goes on from where it was. docs/reproduction_small.md has the results and what they say.
+"""
+
+import sys
+
+from reproduction.comparison import ReproductionConfig, main
+
+from beit.tasks.launch import launch
+
+if __name__ == "__main__":
+    sys.exit(launch(ReproductionConfig, main, __doc__))

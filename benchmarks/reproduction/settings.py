@@ -1,0 +1,149 @@
+"""What is compared, on what, and at which size: rows, columns and presets of the reproduction in the small."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+SCRATCH, BEIT = "scratch", "beit"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to come by a backbone.
+
+    Args:
+        title: As in the table.
+        pretraining: Settings of ``PretrainingConfig`` that make it differ from BEiT; None for no pre-training.
+    """
+
+    title: str
+    pretraining: Mapping[str, Any] | None
+
+
+ROWS = {
+    SCRATCH: Row("from scratch", None),
+    BEIT: Row("BEiT", {}),
+    "random_masks": Row("BEiT, masks without blocks", {"mask_strategy": "random"}),
+    "pixels": Row("BEiT, pixels as targets", {"target": "pixels", "pixel_norm": False}),
+    "all_tokens": Row("BEiT, all tokens predicted", {"predict": "all"}),
+}
+
+# Every one in percent, and more is better.
+COLUMNS = {
+    "finetune": "few-label fine-tuning, top-1",
+    "linear": "linear probe, top-1",
+    "knn": "k-NN, top-1",
+    "segment": "segmentation, mIoU",
+}
+
+
+@dataclass(frozen=True)
+class Images:
+    """How many images of each kind, of which size.
+
+    Args:
+        scenes: Unlabelled scenes to pre-train on.
+        crops: Crops of photographs to pre-train on.
+        labelled_scenes: Scenes with labels to train segmentation on.
+        held_out_scenes: Scenes to score segmentation on.
+        stored: Pixels of a side, as stored.
+        pixels: Pixels of a side, as trained on.
+    """
+
+    scenes: int = 800
+    crops: int = 300
+    labelled_scenes: int = 300
+    held_out_scenes: int = 150
+    stored: int = 48
+    pixels: int = 32
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A size of the whole comparison.
+
+    Args:
+        images: The images.
+        model: The backbone, as keywords of its constructor; patches make a grid of 8 x 8.
+        dvae: Settings of the tokenizer's training.
+        pretraining: Settings of every pre-training.
+        finetuning: Settings of fine-tuning by start (``scratch`` or ``pretrained``), from the tuning script.
+        probe: Settings of the linear probe.
+        segmentation: Settings of segmentation by start, from the tuning script.
+        machine: What else every run gets, such as its device; not part of what makes a cell.
+        labels_per_class: Labelled digits of each class to fine-tune on.
+        seeds: The seeds reported.
+        tuning_seed: The seed that settings were tuned on, never reported.
+    """
+
+    images: Images
+    model: Mapping[str, Any]
+    dvae: Mapping[str, Any]
+    pretraining: Mapping[str, Any]
+    finetuning: Mapping[str, Mapping[str, Any]]
+    probe: Mapping[str, Any]
+    segmentation: Mapping[str, Mapping[str, Any]]
+    machine: Mapping[str, Any] = field(default_factory=lambda: {"device": "cpu", "num_workers": 0, "pin_mem": False})
+    labels_per_class: int = 25
+    seeds: tuple[int, ...] = (0, 1, 2)
+    tuning_seed: int = 1000
+
+
+MODEL = {"patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3}
+
+CPU = Preset(
+    images=Images(),
+    model=MODEL,
+    dvae={
+        "num_tokens": 256, "codebook_dim": 64, "num_layers": 2, "hidden_dim": 32, "min_crop": 0.3, "epochs": 5,
+        "batch_size": 32, "lr": 3e-3, "warmup_steps": 20,
+    },
+    pretraining={
+        "num_mask_patches": 26, "min_mask_patches_per_block": 4, "color_jitter": 0.0, "drop_path": 0.0, "epochs": 10,
+        "batch_size": 64, "lr": 2e-3, "warmup_steps": 40, "clip_grad": 3.0,
+    },
+    finetuning={
+        "scratch": {"lr": 2e-3, "layer_decay": 1.0, "epochs": 40},
+        "pretrained": {"lr": 2e-3, "layer_decay": 0.8, "epochs": 40},
+    },
+    probe={"epochs": 6, "lr": 1e-2, "batch_size_per_gpu": 64},
+    segmentation={
+        "scratch": {"lr": 8e-3, "layer_decay": 1.0, "max_iters": 150},
+        "pretrained": {"lr": 8e-3, "layer_decay": 0.75, "max_iters": 150},
+    },
+)  # fmt: skip
+
+# A rehearsal: everything runs, nothing is learnt that would be worth a look.
+QUICK = replace(
+    CPU,
+    images=replace(CPU.images, scenes=100, crops=40, labelled_scenes=48, held_out_scenes=24),
+    dvae={**CPU.dvae, "epochs": 1},
+    pretraining={**CPU.pretraining, "epochs": 1, "warmup_steps": 5},
+    finetuning={start: {**recipe, "epochs": 2} for start, recipe in CPU.finetuning.items()},
+    probe={**CPU.probe, "epochs": 1},
+    segmentation={start: {**recipe, "max_iters": 10} for start, recipe in CPU.segmentation.items()},
+)
+
+# For one large GPU: 12 times the weights, about 9 times the images seen in pre-training, four times the pixels. The
+# recipes of the evaluations are those of the CPU, at lower rates for the larger model, and are not tuned.
+H200 = Preset(
+    images=Images(scenes=6000, crops=2000, labelled_scenes=1000, held_out_scenes=400, stored=96, pixels=64),
+    model={"patch_size": 8, "embed_dim": 256, "depth": 8, "num_heads": 4},
+    dvae={
+        "num_tokens": 1024, "codebook_dim": 128, "num_layers": 3, "hidden_dim": 64, "min_crop": 0.3, "epochs": 6,
+        "batch_size": 128, "lr": 2e-3, "warmup_steps": 50,
+    },
+    pretraining={**CPU.pretraining, "epochs": 25, "batch_size": 128, "lr": 1.5e-3, "warmup_steps": 200},
+    finetuning={
+        "scratch": {"lr": 1e-3, "layer_decay": 1.0, "epochs": 60},
+        "pretrained": {"lr": 1e-3, "layer_decay": 0.8, "epochs": 60},
+    },
+    probe={"epochs": 15, "lr": 1e-2, "batch_size_per_gpu": 128},
+    segmentation={
+        start: {**recipe, "lr": 3e-3, "max_iters": 600, "out_indices": [1, 3, 5, 7]}
+        for start, recipe in CPU.segmentation.items()
+    },
+    machine={"device": "cuda", "num_workers": 12, "pin_mem": True},
+)  # fmt: skip
+
+PRESETS = {"cpu": CPU, "quick": QUICK, "h200": H200}

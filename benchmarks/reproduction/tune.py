@@ -1,0 +1,82 @@
+"""Chooses the recipes of the evaluations, for "from scratch" and for pre-trained backbones each, on another seed.
+
+    cd benchmarks && python -m reproduction.tune --output_dir tuning --results results/tune_small.json
+
+Nothing is tuned on a reported seed, and both starts get the same number of epochs or iterations. The pre-trained
+recipe is chosen with BEiT's backbone and serves all pre-trained rows. What is best goes into settings.py by hand.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from beit.config import option
+from beit.tasks.launch import launch
+
+from .comparison import machine, write_json
+from .jobs import Jobs, digest
+from .settings import BEIT, PRESETS, SCRATCH
+from .table import Cells
+
+logger = logging.getLogger("beit.reproduction")
+
+# What is tried, by column and row.
+TRIALS: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]] = {
+    ("finetune", SCRATCH): [{"lr": lr, "layer_decay": 1.0} for lr in (1e-3, 2e-3, 4e-3)],
+    ("segment", SCRATCH): [{"lr": lr, "layer_decay": 1.0} for lr in (4e-3, 8e-3, 1.6e-2)],
+    ("linear", SCRATCH): [{"lr": lr} for lr in (3e-3, 1e-2, 3e-2)],
+    ("finetune", BEIT): [
+        {"lr": lr, "layer_decay": decay} for lr, decay in ((1e-3, 1.0), (2e-3, 1.0), (4e-3, 1.0), (2e-3, 0.85))
+    ],
+    ("segment", BEIT): [{"lr": lr, "layer_decay": decay} for lr, decay in ((4e-3, 1.0), (8e-3, 1.0), (8e-3, 0.75))],
+    ("linear", BEIT): [{"lr": lr} for lr in (3e-3, 1e-2, 3e-2)],
+}
+
+
+@dataclass(frozen=True)
+class TuningConfig:
+    """The flags of the tuning script."""
+
+    preset: str = option("cpu", "size of the comparison", choices=tuple(PRESETS))
+    output_dir: str = option("tuning", "folder for images, runs and scores; a run goes on there")
+    only: tuple[str, ...] = option((), "columns, or rows such as scratch, to tune; all by default")
+    results: str = option("", "JSON file for the scores")
+
+
+def main(config: TuningConfig) -> None:
+    """Scores every trial that has no score yet, and says which is best."""
+    preset = PRESETS[config.preset]
+    jobs, cells = Jobs(Path(config.output_dir), preset, preset.tuning_seed), Cells(Path(config.output_dir) / "cells")
+    found = []
+    for (column, row), trials in TRIALS.items():
+        if config.only and not {column, row} & set(config.only):
+            continue
+        scored = [(_score(jobs, cells, column, row, trial), trial) for trial in trials]
+        best = max(scored, key=lambda pair: pair[0])
+        for score, trial in scored:
+            found.append({"column": column, "row": row, **trial, "score": score, "best": trial is best[1]})
+            sys.stdout.write(f"{column} {row} {trial}: {score:.2f}{'  <- best' if trial is best[1] else ''}\n")
+        sys.stdout.flush()
+    if config.results:
+        write_json(Path(config.results), {"machine": machine(), "seed": preset.tuning_seed, "trials": found})
+
+
+def _score(jobs: Jobs, cells: Cells, column: str, row: str, trial: Mapping[str, Any]) -> float:
+    settings = {**jobs.evaluation(column, row), **trial}
+    key = digest([jobs.recipe(row), settings])
+    kept = cells.read(column, row, jobs.seed, key)
+    if kept is None:
+        jobs.backbone(row)
+        began = time.monotonic()
+        kept = {"score": jobs.score(column, row, settings), "settings": settings}
+        cells.write(column, row, jobs.seed, key, {**kept, "seconds": round(time.monotonic() - began, 1)})
+        logger.info("trial: %s of %s with %s: %.2f", column, row, trial, kept["score"])
+    return kept["score"]
+
+
+if __name__ == "__main__":
+    sys.exit(launch(TuningConfig, main, __doc__))
