@@ -4,6 +4,9 @@ A transform is called with an RGB image and the sample's own random generator. P
 generators are seeded for the sample as well (see :class:`beit.data.datasets.ImageDataset`), so transforms of other
 libraries are as reproducible as these. Images stay uint8 until they are on the device: a quarter of the memory, and
 of the traffic, of float32.
+
+What is thrown away is not computed: the region is cut out before it is jittered and mirrored, and each pixel goes
+through as few operations as give what the plain order of them (jitter, flip, crop, resize) gives.
 """
 
 import functools
@@ -14,9 +17,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from beit.data.jitter import RegionJitter
 from beit.errors import InputError, did_you_mean
 from beit.masking import MaskGenerator
 
@@ -33,6 +37,7 @@ INTERPOLATIONS = {
 }
 RANDOM_CHOICES = ("bilinear", "bicubic")  # what "random" chooses from, anew for every image
 CROP_TRIES = 10
+REDUCTIONS = (8, 4, 2)  # what a JPEG decoder can divide the size by on the way
 
 Box = tuple[int, int, int, int]  # top, left, height, width, in pixels
 
@@ -40,8 +45,8 @@ Box = tuple[int, int, int, int]  # top, left, height, width, in pixels
 class MaskedImageModelingTransform:
     """Colour jitter, flip, one random crop seen by the model and by the tokenizer, and a mask.
 
-    Both views show the same region, so that token (i, j) belongs to patch (i, j). The whole image is jittered before
-    it is cropped.
+    Both views show the same region, so that token (i, j) belongs to patch (i, j). The jitter is that of the whole
+    image, though only the region is computed: see :class:`beit.data.jitter.RegionJitter`.
 
     Source: section 3.1 of arXiv 2106.08254.
 
@@ -75,17 +80,37 @@ class MaskedImageModelingTransform:
         self.scale, self.ratio = scale, ratio
         if color_jitter < 0:
             raise InputError(f"color_jitter must be 0 or more, got {color_jitter}")
-        self.jitter = v2.ColorJitter(color_jitter, color_jitter, color_jitter) if color_jitter else None
+        self.jitter = RegionJitter(color_jitter) if color_jitter else None
         self.mask_generator = mask_generator
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Returns ``image`` uint8 ``(3, H, W)``, ``token_image`` uint8 ``(3, H2, W2)`` and ``mask`` bool ``(h, w)``."""
+    def __call__(
+        self, image: Image.Image, rng: np.random.Generator, full_size: tuple[int, int] | None = None
+    ) -> dict[str, Tensor]:
+        """Returns ``image`` uint8 ``(3, H, W)``, ``token_image`` uint8 ``(3, H2, W2)`` and ``mask`` bool ``(h, w)``.
+
+        Args:
+            image: RGB.
+            rng: The sample's generator.
+            full_size: ``(width, height)`` of the image in its file, where it was decoded at a smaller scale.
+        """
+        flipped, box = self._draw(full_size or image.size, rng)
+        region = cut_out(image, box, flipped, full_size)
         if self.jitter is not None:
-            image = self.jitter(image)
-        if rng.random() < 0.5:
-            image = F.horizontal_flip(image)
-        box = random_box(image.size, self.scale, self.ratio, rng)
-        return {**self.views(image, box, rng), "mask": torch.from_numpy(self.mask_generator(rng))}
+            region = self.jitter(region, image)
+        return {**self.views(region, rng), "mask": torch.from_numpy(self.mask_generator(rng))}
+
+    def reduction(self, full_size: tuple[int, int], rng: np.random.Generator) -> int:
+        """Returns by what an image may be reduced before this transform, called with the same randomness, enlarges.
+
+        Args:
+            full_size: ``(width, height)`` in pixels.
+            rng: A generator in the state of the one that the transform will be called with.
+        """
+        sizes = (self.views.size, self.views.second_size or self.views.size)
+        return reduction(self._draw(full_size, rng)[1], *sizes)
+
+    def _draw(self, size: tuple[int, int], rng: np.random.Generator) -> tuple[bool, Box]:
+        return bool(rng.random() < 0.5), random_box(size, self.scale, self.ratio, rng)
 
 
 class MaskedImageModelingEvalTransform:
@@ -121,8 +146,8 @@ class MaskedImageModelingEvalTransform:
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, Tensor]:
         """Returns ``image`` uint8 ``(3, H, W)``, ``token_image`` uint8 ``(3, H2, W2)`` and ``mask`` bool ``(h, w)``."""
-        box = central_box(image.size, self.views.size, self.crop_fraction)
-        return {**self.views(image, box, rng), "mask": torch.from_numpy(self.mask_generator(rng))}
+        region = cut_out(image, central_box(image.size, self.views.size, self.crop_fraction))
+        return {**self.views(region, rng), "mask": torch.from_numpy(self.mask_generator(rng))}
 
 
 class RandomCropTransform:
@@ -150,12 +175,19 @@ class RandomCropTransform:
         self.interpolation = known_interpolation(interpolation)
         self.scale, self.ratio = scale, ratio
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Returns ``image``, uint8 ``(3, H, W)``."""
-        if rng.random() < 0.5:
-            image = F.horizontal_flip(image)
-        box = random_box(image.size, self.scale, self.ratio, rng)
-        return {"image": view(image, box, self.size, self.interpolation, rng)}
+    def __call__(
+        self, image: Image.Image, rng: np.random.Generator, full_size: tuple[int, int] | None = None
+    ) -> dict[str, Tensor]:
+        """Returns ``image``, uint8 ``(3, H, W)``; for ``full_size`` see :class:`MaskedImageModelingTransform`."""
+        flipped, box = self._draw(full_size or image.size, rng)
+        return {"image": view(cut_out(image, box, flipped, full_size), self.size, self.interpolation, rng)}
+
+    def reduction(self, full_size: tuple[int, int], rng: np.random.Generator) -> int:
+        """Returns by what an image may be reduced before; see :class:`MaskedImageModelingTransform`."""
+        return reduction(self._draw(full_size, rng)[1], self.size)
+
+    def _draw(self, size: tuple[int, int], rng: np.random.Generator) -> tuple[bool, Box]:
+        return bool(rng.random() < 0.5), random_box(size, self.scale, self.ratio, rng)
 
 
 class CenterCropTransform:
@@ -179,8 +211,8 @@ class CenterCropTransform:
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, Tensor]:
         """Returns ``image``, uint8 ``(3, H, W)``."""
-        box = central_box(image.size, self.size, self.crop_fraction)
-        return {"image": view(image, box, self.size, self.interpolation, rng)}
+        region = cut_out(image, central_box(image.size, self.size, self.crop_fraction))
+        return {"image": view(region, self.size, self.interpolation, rng)}
 
 
 class _TwoViews:
@@ -198,16 +230,83 @@ class _TwoViews:
         self.interpolation = known_interpolation(interpolation)
         self.second_interpolation = known_interpolation(second_interpolation)
 
-    def __call__(self, image: Image.Image, box: Box, rng: np.random.Generator) -> dict[str, Tensor]:
-        views = {"image": view(image, box, self.size, self.interpolation, rng)}
+    def __call__(self, region: Image.Image, rng: np.random.Generator) -> dict[str, Tensor]:
+        pixels = F.pil_to_tensor(region)
+        views = {"image": resized(pixels, self.size, self.interpolation, rng)}
         if self.second_size is not None:
-            views["token_image"] = view(image, box, self.second_size, self.second_interpolation, rng)
+            views["token_image"] = resized(pixels, self.second_size, self.second_interpolation, rng)
         return views
 
 
-def view(image: Image.Image, box: Box, size: tuple[int, int], interpolation: str, rng: np.random.Generator) -> Tensor:
-    """Returns the region ``box`` of an image at ``size``, uint8 ``(3, H, W)``."""
-    return F.pil_to_tensor(crop_and_resize(image, box, size, interpolation, rng))
+def cut_out(
+    image: Image.Image, box: Box, flipped: bool = False, full_size: tuple[int, int] | None = None
+) -> Image.Image:
+    """Returns the region ``box`` of an image, or of its mirror image.
+
+    Args:
+        image: The image.
+        box: The region; in pixels of ``full_size``, if given, to the nearest whole pixel of the image.
+        flipped: Whether the box is one of the mirror image.
+        full_size: ``(width, height)`` of the image that this one is a reduction of.
+    """
+    top, left, height, width = box
+    full_width, full_height = full_size or image.size
+    if flipped:
+        left = full_width - left - width
+    if (full_width, full_height) != image.size:
+        left, width = _scaled(left, width, image.width / full_width, image.width)
+        top, height = _scaled(top, height, image.height / full_height, image.height)
+    region = image.crop((left, top, left + width, top + height))
+    return region.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else region
+
+
+def _scaled(start: int, length: int, zoom: float, limit: int) -> tuple[int, int]:
+    first = min(round(start * zoom), limit - 1)
+    return first, min(max(1, round((start + length) * zoom) - first), limit - first)
+
+
+def reduction(box: Box, *sizes: tuple[int, int]) -> int:
+    """Returns the largest of 1, 2, 4, 8 by which a region may be reduced and still has the sizes ``(H, W)``."""
+    height, width = max(size[0] for size in sizes), max(size[1] for size in sizes)
+    return next((by for by in REDUCTIONS if box[2] >= by * height and box[3] >= by * width), 1)
+
+
+def view(region: Image.Image, size: tuple[int, int], interpolation: str, rng: np.random.Generator) -> Tensor:
+    """Returns a region at ``size``, uint8 ``(3, H, W)``."""
+    return resized(F.pil_to_tensor(region), size, interpolation, rng)
+
+
+def resized(pixels: Tensor, size: tuple[int, int], interpolation: str, rng: np.random.Generator) -> Tensor:
+    """Returns an image at another size; ``random`` draws the interpolation.
+
+    PyTorch resizes 8-bit images that lie in memory pixel by pixel, as decoded ones do, several times faster than
+    Pillow, with the same filters to a rounding of the weights.
+
+    Args:
+        pixels: uint8 ``(3, h, w)``.
+        size: ``(H, W)`` in pixels.
+        interpolation: bicubic, bilinear, nearest, lanczos, or random.
+        rng: The sample's generator.
+
+    Returns:
+        uint8 ``(3, H, W)``.
+    """
+    if interpolation == "random":
+        interpolation = RANDOM_CHOICES[rng.integers(len(RANDOM_CHOICES))]
+    how = INTERPOLATIONS[interpolation]
+    if interpolation in ("bicubic", "bilinear") or (interpolation == "lanczos" and _torch_has_lanczos()):
+        return F.resize(pixels, list(size), how, antialias=True)
+    return F.pil_to_tensor(F.resize(F.to_pil_image(pixels), list(size), how))
+
+
+@functools.cache
+def _torch_has_lanczos() -> bool:
+    # Newer versions only.
+    try:
+        F.resize(torch.zeros(3, 4, 4, dtype=torch.uint8), [2, 2], InterpolationMode.LANCZOS, antialias=True)
+    except (ValueError, NotImplementedError, RuntimeError):
+        return False
+    return True
 
 
 def crop_and_resize(
@@ -289,8 +388,12 @@ def known_interpolation(name: str) -> str:
 
 
 def to_unit_range(images: Tensor) -> Tensor:
-    """Returns uint8 images ``(B, 3, H, W)`` as float32 in [0, 1], what a tokenizer reads."""
-    return images.float() / 255
+    """Returns uint8 images ``(B, 3, H, W)`` as float32 in [0, 1], what a tokenizer reads.
+
+    However the images lie in memory (a loader's pixel by pixel), the result lies channel by channel: what is computed
+    from it does not depend on where it came from, to the bit.
+    """
+    return images.to(torch.float32, memory_format=torch.contiguous_format) / 255
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
