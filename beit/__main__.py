@@ -49,6 +49,7 @@ COMMANDS = {
     "recipes document": Command(
         "beit.tasks.recipes", "DocumentConfig", "write_document", "write docs/reproducing.md from the recipes"
     ),
+    "report": Command("beit.tasks.report", "ReportConfig", "main", "put runs onto one page that stands alone"),
     "models": Command("beit.tasks.commands", "ModelsConfig", "print_models", "list the models with their sizes"),
     "visualize reconstruct": Command(
         "beit.tasks.visualize", "ReconstructConfig", "reconstruct", "draw what a model makes of masked patches"
