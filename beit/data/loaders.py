@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
 
+BATCH_FLAG = "--batch_size (--samples_per_gpu in segmentation)"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -215,11 +216,11 @@ class EpochLoader:
         size, ranks = len(self.dataset), self.world_size
         images = "1 image" if size == 1 else f"{size} images"
         if ranks == 1:
-            return f"batch size {self.batch_size} is more than the data set of {images}: lower --batch_size"
+            return f"batch size {self.batch_size} is more than the data set of {images}: lower {BATCH_FLAG}"
         what = f"{ranks} processes x batch size {self.batch_size} is more than the data set of {images}"
         if size < ranks:
             return f"{what}: use fewer processes"
-        return f"{what}: --batch_size {size // ranks} is the most that works"
+        return f"{what}: {size // ranks} is the most that works ({BATCH_FLAG})"
 
 
 class RoundLoader:

@@ -88,7 +88,8 @@ class EpochLog:
         temporary.replace(path)
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """Appends one epoch's entry, and sees it onto the disk."""
+        """Appends one epoch's entry, and sees it onto the disk; a number that is not finite becomes null."""
+        entry = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in entry.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
             file.flush()

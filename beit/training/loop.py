@@ -164,7 +164,7 @@ class Trainer:
             remedy = (
                 "it was written by DeepSpeed, so add --enable_deepspeed"
                 if "deepspeed" in checkpoint
-                else "to start from its weights use --init_from (pre-training) or --finetune"
+                else "to start from its weights give it as --init_from, --finetune or, for segmentation, --load-from"
             )
             raise InputError(f"{source} holds no training state to resume; {remedy}")
         load_exactly(self.model, checkpoint["model"], source)
@@ -251,6 +251,8 @@ class Trainer:
                 logger.info("all %d epochs are done: nothing is left to train", self.settings.epochs)
             for epoch in range(self.first_epoch, self.settings.epochs):
                 self._train_epoch(model, epoch, scalars, terminated)
+                if self.settings.count_steps and self.settings.save_steps and self._evaluates_at(epoch):
+                    self._save(LAST, epoch, self.steps_per_epoch)  # a round is long, and so may the evaluation be
                 entry = self._epoch_entry(epoch, scalars)
                 self.first_step, self._averages = 0, Averages()
                 self._finish_epoch(epoch, entry, log, scalars)
@@ -440,7 +442,7 @@ class Trainer:
     def _epoch_entry(self, epoch: int, scalars: ScalarWriter) -> dict[str, Any]:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         entry: dict[str, Any] = {f"train_{name}": value for name, value in self._averages.means().items()}
-        if self.evaluate and ((epoch + 1) % self.settings.evaluate_epochs == 0 or epoch + 1 == self.settings.epochs):
+        if self.evaluate and self._evaluates_at(epoch):
             results = self.evaluate(self.model, epoch)
             if self.ema is not None and self.settings.evaluate_average:
                 average = self.evaluate(self.ema.module, epoch)
@@ -451,6 +453,10 @@ class Trainer:
         if self.settings.count_steps:
             entry["step"] = (epoch + 1) * self.steps_per_epoch
         return entry | {**self._throughput.totals(), "skipped_steps": self._skipped_steps}
+
+    def _evaluates_at(self, epoch: int) -> bool:
+        due = (epoch + 1) % self.settings.evaluate_epochs == 0 or epoch + 1 == self.settings.epochs
+        return due and self.evaluate is not None
 
     def _finish_epoch(self, epoch: int, entry: dict[str, Any], log: EpochLog | None, scalars: ScalarWriter) -> None:
         """Logs, then saves: a kill between the two leaves a line that the resumed run writes again, never a gap."""
@@ -474,7 +480,7 @@ class Trainer:
         better = {name: score for name, score in scores.items() if score > self._best.get(name, -math.inf)}
         self._best.update(better)
         for name, score in scores.items():
-            logger.info("%s %.3f, the best so far %.3f", name, score, self._best[name])
+            logger.info("%s %.3f, the best so far %.3f", name, score, self._best.get(name, math.nan))
         if self.folder is None or not self.settings.save or not better:
             return
         state = self._state(epoch + 1, 0)

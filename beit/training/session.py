@@ -75,7 +75,7 @@ class Session:
         if path and position_of(load_checkpoint(newest, mmap=True)) <= position_of(load_checkpoint(path, mmap=True)):
             return ""
         if path:
-            logger.info("%s has got further than --resume %s (--no_auto_resume goes back to that)", newest, path)
+            logger.info("%s has got further than %s (--no_auto_resume goes back to that)", newest, path)
         return str(newest)
 
 

@@ -144,7 +144,11 @@ def test_without_shuffling_the_order_is_the_data_sets():
 
 @pytest.mark.parametrize(
     ("size", "batch", "ranks", "advice"),
-    [(7, 8, 1, "lower --batch_size"), (7, 4, 2, "--batch_size 3 is the most"), (3, 1, 4, "fewer processes")],
+    [
+        (7, 8, 1, "lower --batch_size"),
+        (7, 4, 2, "3 is the most that works .--batch_size"),
+        (3, 1, 4, "fewer processes"),
+    ],
 )
 def test_more_than_the_data_set_is_refused(size, batch, ranks, advice):
     with pytest.raises(InputError, match=advice):

@@ -440,3 +440,37 @@ def test_a_run_that_counts_steps_numbers_its_files_by_them(tmp_path, undisturbed
     assert all(torch.equal(ours["model"][name], theirs["model"][name]) for name in theirs["model"])
     RunFolder(tmp_path).set_aside(20)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-10.pth"]
+
+
+def test_a_metric_of_nothing_is_no_best_and_no_broken_json(tmp_path):
+    # Breaks if nan is looked up as a best score, or written into log.txt, which strict readers then refuse.
+    trainer = make_trainer(tmp_path, best_metric="score")
+    trainer.evaluate = lambda _model, epoch: {"score": math.nan if epoch < 2 else 0.5}
+    trainer.fit()
+    text = (tmp_path / "log.txt").read_text()
+    assert [json.loads(line)["test_score"] for line in text.splitlines()] == [None, None, 0.5]
+    assert "NaN" not in text
+    assert load_checkpoint(tmp_path / BEST)["best"] == {"score": 0.5}
+
+
+def test_a_round_is_saved_before_its_evaluation(tmp_path, undisturbed):
+    # Breaks if a kill during the evaluation, which may be longer than a scheduler waits, loses the round before it.
+    def killed(_model, epoch):
+        if epoch == 1:
+            raise Interrupted
+        return {"score": 0.0}
+
+    trainer = make_trainer(tmp_path, count_steps=True, save_steps=1000)
+    trainer.evaluate = killed
+    with pytest.raises(Interrupted):
+        trainer.fit()
+    trainer.folder.close()
+    trainer = continued(tmp_path, count_steps=True, save_steps=1000)
+    assert (trainer.first_epoch, trainer.first_step) == (1, 10)  # of 10 steps: the evaluation is next
+    trainer.evaluate = lambda _model, _epoch: {"score": 0.0}
+    trainer.fit()
+    lines = [{k: v for k, v in entry.items() if k not in ("step", "test_score")} for entry in log_lines(tmp_path)]
+    assert lines == log_lines(undisturbed)
+    weights = load_checkpoint(tmp_path / "checkpoint-30.pth")["model"]
+    theirs = load_checkpoint(undisturbed / "checkpoint-2.pth")["model"]
+    assert all(torch.equal(weights[name], theirs[name]) for name in theirs)
