@@ -92,6 +92,7 @@ class UPerHead(Head):
         dropout: float = 0.1,
     ) -> None:
         super().__init__(channels=channels, num_classes=num_classes, dropout=dropout)
+        self.pool_scales = tuple(pool_scales)
         self.psp_modules = nn.ModuleList(
             nn.Sequential(nn.AdaptiveAvgPool2d(scale), ConvNormReLU(in_channels, channels, kernel_size=1))
             for scale in pool_scales

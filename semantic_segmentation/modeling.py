@@ -25,13 +25,12 @@ from torch import Tensor, nn
 from beit.errors import InputError
 from beit.modeling import Backbone, Size
 from beit.pretrained import KeyReport, load_weights
-from beit.weights import Metadata, architecture_of
+from beit.weights import Metadata, architecture_of, taps_of
 from semantic_segmentation.heads import POOL_SCALES, FCNHead, Head, SETRUPHead, UPerHead, resize
 
 logger = logging.getLogger(f"beit.{__name__}")
 
 HEAD_NAMES = {"decode_head.psp_modules.": "uper", "decode_head.up_convs.": "setr_pup"}
-PUBLISHED_TAPS = {12: (3, 5, 7, 11), 24: (7, 11, 15, 23)}
 CACHED_SIZES = 4  # the index of a large image alone is 100 MB
 _SHOWN = 3
 
@@ -274,7 +273,8 @@ def _fingerprint(segmentor: Segmentor) -> tuple[int, ...]:
     """Returns numbers that change when what a twin copied changes, or when shared tensors move to another place."""
     copied = [p for name, p in segmentor.named_parameters() if name.endswith(("bias_table", "pos_embed"))]
     places = (tensor.data_ptr() for tensor in (*segmentor.parameters(), *segmentor.buffers()))
-    return *(tensor._version for tensor in copied), *places
+    # What was made in inference mode counts no changes.
+    return *(0 if tensor.is_inference() else tensor._version for tensor in copied), *places
 
 
 def segmentor_from(weights: Mapping[str, Tensor], metadata: Metadata) -> Segmentor:
@@ -297,9 +297,8 @@ def segmentor_from(weights: Mapping[str, Tensor], metadata: Metadata) -> Segment
     arguments = {key: v for key, v in architecture_of(weights, metadata).arguments.items() if key in known}
     if "layer_norm_eps" in metadata:
         arguments["norm_layer"] = partial(nn.LayerNorm, eps=metadata["layer_norm_eps"])
-    depth = arguments["depth"]
-    taps = metadata.get("out_indices") or PUBLISHED_TAPS.get(depth) or [depth * (n + 1) // 4 - 1 for n in range(4)]
-    segmentor = build_segmentor(out_indices=taps, **_head_arguments(weights, metadata, source), **arguments)
+    heads = _head_arguments(weights, metadata, source)
+    segmentor = build_segmentor(out_indices=taps_of(weights, metadata), **heads, **arguments)
     load_segmentor(segmentor, weights, metadata, source)
     return segmentor.eval()
 
@@ -363,6 +362,7 @@ def load_segmentor(
     own = segmentor.state_dict()
     given = {name: tensor for name, tensor in weights.items() if _is_head(name)}
     _check_task(given, own, source, segmentor.num_classes)
+    _check_build(segmentor, weights, metadata, source)
     backbone = {name: tensor for name, tensor in weights.items() if name not in given}
     report = load_weights(segmentor.backbone, backbone, {**metadata, "source": source})
     _check_head_sizes(given, own, source)
@@ -397,6 +397,28 @@ def _check_task(given: Mapping[str, Tensor], own: Mapping[str, Tensor], source: 
             f"{source} knows {outputs} classes and the segmentor is built for {num_classes}: give the classes it was "
             "trained with, or train from its backbone (pretrained=)"
         )
+
+
+def _check_build(segmentor: Segmentor, weights: Mapping[str, Tensor], metadata: Metadata, source: str) -> None:
+    """Compares what no shape tells: weights that learnt at other blocks or grids would load, and segment badly.
+
+    The number of the backbone's heads is compared where its weights are loaded.
+    """
+    built: dict[str, tuple[Any, str]] = {
+        "out_indices": (segmentor.backbone.out_indices, "--out_indices {}, or the config.yaml of its run")
+    }
+    if isinstance(segmentor.decode_head, UPerHead):
+        built["pool_scales"] = segmentor.decode_head.pool_scales, "pool_scales={} to build_segmentor"
+    if isinstance(segmentor.auxiliary_head, FCNHead) and any(name.startswith("auxiliary_head.") for name in weights):
+        built["auxiliary_index"] = segmentor.auxiliary_head.index, "--auxiliary_index {}"
+    for name, (own, remedy) in built.items():
+        has, wants = _in_words(metadata.get(name, own)), _in_words(own)
+        if has != wants:
+            raise InputError(f"{source} has {name} {has}, and the segmentor {wants}: give {remedy.format(has)}")
+
+
+def _in_words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
 def _check_head_sizes(given: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str) -> None:

@@ -361,6 +361,14 @@ def test_a_twin_follows_a_move_to_another_type():
     assert at_size(model, (32, 64)).segment(images(32, 64).double()).dtype == torch.float64
 
 
+def test_a_segmentor_made_in_inference_mode_has_twins():
+    # Broken by a counter of changes that such tensors do not have.
+    with torch.inference_mode():
+        model = segmentor().eval()
+        found = at_size(model, (64, 96)).segment(images(64, 96))
+    close(found, at_size(segmentor().eval(), (64, 96)).segment(images(64, 96)))
+
+
 def test_twins_die_with_their_segmentor_and_the_oldest_before():
     model = segmentor()
     sizes = [(32, 32 + 16 * n) for n in range(7)]
@@ -456,6 +464,43 @@ def test_what_does_not_fit_is_named(change, options, says):
         load_segmentor(build_segmentor(**{**SMALL, **options}), weights, {}, "seg.pth")
     assert str(error.value).startswith("seg.pth")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "says"),
+    [
+        (
+            {"out_indices": (0, 1, 2, 5)},
+            r"has out_indices 0 1 2 5, and the segmentor 0 1 3 5: give --out_indices 0 1 2 5, or the config.yaml of",
+        ),
+        ({"auxiliary_index": 1}, r"has auxiliary_index 1, and the segmentor 2: give --auxiliary_index 1"),
+        (
+            {"pool_scales": [1, 2, 4, 8]},
+            r"has pool_scales 1 2 4 8, and the segmentor 1 2 3 6: give pool_scales=1 2 4 8",
+        ),
+        ({"num_heads": 4}, r"is .* another model: it has 4 heads and the model has 2; build it with num_heads=4"),
+    ],
+)
+def test_a_segmentor_that_shapes_cannot_tell_from_this_one_is_refused(recorded, says):
+    # Broken by weights that load into other taps, grids or heads, and segment badly without a word.
+    options = {"depth": 6, "out_indices": (0, 1, 3, 5), "use_rel_pos_bias": "num_heads" not in recorded}
+    weights, target = bare(segmentor(**options)), build_segmentor(**{**SMALL, **options})
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    with pytest.raises(InputError, match=f"^seg.pth {says}") as error:
+        load_segmentor(target, weights, recorded, "seg.pth")
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in target.state_dict().items())
+    same = {"out_indices": [0, 1, 3, 5], "auxiliary_index": 2, "pool_scales": (1, 2, 3, 6), "num_heads": 2}
+    load_segmentor(target, weights, same, "seg.pth")
+
+
+def test_what_a_head_that_is_not_there_reads_does_not_count():
+    weights = bare(segmentor())
+    headless = build_segmentor(**{**SMALL, "auxiliary_channels": 0})
+    load_segmentor(headless, weights, {"auxiliary_index": 1}, "seg.pth")
+    load_segmentor(build_segmentor(**SMALL), bare(headless), {"auxiliary_index": 1}, "seg.pth")
+    setr = segmentor(decode_head="setr_pup")
+    load_segmentor(setr, bare(setr), {"pool_scales": (1, 2)}, "seg.pth")
 
 
 def test_a_segmentor_of_unknown_build_is_named():
