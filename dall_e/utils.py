@@ -46,6 +46,8 @@ class Conv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(B, n_in, H, W)`` → ``(B, n_out, H, W)``."""
         if self.use_float16:
+            if self.w.dtype != torch.float32:  # a part of a model that was brought to half precision by itself
+                x = x.to(self.w.dtype)
             return F.conv2d(x, self.w, self.b, padding=self.kw // 2)
         with torch.autocast(x.device.type, enabled=False):
             return F.conv2d(x.float(), self.w.float(), self.b.float(), padding=self.kw // 2)
