@@ -17,10 +17,10 @@ from beit.config import SettingsFiles, Size, option, read_command_line
 from beit.data.transforms import size_pair
 from beit.errors import InputError, did_you_mean
 from beit.tasks.options import AMP_CHOICES, check_positive
+from semantic_segmentation.inference import TEST_MODES
 from semantic_segmentation.official_keys import KEYS_WITHOUT_EFFECT, MODEL_SIZES, OFFICIAL_KEYS
 
 DECODE_HEADS = ("uper", "setr_pup")
-TEST_MODES = ("slide", "whole")
 LOSS_AVERAGES = ("all", "valid")
 LAUNCHERS = ("none", "pytorch", "slurm", "mpi")
 METRICS = ("mIoU",)

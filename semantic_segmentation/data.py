@@ -27,7 +27,7 @@ from torchvision.transforms.v2 import functional as F
 from beit.data.datasets import EXIF_ORIENTATION, Key, UnreadableImageError, read_image, sample_randomness, upright
 from beit.data.index import index_images
 from beit.errors import InputError, did_you_mean
-from semantic_segmentation.transforms import IGNORED
+from semantic_segmentation.metrics import IGNORED
 
 logger = logging.getLogger(f"beit.{__name__}")
 

@@ -16,7 +16,7 @@ from beit.training.precision import Precision
 from semantic_segmentation.modeling import Segmentor, at_size
 from semantic_segmentation.transforms import fit_size, resize, scaled
 
-MODES = ("slide", "whole")
+TEST_MODES = ("slide", "whole")
 COARSEST_STRIDE = 32  # a smaller image leaves the last level of the pyramid empty
 BAND_PIXELS = 1 << 20  # pixels whose logits are enlarged at once: 630 MB of them for 150 classes
 
@@ -52,8 +52,8 @@ class TestSettings:
     batch_size: int = 4
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise InputError(f"the test mode is {' or '.join(MODES)}, not {self.mode!r}")
+        if self.mode not in TEST_MODES:
+            raise InputError(f"the test mode is {' or '.join(TEST_MODES)}, not {self.mode!r}")
         for stride, crop in zip(self.stride, self.crop, strict=True):
             if not 0 < stride <= crop:
                 raise InputError(
@@ -224,6 +224,11 @@ def _likeliest(results: Iterator[tuple[Tensor, bool, int]], size: tuple[int, int
 
 
 def _likeliest_on_average(results: Iterator[tuple[Tensor, bool, int]], size: tuple[int, int]) -> Tensor:
+    """Returns the likeliest class by the mean over several views.
+
+    The sum is held for the whole image, 4 bytes for each class and pixel: 7 GB for 150 classes and 12 million pixels.
+    To go band by band here too, the logits of all views would have to be kept.
+    """
     total: Tensor | None = None
     for logits, mirrored, times in results:
         if total is None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from beit.errors import InputError
 
-IGNORE = 255
+IGNORED = 255  # the label of pixels that have none: no loss and no metric looks at them
 
 
 class Confusion:
@@ -57,11 +57,11 @@ class Confusion:
         self._counts.scatter_add_(0, pairs, torch.ones_like(pairs))
 
     def _check(self, label: Tensor) -> None:
-        wrong = label[(label >= self.num_classes) & (label != IGNORE)]
+        wrong = label[(label >= self.num_classes) & (label != IGNORED)]
         if len(wrong):
             raise InputError(
                 f"a label map has the label {int(wrong[0])}, but there are {self.num_classes} classes (0 to "
-                f"{self.num_classes - 1}; {IGNORE} is left out): check classes and reduce_zero_label"
+                f"{self.num_classes - 1}; {IGNORED} is left out): check classes and reduce_zero_label"
             )
 
 

@@ -4,22 +4,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from beit.errors import InputError
 from beit.storage import atomic_write
 from beit.visualization.figures import draw_segmentation
+from semantic_segmentation.metrics import IGNORED
 
 if TYPE_CHECKING:
     from semantic_segmentation.data import SegmentationClasses
 
 Colour = tuple[int, int, int]
 
-IGNORE = 255
 OPACITY = 0.5
 SMALLEST_SHARE = 0.0005  # of an image: a class with fewer pixels cannot be seen, and is left out of the legend
 
@@ -38,10 +36,11 @@ def save_label_map(path: str | Path, prediction: Tensor, add_one: bool = False) 
     """
     numbers = prediction.cpu().to(torch.int64)
     largest = int(numbers.max())
-    if largest > IGNORE:
+    if largest > IGNORED:
         raise InputError(f"cannot write {path}: class {largest} does not fit in a PNG file of 8 bits (0 to 255)")
     numbers = (numbers + 1) % 256 if add_one else numbers
-    _write_png(path, numbers.to(torch.uint8).numpy())
+    with atomic_write(path) as file:
+        Image.fromarray(numbers.to(torch.uint8).numpy()).save(file, format="PNG")
 
 
 def overlay(image: Tensor, prediction: Tensor, colours: Sequence[Colour], opacity: float = OPACITY) -> Tensor:
@@ -63,7 +62,7 @@ def overlay(image: Tensor, prediction: Tensor, colours: Sequence[Colour], opacit
     if image.shape[-2:] != classes.shape:
         sizes = ["x".join(map(str, shape)) for shape in (image.shape[-2:], classes.shape)]
         raise InputError(f"the image is {sizes[0]} pixels and its segmentation {sizes[1]}")
-    painted = classes != IGNORE
+    painted = classes != IGNORED
     wrong = classes[painted & (classes >= len(colours))]
     if len(wrong):
         raise InputError(f"class {int(wrong[0])} has no colour: there are {len(colours)} classes")
@@ -71,13 +70,6 @@ def overlay(image: Tensor, prediction: Tensor, colours: Sequence[Colour], opacit
     paint = palette[classes.where(painted, 0)].permute(2, 0, 1)  # (3, H, W)
     mixed = torch.lerp(image.float(), paint, opacity).round().to(torch.uint8)
     return torch.where(painted, mixed, image)
-
-
-def save_overlay(
-    path: str | Path, image: Tensor, prediction: Tensor, colours: Sequence[Colour], opacity: float = OPACITY
-) -> None:
-    """Writes the picture that :func:`overlay` makes into a PNG file, at the image's own size."""
-    _write_png(path, overlay(image, prediction, colours, opacity).permute(1, 2, 0).contiguous().numpy())
 
 
 def save_figure(
@@ -88,7 +80,6 @@ def save_figure(
     label: Tensor | None = None,
     *,
     opacity: float = OPACITY,
-    title: str = "",
 ) -> None:
     """Writes a PNG file with an image, its segmentation, the right one if there is one, and a legend.
 
@@ -99,7 +90,6 @@ def save_figure(
         classes: Names and colours.
         label: The right classes, ``(H, W)``, 255 where there is none.
         opacity: As for :func:`overlay`.
-        title: A line above all.
 
     Raises:
         InputError: As for :func:`overlay`, or the file cannot be written.
@@ -111,7 +101,7 @@ def save_figure(
         shown.append(label)
     numbers = occurring(shown, len(classes.names))
     legend = [(classes.names[number], classes.colours[number]) for number in numbers]
-    draw_segmentation(path, panels, legend, title)
+    draw_segmentation(path, panels, legend)
 
 
 def occurring(maps: Sequence[Tensor], num_classes: int) -> list[int]:
@@ -122,12 +112,7 @@ def occurring(maps: Sequence[Tensor], num_classes: int) -> list[int]:
         num_classes: Number of classes, ``K``.
     """
     host_maps = [map_.cpu().long() for map_ in maps]
-    pixels = torch.stack([torch.bincount(map_[map_ != IGNORE], minlength=num_classes) for map_ in host_maps])
+    pixels = torch.stack([torch.bincount(map_[map_ != IGNORED], minlength=num_classes) for map_ in host_maps])
     enough = SMALLEST_SHARE * maps[0].numel()
     seen = [number for number in range(num_classes) if pixels[:, number].max() > enough]
     return sorted(seen, key=lambda number: -int(pixels[:, number].sum()))
-
-
-def _write_png(path: str | Path, pixels: NDArray[np.uint8]) -> None:
-    with atomic_write(path) as file:
-        Image.fromarray(pixels).save(file, format="PNG")

@@ -26,10 +26,10 @@ from semantic_segmentation.batch_norm import synchronise_batch_norm
 from semantic_segmentation.config import TrainConfig, check_settings, intervals
 from semantic_segmentation.data import ImagePairs, SegmentationClasses, SegmentationDataset, find_classes, find_pairs
 from semantic_segmentation.heads import resize
-from semantic_segmentation.metrics import scores
+from semantic_segmentation.metrics import IGNORED, scores
 from semantic_segmentation.modeling import Segmentor, load_segmentor
 from semantic_segmentation.testing import MEAN, STD, build_model, build_test
-from semantic_segmentation.transforms import IGNORED, TrainTransform
+from semantic_segmentation.transforms import TrainTransform
 
 logger = logging.getLogger(f"beit.{__name__}")
 

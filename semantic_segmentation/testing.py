@@ -30,10 +30,9 @@ from semantic_segmentation.config import (
 )
 from semantic_segmentation.data import ImagePairs, SegmentationClasses, TestImages, find_classes, find_pairs
 from semantic_segmentation.inference import TestSettings, predict
-from semantic_segmentation.metrics import Confusion, SegmentationScores, scores
+from semantic_segmentation.metrics import IGNORED, Confusion, SegmentationScores, scores
 from semantic_segmentation.modeling import Segmentor, build_segmentor, load_segmentor
 from semantic_segmentation.overlays import save_figure, save_label_map
-from semantic_segmentation.transforms import IGNORED
 
 logger = logging.getLogger(f"beit.{__name__}")
 

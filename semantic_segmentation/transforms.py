@@ -21,8 +21,8 @@ from torchvision.tv_tensors import Image, Mask, wrap
 
 from beit.data.transforms import Box, size_pair
 from beit.errors import InputError
+from semantic_segmentation.metrics import IGNORED
 
-IGNORED = 255  # the label of pixels that neither the loss nor a metric looks at
 CROP_TRIES = 10
 HUE_STEPS = 180  # OpenCV stores a hue in 8 bits, as steps of 2 degrees
 HUE_STEPS_OF_A_SECTOR = HUE_STEPS / 6  # from red to yellow, from yellow to green, ...
@@ -145,21 +145,6 @@ def resize(pixels: Pixels, size: tuple[int, int]) -> Pixels:
         # order on its way to one single pixel.
         pixels = wrap(pixels.movedim(-3, -1).contiguous().movedim(-1, -3), like=pixels)
     return F.resize(pixels, list(size), InterpolationMode.BILINEAR, antialias=False)
-
-
-def resize_for_test(image: Tensor, image_scale: Sequence[int], ratio: float = 1.0, short_at_least: int = 0) -> Tensor:
-    """Returns an image at the size at which it is tested.
-
-    Args:
-        image: uint8 ``(3, h, w)``.
-        image_scale: Longest and shortest side at ratio 1, pixels.
-        ratio: One of the ratios of a multi-scale test.
-        short_at_least: See :func:`fit_size`.
-
-    Returns:
-        uint8 ``(3, H, W)``.
-    """
-    return resize(image, fit_size((image.shape[-2], image.shape[-1]), scaled(image_scale, ratio), short_at_least))
 
 
 def crop_box(label: Tensor, crop_size: tuple[int, int], cat_max_ratio: float, rng: np.random.Generator) -> Box:

@@ -18,7 +18,6 @@ from semantic_segmentation.transforms import (
     multiply_saturation,
     photometric_distortion,
     resize,
-    resize_for_test,
     scaled,
     turn_hue,
 )
@@ -113,10 +112,9 @@ def test_an_image_is_interpolated_between_four_pixels_and_a_mask_is_not(size):
 
 
 def test_a_test_image_has_the_size_of_its_ratio():
-    image = torch.zeros(3, 300, 400, dtype=torch.uint8)
-    assert resize_for_test(image, (2048, 512)).shape == (3, 512, 683)
-    assert resize_for_test(image, (2048, 512), 1.75).shape == (3, 896, 1195)
-    assert resize_for_test(image, (2048, 512), 0.5, short_at_least=512).shape == (3, 512, 683)
+    assert fit_size((300, 400), (2048, 512)) == (512, 683)
+    assert fit_size((300, 400), scaled((2048, 512), 1.75)) == (896, 1195)
+    assert fit_size((300, 400), scaled((2048, 512), 0.5), short_at_least=512) == (512, 683)
 
 
 # Crop
