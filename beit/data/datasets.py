@@ -4,11 +4,11 @@ import contextlib
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -22,6 +22,7 @@ EXIF_ORIENTATION = 0x0112
 
 Key = tuple[int, int]  # (epoch, index)
 Transform = Callable[[Image.Image, np.random.Generator], dict[str, Tensor]]
+Reduction = Callable[[tuple[int, int]], int]
 
 _STREAMS = {"sample": 0, "order": 1, "replacement": 2}
 
@@ -35,6 +36,8 @@ __all__ = [
     "index_images",
     "random_stream",
     "read_image",
+    "read_indexed",
+    "read_reduced",
     "sample_randomness",
     "to_rgb",
     "upright",
@@ -61,16 +64,28 @@ class ImageDataset(Dataset[dict[str, Any]]):
         labels: Whether samples have a key ``LABEL``: the class of the image that is shown, int64 ``()``.
         strict: Whether the label of an image that another took the place of is -1, so that an evaluation can leave it
             out.
+        fast_decode: Whether JPEG files are decoded at a half, a quarter or an eighth of their size where the transform
+            shows no more of them: see :func:`read_reduced`. The transform must have a method ``reduction``.
     """
 
     def __init__(
-        self, index: ImageIndex, transform: Transform, seed: int = 0, labels: bool = False, strict: bool = False
+        self,
+        index: ImageIndex,
+        transform: Transform,
+        seed: int = 0,
+        labels: bool = False,
+        strict: bool = False,
+        *,
+        fast_decode: bool = False,
     ) -> None:
+        if fast_decode and not hasattr(transform, "reduction"):
+            raise ValueError(f"{type(transform).__name__} cannot say how much of an image it shows")
         self.index = index
         self.transform = transform
         self.seed = seed
         self.labels = labels
         self.strict = strict
+        self.fast_decode = fast_decode
 
     def __len__(self) -> int:
         return len(self.index)
@@ -86,16 +101,25 @@ class ImageDataset(Dataset[dict[str, Any]]):
             InputError: Neither the image nor any of 20 drawn in its place can be read.
         """
         epoch, index = key
-        image, shown, unreadable = self._readable(epoch, index)
+        (image, full_size), shown, unreadable = self._readable(epoch, index)
         with sample_randomness(self.seed, epoch, index) as rng:
-            sample: dict[str, Any] = dict(self.transform(image, rng))
+            if full_size == image.size:
+                sample: dict[str, Any] = dict(self.transform(image, rng))
+            else:
+                sample = dict(self.transform(image, rng, full_size))  # type: ignore[call-arg]
         if self.labels:
             sample[LABEL] = torch.tensor(-1 if self.strict and unreadable else self.index.class_id(shown))
         if unreadable:
             sample[UNREADABLE] = unreadable
         return sample
 
-    def _readable(self, epoch: int, index: int) -> tuple[Image.Image, int, tuple[tuple[int, str], ...]]:
+    def _readable(
+        self, epoch: int, index: int
+    ) -> tuple[tuple[Image.Image, tuple[int, int]], int, tuple[tuple[int, str], ...]]:
+        def reduction(full_size: tuple[int, int]) -> int:
+            # Of a generator of its own in the state that the transform's will be in: nothing is drawn from that one.
+            return self.transform.reduction(full_size, _sample_generator(self.seed, epoch, index))  # type: ignore[attr-defined,no-any-return]
+
         unreadable: list[tuple[int, str]] = []
         for attempt in range(REPLACEMENT_TRIES + 1):
             if attempt:
@@ -104,7 +128,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
             else:
                 candidate = index
             try:
-                return read_image(self.index.path(candidate)), candidate, tuple(unreadable)
+                read = read_indexed(self.index, candidate, reduction if self.fast_decode else None)
+                return read, candidate, tuple(unreadable)
             except UnreadableImageError as error:
                 unreadable.append((candidate, str(error)))
         first, reason = unreadable[0]
@@ -145,14 +170,33 @@ def sample_randomness(seed: int, epoch: int, index: int) -> Iterator[np.random.G
         random.seed(for_python)
         np.random.seed(for_numpy)  # noqa: NPY002
         generator.manual_seed(for_torch)
-        yield np.random.default_rng(sequence.spawn(1)[0])
+        yield _sample_generator(seed, epoch, index)
     finally:
         random.setstate(before[0])
         np.random.set_state(before[1])  # noqa: NPY002
         generator.set_state(before[2])
 
 
-def read_image(path: str | os.PathLike[str]) -> Image.Image:
+def _sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
+    return np.random.default_rng(_seed_sequence(seed, (epoch, index), "sample").spawn(1)[0])
+
+
+def read_indexed(
+    index: ImageIndex, number: int, reduction: Reduction | None = None
+) -> tuple[Image.Image, tuple[int, int]]:
+    """Decodes an image of an index, wherever it is; see :func:`read_reduced`.
+
+    Raises:
+        UnreadableImageError: The image cannot be read.
+    """
+    try:
+        file = index.file(number)
+    except OSError as error:
+        raise UnreadableImageError((error.strerror or str(error)).lower()) from error
+    return read_reduced(file, reduction)
+
+
+def read_image(path: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
     """Decodes an image file to 8-bit RGB.
 
     Greys of more than 8 bits are scaled, not cut off at 255; transparent images are laid on white.
@@ -165,12 +209,35 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         UnreadableImageError: The file is missing, empty, damaged, cut short or no image, or decodes to more than
             179 million pixels (Pillow's limit against decompression bombs).
     """
+    return read_reduced(path)[0]
+
+
+def read_reduced(
+    path: str | os.PathLike[str] | IO[bytes], reduction: Reduction | None = None
+) -> tuple[Image.Image, tuple[int, int]]:
+    """Decodes an image file to 8-bit RGB, a JPEG file at a smaller scale where that is enough.
+
+    The decoder then computes only the lower frequencies: a half takes about half the time. The pixels differ from
+    those of a whole image that is reduced, slightly, as the filter is another and a region begins at a whole pixel.
+
+    Args:
+        path: The file, or one opened for reading.
+        reduction: Says of ``(width, height)`` in pixels by what an image may be reduced: 1, 2, 4 or 8; None for 1.
+
+    Returns:
+        The image, and ``(width, height)`` that it has in the file.
+
+    Raises:
+        UnreadableImageError: See :func:`read_image`.
+    """
     try:
         with Image.open(path) as image:
+            full_size = _reduce(image, reduction) if reduction is not None and image.format == "JPEG" else None
             image.load()
             if 0 in image.size:
                 raise UnreadableImageError("it has no pixels")
-            return to_rgb(upright(image))
+            pixels = to_rgb(upright(image))
+            return pixels, full_size or pixels.size
     except (MemoryError, UnreadableImageError):
         raise
     except Exception as error:  # Pillow's decoders fail on damaged files with whatever the damage leads to
@@ -182,13 +249,26 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         raise UnreadableImageError(reason) from error
 
 
+def _reduce(image: ImageFile.ImageFile, reduction: Reduction) -> tuple[int, int]:
+    """Sets the scale at which a JPEG file will be decoded; returns the whole size, as an upright image has it."""
+    size = image.size
+    full_size = size[::-1] if _orientation(image) in range(5, 9) else size  # (width, height)
+    by = reduction(full_size)
+    if by > 1:
+        image.draft(None, (size[0] // by, size[1] // by))  # type: ignore[arg-type]
+    return full_size
+
+
 def upright(image: Image.Image) -> Image.Image:
     """Turns a photograph upright whose EXIF data says that it lies on its side; see :func:`read_image`."""
+    return ImageOps.exif_transpose(image) if _orientation(image) in range(2, 9) else image
+
+
+def _orientation(image: Image.Image) -> int:
     try:
-        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+        return int(image.getexif().get(EXIF_ORIENTATION, 1))
     except Exception:  # damaged metadata; the pixels are fine
-        return image
-    return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
+        return 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -1,109 +1,129 @@
-"""Which images there are: a folder or a list, read once, kept compactly, and on disk for the next run."""
+"""Which images there are: a folder, a list or tar shards, read once, kept compactly, and on disk for the next run."""
 
 import hashlib
+import io
 import logging
 import os
 import time
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from beit.data.compact import Strings, as_array, map_arrays, save_arrays
+from beit.data.shards import Members, ShardReader, class_names, expand, names_shards, scan
 from beit.errors import InputError, did_you_mean
-from beit.storage import atomic_write, beit_home
+from beit.storage import beit_home
 
 logger = logging.getLogger(__name__)
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision's folders
 
-_INDEX_VERSION = 1
+_INDEX_VERSION = 2
 # A folder changed this shortly before it was listed may change again without its time stamp moving.
 _SETTLED_NS = 2_000_000_000
 
 
 @dataclass(frozen=True)
-class _Strings:
-    """Many strings in two arrays: a hundredth of the objects, and pages that worker processes share."""
-
-    blob: NDArray[np.uint8]
-    ends: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, strings: Iterable[str]) -> "_Strings":
-        blob, ends = bytearray(), [0]
-        for string in strings:
-            blob += os.fsencode(string)
-            ends.append(len(blob))
-        return cls(np.frombuffer(bytes(blob), dtype=np.uint8), np.asarray(ends[1:], dtype=np.int64))
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, i: int) -> str:
-        start = self.ends[i - 1] if i else 0
-        return os.fsdecode(self.blob[start : self.ends[i]].tobytes())
-
-
-@dataclass(frozen=True)
 class ImageIndex:
-    """The images below a folder or in a list, about 40 bytes each; made by :func:`index_images`.
+    """The images below a folder, in a list or in shards, about 50 bytes each; made by :func:`index_images`.
 
     Attributes:
-        root: Absolute path of the folder, or of the folder the list is in.
-        class_names: Names of the folders directly below ``root``, when every image is below one; else empty.
+        root: Absolute path of the folder, or of the folder the list or the shards are in.
+        class_names: Names of the folders directly below ``root``, when every image is below one; of shards, the names
+            of their classes; else empty.
     """
 
     root: str
     class_names: tuple[str, ...]
-    _folders: _Strings = field(repr=False)
+    _folders: Strings = field(repr=False)
     _class_of_folder: NDArray[np.int32] = field(repr=False)
-    _names: _Strings = field(repr=False)
+    _names: Strings = field(repr=False)
     _folder_of: NDArray[np.int32] = field(repr=False)
+    _members: Members | None = field(repr=False, default=None)  # of shards, which are what the folders are then
+    _reader: ShardReader = field(repr=False, compare=False, default_factory=ShardReader)
 
     def __len__(self) -> int:
         return len(self._names)
 
     def path(self, i: int) -> str:
-        """Returns the path of image ``i``."""
+        """Returns the path of image ``i``; in a shard, its name after the shard's path, for messages only."""
         i = range(len(self))[i]
         return os.path.join(self.root, self._folders[int(self._folder_of[i])], self._names[i])
+
+    def file(self, i: int) -> str | io.BytesIO:
+        """Returns what to open for image ``i``: its path, or its bytes out of a shard.
+
+        Raises:
+            OSError: The shard cannot be read.
+        """
+        i = range(len(self))[i]
+        if self._members is None:
+            return self.path(i)
+        shard = os.path.join(self.root, self._folders[int(self._folder_of[i])])
+        return io.BytesIO(self._reader.read(shard, int(self._members.offsets[i]), int(self._members.lengths[i])))
 
     def class_id(self, i: int) -> int | None:
         """Returns the position in ``class_names`` of image ``i``'s class; None where there are no classes."""
         i = range(len(self))[i]
-        return int(self._class_of_folder[self._folder_of[i]]) if self.class_names else None
+        if not self.class_names:
+            return None
+        return int(self._class_of_folder[self._folder_of[i]] if self._members is None else self._members.labels[i])
+
+    @property
+    def bytes_held(self) -> int:
+        """The size of the index, in bytes."""
+        arrays: list[NDArray[Any]] = [
+            self._folders.blob,
+            self._folders.ends,
+            self._class_of_folder,
+            self._names.blob,
+            self._names.ends,
+        ]
+        arrays.append(self._folder_of)
+        if self._members is not None:
+            arrays += vars(self._members).values()
+        return sum(values.nbytes for values in arrays)
 
 
 def index_images(path: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None) -> ImageIndex:
-    """Lists the images of a folder, of all folders below it, or of a text file.
+    """Lists the images of a folder, of all folders below it, of a text file, or in tar shards.
 
     A folder is listed as it is: one named ``train`` inside it is not chosen. Its images come in the order of their
     paths, class by class. When every image is in a folder below ``path``, the folders directly below are the classes
     (as in torchvision's ``ImageFolder``, which a folder without images does not count for). Hidden folders are left
     out; links are followed. A text file has one path a line, absolute or relative to the file, in the order wanted.
 
-    The list is kept in ``cache_dir`` and used again as long as no folder in it (or the text file) has changed.
+    A path that ends in ``.tar`` names shards in WebDataset's format, with ranges, lists and wildcards as in
+    ``shards-{000000..000127}.tar``. Their images come in the order of the shards, and in it as they are in the file.
+
+    The list is kept in ``cache_dir`` and used again as long as no folder in it (the text file, no shard) has changed;
+    it is then not read into memory but mapped, so that all processes of a machine share it.
 
     Args:
-        path: The folder, or the text file.
+        path: The folder, the text file, or the shards.
         cache_dir: Where to keep the list; ``None`` is ``index`` in ``$BEIT_HOME`` (or ``~/.cache/beit``).
 
     Raises:
         InputError: The path does not exist or cannot be read, or there is no image.
     """
     source = Path(os.path.abspath(os.path.expanduser(path)))
-    if not source.exists():
+    shards = expand(str(source)) if names_shards(source) else []
+    if not shards and not source.exists():
         raise InputError(f"no such folder or list of images: {source}{_near(source)}")
     cache = _cache_file(source, cache_dir)
-    index = _load_index(cache, source)
+    index = _load_index(cache, source, shards)
     if index is None:
-        listing = _list_folder(source) if source.is_dir() else _list_file(source)
-        index = listing.index
-        _save_index(cache, source, listing)
-    if source.is_file():
+        listing = _list_shards(shards) if shards else _list_folder(source) if source.is_dir() else _list_file(source)
+        # What was kept takes the place of what was listed, which is not mapped but in memory.
+        kept = _save_index(cache, source, listing)
+        index = (_load_index(cache, source, shards) if kept else None) or listing.index
+    if source.is_file() and not shards:
         _require_some_exist(index, source)
     return index
 
@@ -118,7 +138,8 @@ class _Listing:
 
 def _list_folder(root: Path) -> _Listing:
     began = time.time_ns()
-    images: dict[str, list[str]] = {}
+    images: dict[str, bytes] = {}  # the names in a folder, joined: a tenth of the memory of a list
+    counts: dict[str, int] = {}
     stamps: dict[str, int] = {}
     others: Counter[str] = Counter()
     for folder, stamp, names in _walk(str(root)):
@@ -126,7 +147,8 @@ def _list_folder(root: Path) -> _Listing:
         found = [name for name in names if name.lower().endswith(EXTENSIONS)]
         others.update(os.path.splitext(name)[1].lower() or "no extension" for name in names)
         if found:
-            images[folder] = sorted(found)
+            images[folder] = b"\0".join(os.fsencode(name) for name in sorted(found))
+            counts[folder] = len(found)
     if not images:
         raise InputError(_nothing_found(root, others))
     # Class by class, then by path: "a/x" comes before "a-b", which plain string order would put first.
@@ -137,10 +159,10 @@ def _list_folder(root: Path) -> _Listing:
     index = ImageIndex(
         str(root),
         classes,
-        _Strings.of(folders),
+        Strings.of(folders),
         np.asarray([ids.get(folder.partition(os.sep)[0], -1) for folder in folders], dtype=np.int32),
-        _Strings.of(name for folder in folders for name in images[folder]),
-        np.repeat(np.arange(len(folders), dtype=np.int32), [len(images[folder]) for folder in folders]),
+        Strings.of(name for folder in folders for name in images.pop(folder).split(b"\0")),
+        np.repeat(np.arange(len(folders), dtype=np.int32), [counts[folder] for folder in folders]),
     )
     return _Listing(index, list(stamps), list(stamps.values()), began)
 
@@ -177,7 +199,7 @@ def _list_file(source: Path) -> _Listing:
     if source.name.lower().endswith(EXTENSIONS):
         raise InputError(f"{source} is one image; give a folder of images, or a text file with a path on each line")
     folders: dict[str, int] = {}
-    folder_of: list[int] = []
+    folder_of = array("i")
 
     def names(lines: Iterable[str]) -> Iterator[str]:
         for line in lines:
@@ -192,16 +214,33 @@ def _list_file(source: Path) -> _Listing:
             if "\0" in lines.read(4096):
                 raise InputError(f"{source} is not a text file; give a folder, or a text file with a path on each line")
             lines.seek(0)
-            strings = _Strings.of(names(lines))
+            strings = Strings.of(names(lines))
     except OSError as error:
         raise InputError(f"cannot read {source}: {error.strerror}") from error
     if not folder_of:
         raise InputError(f"the list of images {source} is empty; it needs one path a line")
     no_classes = np.full(len(folders), -1, dtype=np.int32)
-    index = ImageIndex(
-        str(source.parent), (), _Strings.of(folders), no_classes, strings, np.asarray(folder_of, dtype=np.int32)
-    )
+    index = ImageIndex(str(source.parent), (), Strings.of(folders), no_classes, strings, as_array(folder_of))
     return _Listing(index, [source.name], [stamp], began)
+
+
+def _list_shards(shards: list[str]) -> _Listing:
+    began = time.time_ns()
+    stamps = [os.stat(shard).st_mtime_ns for shard in shards]
+    names, shard_of, members = scan(shards, EXTENSIONS)
+    root = _folder_of_shards(shards)
+    relative = [os.path.relpath(shard, root) for shard in shards]
+    without = int((members.labels < 0).sum())
+    if 0 < without < len(names):
+        logger.warning("%d of %d images in %s have no class: all go without", without, len(names), root)
+    classes = class_names(root, members.labels)
+    no_classes = np.full(len(shards), -1, dtype=np.int32)
+    index = ImageIndex(root, classes, Strings.of(relative), no_classes, names, shard_of, members)
+    return _Listing(index, relative, stamps, began)
+
+
+def _folder_of_shards(shards: list[str]) -> str:
+    return os.path.commonpath([os.path.dirname(shard) for shard in shards])
 
 
 def _require_some_exist(index: ImageIndex, source: Path) -> None:
@@ -234,58 +273,62 @@ def _cache_file(source: Path, cache_dir: str | os.PathLike[str] | None) -> Path:
     return folder / f"{hashlib.sha256(os.fsencode(source)).hexdigest()[:24]}.npz"
 
 
-def _save_index(cache: Path, source: Path, listing: _Listing) -> None:
+def _save_index(cache: Path, source: Path, listing: _Listing) -> bool:
+    """Keeps a listing on disk; returns whether it did."""
     if max(listing.stamps) > listing.began - _SETTLED_NS:
-        return
-    index, watched = listing.index, _Strings.of(listing.watched)
-    class_names = _Strings.of(index.class_names)
+        return False
+    index, watched = listing.index, Strings.of(listing.watched)
+    strings = {"watched": watched, "classes": Strings.of(index.class_names)}
+    strings |= {"folders": index._folders, "names": index._names}
+    arrays = {
+        "version": np.asarray([_INDEX_VERSION]),
+        "source": np.frombuffer(os.fsencode(source), dtype=np.uint8),
+        "stamps": np.asarray(listing.stamps, dtype=np.int64),
+        "class_of_folder": index._class_of_folder,
+        "folder_of": index._folder_of,
+        **{name: value.blob for name, value in strings.items()},
+        **{f"{name}_ends": value.ends for name, value in strings.items()},
+    }
+    if index._members is not None:
+        arrays |= vars(index._members)
     try:
-        with atomic_write(cache) as file:
-            np.savez(
-                file,
-                version=np.int64(_INDEX_VERSION),
-                source=np.frombuffer(os.fsencode(source), dtype=np.uint8),
-                watched=watched.blob,
-                watched_ends=watched.ends,
-                stamps=np.asarray(listing.stamps, dtype=np.int64),
-                classes=class_names.blob,
-                classes_ends=class_names.ends,
-                folders=index._folders.blob,
-                folders_ends=index._folders.ends,
-                class_of_folder=index._class_of_folder,
-                names=index._names.blob,
-                names_ends=index._names.ends,
-                folder_of=index._folder_of,
-            )
+        save_arrays(cache, arrays)
     except (OSError, InputError) as error:  # without it the next run lists again, no more
         logger.info("the list of images was not kept in %s: %s", cache, error)
+        return False
+    return True
 
 
-def _load_index(cache: Path, source: Path) -> ImageIndex | None:
+def _load_index(cache: Path, source: Path, shards: list[str]) -> ImageIndex | None:
     """Returns the kept index of ``source`` if it is there and still true."""
     try:
-        with np.load(cache, allow_pickle=False) as file:
-            kept = {name: file[name] for name in file.files}
-        if int(kept["version"]) != _INDEX_VERSION or os.fsdecode(kept["source"].tobytes()) != str(source):
+        kept = map_arrays(cache)
+        if int(kept["version"][0]) != _INDEX_VERSION or os.fsdecode(kept["source"].tobytes()) != str(source):
             return None
-        root = str(source if source.is_dir() else source.parent)
-        watched = _Strings(kept["watched"], kept["watched_ends"])
+        index = _index_of(kept, source, shards)
+        watched = Strings(kept["watched"], kept["watched_ends"])
+        if shards and [os.path.join(index.root, watched[i]) for i in range(len(watched))] != shards:
+            return None
         for i, stamp in enumerate(kept["stamps"].tolist()):
-            if os.stat(os.path.join(root, watched[i])).st_mtime_ns != stamp:
+            if os.stat(os.path.join(index.root, watched[i])).st_mtime_ns != stamp:
                 return None
-        names, folder_of = _Strings(kept["names"], kept["names_ends"]), kept["folder_of"]
-        if not 0 < len(names) == len(folder_of):
-            return None
-        class_names = _Strings(kept["classes"], kept["classes_ends"])
-        return ImageIndex(
-            root,
-            tuple(class_names[i] for i in range(len(class_names))),
-            _Strings(kept["folders"], kept["folders_ends"]),
-            kept["class_of_folder"],
-            names,
-            folder_of,
-        )
+        return index if 0 < len(index) == len(index._folder_of) else None
+    except InputError:
+        raise
     except Exception as error:  # a damaged cache can fail in any way, and is never a reason to stop
         if not isinstance(error, FileNotFoundError):
             logger.info("the kept list of images %s is of no use: %s", cache, error)
         return None
+
+
+def _index_of(kept: dict[str, NDArray[Any]], source: Path, shards: list[str]) -> ImageIndex:
+    strings = {name: Strings(kept[name], kept[f"{name}_ends"]) for name in ("classes", "folders", "names")}
+    if shards:
+        root, members = _folder_of_shards(shards), Members(kept["offsets"], kept["lengths"], kept["labels"])
+        classes = class_names(root, members.labels)  # of a file beside the shards, which may have come later
+    else:
+        root, members = str(source if source.is_dir() else source.parent), None
+        classes = tuple(strings["classes"][i] for i in range(len(strings["classes"])))
+    return ImageIndex(
+        root, classes, strings["folders"], kept["class_of_folder"], strings["names"], kept["folder_of"], members
+    )

@@ -1,0 +1,99 @@
+"""``beit shards``: packs images into tar files in WebDataset's format."""
+
+import logging
+import os
+import shlex
+import sys
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from beit.config import option
+from beit.data.index import ImageIndex, index_images
+from beit.data.shards import CLASS_NAMES_FILE, LABEL_EXTENSION, add_member
+from beit.errors import InputError
+from beit.storage import atomic_write
+from beit.tasks.options import check_positive
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ShardsConfig:
+    """The arguments of ``beit shards``."""
+
+    source: str = option("", "folder of images, text file of paths, or other shards", positional=True)
+    destination: str = option("", "folder for the shards; it must hold none", positional=True)
+    images_per_shard: int = option(10_000, "images in each shard but the last")
+
+
+def main(config: ShardsConfig) -> None:
+    """Writes shards and says how to read them.
+
+    Raises:
+        InputError: There are no images, there are shards already, or the folder cannot be written.
+    """
+    check_positive(config, "images_per_shard")
+    if not config.source or not config.destination:
+        raise InputError("give the images and a folder for the shards: beit shards SOURCE DESTINATION")
+    pattern = write_shards(index_images(config.source), config.destination, config.images_per_shard)
+    sys.stdout.write(f"--data_path {shlex.quote(pattern)}\n")
+
+
+def write_shards(index: ImageIndex, destination: str | os.PathLike[str], images_per_shard: int = 10_000) -> str:
+    """Packs images into shards, byte by byte as they are and in their order, so that a run sees the same samples.
+
+    Image 12 is ``00000012.jpg``, its class, where there are classes, ``00000012.cls``; ``classes.txt`` beside the
+    shards has their names. A file that cannot be read keeps its place, empty, and is as unreadable in the shard. Each
+    shard is there whole or not at all.
+
+    Args:
+        index: The images.
+        destination: The folder.
+        images_per_shard: Images in each shard but the last.
+
+    Returns:
+        What to give as ``--data_path``.
+
+    Raises:
+        InputError: There are shards already, or the folder cannot be written.
+    """
+    folder = Path(os.path.abspath(os.path.expanduser(destination)))
+    present = next(iter(sorted(folder.glob("shards-*.tar"))), None)
+    if present is not None:
+        raise InputError(f"{present} is there already: give another folder, or remove its shards first")
+    starts = range(0, len(index), images_per_shard)
+    missing = 0
+    # Hidden where nobody watches, as in a log file.
+    for number, start in enumerate(tqdm(starts, unit="shard", disable=None)):
+        images = range(start, min(start + images_per_shard, len(index)))
+        with (
+            atomic_write(folder / f"shards-{number:06d}.tar") as file,
+            tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive,
+        ):
+            missing += sum(not _add(archive, index, image) for image in images)
+    if index.class_names:
+        with atomic_write(folder / CLASS_NAMES_FILE) as file:
+            file.write("".join(f"{name}\n" for name in index.class_names).encode("utf-8", "surrogateescape"))
+    if missing:
+        logger.warning("%d of %d files could not be read; their places in the shards are empty", missing, len(index))
+    name = f"{{000000..{len(starts) - 1:06d}}}" if len(starts) > 1 else "000000"
+    return str(folder / f"shards-{name}.tar")
+
+
+def _add(archive: tarfile.TarFile, index: ImageIndex, number: int) -> bool:
+    source = index.file(number)
+    try:
+        content = Path(source).read_bytes() if isinstance(source, str) else source.read()
+    except OSError as error:
+        logger.warning("cannot read %s: %s", index.path(number), error.strerror)
+        content = b""
+    # An empty file is unreadable anyhow.
+    extension = os.path.splitext(index.path(number))[1].lower()
+    add_member(archive, f"{number:08d}{extension}", content)
+    label = index.class_id(number)
+    if label is not None:
+        add_member(archive, f"{number:08d}.{LABEL_EXTENSION}", str(label).encode())
+    return bool(content)
