@@ -186,7 +186,8 @@ def _curves(runs: Sequence[RunRecord]) -> Content:
                 number += 1
         parts.append(_group(kind, drawn[0], drawn[1]))
     hint = (
-        "Drag across a diagram to zoom in, double-click to see all; values appear under the pointer or with arrow keys."
+        "Drag across a diagram to zoom in, double-click to see all. "
+        "The pointer, a finger or the arrow keys read values off."
     )
     return [element("p", hint, class_="note tip") if number else None, *parts]
 

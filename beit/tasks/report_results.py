@@ -10,7 +10,7 @@ from beit.errors import InputError
 from beit.tasks.run_record import KINDS, Measure, RunRecord
 from beit.visualization.diagram import short
 from beit.visualization.markup import Content, Markup, element
-from beit.visualization.page import cell, table
+from beit.visualization.page import cell, fold, table
 
 QUOTED = element("span", "quoted", class_="tag quoted")
 MEASURED = element("span", "measured", class_="tag measured")
@@ -92,8 +92,6 @@ def remarks(run: RunRecord) -> list[Content]:
     measured = next((m for m in run.measures() if _is_number(_quoted(run).get(m.quoted))), None)
     if measured is not None:
         told.append(_comparison(run, measured))
-    elif run.recipe is None:
-        told.append(NO_QUOTE[0].upper() + NO_QUOTE[1:] + " to compare with")
     if skipped := sum(entry.get("skipped_steps") or 0 for entry in run.entries[-1:]):
         told.append(f"{short(skipped)} updates were skipped, since their gradients were not finite")
     return told
@@ -184,7 +182,7 @@ def _row(run: RunRecord, label: str, quoted: str, measure: Measure | None) -> Ma
         measured = element("data", shown(measure, value), value=repr(value))
     best_text = None
     if measure is not None and best is not None and len(run.entries) > 1:
-        best_text = [shown(measure, best[0]), element("small", f"{run.unit} {best[1]:,}")]
+        best_text = [shown(measure, best[0]), element("small", f" {run.unit} {best[1]:,}")]
     return element(
         "tr",
         element("th", label, scope="row"),
@@ -243,8 +241,8 @@ def _file(name: str, content: Mapping[str, Any]) -> list[Content]:
     values = [[key.replace("_", " "), _value(value)] for key, value in numbers[:MOST_ROWS]]
     more = f"{len(numbers) - MOST_ROWS} more are in the file." if len(numbers) > MOST_ROWS else None
     shown_table = table(("Result", "Measured"), values, "plain", f"Results in {name}")
-    parts = [element("h4", element("code", name), " ", MEASURED), element("div", shown_table, class_="panel")]
-    return [element("div", *parts, element("p", more, class_="note") if more else None, class_="file")]
+    note = element("p", more, class_="note") if more else None
+    return [fold(name, element("div", shown_table, class_="panel"), note, remark=f"{len(numbers)} numbers, measured")]
 
 
 def _value(value: bool | int | float) -> Content:

@@ -96,22 +96,25 @@ def command(run: RunRecord) -> str:
 
 
 def _settings(run: RunRecord) -> Markup | None:
+    """Returns the settings, those that differ from the defaults first."""
     if not run.settings:
         return None
     defaults = run.defaults()
-    changed = run.changed if run.changed is not None else frozenset()
-    order = sorted(run.settings, key=lambda key: key not in changed)  # stable: else as they are in the file
+    changed = [key for key in run.settings if key in (run.changed or ())]
+    rest = {key: value for key, value in run.settings.items() if key not in changed}
     head = ("Setting", "Value", "Default") if defaults else ("Setting", "Value")
-    rows = [_setting(run, key, defaults, changed) for key in order]
-    told = f"{len(changed)} of {len(rows)} differ from the defaults" if run.changed is not None else f"{len(rows)}"
-    return fold("Settings", table(head, rows, "settings", f"Settings of {run.name}"), remark=told)
+    rows = [_setting(run, key, defaults) for key in changed]
+    differing = table(head, rows, "settings", f"Settings of {run.name} that differ from the defaults") if rows else None
+    title = "With their defaults" if run.changed is not None else "Which of them differ from the defaults is not known"
+    told = f"{len(changed)} of {len(run.settings)} differ from the defaults"
+    remark = told if run.changed is not None else str(len(run.settings))
+    return fold("Settings", differing, element("h4", title) if rest else None, _list(rest), remark=remark)
 
 
-def _setting(run: RunRecord, key: str, defaults: Mapping[str, Any], changed: frozenset[str]) -> list[Content]:
-    name = element("strong", key) if key in changed else key
-    cells: list[Content] = [name, element("code", _text(run.settings[key]))]
+def _setting(run: RunRecord, key: str, defaults: Mapping[str, Any]) -> list[Content]:
+    cells: list[Content] = [key, element("code", _text(run.settings[key]))]
     if defaults:
-        cells.append(element("code", _text(defaults[key])) if key in changed and key in defaults else None)
+        cells.append(element("code", _text(defaults[key])) if key in defaults else None)
     return cells
 
 

@@ -13,8 +13,8 @@ from beit.visualization.markup import Markup, element
 
 WIDTH, HEIGHT = 480, 300
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 10, 40  # margins; the left one holds numbers of 7 letters
-TICKS = 5  # at least so many steps on an axis, where they are round numbers
-COLOURS = 6  # of the page's style; runs of one diagram differ by colour, and beyond that by marker
+TICKS = 8  # steps of an axis at most; there are three at least
+COLOURS = 6  # of the page's style; with the markers, pairs repeat after 24 runs
 MARKERS = 4
 MOST_MARKERS = 40  # of a curve; more would be a band
 HEADROOM = 0.06  # of the range of values, above and below
@@ -88,9 +88,9 @@ def short(value: float, digits: int = 4) -> str:
 
 
 def round_steps(low: float, high: float) -> list[float]:
-    """Returns round numbers between two limits, some five of them: 1, 2 or 5 times a power of ten apart."""
+    """Returns round numbers between two limits, three to nine: 1, 2 or 5 times a power of ten apart."""
     power = 10.0 ** math.floor(math.log10((high - low) / TICKS))
-    step = next(power * factor for factor in (1, 2, 5, 10) if (high - low) / (power * factor) <= TICKS + 1)
+    step = next(power * factor for factor in (1, 2, 5, 10) if (high - low) / (power * factor) <= TICKS)
     return [index * step for index in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
@@ -123,17 +123,18 @@ def _axis_x(limits: tuple[float, float]) -> list[Markup]:
 
 
 def _axis_y(limits: tuple[float, float]) -> list[Markup]:
-    parts = []
-    for tick in round_steps(*limits):
+    parts, ticks = [], round_steps(*limits)
+    for tick in ticks:
         y = TOP + _down(tick, limits)
         parts.append(element("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, class_="grid"))
-        parts.append(element("text", tick_text(tick), x=LEFT - 7, y=y + 4.5, text_anchor="end"))
+        parts.append(element("text", tick_text(tick, ticks[1] - ticks[0]), x=LEFT - 7, y=y + 4.5, text_anchor="end"))
     return parts
 
 
-def tick_text(value: float) -> str:
-    """Returns a number of the axis: ``0.25``, ``1e-05``, ``25,000``."""
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{round(value, 12):.4g}"
+def tick_text(value: float, step: float) -> str:
+    """Returns a number of an axis with as many decimals as its steps have: ``0.50``, ``2e-05``, ``25,000``."""
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    return f"{value:,.{decimals}f}" if decimals <= 4 and abs(value) < 1e6 else f"{round(value, 12):.3g}"
 
 
 def style_of(curve: Curve) -> str:
@@ -147,7 +148,7 @@ def _classes(curve: Curve) -> str:
 
 
 def _marker(curve: Curve) -> str:
-    return f"#marker-{curve.run // COLOURS % MARKERS if curve.run >= COLOURS else curve.run % MARKERS}"
+    return f"#marker-{(curve.run + curve.run // COLOURS) % MARKERS}"  # a colour comes back with another marker
 
 
 def _line(curve: Curve, xs: tuple[float, float], ys: tuple[float, float]) -> Markup:

@@ -25,7 +25,7 @@ function unfoldTarget() {
 // --------------------------------------------------------------------------------------------------------- diagrams
 const SVG = "http://www.w3.org/2000/svg";
 const ROOM = 0.06; // of the range of values, above and below
-const TICKS = 5;
+const TICKS = 8;
 const DRAG = 6; // units; less is a click
 
 for (const figure of document.querySelectorAll("figure.diagram")) makeDiagram(figure);
@@ -182,9 +182,13 @@ function makeDiagram(figure) {
     }
     const yAxis = plot.querySelector("g.y-axis");
     yAxis.replaceChildren();
-    for (const tick of steps(ys)) {
+    const ticks = steps(ys);
+    const decimals = Math.max(0, -Math.floor(Math.log10(ticks[1] - ticks[0]) + 1e-9));
+    const plain = { minimumFractionDigits: decimals, maximumFractionDigits: decimals };
+    for (const tick of ticks) {
       add(yAxis, "line", { class: "grid", x1: left, x2: left + width, y1: down(tick), y2: down(tick) });
-      add(yAxis, "text", { x: left - 7, y: down(tick) + 4.5, "text-anchor": "end" }).textContent = short(tick, 5);
+      add(yAxis, "text", { x: left - 7, y: down(tick) + 4.5, "text-anchor": "end" }).textContent =
+        decimals <= 4 && Math.abs(tick) < 1e6 ? tick.toLocaleString("en", plain) : short(tick, 3);
     }
     if (at !== null && inside(positions[at])) read(at, false);
     else hide();
@@ -266,7 +270,7 @@ function set(node, attributes) {
 // Round numbers between two limits, as diagram.py has them.
 function steps([low, high]) {
   const power = 10 ** Math.floor(Math.log10((high - low) / TICKS));
-  const step = [1, 2, 5, 10].map((factor) => power * factor).find((size) => (high - low) / size <= TICKS + 1);
+  const step = [1, 2, 5, 10].map((factor) => power * factor).find((size) => (high - low) / size <= TICKS);
   const ticks = [];
   for (let index = Math.ceil(low / step - 1e-9); index <= Math.floor(high / step + 1e-9); index++) {
     ticks.push(Number((index * step).toPrecision(12)));
