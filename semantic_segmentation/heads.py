@@ -14,8 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from beit.errors import InputError
-
-POOL_SCALES = (1, 2, 3, 6)
+from beit.interop.segmentation import POOL_SCALES
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:

@@ -23,10 +23,11 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from beit.errors import InputError
+from beit.interop.segmentation import POOL_SCALES
 from beit.modeling import Backbone, Size
 from beit.pretrained import KeyReport, load_weights
 from beit.weights import Metadata, architecture_of, taps_of
-from semantic_segmentation.heads import POOL_SCALES, FCNHead, Head, SETRUPHead, UPerHead, resize
+from semantic_segmentation.heads import FCNHead, Head, SETRUPHead, UPerHead, resize
 
 logger = logging.getLogger(f"beit.{__name__}")
 

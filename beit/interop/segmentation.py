@@ -7,6 +7,7 @@ they are read off names and shapes: this package knows no model that could be as
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -16,6 +17,8 @@ PYRAMID = ("fpn1.", "fpn2.")
 PARTS = (*PYRAMID, *HEADS)
 COUNTER = "num_batches_tracked"  # of a batch norm: no weight, and absent from some files
 LEVELS = 4
+POOL_SCALES = (1, 2, 3, 6)  # of UPerNet, where nothing else is recorded
+ADE20K_CLASSES = 150
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
@@ -63,6 +66,19 @@ def heads_of(weights: Mapping[str, Tensor]) -> Heads:
         auxiliary_convs=_count(weights, f"{AUXILIARY}convs"),
         auxiliary_concat=f"{AUXILIARY}conv_cat.conv.weight" in weights,
     )
+
+
+def leaves_zero_out(metadata: Mapping[str, Any], num_classes: int) -> bool:
+    """Tells whether 0 is no class in the label maps that a segmentor learnt from, and its first class is 1 there.
+
+    So it is in ADE20K, and where nothing is recorded a model of as many classes is taken to be of it.
+
+    Args:
+        metadata: From :func:`beit.weights.read_weights`.
+        num_classes: Classes of the segmentor.
+    """
+    recorded = metadata.get("reduce_zero_label")
+    return recorded if isinstance(recorded, bool) else num_classes == ADE20K_CLASSES
 
 
 def _count(weights: Mapping[str, Tensor], module: str) -> int:

@@ -22,7 +22,7 @@ from beit.data.transforms import (
 from beit.errors import InputError
 from beit.interop import from_official, huggingface, mmseg, timm
 from beit.interop.recorded import RECORDED
-from beit.interop.segmentation import PARTS, heads_of, incomplete, is_segmentor
+from beit.interop.segmentation import PARTS, POOL_SCALES, heads_of, incomplete, is_segmentor, leaves_zero_out
 from beit.pretrained import Architecture, Metadata, architecture_of, class_names, read_weights
 from beit.relative_position import relative_position_index
 from beit.storage import atomic_write, save_checkpoint
@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 TARGETS = ("unilm", "huggingface", "timm", "mmsegmentation", "mmpretrain", "onnx", "torch_export")
 SEGMENTATION_TARGETS = ("unilm", "huggingface", "mmsegmentation")
-POOL_SCALES = (1, 2, 3, 6)  # of UPerNet, where nothing else is recorded
 FILE_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 CROP_FROM = 384  # from this size on, published models are evaluated on the whole image
 LAYER_NORM_EPS = 1e-6  # of ours and of timm's
@@ -159,8 +158,10 @@ def _write_huggingface_segmentor(
         pool_scales=metadata.get("pool_scales", POOL_SCALES),
         palette=metadata.get("palette"),
     )
-    images = preprocessing(architecture, {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, **metadata})
-    zero = metadata.get("reduce_zero_label", False)
+    # Segmentors are trained and tested on images that were resized bilinearly, whatever their backbones learnt from.
+    usual = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+    images = preprocessing(architecture, usual | metadata | {"interpolation": "bilinear"})
+    zero = leaves_zero_out(metadata, heads.num_classes)
     _write_json(folder / "config.json", config)
     prepared = huggingface.segmentation_preprocessor_json(config["image_size"], images, zero=zero)
     _write_json(folder / "preprocessor_config.json", prepared)

@@ -195,6 +195,26 @@ def test_names_colours_and_preparation_travel_through_transformers(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("recorded", "classes", "zero"),
+    [
+        ({}, 150, True),  # as a released file: ADE20K's
+        ({}, 6, False),
+        ({"reduce_zero_label": False, "interpolation": "bicubic"}, 150, False),
+        ({"reduce_zero_label": True, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}, 6, True),
+    ],
+)
+def test_transformers_is_told_to_prepare_images_and_label_maps_as_in_training(tmp_path, recorded, classes, zero):
+    # Broken by a backbone's bicubic resizing, and by labels that are one off since a released file records nothing.
+    convert(saved(segmentor(num_classes=classes), tmp_path / "ours.pth", **recorded), tmp_path / "hf", "huggingface")
+    described = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
+    assert described["resample"] == 2  # Pillow's number of "bilinear"
+    assert described["do_reduce_labels"] is zero
+    assert described["size"] == {"height": 64, "width": 64}
+    assert described["image_mean"] == recorded.get("mean", [0.485, 0.456, 0.406])
+    assert described["image_std"] == recorded.get("std", [0.229, 0.224, 0.225])
+
+
+@pytest.mark.parametrize(
     ("model", "message"),
     [
         ({"channels": 48}, "the decode head has 48 channels and the backbone 32; in transformers' BEiT both are the"),
