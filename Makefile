@@ -5,6 +5,7 @@ PYTEST_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
+DEMO_RUNS := dvae pretrain finetune-pretrained finetune-scratch segmentation/pretrained segmentation/scratch
 REQUIREMENTS := pyproject.toml requirements.txt setup.py
 
 .DEFAULT_GOAL := help
@@ -15,8 +16,10 @@ help: ## list the verbs
 	@echo "make VERB [PYTHON=python3.12] [PYTEST_ARGS='-k masking']"
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
 
-demo: $(VENV)/installed-demo ## train a small tokenizer and a small BEiT on this machine, draw the results into demo/
+demo: $(VENV)/installed-demo ## pre-train, fine-tune and segment in the small on this machine, with pictures and a report in demo/
 	$(BIN)/python -m beit demo --output_dir demo
+	$(BIN)/python -m semantic_segmentation demo --output_dir demo
+	$(BIN)/python -m beit report $(DEMO_RUNS:%=demo/%) --title 'What the demo learnt' -o demo/report.html
 
 test: $(VENV)/installed-test ## run all tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
