@@ -15,7 +15,7 @@ from beit.visualization.markup import Content, Markup, element
 from beit.visualization.page import fold, table
 
 AGAIN = "reproduced"  # where the commands of the page write
-NOT_OF_THE_RUN = {"local_rank": -1, "dist_url": "env://", "world_size": 1}  # of the machines it had
+NOT_OF_THE_RUN = ("local_rank", "dist_url", "world_size")  # but of the machines it had
 LONGEST_VALUE = 400  # letters
 NAMES = {
     "beit": "beit", "torch": "PyTorch", "torchvision": "torchvision", "timm": "timm", "numpy": "NumPy", "cuda": "CUDA",
@@ -80,8 +80,9 @@ def command(run: RunRecord) -> str:
     config = run.configuration()
     if config is None:
         return ""
-    fields = {name: value for name, value in NOT_OF_THE_RUN.items() if name in vars(config)}
-    flags = to_flags(replace(config, **fields, output_dir=folder))
+    defaults = vars(type(config)())
+    usual = {name: defaults[name] for name in NOT_OF_THE_RUN if name in defaults}
+    flags = to_flags(replace(config, **usual, output_dir=folder))
     lines = [start + run.kind.script]
     for word in flags:
         lines += [word] if word.startswith("--") else []
