@@ -19,7 +19,8 @@ help: ## list the verbs
 demo: $(VENV)/installed-demo ## pre-train, fine-tune and segment in the small on this machine, with pictures and a report in demo/
 	$(BIN)/python -m beit demo --output_dir demo
 	$(BIN)/python -m semantic_segmentation demo --output_dir demo
-	$(BIN)/python -m beit report $(DEMO_RUNS:%=demo/%) --title 'What the demo learnt' -o demo/report.html
+	$(BIN)/python -m beit report $(DEMO_RUNS:%=demo/%) --title 'What the demo learnt' \
+		--pictures demo/reconstructions.png demo/segmentation.png --results demo/summary.json -o demo/report.html
 
 test: $(VENV)/installed-test ## run all tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
