@@ -9,10 +9,13 @@ Stopped, the same command goes on from where it was. docs/reproduction_small.md 
 """
 
 import sys
+from pathlib import Path
 
-from reproduction.comparison import ReproductionConfig, main
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout serves without being installed
 
-from beit.tasks.launch import launch
+from reproduction.comparison import ReproductionConfig, main  # noqa: E402
+
+from beit.tasks.launch import launch  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(launch(ReproductionConfig, main, __doc__))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from beit.errors import InputError
 from benchmarks.reproduction import comparison
 from benchmarks.reproduction.comparison import ReproductionConfig, cell_key, collect, in_order, report, run, scores_of
 from benchmarks.reproduction.jobs import UNLABELLED, Jobs
@@ -166,8 +167,29 @@ def test_few_labels_are_some_of_the_training_digits_the_same_each_time(tmp_path)
     assert all((digits / "train" / path).exists() for path in few)
 
 
+def test_the_table_takes_its_place_in_a_page_and_nothing_else_changes(calls, tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "cpu", TWO_SEEDS)
+    page, results = tmp_path / "page.md", tmp_path / "results.json"
+    page.write_text("before\n<!-- measured -->\nold\n<!-- end -->\nafter\n", encoding="utf-8")
+    flags = {"output_dir": str(tmp_path), "results": str(results), "page": str(page)}
+    comparison.main(ReproductionConfig(**flags))
+    table = report(json.loads(results.read_text(encoding="utf-8")))
+    assert page.read_text(encoding="utf-8") == f"before\n<!-- measured -->\n{table}<!-- end -->\nafter\n"
+    comparison.main(ReproductionConfig(**flags, table=True))
+    assert page.read_text(encoding="utf-8") == f"before\n<!-- measured -->\n{table}<!-- end -->\nafter\n"
+    page.write_text("no markers", encoding="utf-8")
+    with pytest.raises(InputError, match="measured"):
+        comparison.main(ReproductionConfig(**flags, table=True))
+
+
+def test_the_page_in_docs_is_that_of_the_results():
+    results = ROOT / "benchmarks" / "results" / "reproduce_small.json"
+    page = (ROOT / "docs" / "reproduction_small.md").read_text(encoding="utf-8")
+    assert report(json.loads(results.read_text(encoding="utf-8"))) in page
+
+
 def test_a_mistake_gives_one_line(tmp_path):
-    with pytest.raises(comparison.InputError, match="--minutes"):
+    with pytest.raises(InputError, match="--minutes"):
         comparison.main(ReproductionConfig(minutes=-1, output_dir=str(tmp_path)))
 
 

@@ -7,7 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from beit.config import option
 from beit.errors import InputError
 from beit.storage import atomic_write
+from beit.tasks.options import AMP_CHOICES
 
 from .jobs import Jobs, digest
 from .settings import COLUMNS, PRESETS, ROWS, Preset
@@ -23,6 +24,7 @@ from .table import Cells, Scores, findings, markdown
 
 logger = logging.getLogger("beit.reproduction")
 
+BEGIN, END = "<!-- measured -->", "<!-- end -->"  # of the part of a page that is written here
 VERSION = 1  # of the code below the cells; a change that alters results makes all cells anew
 
 
@@ -34,8 +36,12 @@ class ReproductionConfig:
     quick: bool = option(False, "the same as --preset quick: minutes, to see it work")
     output_dir: str = option("reproduction", "folder for images, runs and the cells of the table; a run goes on there")
     table: bool = option(False, "run nothing, print the table of the cells that are there")
+    amp_dtype: str = option(
+        "auto", "number format of all runs; bf16 is twice as fast on CPUs that know it", choices=AMP_CHOICES
+    )
     minutes: float = option(0.0, "start no other cell after this long; the next run goes on. 0 for no limit")
     results: str = option("", "JSON file for the scores, settings and machine")
+    page: str = option("", "page whose part between the markers `measured` and `end` becomes the table")
 
 
 def main(config: ReproductionConfig) -> None:
@@ -47,13 +53,20 @@ def main(config: ReproductionConfig) -> None:
     if config.minutes < 0:
         raise InputError(f"--minutes {config.minutes:g}: must be 0 or more")
     name = "quick" if config.quick else config.preset
-    preset, folder = PRESETS[name], Path(config.output_dir) / name
+    preset, folder = computed_in(PRESETS[name], config.amp_dtype), Path(config.output_dir) / name
     if not config.table:
         run(preset, folder, config.minutes)
     results = collect(name, preset, folder)
     if config.results:
         write_json(Path(config.results), results)
+    if config.page:
+        write_page(Path(config.page), report(results))
     sys.stdout.write(report(results))
+
+
+def computed_in(preset: Preset, amp_dtype: str) -> Preset:
+    """Returns a preset whose runs compute in a number format."""
+    return replace(preset, machine={**preset.machine, "amp_dtype": amp_dtype})
 
 
 def run(preset: Preset, folder: Path, minutes: float = 0.0) -> None:
@@ -130,15 +143,31 @@ def scores_of(results: dict[str, Any]) -> Scores:
 
 def report(results: dict[str, Any]) -> str:
     """Returns the table, the findings and what they were measured on, in Markdown."""
-    scores = scores_of(results)
-    minutes, seeds = results["minutes"], results["seeds"]
+    scores, seeds, minutes, versions = (scores_of(results), *(results[key] for key in ("seeds", "minutes", "versions")))
+    number_format = results["settings"]["machine"].get("amp_dtype", "auto")
     about = (
-        f"Measured: preset {results['preset']}, mean ± standard deviation of {len(seeds)} seeds, in percent. "
-        f"{results['machine']}, {results['threads']} thread(s); Python {results['versions']['python']}, PyTorch "
-        f"{results['versions']['torch']}; {minutes['tokenizers and pre-training']} minutes of tokenizers and "
-        f"pre-training, {minutes['evaluation']} of evaluation."
+        f"**Measured**: preset {results['preset']}, mean ± standard deviation of {len(seeds)} seeds, in percent. "
+        f"{results['machine']}, {results['threads']} thread(s), number format {number_format}; "
+        f"Python {versions['python']}, PyTorch {versions['torch']}. "
+        f"{minutes['tokenizers and pre-training']} minutes of tokenizers and pre-training, {minutes['evaluation']} of "
+        "evaluation, on the wall clock."
     )
     return f"{about}\n\n{markdown(scores, len(seeds))}\n{findings(scores)}"
+
+
+def write_page(path: Path, text: str) -> None:
+    """Puts text between the markers of a page.
+
+    Raises:
+        InputError: The page has no such markers.
+    """
+    page = path.read_text(encoding="utf-8") if path.exists() else ""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise InputError(f"{path} has no place for the table: it needs the lines {BEGIN} and {END}")
+    with atomic_write(path) as file:
+        file.write(f"{before}{BEGIN}\n{text}{END}{after}".encode())
 
 
 def machine() -> str:

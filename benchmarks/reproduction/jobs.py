@@ -245,8 +245,7 @@ class Jobs:
             model_kwargs=None if backbone else {**self.preset.model, "img_size": self.preset.images.pixels},
             pool=("mean",),
             k=(settings["k"],),
-            device=self.preset.machine["device"],
-            num_workers=self.preset.machine["num_workers"],
+            **{name: value for name, value in self.preset.machine.items() if name != "pin_mem"},
             seed=self.seed,
         )
         return knn.best_of(knn.evaluate(config)).acc1

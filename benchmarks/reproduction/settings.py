@@ -54,8 +54,8 @@ class Images:
     crops: int = 300
     labelled_scenes: int = 300
     held_out_scenes: int = 150
-    stored: int = 48
-    pixels: int = 32
+    stored: int = 72
+    pixels: int = 64
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,13 @@ class Preset:
     tuning_seed: int = 1000
 
 
-MODEL = {"patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3}
+MODEL = {"patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3}
 
 CPU = Preset(
     images=Images(),
     model=MODEL,
     dvae={
-        "num_tokens": 256, "codebook_dim": 64, "num_layers": 2, "hidden_dim": 32, "min_crop": 0.3, "epochs": 5,
+        "num_tokens": 256, "codebook_dim": 64, "num_layers": 3, "hidden_dim": 24, "min_crop": 0.3, "epochs": 5,
         "batch_size": 32, "lr": 3e-3, "warmup_steps": 20,
     },
     pretraining={

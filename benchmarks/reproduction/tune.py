@@ -16,8 +16,9 @@ from typing import Any
 
 from beit.config import option
 from beit.tasks.launch import launch
+from beit.tasks.options import AMP_CHOICES
 
-from .comparison import machine, write_json
+from .comparison import computed_in, machine, write_json
 from .jobs import Jobs, digest
 from .settings import BEIT, PRESETS, SCRATCH
 from .table import Cells
@@ -26,11 +27,11 @@ logger = logging.getLogger("beit.reproduction")
 
 # What is tried, by column and row.
 TRIALS: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]] = {
-    ("finetune", SCRATCH): [{"lr": lr, "layer_decay": 1.0} for lr in (1e-3, 2e-3, 4e-3)],
+    ("finetune", SCRATCH): [{"lr": lr, "layer_decay": 1.0} for lr in (5e-4, 1e-3, 2e-3, 4e-3)],
     ("segment", SCRATCH): [{"lr": lr, "layer_decay": 1.0} for lr in (4e-3, 8e-3, 1.6e-2)],
     ("linear", SCRATCH): [{"lr": lr} for lr in (3e-3, 1e-2, 3e-2)],
     ("finetune", BEIT): [
-        {"lr": lr, "layer_decay": decay} for lr, decay in ((1e-3, 1.0), (2e-3, 1.0), (4e-3, 1.0), (2e-3, 0.85))
+        {"lr": lr, "layer_decay": decay} for lr, decay in ((5e-4, 1.0), (1e-3, 1.0), (2e-3, 1.0), (1e-3, 0.8))
     ],
     ("segment", BEIT): [{"lr": lr, "layer_decay": decay} for lr, decay in ((4e-3, 1.0), (8e-3, 1.0), (8e-3, 0.75))],
     ("linear", BEIT): [{"lr": lr} for lr in (3e-3, 1e-2, 3e-2)],
@@ -43,13 +44,14 @@ class TuningConfig:
 
     preset: str = option("cpu", "size of the comparison", choices=tuple(PRESETS))
     output_dir: str = option("tuning", "folder for images, runs and scores; a run goes on there")
+    amp_dtype: str = option("auto", "number format of all runs", choices=AMP_CHOICES)
     only: tuple[str, ...] = option((), "columns, or rows such as scratch, to tune; all by default")
     results: str = option("", "JSON file for the scores")
 
 
 def main(config: TuningConfig) -> None:
     """Scores every trial that has no score yet, and says which is best."""
-    preset = PRESETS[config.preset]
+    preset = computed_in(PRESETS[config.preset], config.amp_dtype)
     jobs, cells = Jobs(Path(config.output_dir), preset, preset.tuning_seed), Cells(Path(config.output_dir) / "cells")
     found = []
     for (column, row), trials in TRIALS.items():
