@@ -1,12 +1,15 @@
 """BEiT pre-training: predict the visual tokens of masked patches (arXiv 2106.08254, section 2), or something else."""
 
 import logging
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit.config import Size, option, to_plain
@@ -25,6 +28,7 @@ from beit.pretrained import load_weights, read_weights
 from beit.targets import VISUAL_TOKENS, PixelTarget, PredictionTarget, TokenTarget
 from beit.tasks.image_log import ImageLog, spread_samples
 from beit.tasks.options import (
+    AMP_CHOICES,
     EVALUATION_WORKERS,
     OptimizerOptions,
     RunOptions,
@@ -43,7 +47,7 @@ from beit.tokenizer import VisualTokenizer, load_tokenizer
 from beit.training import distributed
 from beit.training.loop import Batch, Trainer
 from beit.training.optim import parameter_groups
-from beit.training.precision import Precision, resolve_amp_dtype
+from beit.training.precision import AMP_DTYPES, Precision, resolve_amp_dtype
 from beit.training.session import Session
 from beit.zoo import create_model, list_models
 
@@ -69,6 +73,7 @@ class PretrainingConfig(RunOptions, OptimizerOptions):
     layer_scale_init_value: float = option(0.1, "initial LayerScale: 0.1 for base, 1e-5 for large, 0 for none")
     drop_path: float = option(0.1, "stochastic depth rate of the last block; grows linearly with depth")
     grad_checkpointing: bool = option(False, "recompute activations in the backward pass, to save memory")
+    compile: bool = option(False, "compile the model for training; takes minutes to begin")
 
     target: str = option("tokens", "what is predicted of a patch", choices=("tokens", "pixels"))
     pixel_norm: bool = option(
@@ -80,6 +85,10 @@ class PretrainingConfig(RunOptions, OptimizerOptions):
     discrete_vae_type: str = option("dall-e", "kind of tokenizer: dall-e or customized")
     second_input_size: Size = option(112, "size of the tokenizer's view, in pixels (HEIGHTxWIDTH or one number)")
     second_interpolation: str = option("lanczos", "interpolation of the tokenizer's view")
+    tokenizer_dtype: str = option(
+        "auto", "number format of the tokenizer's encoder; its logits are float32 in any case", choices=AMP_CHOICES
+    )
+    tokenizer_compile: bool = option(False, "compile the tokenizer's encoder; takes a minute to begin")
 
     mask_strategy: str = option(
         "block", "mask blocks of patches, or single patches at random", choices=("block", "random")
@@ -120,6 +129,8 @@ def main(config: PretrainingConfig, make_target: TargetFactory | None = None) ->
         # The target says what each patch shows; the model learns to say it of patches it does not see.
         target = (make_target or build_target)(config, session.device)
         model = build_model(config, target.output_size).to(session.device)
+        if config.compile:
+            model.compile(dynamic=False, fullgraph=True)
         target.check(model.patch_embed.grid_size, size_pair(config.second_input_size))
         masks = build_mask_generator(config, model.patch_embed.grid_size)
 
@@ -138,7 +149,11 @@ def main(config: PretrainingConfig, make_target: TargetFactory | None = None) ->
             settings,
             lr,
             weight_decay,
-            prepare=partial(with_patch_index, predict=config.predict),
+            prepare=partial(
+                with_patch_index,
+                predict=config.predict,
+                room=config.batch_size * config.num_mask_patches if config.compile else 0,
+            ),
             folder=session.folder,
             log_dir=config.log_dir,
             config=to_plain(config),
@@ -179,7 +194,23 @@ def build_tokenizer(config: PretrainingConfig, device: torch.device) -> VisualTo
             "OpenAI's, run_dvae_training.py trains one on your images (--discrete_vae_type customized); --target "
             "pixels needs none"
         )
-    return load_tokenizer(config.discrete_vae_weight_path, config.discrete_vae_type, device)
+    dtype = tokenizer_dtype(config, device)
+    return load_tokenizer(
+        config.discrete_vae_weight_path, config.discrete_vae_type, device, dtype, config.tokenizer_compile
+    )
+
+
+def tokenizer_dtype(config: PretrainingConfig, device: torch.device) -> torch.dtype:
+    """Returns the number format of the tokenizer's encoder.
+
+    ``auto`` goes with that of the run: float32 where the run is, else float16 on a GPU, as the published encoder was
+    made to run there, and bfloat16 elsewhere.
+    """
+    if config.tokenizer_dtype != "auto":
+        return AMP_DTYPES[config.tokenizer_dtype]
+    if resolve_amp_dtype(config.amp_dtype, device) == torch.float32:
+        return torch.float32
+    return torch.float16 if device.type == "cuda" else torch.bfloat16
 
 
 def build_model(config: PretrainingConfig, output_size: int) -> VisionTransformerForMaskedImageModeling:
@@ -234,18 +265,25 @@ def build_loader(
     return epoch_loader(ImageDataset(find_together(config.data_path), transform, config.seed), config, session)
 
 
-def with_patch_index(batch: Batch, predict: str = "masked") -> dict[str, Tensor]:
+def with_patch_index(batch: Batch, predict: str = "masked", room: int = 0) -> dict[str, Tensor]:
     """Adds the flat positions of the patches to predict, found on the host, where that makes no GPU wait.
 
     Args:
         batch: Holds ``mask``, bool ``(B, h, w)``.
         predict: ``masked`` or ``all``.
+        room: Most masked patches that a batch can have. With it the model is given as many places in every batch, the
+            first patch again and again in those that are over: a compiled model wants the same shapes each time.
 
     Returns:
-        The batch with ``patch_index``, int64 ``(M,)``, positions in the ``B * h * w`` patches.
+        The batch with ``patch_index``, int64 ``(M,)``, positions in the ``B * h * w`` patches; of masked ones with
+        ``room`` also ``padded_index``, int64 ``(room,)``.
     """
     mask = batch["mask"].flatten()
-    return {**batch, "patch_index": mask.nonzero().flatten() if predict == "masked" else torch.arange(len(mask))}
+    if predict != "masked":
+        return {**batch, "patch_index": torch.arange(len(mask))}
+    index = mask.nonzero().flatten()
+    padded = {"padded_index": F.pad(index, (0, max(0, room - len(index))))} if room else {}
+    return {**batch, "patch_index": index, **padded}
 
 
 class MaskedPrediction:
@@ -266,11 +304,13 @@ class MaskedPrediction:
         index = batch["patch_index"]
         targets = self.target.of(batch, index)
         images = normalize(batch["image"], self._mean, self._std)
-        return model(images, batch["mask"], masked_index=index), targets
+        outputs = model(images, batch["mask"], masked_index=batch.get("padded_index", index))
+        return outputs[: len(index)], targets  # what was predicted to fill the room counts for nothing
 
     def outputs_of_all(self, model: nn.Module, batch: Batch) -> Tensor:
         """Returns the outputs of all patches, ``(B, N, output_size)``; the masked ones are masked all the same."""
-        return model(normalize(batch["image"], self._mean, self._std), batch["mask"], return_all_tokens=True)
+        with _uncompiled():
+            return model(normalize(batch["image"], self._mean, self._std), batch["mask"], return_all_tokens=True)
 
     def __call__(self, model: nn.Module, batch: Batch, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss of a batch and the target's metrics."""
@@ -278,6 +318,14 @@ class MaskedPrediction:
         with torch.no_grad():
             metrics = self.target.metrics(outputs.detach(), targets)
         return self.target.loss(outputs, targets), metrics
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    """Runs what is compiled for training as it is written: other shapes would be compiled for minutes, to be used once.
+
+    What no one has compiled anything with is left alone: it takes seconds to import.
+    """
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 class PretrainingTrainer(Trainer):
@@ -371,7 +419,7 @@ def evaluate(
     totals = {"loss": torch.zeros((), device=device), "patches": torch.zeros((), dtype=torch.int64, device=device)}
     for host_batch in loader.epoch(0):
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in with_patch_index(host_batch).items()}
-        with precision.autocast():
+        with precision.autocast(), _uncompiled():
             outputs, targets = objective.predict(model, batch)
         sums = {"loss": target.loss(outputs, targets, "sum"), **target.tally(outputs, targets)}
         totals["patches"] += len(outputs)
@@ -434,7 +482,7 @@ def announce_flags_without_effect(config: PretrainingConfig, own_target: bool) -
     if config.target == "tokens":
         _say_unused(config, "target", "pixel_norm")
     else:
-        tokenizer = ("discrete_vae_weight_path", "discrete_vae_type")
+        tokenizer = ("discrete_vae_weight_path", "discrete_vae_type", "tokenizer_dtype", "tokenizer_compile")
         _say_unused(config, "target", *tokenizer, "second_input_size", "second_interpolation")
 
 
