@@ -13,9 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout serves without being installed
 
-from reproduction.comparison import ReproductionConfig, main  # noqa: E402
+from reproduction.comparison import ReproductionConfig, main
 
-from beit.tasks.launch import launch  # noqa: E402
+from beit.tasks.launch import launch
 
 if __name__ == "__main__":
     sys.exit(launch(ReproductionConfig, main, __doc__))
