@@ -49,6 +49,9 @@ class WarmupPoly:
         power: Exponent of the decay.
 
     Source: mmcv 1.x, ``PolyLrUpdaterHook`` with ``warmup="linear"``, which BEiT's segmentation recipes use.
+
+    Deviation: a layer's scale multiplies this whole value, ``final`` too, where mmcv ends every parameter group at the
+    same ``min_lr``. The recipes end at 0, where there is no difference.
     """
 
     base: float
