@@ -5,6 +5,7 @@ is there: one batch of every process, so that with ``update_freq`` 2 every secon
 """
 
 import dataclasses
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from beit.errors import InputError, did_you_mean
 from beit.tasks.options import AMP_CHOICES, check_positive
 from semantic_segmentation.inference import TEST_MODES
 from semantic_segmentation.official_keys import KEYS_WITHOUT_EFFECT, MODEL_SIZES, OFFICIAL_KEYS
+
+logger = logging.getLogger(f"beit.{__name__}")
 
 DECODE_HEADS = ("uper", "setr_pup")
 LOSS_AVERAGES = ("all", "valid")
@@ -89,7 +92,9 @@ class SegmentationConfig:
     warmup_ratio: float = option(1e-6, "share of the learning rate that the warm-up begins with")
     power: float = option(1.0, "exponent of the learning rate's decay")
     min_lr: float = option(0.0, "learning rate at the end")
-    loss_average: str = option("all", "pixels that the loss is the mean of: all, or valid ones", choices=LOSS_AVERAGES)
+    loss_average: str = option(
+        "all", "pixels of a process's batch that its loss is the mean of: all, or valid ones", choices=LOSS_AVERAGES
+    )
     recipe_batch: int = option(
         16, "images of an optimizer step that lr is tuned for; another batch is said at the start"
     )
@@ -156,6 +161,8 @@ class TestConfig(SegmentationConfig):
     )
     __test__: ClassVar[bool] = False  # its name would make pytest take it for a test
 
+    amp_dtype: str = option("auto", "number format of the forward pass; auto is fp32 in testing", choices=AMP_CHOICES)
+
     config: str = option("", "settings file: a path, or the name of one of the package's", positional=True)
     checkpoint: str = option("", "segmentor: a path, a released name, a URL or a hub id", positional=True)
     aug_test: bool = option(False, "average over six scales, 0.5 to 1.75, and the mirrored image")
@@ -167,7 +174,9 @@ class TestConfig(SegmentationConfig):
     opacity: float = option(0.5, "of what is painted over, above 0 and at most 1")
     gpu_collect: bool = option(False, "unused", no_effect=_SPREAD)
     tmpdir: str = option("", "unused", no_effect=_SPREAD)
-    eval_options: dict[str, Any] | None = option(None, "imgfile_prefix=FOLDER: where --format_only writes")
+    eval_options: dict[str, Any] | None = option(
+        None, "of --format_only: imgfile_prefix=FOLDER, to_label_id=False for classes from 0"
+    )
 
 
 def read_train(argv: Sequence[str], prog: str = "train.py", description: str = "") -> TrainConfig:
@@ -209,6 +218,11 @@ def scales(config: SegmentationConfig) -> tuple[tuple[float, ...], bool]:
 def label_map_folder(config: TestConfig) -> Path:
     """Returns where ``--format-only`` writes: what ``--eval-options imgfile_prefix=…`` says, or ``format_results``."""
     return Path((config.eval_options or {}).get("imgfile_prefix") or Path(config.work_dir) / "format_results")
+
+
+def adds_one(config: TestConfig) -> bool:
+    """Whether ``--format-only`` writes class 0 as 1, as ADE20K numbers it; ``to_label_id=False`` writes it as 0."""
+    return config.reduce_zero_label and (config.eval_options or {}).get("to_label_id", True)
 
 
 def sizes(config: SegmentationConfig) -> dict[str, Any]:
@@ -327,6 +341,11 @@ def _check_test(config: TestConfig) -> None:
     for name in config.eval_options or {}:
         if name not in EVAL_OPTIONS:
             raise InputError(f"--eval_options {name}: no such option{did_you_mean(name, EVAL_OPTIONS)}")
+    to_label_id = (config.eval_options or {}).get("to_label_id", True)
+    if not isinstance(to_label_id, bool):
+        raise InputError(f"--eval_options to_label_id={to_label_id}: must be True or False")
+    if "efficient_test" in (config.eval_options or {}):
+        logger.warning("--eval_options efficient_test has no effect: no results are kept but counts")
 
 
 def _spaced(values: Sequence[object]) -> str:

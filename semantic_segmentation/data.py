@@ -34,6 +34,7 @@ logger = logging.getLogger(f"beit.{__name__}")
 CLASSES_FILE = "classes.txt"
 LABEL_MAPS = ".png"
 NAMED = 3  # how many files a message names
+LOOKED_AT = 16  # label maps, before the work begins
 GREYS_SPREAD_BY = {"L;2": 85, "L;4": 17}  # Pillow spreads greys of 2 and 4 bits over 0 to 255
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
@@ -302,6 +303,42 @@ def read_labels(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
     if mode.startswith("I") and not 0 <= labels.min() <= labels.max() <= IGNORED:
         raise InputError(f"{path} has the label {labels.max()}; labels go from 0 to {IGNORED}, which is no class")
     return labels.astype(np.uint8)
+
+
+def check_labels(pairs: ImagePairs, reduce_zero_label: bool) -> None:
+    """Looks at a few label maps, spread over all: whether there is anything to learn from, or to test on.
+
+    Args:
+        pairs: Images with label maps.
+        reduce_zero_label: Whether label 0 of the files is no class.
+
+    Raises:
+        InputError: No pixel has a label, or a label map cannot be read.
+    """
+    count = min(LOOKED_AT, len(pairs.labels))
+    seen = np.zeros(IGNORED + 1, dtype=bool)
+    for number in range(count):
+        seen[read_labels(pairs.labels[number * len(pairs.labels) // count])] = True
+    is_class = seen.copy()
+    is_class[[0, IGNORED] if reduce_zero_label else [IGNORED]] = False
+    such_as = f"{pairs.labels[0]} and {count - 1} more that were looked at" if count > 1 else str(pairs.labels[0])
+    if not is_class.any():
+        held = " and ".join(map(str, np.flatnonzero(seen)))
+        first, none = (1, "0 (with reduce_zero_label) and 255 mean") if reduce_zero_label else (0, "255 means")
+        hint = "; if 0 is a class, set reduce_zero_label=False" if reduce_zero_label else ""
+        raise InputError(
+            f"no pixel has a label in {such_as}: there is only {held}, and {none} no label here; write classes as "
+            f"{first}, {first + 1}, and so on{hint}"
+        )
+    if is_class.sum() < 2 and seen[IGNORED]:
+        logger.warning(
+            "%d is the only class in %s, beside %d: %d means no label here; write the object as 1, and set "
+            "reduce_zero_label=False where 0 is a class",
+            np.flatnonzero(is_class)[0],
+            such_as,
+            IGNORED,
+            IGNORED,
+        )
 
 
 def _reason(path: str | os.PathLike[str], error: Exception) -> str:

@@ -22,10 +22,10 @@ from beit.visualization.figures import draw_segmentation
 from semantic_segmentation import task
 from semantic_segmentation.config import TrainConfig
 from semantic_segmentation.data import SegmentationClasses, TestImages, find_classes, find_pairs
-from semantic_segmentation.inference import predict
+from semantic_segmentation.inference import Statistics, predict
 from semantic_segmentation.modeling import segmentor_from
 from semantic_segmentation.overlays import overlay
-from semantic_segmentation.testing import MEAN, STD, test_settings
+from semantic_segmentation.testing import test_settings
 
 logger = logging.getLogger(f"beit.{__name__}")
 
@@ -164,7 +164,8 @@ def segmented(images: list[Tensor], run: Path, config: TrainConfig, classes: Seg
     segmentor = segmentor_from(*read_weights(run / f"checkpoint-{config.max_iters}.pth"))
     precision = Precision(torch.float32, torch.device("cpu"))
     settings = test_settings(config)
-    predictions = (predict(segmentor, image, settings, mean=MEAN, std=STD, precision=precision) for image in images)
+    how: dict[str, Any] = {**Statistics()._asdict(), "precision": precision}
+    predictions = (predict(segmentor, image, settings, **how) for image in images)
     return [overlay(image, prediction, classes.colours) for image, prediction in zip(images, predictions, strict=True)]
 
 

@@ -1,24 +1,60 @@
 """From an image of any size to the class of each of its pixels: at once, in windows, in several sizes, mirrored."""
 
 import itertools
+import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit.data.transforms import normalize
+from beit.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, normalize
 from beit.errors import InputError
+from beit.interop.segmentation import ADE20K_CLASSES
 from beit.training.precision import Precision
 from semantic_segmentation.modeling import Segmentor, at_size
 from semantic_segmentation.transforms import fit_size, resize, scaled
 
+logger = logging.getLogger(f"beit.{__name__}")
+
 TEST_MODES = ("slide", "whole")
 COARSEST_STRIDE = 32  # a smaller image leaves the last level of the pyramid empty
 BAND_PIXELS = 1 << 20  # pixels whose logits are enlarged at once: 630 MB of them for 150 classes
+
+
+class Statistics(NamedTuple):
+    """Mean and standard deviation of each channel, for images in [0, 1]: what images are normalised with."""
+
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN
+    std: Sequence[float] = IMAGENET_DEFAULT_STD
+
+
+def statistics_of(metadata: Mapping[str, Any], num_classes: int) -> Statistics:
+    """Returns what a segmentor learnt with: as its checkpoint records, else ImageNet's, as the published ones.
+
+    transformers' copies of the published segmentors record a mean of 0.5, its default when they were converted. Their
+    weights learnt with ImageNet's, so a segmentor of ADE20K's 150 classes in its format is not believed about 0.5.
+
+    Args:
+        metadata: From :func:`beit.weights.read_weights`.
+        num_classes: Classes of the segmentor.
+    """
+    usual = Statistics()
+    recorded = Statistics(metadata.get("mean", usual.mean), metadata.get("std", usual.std))
+    copied = metadata.get("dialect") == "huggingface" and num_classes == ADE20K_CLASSES
+    if copied and tuple(recorded.mean) == tuple(recorded.std) == tuple(IMAGENET_INCEPTION_MEAN):
+        logger.warning(
+            "%s says that images have a mean of 0.5, as transformers' copies of the published segmentors do, which "
+            "learnt with ImageNet's: taking ImageNet's (did it learn with 0.5? then use what `beit convert --to unilm` "
+            "makes of it)",
+            metadata.get("source"),
+        )
+        return usual
+    return recorded
 
 
 @dataclass(frozen=True)

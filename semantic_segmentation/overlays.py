@@ -1,5 +1,6 @@
 """Segmentations as files: label maps to score or to go on with, and pictures to look at."""
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,26 @@ Colour = tuple[int, int, int]
 
 OPACITY = 0.5
 SMALLEST_SHARE = 0.0005  # of an image: a class with fewer pixels cannot be seen, and is left out of the legend
+
+
+def check_writable(flag: str, folder: Path) -> None:
+    """Looks whether files can be written into a folder, or into one that is to be made, and leaves nothing there.
+
+    Args:
+        flag: What to call it.
+        folder: The folder.
+
+    Raises:
+        InputError: They cannot.
+    """
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise InputError(f"{flag} {folder}: cannot write into {place}: {error.strerror}") from error
 
 
 def save_label_map(path: str | Path, prediction: Tensor, add_one: bool = False) -> None:

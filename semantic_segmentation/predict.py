@@ -13,15 +13,15 @@ from beit.config import option
 from beit.data.datasets import UnreadableImageError, index_images, read_image
 from beit.data.transforms import size_pair
 from beit.errors import InputError
+from beit.interop.segmentation import leaves_zero_out
 from beit.pretrained import read_weights
 from beit.tasks.options import AMP_CHOICES
 from beit.training.distributed import select_device
 from beit.training.precision import Precision, resolve_amp_dtype
 from semantic_segmentation.data import SegmentationClasses, ade20k_classes, named_classes, read_classes
-from semantic_segmentation.inference import TestSettings, predict
+from semantic_segmentation.inference import TEST_MODES, TestSettings, predict, statistics_of
 from semantic_segmentation.modeling import Segmentor, segmentor_from
-from semantic_segmentation.overlays import save_figure, save_label_map
-from semantic_segmentation.testing import MEAN, STD
+from semantic_segmentation.overlays import check_writable, save_figure, save_label_map
 
 logger = logging.getLogger(f"beit.{__name__}")
 
@@ -36,9 +36,16 @@ class PredictConfig:
     checkpoint: str = option("", "a segmentor: a path, a released name, a URL or a hub id")
     output_dir: str = option("segmentation", "folder for NAME.png, the label map, and NAME_overlay.png")
     classes: str = option("", "file with a class a line, where the checkpoint does not name them")
-    test_mode: str = option("slide", "windows of the size of the training crops, or the whole image at once")
-    test_ratios: tuple[float, ...] = option((1.0,), "factors on the image's size whose results are averaged")
-    test_flip: bool = option(False, "average over the mirrored image too")
+    test_mode: str | None = option(
+        None, "slide: windows of the size of the training crops; whole: the image at once", choices=TEST_MODES
+    )
+    test_ratios: tuple[float, ...] | None = option(None, "factors on the image's size whose results are averaged")
+    test_flip: bool | None = option(None, "average over the mirrored image too", off="--no_test_flip")
+    test_short_at_least_crop: bool | None = option(
+        None,
+        "never resize the short side below a window, whatever the ratio; so it is with several --test_ratios",
+        off="--no_test_short_at_least_crop",
+    )
     test_batch_size: int = option(4, "windows at once; changes speed and memory, not the result")
     opacity: float = option(0.5, "of the colours over the image, above 0 and at most 1")
     device: str = option("cuda", "cuda, cpu or mps; the CPU where there is no CUDA")
@@ -57,13 +64,15 @@ def main(config: PredictConfig) -> None:
         raise InputError(f"--opacity {config.opacity}: must be above 0 and at most 1")
     outputs = find_images(config.images)
     check_files(outputs, config.output_dir)
+    check_writable("--output_dir", Path(config.output_dir))
     weights, metadata = read_weights(config.checkpoint)
     segmentor = segmentor_from(weights, metadata)
     classes = classes_of(segmentor, metadata, config.classes)
     settings = settings_of(segmentor, metadata, config)
     device = select_device(config.device, 0)
     precision = Precision(resolve_amp_dtype(config.amp_dtype, device), device)
-    statistics = {"mean": metadata.get("mean", MEAN), "std": metadata.get("std", STD)}
+    statistics = statistics_of(metadata, segmentor.num_classes)._asdict()
+    add_one = leaves_zero_out(metadata, segmentor.num_classes)
     segmentor.to(device)
     unreadable = []
     for path, name in outputs.items():
@@ -75,7 +84,7 @@ def main(config: PredictConfig) -> None:
             continue
         prediction = predict(segmentor, image, settings, precision=precision, **statistics)
         label_map, picture = result_files(config.output_dir, name)
-        save_label_map(label_map, prediction, add_one=counts_from_one(metadata, classes))
+        save_label_map(label_map, prediction, add_one=add_one)
         save_figure(picture, image, prediction, classes, opacity=config.opacity)
         logger.info("%s: %s", path, picture)
     if unreadable:
@@ -146,24 +155,31 @@ def classes_of(segmentor: Segmentor, metadata: Mapping[str, Any], file: str) -> 
 
 
 def settings_of(segmentor: Segmentor, metadata: Mapping[str, Any], config: PredictConfig) -> TestSettings:
-    """Returns how images are tested: as the checkpoint's run did, else as the published ones, at the model's size."""
+    """Returns how images are tested: as the checkpoint's run did, else as the published ones, at the model's size.
+
+    Flags are stronger. With sizes of their own the short side is never below a window, as in the published tests.
+    """
     recorded = metadata.get("args", {})
+
+    def setting(name: str, otherwise: Any) -> Any:
+        given = getattr(config, name)
+        return recorded.get(name, otherwise) if given is None else given
+
+    ratios = tuple(setting("test_ratios", (1.0,)))
+    several = len(ratios) > 1
+    bounded = setting("test_short_at_least_crop", several)
+    if config.test_ratios is not None and config.test_short_at_least_crop is None:
+        bounded = several
     crop = segmentor.img_size
     stride = size_pair(recorded["slide_stride"]) if "slide_stride" in recorded else (crop[0] * 2 // 3, crop[1] * 2 // 3)
     long, short = recorded.get("image_scale", (4 * min(crop), min(crop)))
     return TestSettings(
-        mode=config.test_mode,
+        mode=setting("test_mode", "slide"),
         crop=crop,
         stride=(min(stride[0], crop[0]), min(stride[1], crop[1])),
         image_scale=(long, short),
-        ratios=config.test_ratios,
-        flip=config.test_flip,
-        short_at_least=min(crop) if len(config.test_ratios) > 1 else 0,
+        ratios=ratios,
+        flip=setting("test_flip", False),
+        short_at_least=min(crop) if bounded else 0,
         batch_size=config.test_batch_size,
     )
-
-
-def counts_from_one(metadata: Mapping[str, Any], classes: SegmentationClasses) -> bool:
-    """Whether label maps are numbered as the training data were: from 1, with 0 for what is no class, as ADE20K's."""
-    recorded = metadata.get("reduce_zero_label")
-    return recorded if isinstance(recorded, bool) else len(classes) == len(ade20k_classes())

@@ -26,12 +26,15 @@ from semantic_segmentation.batch_norm import synchronise_batch_norm
 from semantic_segmentation.config import TrainConfig, check_settings, intervals
 from semantic_segmentation.data import ImagePairs, SegmentationClasses, SegmentationDataset, find_classes, find_pairs
 from semantic_segmentation.heads import resize
+from semantic_segmentation.inference import Statistics
 from semantic_segmentation.metrics import IGNORED, scores
 from semantic_segmentation.modeling import Segmentor, load_segmentor
-from semantic_segmentation.testing import MEAN, STD, build_model, build_test
+from semantic_segmentation.testing import build_model, build_test, check_data
 from semantic_segmentation.transforms import TrainTransform
 
 logger = logging.getLogger(f"beit.{__name__}")
+
+STATISTICS = Statistics()  # of every training, whatever the backbone learnt with
 
 
 def main(config: TrainConfig) -> None:
@@ -86,12 +89,14 @@ def find_data(config: TrainConfig) -> Data:
     """Finds images, label maps and classes.
 
     Raises:
-        InputError: Some are missing, or do not pair.
+        InputError: Some are missing, do not pair, or say nothing.
     """
     root = Path(config.data_root)
     train = find_pairs(root / config.train_images, root / config.train_annotations)
     val = None if config.no_validate else find_pairs(root / config.val_images, root / config.val_annotations)
-    return Data(train, val, find_classes(root, config.classes, config.reduce_zero_label))
+    classes = find_classes(root, config.classes, config.reduce_zero_label)
+    check_data(config, [train] if val is None else [train, val], classes)
+    return Data(train, val, classes)
 
 
 def start_from_checkpoint(segmentor: Segmentor, config: TrainConfig) -> None:
@@ -209,7 +214,7 @@ def model_input(batch: Batch) -> Tensor:
     Args:
         batch: ``image``, uint8 ``(B, 3, H, W)``, and ``size``, ``(B, 2)``: the height and width that is no padding.
     """
-    images = normalize(batch["image"], MEAN, STD)
+    images = normalize(batch["image"], *STATISTICS)
     height, width = batch["size"][:, :, None].unbind(1)  # (B, 1) each
     rows = torch.arange(images.shape[2], device=images.device) < height  # (B, H)
     columns = torch.arange(images.shape[3], device=images.device) < width  # (B, W)
@@ -241,7 +246,7 @@ def build_evaluation(
     """Returns the evaluation on the validation images: mIoU, mAcc and aAcc, as fractions."""
     if data.val is None:
         return None
-    run = build_test(config, data.val, data.classes, session, precision)
+    run = build_test(config, data.val, data.classes, session, precision, STATISTICS)
 
     def evaluation(segmentor: nn.Module, _round: int) -> dict[str, float]:
         assert isinstance(segmentor, Segmentor)
@@ -260,8 +265,8 @@ def description(segmentor: Segmentor, classes: SegmentationClasses) -> dict[str,
         "image_size": list(segmentor.img_size),
         "num_heads": segmentor.backbone.num_heads,
         "out_indices": list(segmentor.backbone.out_indices),
-        "mean": list(MEAN),
-        "std": list(STD),
+        "mean": list(STATISTICS.mean),
+        "std": list(STATISTICS.std),
     }
 
 
@@ -287,6 +292,15 @@ def log_summary(config: TrainConfig, trainer: Trainer, data: Data) -> None:
         config.lr,
         config.layer_decay,
     )
+    evaluation, checkpoint = intervals(config)
+    if 10 * (length := round_length(config)) < min(evaluation, checkpoint):
+        logger.warning(
+            "eval_interval %d and checkpoint_interval %d have only %d iterations in common, and each round of so few "
+            "ends with a line in the log and a wait: make one a multiple of the other",
+            evaluation,
+            checkpoint,
+            length,
+        )
     if batch != config.recipe_batch:
         logger.warning(
             "the recipe's lr was tuned for a batch of %d and this run has %d: change samples_per_gpu, update_freq or "

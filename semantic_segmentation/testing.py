@@ -1,9 +1,11 @@
 """Testing of a segmentor: the scores over a data set, label maps for a server, pictures to look at."""
 
+import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from beit.data.loaders import EpochLoader
-from beit.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, size_pair
+from beit.data.transforms import size_pair
 from beit.errors import InputError
 from beit.pretrained import read_weights
 from beit.storage import atomic_write
@@ -23,39 +25,51 @@ from beit.training.session import Session
 from semantic_segmentation.config import (
     SegmentationConfig,
     TestConfig,
+    adds_one,
     check_settings,
     label_map_folder,
     scales,
     segmentor_arguments,
 )
-from semantic_segmentation.data import ImagePairs, SegmentationClasses, TestImages, find_classes, find_pairs
-from semantic_segmentation.inference import TestSettings, predict
+from semantic_segmentation.data import (
+    ImagePairs,
+    SegmentationClasses,
+    TestImages,
+    check_labels,
+    find_classes,
+    find_pairs,
+)
+from semantic_segmentation.inference import Statistics, TestSettings, predict, statistics_of
 from semantic_segmentation.metrics import IGNORED, Confusion, SegmentationScores, scores
 from semantic_segmentation.modeling import Segmentor, build_segmentor, load_segmentor
-from semantic_segmentation.overlays import save_figure, save_label_map
+from semantic_segmentation.overlays import check_writable, save_figure, save_label_map
 
 logger = logging.getLogger(f"beit.{__name__}")
 
 LOG_EVERY = 100  # images between two lines while testing
 
-MEAN, STD = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-# What is done with an image's segmentation: called with its place in the data set, the image and the prediction.
-Visitor = Callable[[int, Tensor, Tensor], None]
+# What is done with an image's segmentation: called with its place in the data set, the image, the prediction and the
+# label map, which says 255 everywhere where there is none.
+Visitor = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
 def main(config: TestConfig) -> None:
     """Tests a checkpoint as the settings say."""
     check_settings(config)
     with session_of(config, writes=False) as session:
+        distributed.on_main(partial(check_outputs, config))
         root = Path(config.data_root)
         annotations = None if config.format_only else root / config.val_annotations
         pairs = find_pairs(root / config.val_images, annotations)
         classes = find_classes(root, config.classes, config.reduce_zero_label)
+        check_data(config, [pairs], classes)
         segmentor = build_model(config, len(classes))
         load_segmentor(segmentor, *read_weights(config.checkpoint), config.checkpoint)
-        precision = Precision(resolve_amp_dtype(config.amp_dtype, session.device), session.device)
+        compare_with_record(segmentor.metadata, config, classes)
+        precision = precision_of(config, session.device)
         logger.info("testing %s on the %d images in %s", config.checkpoint, len(pairs), pairs.root)
-        run = build_test(config, pairs, classes, session, precision, visit=visitor(config, pairs, classes))
+        statistics, visit = statistics_of(segmentor.metadata, len(classes)), visitor(config, pairs, classes)
+        run = build_test(config, pairs, classes, session, precision, statistics, visit)
         confusion = run(segmentor.to(session.device))
         if config.format_only:
             logger.info("label maps written to %s", label_map_folder(config))
@@ -65,6 +79,73 @@ def main(config: TestConfig) -> None:
         logger.info("%s", results.summary())
         if config.out and distributed.is_main():
             write_scores(Path(config.out), results, confusion, config, classes)
+
+
+def check_outputs(config: TestConfig) -> None:
+    """Looks whether what is asked for can be written, before hours of work.
+
+    Raises:
+        InputError: It cannot.
+    """
+    if config.out:
+        if Path(config.out).is_dir():
+            raise InputError(f"--out {config.out}: is a folder; name a file in it")
+        check_writable("--out", Path(config.out).parent)
+    if config.show_dir:
+        check_writable("--show_dir", Path(config.show_dir))
+    if config.format_only:
+        check_writable("--eval_options imgfile_prefix", label_map_folder(config))
+
+
+def check_data(config: SegmentationConfig, found: Sequence[ImagePairs], classes: SegmentationClasses) -> None:
+    """Looks whether all processes have found the same, and whether the label maps say anything.
+
+    Raises:
+        InputError: They have not, or no pixel has a label.
+    """
+    names = [[pairs.name(number) for number in range(len(pairs))] for pairs in found]
+    digest = hashlib.sha256(json.dumps([names, classes.names]).encode()).hexdigest()
+    if not distributed.all_equal(digest):
+        counts = " and ".join(f"{len(pairs)} images in {pairs.root}" for pairs in found)
+        raise InputError(
+            f"the processes see different data; process {distributed.rank()} sees {counts}, and {len(classes)} "
+            "classes: every machine needs the same files"
+        )
+    for pairs in found:
+        if pairs.labels:
+            distributed.on_main(partial(check_labels, pairs, config.reduce_zero_label))
+
+
+def compare_with_record(metadata: Mapping[str, Any], config: TestConfig, classes: SegmentationClasses) -> None:
+    """Warns where a checkpoint records other classes than the data have, or in another order."""
+    names = [str(name) for name in metadata.get("labels") or ()]
+    different = [
+        (number, learnt, given)
+        for number, (learnt, given) in enumerate(zip(names, classes.names, strict=False))
+        if learnt.strip().casefold() != given.strip().casefold()
+    ]
+    if different and len(names) == len(classes):
+        logger.warning(
+            "%s has learnt other classes than the data have: %d of %d names differ; number %d is %r there and %r here",
+            config.checkpoint,
+            len(different),
+            len(names),
+            *different[0],
+        )
+    zero = metadata.get("reduce_zero_label")
+    if zero is not None and zero != config.reduce_zero_label:
+        logger.warning(
+            "%s has learnt with reduce_zero_label=%s, and this is a test with %s: its labels may be one off",
+            config.checkpoint,
+            zero,
+            config.reduce_zero_label,
+        )
+
+
+def precision_of(config: TestConfig, device: torch.device) -> Precision:
+    """Returns the number format of a test: float32 unless another one is asked for, as for the published numbers."""
+    name = "fp32" if config.amp_dtype == "auto" else config.amp_dtype
+    return Precision(resolve_amp_dtype(name, device), device)
 
 
 def build_model(config: SegmentationConfig, num_classes: int) -> Segmentor:
@@ -103,6 +184,7 @@ def build_test(
     classes: SegmentationClasses,
     session: Session,
     precision: Precision,
+    statistics: Statistics,
     visit: Visitor | None = None,
 ) -> Callable[[Segmentor], Tensor]:
     """Returns what tests a segmentor on images; each image is taken once, by one of the processes.
@@ -115,6 +197,7 @@ def build_test(
         classes: What the labels mean.
         session: The processes.
         precision: Number format of the forward pass.
+        statistics: What images are normalised with.
         visit: What else is done with a segmentation.
     """
     images = TestImages(pairs, num_classes=len(classes), reduce_zero_label=config.reduce_zero_label)
@@ -131,7 +214,7 @@ def build_test(
     settings = test_settings(config)
 
     def test(segmentor: Segmentor) -> Tensor:
-        return evaluate(segmentor, loader, settings, precision, len(classes), visit)
+        return evaluate(segmentor, loader, settings, precision, statistics, len(classes), visit)
 
     return test
 
@@ -141,6 +224,7 @@ def evaluate(
     loader: EpochLoader,
     settings: TestSettings,
     precision: Precision,
+    statistics: Statistics,
     num_classes: int,
     visit: Visitor | None = None,
 ) -> Tensor:
@@ -149,10 +233,10 @@ def evaluate(
     progress = Progress("Testing", loader.batches_per_epoch, 0)
     for number, batch in enumerate(loader.epoch(0), 1):
         image, label = batch["image"][0], batch["label"][0]
-        prediction = predict(segmentor, image, settings, mean=MEAN, std=STD, precision=precision)
+        prediction = predict(segmentor, image, settings, **statistics._asdict(), precision=precision)
         confusion.update(prediction, label)
         if visit is not None:
-            visit(int(batch["index"]), image, prediction)
+            visit(int(batch["index"]), image, prediction, label)
         if number % LOG_EVERY == 0:
             progress.update(number, "images on this process")
     progress.close()
@@ -183,13 +267,13 @@ def visitor(config: TestConfig, pairs: ImagePairs, classes: SegmentationClasses)
     if not (config.format_only or config.show_dir):
         return None
 
-    def visit(index: int, image: Tensor, prediction: Tensor) -> None:
+    def visit(index: int, image: Tensor, prediction: Tensor, label: Tensor) -> None:
         if config.format_only:
             path = label_map_folder(config) / f"{pairs.name(index)}.png"
-            save_label_map(path, prediction, add_one=config.reduce_zero_label)
+            save_label_map(path, prediction, add_one=adds_one(config))
         if config.show_dir:
             path = Path(config.show_dir) / f"{pairs.name(index)}.png"
-            save_figure(path, image, prediction, classes, opacity=config.opacity)
+            save_figure(path, image, prediction, classes, label if pairs.labels else None, opacity=config.opacity)
 
     return visit
 

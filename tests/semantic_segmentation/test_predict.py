@@ -10,13 +10,14 @@ import torch
 from PIL import Image
 from torch import nn
 
+from beit.config import read_command_line
 from beit.errors import InputError
+from beit.interop.segmentation import leaves_zero_out
 from semantic_segmentation.data import ade20k_classes
 from semantic_segmentation.modeling import build_segmentor
 from semantic_segmentation.predict import (
     PredictConfig,
     classes_of,
-    counts_from_one,
     find_images,
     main,
     settings_of,
@@ -120,7 +121,7 @@ def test_150_classes_without_names_are_ade20ks_and_others_numbers():
     ],
 )
 def test_label_maps_are_numbered_as_the_training_data(metadata, count, expected):
-    assert counts_from_one(metadata, [0] * count) is expected
+    assert leaves_zero_out(metadata, count) is expected
 
 
 def test_images_are_segmented_as_the_run_tested_them():
@@ -129,6 +130,36 @@ def test_images_are_segmented_as_the_run_tested_them():
     assert (settings.crop, settings.stride, settings.image_scale) == ((48, 32), (24, 16), (256, 64))
     assert (settings.mode, settings.ratios, settings.flip, settings.batch_size) == ("slide", (1.0,), False, 7)
     assert settings.short_at_least == 0
+
+
+TESTED = {
+    "test_mode": "whole",
+    "test_ratios": [0.5, 1.0],
+    "test_flip": True,
+    "test_short_at_least_crop": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, ("whole", (0.5, 1.0), True, 0)),
+        ({"test_mode": "slide", "test_flip": False}, ("slide", (0.5, 1.0), False, 0)),
+        ({"test_short_at_least_crop": True}, ("whole", (0.5, 1.0), True, 32)),
+        ({"test_ratios": (0.5, 2.0)}, ("whole", (0.5, 2.0), True, 32)),
+        ({"test_ratios": (2.0,)}, ("whole", (2.0,), True, 0)),
+    ],
+)
+def test_what_no_flag_says_is_as_the_run_tested(flags, expected):
+    # Broken by defaults of our own in the place of what the checkpoint records.
+    settings = settings_of(segmentor_of(3), {"args": TESTED}, PredictConfig(**flags))
+    assert (settings.mode, settings.ratios, settings.flip, settings.short_at_least) == expected
+
+
+def test_flags_can_say_what_the_run_did_not_do():
+    words = "a.jpg --checkpoint x.pth --no_test_flip --test_mode slide --no_test_short_at_least_crop --test_ratios 1 2"
+    settings = settings_of(segmentor_of(3), {"args": TESTED}, read_command_line(PredictConfig, words.split(), "", ""))
+    assert (settings.mode, settings.ratios, settings.flip, settings.short_at_least) == ("slide", (1.0, 2.0), False, 0)
 
 
 def test_of_a_published_checkpoint_they_are_the_published_ones():
@@ -192,6 +223,7 @@ def test_what_cannot_be_read_is_named_when_the_rest_is_done(tmp_path, checkpoint
         ({"test_mode": "slides"}, "slide or whole, not 'slides'"),
         ({"test_batch_size": 0}, "at least 1 window at once"),
         ({"images": ()}, "no image"),
+        ({"output_dir": "/proc/version/x"}, "--output_dir /proc/version/x: cannot write into /proc/version"),
     ],
 )
 def test_mistakes_are_said_before_anything_is_written(tmp_path, checkpoint, options, message):

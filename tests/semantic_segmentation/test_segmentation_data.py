@@ -20,6 +20,7 @@ from semantic_segmentation.data import (
     ImagePairs,
     SegmentationDataset,
     ade20k_classes,
+    check_labels,
     find_classes,
     find_pairs,
     read_classes,
@@ -356,6 +357,53 @@ def test_files_that_cannot_be_read_are_named(folders):
     (folders / "labels" / "c.png").unlink()
     with pytest.raises(InputError, match=r"labels/c\.png: no such file or directory"):
         samples[0, 2]
+
+
+@pytest.mark.parametrize(
+    ("maps", "reduced", "said"),
+    [
+        # a mask of one object, drawn black and white
+        ([[0, 255]], True, "there is only 0 and 255, and 0 (with reduce_zero_label) and 255 mean no label here; write"),
+        ([[255]], False, "there is only 255, and 255 means no label here; write classes as 0, 1, and so on"),
+        ([[0, 0]], True, "there is only 0, and 0 (with"),
+        ([[0, 255]], False, "0 is the only class in"),
+        ([[1, 255], [1, 0]], True, "1 is the only class in"),
+        ([[0, 255]] * 2 + [[1, 0]], False, ""),  # seen since not only the first is looked at
+        ([[0, 1]], True, ""),  # one class of which all is labelled, beside none: nobody wrote 255
+        ([[1, 2, 255]], True, ""),
+    ],
+)
+def test_label_maps_that_teach_nothing_are_said_at_the_start(tmp_path, caplog, maps, reduced, said):
+    # Broken by masks of 0 and 255, with which training runs to its end and has learnt nothing.
+    for number, row in enumerate(maps):
+        write(tmp_path / "images" / f"{number}.png", np.zeros((1, len(row), 3), np.uint8))
+        write(tmp_path / "labels" / f"{number}.png", np.array([row], np.uint8))
+    pairs = find_pairs(tmp_path / "images", tmp_path / "labels")
+    if "there is only" in said:
+        with pytest.raises(InputError) as caught:
+            check_labels(pairs, reduced)
+        assert said in one_line(caught)
+        assert ("set reduce_zero_label=False" in str(caught.value)) is reduced
+        return
+    check_labels(pairs, reduced)
+    assert [said in record.getMessage() for record in caplog.records] == ([True] if said else [])
+
+
+def test_a_few_label_maps_from_all_over_are_looked_at(monkeypatch, folders):
+    pairs = find_pairs(folders / "images", folders / "labels")
+    many = ImagePairs(pairs.images * 100, tuple(folders / f"{number:03}.png" for number in range(300)), pairs.root)
+    seen = []
+
+    def stand_in(path):
+        seen.append(int(path.stem))
+        return np.array([[1, 2]])
+
+    monkeypatch.setattr(data, "read_labels", stand_in)
+    check_labels(many, True)
+    assert len(seen) == 16
+    assert seen[0] == 0
+    assert seen[-1] > 270
+    assert max(np.diff(seen)) < 20
 
 
 def test_how_many_classes_a_label_map_can_tell_apart(folders):

@@ -247,6 +247,14 @@ def test_a_checkpoint_describes_its_segmentor(tmp_path, bias):
     assert (tuple(metadata["mean"]), tuple(metadata["std"])) == (MEAN, STD)
 
 
+@pytest.mark.parametrize(("evaluation", "said"), [(500, False), (625, True), (250, False)])
+def test_intervals_with_little_in_common_are_said(evaluation, said, caplog):
+    config = read_train([BASE, "--eval_interval", str(evaluation), "--checkpoint_interval", "256" if said else "1000"])
+    trainer = SimpleNamespace(model=nn.Linear(2, 2), precision=SimpleNamespace(dtype=None), images_per_step=16)
+    log_summary(config, trainer, SimpleNamespace(train=[0], val=None, classes=[0]))
+    assert ("625 and checkpoint_interval 256 have only 1 iterations in common" in caplog.text) is said
+
+
 @pytest.mark.parametrize(("batch", "said"), [(16, False), (4, True), (32, True)])
 def test_a_batch_that_the_recipe_was_not_tuned_for_is_said(batch, said, caplog):
     config = read_train([BASE, "--samples_per_gpu", "2", "--update_freq", "2"])
