@@ -35,6 +35,13 @@ def parser(description: str | None, repeats: int = 5) -> argparse.ArgumentParser
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--quick", action="store_true", help="small sizes and one repeat: does it run at all?")
     made.add_argument("--repeats", type=int, default=repeats, help=f"timed repeats of each contender ({repeats})")
+    made.add_argument(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="cpu: seconds of all threads added up, which another job on the machine changes less; for CPUs alone, and "
+        "with OMP_WAIT_POLICY=passive in the environment, lest waiting be counted as work",
+    )
     made.add_argument("--threads", type=int, default=0, help="torch's threads; 0 leaves them as they are")
     made.add_argument("--output", type=Path, help=f"JSON file; by default {RESULTS.name}/<benchmark>-<device>.json")
     return made
@@ -44,6 +51,7 @@ def prepare(args: argparse.Namespace) -> None:
     """Makes the flags take effect."""
     if args.threads:
         torch.set_num_threads(args.threads)
+    Clock.now = time.perf_counter if args.clock == "wall" else time.process_time
     if args.quick:
         args.repeats = 1
 
@@ -60,6 +68,12 @@ def synchronize(device: torch.device | str = "cpu") -> None:
         torch.cuda.synchronize(device)
 
 
+class Clock:
+    """The clock of the whole benchmark, in seconds."""
+
+    now: Callable[[], float] = time.perf_counter
+
+
 class Stages:
     """Adds up the seconds of the named parts of a run; waits for the device at the end of each."""
 
@@ -70,10 +84,10 @@ class Stages:
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         synchronize(self.device)
-        start = time.perf_counter()
+        start = Clock.now()
         yield
         synchronize(self.device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + Clock.now() - start
 
 
 def interleave(
@@ -101,10 +115,10 @@ def interleave(
         names = list(contenders) if round_number % 2 == 0 else list(reversed(contenders))
         for name in names:
             synchronize(device)
-            start = time.perf_counter()
+            start = Clock.now()
             parts = contenders[name]()
             synchronize(device)
-            whole = time.perf_counter() - start
+            whole = Clock.now() - start
             if round_number >= warmups:
                 measured = {**parts, "whole": whole} if isinstance(parts, Mapping) else {"whole": whole}
                 for part, seconds in measured.items():
@@ -136,6 +150,7 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "seconds_are": "wall clock" if Clock.now is time.perf_counter else "CPU time of all threads",
         "load_average_at_start": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
@@ -193,7 +208,8 @@ def announce(facts: Mapping[str, Any]) -> None:
     """Prints the machine in one line."""
     packages = ", ".join(f"{name} {number}" for name, number in facts["packages"].items())
     where = facts.get("gpu", f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads")
-    print(f"{where}; {packages}; load {facts['load_average_at_start']} at the start; {facts['date']}", flush=True)
+    load = f"load {facts['load_average_at_start']} at the start"
+    print(f"{where}; {packages}; {facts['seconds_are']}; {load}; {facts['date']}", flush=True)
 
 
 def write(name: str, facts: Mapping[str, Any], results: Mapping[str, Any], args: argparse.Namespace) -> Path | None:

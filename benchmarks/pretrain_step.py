@@ -57,6 +57,7 @@ from dall_e import Encoder
 
 PEERS = Path(sys.prefix) / "peers"
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "camera.png")
+COMPILED = "ours, compiled"
 GOALS = {"float32": 1.2, "bf16": 1.7}
 LR, BETAS, EPS, WEIGHT_DECAY, CLIP = 1.5e-3, (0.9, 0.999), 1e-8, 0.05, 3.0
 
@@ -287,7 +288,7 @@ def contenders(args: argparse.Namespace, sizes: Sizes, dtype: torch.dtype, devic
         "ours": partial(Ours, sizes, weights, dtype, device),
     }
     if args.compile:
-        made["ours, compiled"] = partial(Ours, sizes, weights, dtype, device, compiled=True)
+        made[COMPILED] = partial(Ours, sizes, weights, dtype, device, compiled=True)
     return made
 
 
@@ -346,16 +347,18 @@ def compare(args: argparse.Namespace, sizes: Sizes, precision: str, device: torc
     """Times all contenders in one number format and prints what was found."""
     dtype = DTYPES[precision]
     steps = {name: build() for name, build in contenders(args, sizes, dtype, device).items()}
-    flops = {name: operations(step) for name, step in steps.items() if "compiled" not in name}
-    flops["ours, compiled"] = flops["ours"]
+    flops = {name: operations(step) for name, step in steps.items() if name != COMPILED}  # warms them up as well
+    if COMPILED in steps:
+        steps[COMPILED]()
+        flops[COMPILED] = flops["ours"]
     peak = matrix_product_peak(dtype, device)
-    times = interleave(steps, args.repeats, warmups=1, device=device)
+    times = interleave(steps, args.repeats, warmups=0, device=device)
     found = medians(times)
     same = {name: (step.ids == steps["usual"].ids).float().mean().item() for name, step in steps.items()}
     ratios = {name: found["usual"]["whole"] / found[name]["whole"] for name in steps if name != "usual"}
     for name, ratio in ratios.items():
         headline(f"{name} against the usual composition, {precision}", ratio, GOALS[precision])
-    memory = {name: peak_memory(args, name, precision) for name in steps if args.memory and "compiled" not in name}
+    memory = {name: peak_memory(args, name, precision) for name in steps if args.memory and name != COMPILED}
     rows = []
     for name, seconds in found.items():
         rate = flops[name] / seconds["whole"]
