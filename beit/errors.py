@@ -14,5 +14,5 @@ class InputError(ValueError):
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Returns `` (did you mean 'a' or 'b'?)`` for the closest of ``choices``, or an empty string if none is close."""
-    matches = get_close_matches(word, list(choices), n=3, cutoff=0.6)
+    matches = get_close_matches(word, list(dict.fromkeys(choices)), n=3, cutoff=0.6)
     return f" (did you mean {' or '.join(repr(match) for match in matches)}?)" if matches else ""

@@ -1,7 +1,7 @@
 """Published runs: what a recipe says, and the command that runs it with the published batch on other GPUs."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,11 @@ RUN = "/path/to/run"
 SEGMENTATION, SEGMENTATION_TEST = "segmentation", "segmentation test"
 TOOLS = "semantic_segmentation/tools"
 QUOTED_SIZES = ("parameters",)  # what is quoted beside results
+# What facts of a recipe must be.
+COUNTS = ("gpus", "input_size", "batch_size", "update_freq")
+TEXTS = ("task", "source", "data", "hardware", "time", "note", "fine_tuned_with")
+TEXTS += ("data_path", "start", "config", "model")
+TABLES = ("quoted", "updates")
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,8 @@ class Recipe:
 
     @property
     def ablates(self) -> bool:
-        """Whether the run is one of the paper's ablations."""
-        return "_ablation_" in self.name
+        """Whether the run is a pre-training of the paper's ablations."""
+        return self.name.startswith("pretrain_ablation_")
 
     @property
     def trains(self) -> bool:
@@ -91,6 +96,15 @@ class Recipe:
     def step(self) -> int:
         """What the images of a GPU must be a multiple of: mixup pairs them up."""
         return 2 if self.task in LAUNCHERS and LAUNCHERS[self.task].config is FinetuningConfig and self._mixes else 1
+
+    @property
+    def images_at_once(self) -> int:
+        """Images of a forward pass over all GPUs, as published: what synchronised batch norm sees."""
+        return self.facts["gpus"] * self.images
+
+    def least_images(self, gpus: int) -> int:
+        """Returns how few images a GPU can train on at once: one image alone leaves UPerNet's batch norm nothing."""
+        return 2 if self.task == SEGMENTATION and gpus == 1 else self.step
 
     @property
     def _mixes(self) -> bool:
@@ -147,18 +161,37 @@ def read_recipe(name: str) -> Recipe:
         hint = did_you_mean(name, recipe_names())
         raise InputError(f"no recipe {name!r}{hint}; `beit recipes list` shows all, and a path ends in .yaml")
     facts = read_facts(name)
-    missing = [key for key in ("task", "source", "gpus", "data_path", "quoted") if key not in facts]
-    if missing:
-        raise InputError(f"{name}: recipe has no {', '.join(missing)}; build on a recipe of the package with base:")
+    _check_facts(name, facts, ("task", "source", "gpus", "data_path", "quoted"))
     if facts["task"] not in TASKS:
-        raise InputError(f"{name}: unknown task {facts['task']!r}{did_you_mean(str(facts['task']), TASKS)}")
+        raise InputError(f"{name}: unknown task {facts['task']!r}{did_you_mean(facts['task'], TASKS)}")
     if facts["task"] not in LAUNCHERS:
-        return Recipe(
-            name, facts, {}, {key: facts[key] for key in ("model", "input_size", "batch_size", "update_freq")}
-        )
+        settings = ("model", "input_size", "batch_size", "update_freq")
+        updates = ("updates",) if facts["task"] == SEGMENTATION else ()
+        _check_facts(name, facts, (*settings, "config", "start", *updates))
+        return Recipe(name, facts, {}, {key: facts[key] for key in settings})
     config = LAUNCHERS[facts["task"]].config
     own = read_yaml(config, name)
     return Recipe(name, facts, own, vars(read_command_line(config, ["--config", name], name, "")))
+
+
+def _check_facts(name: str, facts: Mapping[str, Any], needed: Iterable[str]) -> None:
+    missing = [key for key in needed if key not in facts]
+    if missing:
+        raise InputError(f"{name}: recipe has no {', '.join(missing)}; build on a recipe of the package with base:")
+    for key, value in facts.items():
+        if key in COUNTS and not _is_count(value):
+            raise InputError(f"{name}: recipe: {key} is {value!r}; it must be a whole number from 1 on")
+        if key in TEXTS and not isinstance(value, str):
+            raise InputError(f"{name}: recipe: {key} is {value!r}; it must be text (in quotes, where YAML reads more)")
+        if key in TABLES and not isinstance(value, Mapping):
+            raise InputError(f"{name}: recipe: {key} is {value!r}; it must hold 'key: value' lines")
+    for key, value in facts.get("updates", {}).items():
+        if not _is_count(value):
+            raise InputError(f"{name}: recipe: updates: {key} is {value!r}; it must be a whole number from 1 on")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def plan(recipe: Recipe, gpus: int, nodes: int = 1, gigabytes: float = 0, precision: str = memory.AMP) -> Plan:
@@ -179,11 +212,11 @@ def plan(recipe: Recipe, gpus: int, nodes: int = 1, gigabytes: float = 0, precis
     _check_gpus(recipe, gpus, nodes)
     if not recipe.trains:
         return Plan(gpus, nodes, recipe.images, 1, precision=precision)
-    share = recipe.batch // gpus
+    share, least = recipe.batch // gpus, recipe.least_images(gpus)
     limit, checkpointing = min(share, recipe.images), False
     if gigabytes:
-        limit, checkpointing = _limit(recipe, gigabytes, precision)
-    sizes = [size for size in range(recipe.step, share + 1, recipe.step) if share % size == 0]
+        limit, checkpointing = _limit(recipe, least, gigabytes, precision)
+    sizes = [size for size in range(least, share + 1, recipe.step) if share % size == 0]
     images = max((size for size in sizes if size <= limit), default=sizes[0])
     return Plan(gpus, nodes, images, share // images, checkpointing, precision)
 
@@ -203,19 +236,19 @@ def _check_gpus(recipe: Recipe, gpus: int, nodes: int) -> None:
         )
 
 
-def _limit(recipe: Recipe, gigabytes: float, precision: str) -> tuple[int, bool]:
+def _limit(recipe: Recipe, least: int, gigabytes: float, precision: str) -> tuple[int, bool]:
     """Returns how many images fit on a GPU, and whether that takes activation checkpointing."""
     work = workload(recipe)
     fit = memory.images_that_fit(work, gigabytes, precision)
-    if fit >= recipe.step:
+    if fit >= least:
         return fit, False
     fit = memory.images_that_fit(work, gigabytes, precision, checkpointing=True) if work.backward else 0
-    if fit < recipe.step:
-        least = memory.needed(work, recipe.step, precision, checkpointing=work.backward) / 1e9 / memory.USABLE
+    if fit < least:
+        card = memory.needed(work, least, precision, checkpointing=work.backward) / 1e9 / memory.USABLE
         also = ", even with --grad_checkpointing" if work.backward else ""
         raise InputError(
-            f"--gpu_memory {gigabytes:g}: by the estimate {_count(recipe.step, 'image')} of {recipe.name} "
-            f"cannot fit{also}; it takes about {least:.0f} GB"
+            f"--gpu_memory {gigabytes:g}: by the estimate {_count(least, 'image')} of {recipe.name} "
+            f"cannot fit{also}; it takes about {card:.0f} GB"
         )
     return fit, True
 
@@ -229,7 +262,8 @@ def workload(recipe: Recipe) -> memory.Workload:
     if config is PretrainingConfig:
         every_patch = values.get("predict") == "all"
         patches = None if every_patch else values["num_mask_patches"]
-        return memory.pretraining_workload(values["model"], values["input_size"], patches)
+        pixels = values.get("target") == "pixels"
+        return memory.pretraining_workload(values["model"], values["input_size"], patches, pixels)
     if config is FinetuningConfig:
         return memory.finetuning_workload(values["model"], values["input_size"], values["nb_classes"])
     return memory.probe_workload(values["model"], values["num_labels"])
@@ -253,7 +287,7 @@ def _lines(recipe: Recipe, how: Plan) -> list[str]:
     return [
         *_torchrun(how, f"{job.script} --config {shlex.quote(recipe.name)}"),
         f"--{job.batch} {how.images} --update_freq {how.update_freq}{more}",
-        f"--data_path {recipe.facts['data_path']}" + (f" --{job.start} {start}" if start else ""),
+        f"--data_path {_quoted(recipe, 'data_path')}" + (f" --{job.start} {_quoted(recipe, 'start')}" if start else ""),
         f"--output_dir {RUN}",
     ]
 
@@ -274,7 +308,7 @@ def _segmentation_lines(recipe: Recipe, how: Plan) -> list[str]:
     return [
         *_segmentation_tool("train", recipe, how),
         f"--work-dir {RUN} --seed 0 --deterministic",
-        f"--options data_root={recipe.facts['data_path']} pretrained={recipe.facts['start']}",
+        f"--options data_root={_quoted(recipe, 'data_path')} pretrained={_quoted(recipe, 'start')}",
         f"samples_per_gpu={how.images} update_freq={how.update_freq} {' '.join(options[:2])}",
         " ".join(options[2:]) + more,
     ]
@@ -282,12 +316,17 @@ def _segmentation_lines(recipe: Recipe, how: Plan) -> list[str]:
 
 def _test_lines(recipe: Recipe, how: Plan) -> list[str]:
     more = " amp_dtype=fp32" * (how.precision == memory.FP32)
-    lines = _segmentation_tool("test", recipe, how, recipe.facts["start"])
-    return [*lines, f"--eval mIoU --options data_root={recipe.facts['data_path']}{more}"]
+    lines = _segmentation_tool("test", recipe, how, _quoted(recipe, "start"))
+    return [*lines, f"--eval mIoU --options data_root={_quoted(recipe, 'data_path')}{more}"]
+
+
+def _quoted(recipe: Recipe, fact: str) -> str:
+    """Returns a fact as one word of a shell."""
+    return shlex.quote(recipe.facts[fact])
 
 
 def _segmentation_tool(tool: str, recipe: Recipe, how: Plan, *words: str) -> list[str]:
-    config = recipe.facts["config"]
+    config = _quoted(recipe, "config")
     if how.gpus == 1:
         return [f"python {TOOLS}/{tool}.py {config}", *words]
     script = f"bash {TOOLS}/dist_{tool}.sh {config}"

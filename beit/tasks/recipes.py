@@ -1,6 +1,7 @@
 """The published runs at the console: which there are, what each is, and the command for the GPUs one has."""
 
 import logging
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from beit.config import option, recipe_names
 from beit.errors import InputError, did_you_mean
 from beit.storage import atomic_write
 from beit.tasks import memory
-from beit.tasks.published import LAUNCHERS, TASKS, Plan, Recipe, command, plan, read_recipe, workload
+from beit.tasks.published import LAUNCHERS, SEGMENTATION, TASKS, Plan, Recipe, command, plan, read_recipe, workload
 from beit.tasks.reproducing import document
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,8 @@ def show(config: ShowConfig) -> None:
     }
     if "note" in recipe.facts:
         about["note"] = recipe.facts["note"]
+    if "fine_tuned_with" in recipe.facts:
+        about["fine-tuned with"] = f"run_class_finetuning.py {recipe.facts['fine_tuned_with']}"
     if recipe.trains:
         about |= {"shared out": str(published), "memory": _memory_line(recipe, published)}
     if recipe.task not in LAUNCHERS:
@@ -96,7 +99,7 @@ def show(config: ShowConfig) -> None:
 
 def print_command(config: CommandConfig) -> None:
     """Writes a run's command line to standard output; what there is to say about it goes to the log."""
-    if config.gpu_memory < 0:
+    if not (math.isfinite(config.gpu_memory) and config.gpu_memory >= 0):
         raise InputError(f"--gpu_memory {config.gpu_memory:g}: must be the GPU's memory in GB, or 0")
     recipe = read_recipe(config.name)
     gpus = recipe.facts["gpus"] if config.gpus is None else config.gpus
@@ -123,6 +126,12 @@ def remarks(recipe: Recipe, how: Plan, gigabytes: float) -> list[str]:
         told.append(f"{_memory_line(recipe, how)} of {gigabytes:g} GB")
     if how.checkpointing:
         told.append("--grad_checkpointing: not even one image fits without it, by the estimate; a step takes longer")
+    at_once = how.gpus * how.images
+    if recipe.task == SEGMENTATION and at_once != recipe.images_at_once:
+        told.append(
+            f"not quite the published run: the heads' batch norm sees {at_once} images at once, not "
+            f"{recipe.images_at_once}, and update_freq does not make up for that (docs/reproducing.md)"
+        )
     if how.nodes > 1:
         told.append("run it on every machine; MASTER_ADDR is the first machine's address")
         if recipe.task not in LAUNCHERS:
