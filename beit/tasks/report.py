@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -220,7 +220,7 @@ def _diagrams(runs: Sequence[RunRecord]) -> tuple[dict[str, list[Curve]], dict[s
 
 def _baseline(curve: Curve, several: bool) -> Curve:
     name = curve.label.rpartition(" ")[0] if several else ""
-    return Curve(f"{name} most frequent token".strip(), curve.epochs, curve.values, curve.run)
+    return replace(curve, label=f"{name} most frequent token".strip())
 
 
 def _in_steps(curve: Curve, run: RunRecord) -> Curve:
@@ -228,7 +228,7 @@ def _in_steps(curve: Curve, run: RunRecord) -> Curve:
     if not run.counts_steps:
         return curve
     steps = {entry["epoch"] + 1: run.position(entry) for entry in run.entries}
-    return Curve(curve.label, [steps[epoch] for epoch in curve.epochs], curve.values, curve.run)
+    return replace(curve, epochs=[steps[epoch] for epoch in curve.epochs])
 
 
 # Pictures

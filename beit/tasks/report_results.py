@@ -103,7 +103,7 @@ def _comparison(run: RunRecord, measure: Measure) -> Content:
     other = "; it was run with other settings, see below" if run.departures() else ""
     where = (
         "the same as"
-        if abs(difference) < 5e-4
+        if abs(difference) < 1e-3 * abs(quoted)
         else f"{short(abs(difference), 2)} {'above' if difference > 0 else 'below'}"
     )
     return [f"{measure.label}: {where} the ", QUOTED, f" {quoted:g}{other}"]
@@ -176,7 +176,7 @@ def rows(run: RunRecord) -> list[tuple[str, str, Measure | None]]:
 
 def _row(run: RunRecord, label: str, quoted: str, measure: Measure | None) -> Markup:
     value = None if measure is None else run.last(measure.key)
-    best = None if measure is None or measure.key in QUOTED_OF_SIZES else run.best(measure)
+    best = run.best(measure) if measure in run.kind.measures else None  # there is none of a norm, or of a size
     measured: Content = "not of this run"
     if measure is not None and value is not None:
         measured = element("data", shown(measure, value), value=repr(value))
@@ -190,9 +190,6 @@ def _row(run: RunRecord, label: str, quoted: str, measure: Measure | None) -> Ma
         cell(measured, COLUMNS[2], "number measured" if value is not None else "number none"),
         cell(best_text, COLUMNS[3], "number"),
     )
-
-
-QUOTED_OF_SIZES = ("n_parameters",)  # no result, so there is no best of it
 
 
 def _quoted(run: RunRecord) -> dict[str, Any]:

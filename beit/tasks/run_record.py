@@ -65,7 +65,7 @@ class Kind:
     measures: tuple[Measure, ...]
 
 
-_PERCENT: dict[str, Any] = {"unit": " %"}
+_PERCENT: dict[str, Any] = {"unit": "\N{NO-BREAK SPACE}%"}
 _ACCURACY = (
     Measure("test_acc1", "accuracy on test images", "acc1", **_PERCENT),
     Measure("test_acc5", "right among the first five", "acc5", **_PERCENT),
@@ -114,9 +114,9 @@ KINDS = (
         "decode_head",
         "train_pixel_acc",
         (
-            Measure("test_mIoU", "mean IoU", "mIoU", scale=100, unit=" %"),
-            Measure("test_mAcc", "mean accuracy of the classes", "mAcc", scale=100, unit=" %"),
-            Measure("test_aAcc", "pixels that are right", "aAcc", scale=100, unit=" %"),
+            Measure("test_mIoU", "mean IoU", "mIoU", scale=100, **_PERCENT),
+            Measure("test_mAcc", "mean accuracy of the classes", "mAcc", scale=100, **_PERCENT),
+            Measure("test_aAcc", "pixels that are right", "aAcc", scale=100, **_PERCENT),
         ),
     ),
 )

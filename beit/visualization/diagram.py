@@ -7,6 +7,7 @@ still 9 pixels.
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from beit.visualization.curves import Curve
 from beit.visualization.markup import Markup, element
@@ -75,7 +76,7 @@ def thinned(curve: Curve, most: int) -> Curve:
     if count <= most:
         return curve
     chosen = [round(step * (count - 1) / (most - 1)) for step in range(most)]
-    return Curve(curve.label, [curve.epochs[i] for i in chosen], [curve.values[i] for i in chosen], curve.run)
+    return replace(curve, epochs=[curve.epochs[i] for i in chosen], values=[curve.values[i] for i in chosen])
 
 
 def short(value: float, digits: int = 4) -> str:

@@ -171,7 +171,7 @@ def test_a_segmentation_counts_steps_and_is_read_in_percent(tmp_path):
     assert (run.kind.name, run.unit, run.done, run.planned) == ("segmentation", "step", 100, 100)
     assert run.changed == {"config", "max_iters", "update_freq"}  # as the file says: beit does not know the defaults
     page = page_of(folder)
-    assert "50.00 %" in page
+    assert "50.00\N{NO-BREAK SPACE}%" in page
     figure = next(a for tag, a in Reader(page).tags if tag == "figure")
     assert [x for x, _ in json.loads(figure["data-curves"])[0]["points"]] == [50, 100]
 
@@ -188,8 +188,8 @@ def test_a_run_of_a_recipe_has_the_quoted_numbers_beside_its_own(tmp_path):
     run = read_run(folder, "run")
     assert run.recipe is not None
     table = {label: (quoted, measure and run.last(measure.key)) for label, quoted, measure in rows(run)}
-    assert table["accuracy on test images"] == ("83.7 %", 82.0)
-    assert table["right among the first five"] == ("96.6 %", 95.0)
+    assert table["accuracy on test images"] == ("83.7\N{NO-BREAK SPACE}%", 82.0)
+    assert table["right among the first five"] == ("96.6\N{NO-BREAK SPACE}%", 95.0)
     assert table["parameters"] == ("86,530,984", 86530984)
     assert run.departures() == {"epochs": (recipe.settings["epochs"], 3)}
     read = texts(page_of(folder))
@@ -229,11 +229,24 @@ def test_the_best_epoch_is_the_lowest_loss_and_the_highest_accuracy(finetuning):
     assert best["test_acc5"] == (95.0, 1)  # the first of equals
 
 
+def test_a_quoted_norm_has_a_measured_value_and_no_best(pretraining):
+    # And a share that is 0.0104 off 0.0496 is not the same: shares are small numbers.
+    entry = {**pretraining_entry(3), "train_mlm_acc": 0.06, "train_grad_norm": 0.5, "epoch": 4}
+    with (pretraining / "log.txt").open("a") as log:
+        log.write(json.dumps(entry) + "\n")
+    page = compose([read_run(pretraining, "run", "pretrain_base_1k_300ep")], "Title")
+    row = re.search(r">train_grad_norm</th>.*?</tr>", page, flags=re.DOTALL)[0]
+    assert "0.424" in row
+    assert '<data value="0.5">' in row
+    assert "epoch" not in row
+    assert "in training: 0.01 above the quoted 0.0496" in texts(page)
+
+
 def test_the_verdict_ranks_runs_of_a_kind_and_names_unfinished_ones(finetuning, tmp_path):
     worse = make_run(tmp_path / "runs" / "worse", FinetuningConfig(epochs=30), [finetuning_entry(1)])
     text = verdict(read_runs([str(worse), str(finetuning)]))
     assert text.startswith("Not finished: worse.")
-    assert "accuracy on test images: 82.00 % fine, 81.00 % worse." in text
+    assert "accuracy on test images: 82.00 % fine, 81.00 % worse." in text.replace("\N{NO-BREAK SPACE}", " ")
 
 
 def test_a_loss_that_is_not_finite_is_said_and_drawn_around(finetuning):
