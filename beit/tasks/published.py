@@ -18,8 +18,8 @@ TOOLS = "semantic_segmentation/tools"
 QUOTED_SIZES = ("parameters",)  # what is quoted beside results
 # What facts of a recipe must be.
 COUNTS = ("gpus", "input_size", "batch_size", "update_freq")
-TEXTS = ("task", "source", "data", "hardware", "time", "note", "fine_tuned_with")
-TEXTS += ("data_path", "start", "config", "model")
+PLACES = ("data_path", "start", "config", "model")
+TEXTS = ("task", "source", "data", "hardware", "time", "note", "fine_tuned_with", *PLACES)
 TABLES = ("quoted", "updates")
 
 
