@@ -29,12 +29,12 @@ logger = logging.getLogger("beit.reproduction")
 TRIALS: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]] = {
     ("finetune", SCRATCH): [{"lr": lr, "layer_decay": 1.0} for lr in (5e-4, 1e-3, 2e-3, 4e-3)],
     ("segment", SCRATCH): [{"lr": lr, "layer_decay": 1.0} for lr in (4e-3, 8e-3, 1.6e-2)],
-    ("linear", SCRATCH): [{"lr": lr} for lr in (3e-3, 1e-2, 3e-2)],
+    ("linear", SCRATCH): [{"lr": lr} for lr in (1e-2, 3e-2, 1e-1)],
     ("finetune", BEIT): [
         {"lr": lr, "layer_decay": decay} for lr, decay in ((5e-4, 1.0), (1e-3, 1.0), (2e-3, 1.0), (1e-3, 0.8))
     ],
     ("segment", BEIT): [{"lr": lr, "layer_decay": decay} for lr, decay in ((4e-3, 1.0), (8e-3, 1.0), (8e-3, 0.75))],
-    ("linear", BEIT): [{"lr": lr} for lr in (3e-3, 1e-2, 3e-2)],
+    ("linear", BEIT): [{"lr": lr} for lr in (1e-2, 3e-2, 1e-1)],
 }
 
 
@@ -45,7 +45,7 @@ class TuningConfig:
     preset: str = option("cpu", "size of the comparison", choices=tuple(PRESETS))
     output_dir: str = option("tuning", "folder for images, runs and scores; a run goes on there")
     amp_dtype: str = option("auto", "number format of all runs", choices=AMP_CHOICES)
-    only: tuple[str, ...] = option((), "columns, or rows such as scratch, to tune; all by default")
+    only: tuple[str, ...] = option((), "a column, a row such as scratch, or one of each; all by default")
     results: str = option("", "JSON file for the scores")
 
 
@@ -55,7 +55,7 @@ def main(config: TuningConfig) -> None:
     jobs, cells = Jobs(Path(config.output_dir), preset, preset.tuning_seed), Cells(Path(config.output_dir) / "cells")
     found = []
     for (column, row), trials in TRIALS.items():
-        if config.only and not {column, row} & set(config.only):
+        if config.only and not {column, row} >= set(config.only):
             continue
         scored = [(_score(jobs, cells, column, row, trial), trial) for trial in trials]
         best = max(scored, key=lambda pair: pair[0])
