@@ -73,7 +73,7 @@ PACKAGES = ("beit", "dall_e", "semantic_segmentation")
 ONLY_IN = {
     "argparse": ("beit.config", "beit.storage"),  # storage: official checkpoints hold an argparse.Namespace
     "yaml": ("beit.config",),
-    "matplotlib": ("beit.visualization.figures",),
+    "matplotlib": ("beit.visualization.figures", "beit.visualization.plots"),  # pictures; diagrams
     "tensorboard": ("beit.training.logging",),
     "torch.utils.tensorboard": ("beit.training.logging",),
 }

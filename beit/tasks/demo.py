@@ -27,7 +27,8 @@ from beit.tasks.knn import KnnConfig
 from beit.tasks.masked_image_modeling import PretrainingConfig
 from beit.tasks.visualize import load_pretrained, reconstruct_files
 from beit.visualization.curves import Curve, diagrams, read_log
-from beit.visualization.figures import draw_curves, draw_panels
+from beit.visualization.figures import draw_panels
+from beit.visualization.plots import draw_curves
 
 logger = logging.getLogger(__name__)
 

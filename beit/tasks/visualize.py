@@ -26,8 +26,9 @@ from beit.tasks.options import check_positive, normalization
 from beit.tasks.visualize_inputs import image_files
 from beit.training.checkpoint import load_exactly
 from beit.training.distributed import select_device
-from beit.visualization.curves import diagrams, read_log
-from beit.visualization.figures import check_picture_name, draw_curves, draw_panels
+from beit.visualization.curves import overlaid, read_log
+from beit.visualization.figures import check_picture_name, draw_panels
+from beit.visualization.plots import draw_curves
 from beit.visualization.reconstructions import Reconstructions
 from beit.visualization.reconstructions import reconstruct as reconstruct_tensors
 
@@ -44,10 +45,14 @@ class CurvesConfig:
 
 
 def curves(config: CurvesConfig) -> None:
-    """Draws the numbers of one or several runs over epochs."""
+    """Draws the numbers of one or several runs over epochs, or over optimizer steps where the runs log those.
+
+    Raises:
+        InputError: A log is missing or none, or holds nothing to draw.
+    """
     check_picture_name(config.output)
     runs = {_run_name(path, config.logs): read_log(path) for path in config.logs}
-    draw_curves(config.output, diagrams(runs, config.metrics))
+    draw_curves(config.output, overlaid(runs, config.metrics))
     logger.info("%s written", config.output)
 
 
@@ -82,9 +87,9 @@ def reconstruct(config: ReconstructConfig) -> None:
         raise InputError("--checkpoint and --images are needed: a pre-training checkpoint, and what to show it")
     check_picture_name(config.output)
     check_positive(config, "limit")
+    paths = image_files(config.images, config.limit)
     device = select_device(config.device, 0)
     pretraining, model, target = load_pretrained(config.checkpoint, config.tokenizer, device)
-    paths = image_files(config.images, config.limit)
     result = reconstruct_files(paths, pretraining, model, target, config.seed)
     draw_panels(config.output, result.panels(), result.captions())
     logger.info("%s written", config.output)

@@ -14,28 +14,36 @@ from beit.config import Size, option
 from beit.data.datasets import sample_randomness
 from beit.data.transforms import normalize, to_unit_range
 from beit.errors import InputError
-from beit.inference import block_number
 from beit.masking import BlockwiseMaskGenerator
+from beit.modeling import Backbone
 from beit.tasks.options import check_positive
-from beit.tasks.visualize_inputs import Viewer, image_files, open_viewer
+from beit.tasks.visualize_inputs import Viewer, check_block, image_files, open_viewer
 from beit.visualization.attention import (
     Query,
     attention_by_block,
+    check_queries,
     default_queries,
     mean_distances,
     patch_distances,
     query_maps,
 )
 from beit.visualization.bias import bias_images_of
-from beit.visualization.figures import SIGNED, Picture, check_picture_name, draw_heads, draw_pictures
+from beit.visualization.figures import SIGNED, Picture, check_picture_name, draw_pictures
+from beit.visualization.plots import draw_heads
 from beit.visualization.reconstructions import hide_patches
 
 logger = logging.getLogger(__name__)
 
 MOST_COLUMNS = 8
+SMALLEST_BLOCK = 16  # of hidden patches, as in pre-training
+NOTE = "Each map: probability of a ring's patch to attend to each other one, dark = 0, bright = its highest."
+CLASS_TOKEN_ENTRIES = ("c→p", "p→c", "c→c")
+BIAS_NOTE = (
+    "The patch that looks is in the middle of each square; one scale of colours for all. Below each: the bias from the "
+    "class token to patches (c→p), from patches to the class token (p→c) and from the class token to itself (c→c)."
+)
 
 
-# ------------------------------------------------------------------------------------------------------ attention maps
 @dataclass(frozen=True)
 class AttentionConfig:
     """The arguments of ``beit visualize attention``."""
@@ -62,29 +70,32 @@ def attention(config: AttentionConfig) -> None:
     """
     check_picture_name(config.output)
     check_positive(config, "limit")
-    paths = image_files(config.images, config.limit)
+    if config.mask_patches < 0:
+        raise InputError(f"--mask_patches {config.mask_patches}: must be 0 or more")
     asked = [parse_query(text) for text in config.query]
+    paths = image_files(config.images, config.limit)
     viewer = open_viewer(config.checkpoint, config.size, config.device)
-    model = viewer.model
-    block = block_number(model, config.block)
+    model, grid = viewer.model, viewer.model.patch_embed.grid_size
+    block = check_block(config.block, model)
     heads = parse_heads(config.heads, model.num_heads)
-    queries = asked or default_queries(model.patch_embed.grid_size)
+    check_queries(asked, grid)
+    queries, masks = asked or default_queries(grid), mask_generator(config.mask_patches, model)
     rows: list[list[Picture]] = []
+    headings = {}
     for number, path in enumerate(paths):
-        view, mask = viewer.view(path)[None].to(viewer.device), draw_mask(config, viewer, number)
-        inputs = normalize(view, viewer.mean, viewer.std)
-        probabilities = model.get_attention_maps(inputs, block, mask)
-        maps = query_maps(probabilities.float(), queries, model.patch_embed.grid_size)[
-            0
-        ].cpu()  # (queries, heads, h, w)
+        view, mask = viewer.view(path)[None].to(viewer.device), None
+        if masks is not None:
+            with sample_randomness(config.seed, 0, number) as rng:
+                mask = torch.from_numpy(masks(rng))[None].to(viewer.device)
+        probabilities = model.get_attention_maps(normalize(view, viewer.mean, viewer.std), block, mask)
+        maps = query_maps(probabilities.float(), queries, grid)[0].cpu()  # (queries, heads, h, w)
         shown = to_unit_range(view)
+        headings[len(rows)] = "/".join(Path(path).parts[-2:])  # of a folder of classes the name alone says little
         rows += attention_rows((shown if mask is None else hide_patches(shown, mask))[0].cpu(), maps, queries, heads)
     kind = f"Block {block} of {model.get_num_layers()} (from 0 on), {model.img_size[0]} x {model.img_size[1]} pixels"
-    draw_pictures(config.output, rows, f"Where patches look: {Path(config.checkpoint).name}", note=f"{kind}. {NOTE}")
+    title = f"Where patches look: {Path(config.checkpoint).name}"
+    draw_pictures(config.output, rows, title, note=f"{kind}. {NOTE}", headings=headings)
     logger.info("%s written", config.output)
-
-
-NOTE = "Each map: probability of a ring's patch to attend to each other one, dark = 0, bright = its highest."
 
 
 def attention_rows(
@@ -166,23 +177,26 @@ def parse_heads(words: Sequence[str], heads: int) -> list[int | None]:
     return list(dict.fromkeys(found))
 
 
-def draw_mask(config: AttentionConfig, viewer: Viewer, number: int) -> Tensor | None:
-    """Draws the patches to hide from image ``number``, bool ``(1, h, w)``; None for none.
+def mask_generator(patches: int, model: Backbone) -> BlockwiseMaskGenerator | None:
+    """Returns what draws so many patches to hide from a model's images; None for no patches.
 
     Raises:
         InputError: The model has never seen a mask, or so many patches cannot be hidden.
     """
-    if not config.mask_patches:
+    if not patches:
         return None
-    if not viewer.model.has_mask_token:
+    if not model.has_mask_token:
         raise InputError("--mask_patches needs a pre-trained model: a classifier has no token for hidden patches")
-    few = min(16, max(1, config.mask_patches // 4))
-    masks = BlockwiseMaskGenerator(viewer.model.patch_embed.grid_size, config.mask_patches, few)
-    with sample_randomness(config.seed, 0, number) as rng:
-        return torch.from_numpy(masks(rng))[None].to(viewer.device)
+    height, width = model.patch_embed.grid_size
+    if patches > height * width:
+        raise InputError(f"--mask_patches {patches}: the image has {height} x {width} = {height * width} patches")
+    try:
+        smallest = min(SMALLEST_BLOCK, max(1, patches // 4))
+        return BlockwiseMaskGenerator((height, width), patches, smallest)
+    except InputError as error:
+        raise InputError(f"--mask_patches {patches}: {error}") from error
 
 
-# ------------------------------------------------------------------------------------------------- how far heads look
 @dataclass(frozen=True)
 class DistanceConfig:
     """The arguments of ``beit visualize distance``."""
@@ -235,7 +249,6 @@ def distances_of(viewer: Viewer, paths: Sequence[str]) -> Tensor:
     return summed / len(paths)
 
 
-# --------------------------------------------------------------------------------------------------- biases for places
 @dataclass(frozen=True)
 class BiasConfig:
     """The arguments of ``beit visualize bias``."""
@@ -258,27 +271,26 @@ def bias(config: BiasConfig) -> None:
         raise InputError(
             f"{config.checkpoint} has no relative position bias: it knows places by its position embedding"
         )
+    most = max(max(table.grids.abs().max().item() for table in tables), 1e-6)
     rows: list[list[Picture]] = []
     for table in tables:
-        most = max(table.grids.abs().max().item(), 1e-6)
         titles = [f"head {head}" if not rows else "" for head in range(len(table.grids))]
-        captions = ["   ".join(f"{value:+.2f}" for value in entries) for entries in table.class_token.tolist()]
+        captions = map(class_token_caption, table.class_token.tolist())
         pictures = zip(table.grids, titles, captions, strict=True)
         rows.append([Picture(heat=grid, limits=(-most, most), title=t, caption=c) for grid, t, c in pictures])
-    name, names = Path(config.checkpoint).name, [table.name for table in tables]
     draw_pictures(
         config.output,
         rows,
-        f"Relative position bias: {name}",
+        f"Relative position bias: {Path(config.checkpoint).name}",
         note=BIAS_NOTE,
-        row_names=names,
+        row_names=[table.name for table in tables],
         colours=SIGNED,
-        bars=True,
+        bar=True,
     )
     logger.info("%s written", config.output)
 
 
-BIAS_NOTE = (
-    "The patch that looks is in the middle of each square. Below: class token to patch, patch to class token, "
-    "class token to itself."
-)
+def class_token_caption(entries: Sequence[float]) -> str:
+    """Returns the three entries of the class token, each under what it is."""
+    numbers = "   ".join(f"{value:+.2f}".replace("-", "−") for value in entries)  # a minus as wide as a plus
+    return f"{(' ' * 6).join(CLASS_TOKEN_ENTRIES)}\n{numbers}"

@@ -13,10 +13,11 @@ from beit.data.datasets import ImageIndex, UnreadableImageError, index_images, r
 from beit.errors import InputError
 from beit.tasks.features import FrozenFeatures
 from beit.tasks.options import AMP_CHOICES, check_positive
-from beit.tasks.visualize_inputs import Viewer, open_viewer, spread
+from beit.tasks.visualize_inputs import Viewer, check_block, open_viewer, spread
 from beit.training.precision import Precision, resolve_amp_dtype
-from beit.visualization.embeddings import METHODS, embed, group_by_class
-from beit.visualization.figures import check_picture_name, draw_points
+from beit.visualization.embeddings import METHODS, check_embedding, embed, group_by_class
+from beit.visualization.figures import check_picture_name
+from beit.visualization.plots import draw_points
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +48,15 @@ def embeddings(config: EmbeddingsConfig) -> None:
     """
     check_picture_name(config.output)
     check_positive(config, "limit", "batch_size")
+    if not 0 <= config.seed < 2**32:  # scikit-learn takes no other
+        raise InputError(f"--seed {config.seed}: must be from 0 to {2**32 - 1}")
     index = find_classes(config.data_path)
+    check_embedding(min(len(index), config.limit), config.method)
     viewer = open_viewer(config.checkpoint, config.size, config.device)
     precision = Precision(resolve_amp_dtype(config.amp_dtype, viewer.device), viewer.device)
     frozen = FrozenFeatures(
         viewer.model,
-        layers=(config.block,),
+        layers=(check_block(config.block, viewer.model),),
         pools=(config.pool,),
         mean=viewer.mean,
         std=viewer.std,

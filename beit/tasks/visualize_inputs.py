@@ -1,5 +1,6 @@
 """What pictures are made of: images from files and folders, and a model of any checkpoint at any resolution."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,15 +60,45 @@ def open_viewer(checkpoint: str, size: Size | None, device: str) -> Viewer:
     """
     if not checkpoint:
         raise InputError("--checkpoint is missing: a path, a released name, a URL or a hub id")
+    _check_is_no_tokenizer(checkpoint)
+    place = select_device(device, 0)
     model, metadata = open_model(checkpoint)
     if size is not None:
         _check_size(size, model.patch_embed.patch_size)
         model.set_input_size(size)
-    model = model.requires_grad_(False).to(select_device(device, 0))
+    model = model.requires_grad_(False).to(place)
     prepared = preprocessing_of(model, metadata)
     # All of the shorter side: a picture of a photograph should show it, where an evaluation cuts its rim away.
     transform = ClassificationEvalTransform(model.img_size, interpolation=prepared.transform.interpolation, crop_pct=1)
     return Viewer(model, transform, prepared.mean, prepared.std)
+
+
+def _check_is_no_tokenizer(checkpoint: str) -> None:
+    """Refuses a tokenizer's folder by name: it lies beside the run folders, and has weights of its own."""
+    try:
+        described = json.loads((Path(checkpoint) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if isinstance(described, dict) and {"num_tokens", "codebook_dim"} <= set(described):
+        raise InputError(
+            f"{checkpoint} holds no BEiT but a tokenizer: give a checkpoint of pre-training or fine-tuning, "
+            "such as checkpoint-last.pth of a run"
+        )
+
+
+def check_block(block: int, model: Backbone) -> int:
+    """Returns the number from 0 on of the block that ``--block`` means, which may count from the end.
+
+    Raises:
+        InputError: There is no such block.
+    """
+    depth = model.get_num_layers()
+    if not -depth <= block < depth:
+        raise InputError(
+            f"--block {block}: the model has {depth} blocks, numbered from 0 to {depth - 1}, "
+            f"or from the end -1 to {-depth}"
+        )
+    return block % depth
 
 
 def _check_size(size: Size, patch_size: tuple[int, int]) -> None:

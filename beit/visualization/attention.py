@@ -48,15 +48,21 @@ def query_maps(attention: Tensor, queries: Sequence[Query], grid: tuple[int, int
 
     Source: BEiT (arXiv 2106.08254), figure 2.
     """
+    check_queries(queries, grid)
+    height, width = grid
+    tokens = [1 + row * width + column for row, column in queries]
+    return rearrange(attention[:, :, tokens, 1:], "b heads q (h w) -> b q heads h w", h=height)
+
+
+def check_queries(queries: Sequence[Query], grid: tuple[int, int]) -> None:
+    """Raises :class:`InputError` for the first query that is outside a patch grid ``(h, w)``."""
     height, width = grid
     for row, column in queries:
         if not (0 <= row < height and 0 <= column < width):
             raise InputError(
-                f"query {row},{column} is outside the image's {height} x {width} patches: rows are 0 to {height - 1}, "
-                f"columns 0 to {width - 1}"
+                f"--query {row},{column} is outside the image's {height} x {width} patches: "
+                f"rows are 0 to {height - 1}, columns 0 to {width - 1}"
             )
-    tokens = [1 + row * width + column for row, column in queries]
-    return rearrange(attention[:, :, tokens, 1:], "b heads q (h w) -> b q heads h w", h=height)
 
 
 def default_queries(grid: tuple[int, int]) -> list[Query]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from beit.errors import InputError
@@ -33,9 +34,20 @@ def embed(features: Tensor, method: str, seed: int = 0) -> Embedding:
     Raises:
         InputError: There are too few of them, or the method's library is not installed.
     """
-    if len(features) < FEWEST_POINTS:
-        raise InputError(f"{len(features)} images make no picture of features: give {FEWEST_POINTS} or more")
+    check_embedding(len(features), method)
     return METHODS[method](features.double().cpu(), seed)
+
+
+def check_embedding(images: int, method: str) -> None:
+    """Checks what :func:`embed` needs; ask before a long computation.
+
+    Raises:
+        InputError: There are too few images, or the method's library is not installed.
+    """
+    if images < FEWEST_POINTS:
+        raise InputError(f"{images} images make no picture of features: give {FEWEST_POINTS} or more")
+    if METHODS[method] is tsne:
+        _check_scikit_learn()
 
 
 def pca(features: Tensor, _seed: int = 0) -> Embedding:
@@ -43,7 +55,7 @@ def pca(features: Tensor, _seed: int = 0) -> Embedding:
 
     A direction's sign is free; here its largest component is positive, so that the same features give the same picture.
     """
-    centred = features - features.mean(dim=0)
+    centred = _at_least_two(features - features.mean(dim=0))
     _, lengths, directions = torch.linalg.svd(centred, full_matrices=False)  # directions: (min(N, D), D)
     signs = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True)).sign()
     points = centred @ (directions * signs)[:2].T
@@ -59,12 +71,9 @@ def tsne(features: Tensor, seed: int = 0) -> Embedding:
     Raises:
         InputError: scikit-learn is not installed.
     """
-    try:
-        from sklearn.manifold import TSNE
-    except ImportError as error:
-        raise InputError(
-            "t-SNE needs scikit-learn: pip install 'beit[demo]', or choose --method pca, which needs nothing"
-        ) from error
+    _check_scikit_learn()
+    from sklearn.manifold import TSNE
+
     perplexity = min(PERPLEXITY, (len(features) - 1) / 3)
     # 50 directions hold what distances depend on, and take a fraction of the time of 768.
     reduced = _principal(features, 50).numpy()
@@ -72,10 +81,24 @@ def tsne(features: Tensor, seed: int = 0) -> Embedding:
     return Embedding(torch.from_numpy(np.asarray(points, dtype=np.float64)), ("t-SNE 1", "t-SNE 2"))
 
 
+def _check_scikit_learn() -> None:
+    try:
+        import sklearn.manifold  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            "t-SNE needs scikit-learn: pip install 'beit[demo]', or choose --method pca, which needs nothing"
+        ) from error
+
+
 def _principal(features: Tensor, directions: int) -> Tensor:
     """Returns features ``(N, D)`` along their first principal directions, at most so many."""
-    left, lengths, _ = torch.linalg.svd(features - features.mean(dim=0), full_matrices=False)
+    left, lengths, _ = torch.linalg.svd(_at_least_two(features - features.mean(dim=0)), full_matrices=False)
     return (left * lengths)[:, :directions]
+
+
+def _at_least_two(features: Tensor) -> Tensor:
+    """Returns features ``(N, D)``, or ``(N, 2)`` with a constant where there is one alone: a plane has two axes."""
+    return F.pad(features, (0, max(0, 2 - features.shape[1])))
 
 
 METHODS: dict[str, Callable[[Tensor, int], Embedding]] = {"pca": pca, "tsne": tsne}

@@ -1,5 +1,6 @@
-"""Drawing: the only module that knows matplotlib, and it imports it only when something is drawn.
+"""Drawing of pictures in tables, and how any figure begins and is saved.
 
+Only this module and ``plots.py``, which draws diagrams, know matplotlib; they import it only when something is drawn.
 Every picture is PNG or SVG, by the ending of its name. Colours can be told apart by colour-blind readers, and none
 stands alone: runs and classes also differ by marker, training and test by the style of their lines.
 """
@@ -15,38 +16,30 @@ from torch import Tensor
 
 from beit.errors import InputError
 from beit.storage import atomic_write
-from beit.visualization.curves import Curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
 FORMATS = ("png", "svg")
 PANEL_INCHES = 1.6
 GAP_INCHES = 0.08
 LINE_INCHES = 0.2  # a line of text above or below a panel
+NEXT_LINE_INCHES = 0.13  # each further one
+HEADING_INCHES = 0.34  # a line above several rows, with a gap to the rows before
 NOTE_LETTER = 0.062
 TITLE_INCHES = 0.32
 BAR_INCHES = 0.65  # a bar of colours with its numbers
-DIAGRAM_INCHES = (4.0, 2.8)
 SEGMENTATION_INCHES = 4.0
-SCATTER_INCHES = 5.5
 LEGEND_POINTS = 8
-LONGEST_NAME = 24  # letters of a class in a legend
 LEGEND_SPACING = 0.37  # between two lines, in heights of a letter
-DIAGRAMS_A_ROW = 4
-MARKERS_A_CURVE = 12
 DPI = 150
-STYLES = {"train": "-", "test": "--"}
 HEAT, SIGNED = "inferno", "RdBu_r"  # maps of colours: from nothing to the most; below and above zero
 HEAT_OPACITY = 0.65
-# Okabe and Ito's colours without their yellow, which is hardly seen on white; seven, and eight markers, so that pairs
-# of them repeat only after 56. Points of the second seven classes are hollow.
+# A photograph below a heat map is pressed into these shades: its white would else look like heat, its black like none.
+DARKEST, BRIGHTEST = 0.35, 0.65
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-OTHERS = "#BBBBBB"
-SIZES = {"*": 2.0, "P": 1.3, "X": 1.3, "D": 0.8}  # areas of markers, so that all weigh alike
+"""Okabe and Ito's colours without their yellow, which is hardly seen on white."""
 
 
 def check_picture_name(path: str | Path) -> str:
@@ -61,7 +54,6 @@ def check_picture_name(path: str | Path) -> str:
     return ending
 
 
-# ---------------------------------------------------------------------------------------------- pictures in a table
 @dataclass(frozen=True)
 class Picture:
     """One cell of a table of pictures.
@@ -97,8 +89,9 @@ def draw_pictures(
     *,
     note: str = "",
     row_names: Sequence[str] = (),
+    headings: Mapping[int, str] | None = None,
     colours: str = HEAT,
-    bars: bool = False,
+    bar: bool = False,
 ) -> None:
     """Draws pictures in a table; each keeps its shape, the widest or highest fills its cell.
 
@@ -106,43 +99,67 @@ def draw_pictures(
         path: The PNG or SVG file to write.
         rows: The pictures, row by row; rows may differ in length.
         title: A line above all.
-        note: A line below all.
+        note: Lines below all.
         row_names: A name left of each row.
+        headings: Number of a row → a line above it, for what it and the rows up to the next heading have in common.
         colours: Of the heat maps, one of matplotlib's maps of colours.
-        bars: Show at the end of each row what its colours mean; its heat maps share their limits.
+        bar: Show right of all rows what the colours mean; all heat maps must have the same limits.
     """
-    sides = [size for row in rows for size in (picture.size for picture in row)]
-    shape = max(height / width for height, width in sides)
-    panel = (PANEL_INCHES, PANEL_INCHES * shape) if shape <= 1 else (PANEL_INCHES / shape, PANEL_INCHES)
+    headings = headings or {}
+    panel = _panel_inches([picture.size for row in rows for picture in row])
     margin = GAP_INCHES + (LINE_INCHES if row_names else 0)
     columns = max(len(row) for row in rows)
-    width = margin + columns * (panel[0] + GAP_INCHES) + (BAR_INCHES if bars else 0)
+    width = margin + columns * (panel[0] + GAP_INCHES) + (BAR_INCHES if bar else 0)
     if (wanted := 0.085 * len(title)) > width:
         margin, width = margin + (wanted - width) / 2, wanted
-    lines = textwrap.wrap(note, int(width / NOTE_LETTER))
-    above, below = ([LINE_INCHES if any(getattr(p, part) for p in row) else GAP_INCHES / 2 for row in rows]
-                    for part in ("title", "caption"))  # fmt: skip
+    lines = _balanced(note, int(width / NOTE_LETTER))
+    above = [_text_inches([picture.title for picture in row]) for row in rows]
+    below = [_text_inches([picture.caption for picture in row]) for row in rows]
     head, foot = (TITLE_INCHES if title else GAP_INCHES / 2), GAP_INCHES / 2 + 0.15 * len(lines)
-    height = head + sum(above) + sum(below) + len(rows) * panel[1] + foot
-    figure = _new_figure(width, height)
+    text = sum(above) + sum(below) + len(headings) * HEADING_INCHES
+    height = head + text + len(rows) * panel[1] + foot
+    figure = new_figure(width, height)
     top = head
     for number, row in enumerate(rows):
+        if number in headings:
+            top += HEADING_INCHES
+            figure.text(margin / width, 1 - (top - 0.02) / height, headings[number], fontsize=8.5, va="bottom")
         top += above[number]
         for column, picture in enumerate(row):
             axes = _cell(figure, margin + column * (panel[0] + GAP_INCHES), top, panel)
             _draw_picture(axes, picture, colours)
-        right = margin + len(row) * (panel[0] + GAP_INCHES)
-        if bars and row:
-            _draw_bar(figure, _cell(figure, right, top + 0.1 * panel[1], (0.1, 0.8 * panel[1])), axes)
         if row_names:
             middle = 1 - (top + panel[1] / 2) / height
             figure.text(0.06 / width, middle, row_names[number], fontsize=8, rotation=90, va="center")
         top += panel[1] + below[number]
+    if bar:
+        right, first = margin + columns * (panel[0] + GAP_INCHES), head + above[0]
+        _draw_bar(figure, _cell(figure, right, first, (0.1, top - below[-1] - first)), axes)
     if title:
         figure.suptitle(title, fontsize=10, y=1 - 0.08 / height, va="top")
     if note:
         figure.text(0.5, 0.05 / height, "\n".join(lines), fontsize=7.5, ha="center", va="bottom")
-    _save(figure, path)
+    save_figure(figure, path)
+
+
+def _panel_inches(sizes: Sequence[tuple[int, int]]) -> tuple[float, float]:
+    """Returns width and height of a cell that is as long as the longest picture, its longer side fixed."""
+    shape = max(height / width for height, width in sizes)
+    return (PANEL_INCHES, PANEL_INCHES * shape) if shape <= 1 else (PANEL_INCHES / shape, PANEL_INCHES)
+
+
+def _text_inches(texts: Sequence[str]) -> float:
+    """Returns how high the texts of a row are that stand above its pictures, or below."""
+    lines = max(text.count("\n") + 1 if text else 0 for text in texts)
+    return LINE_INCHES + (lines - 1) * NEXT_LINE_INCHES if lines else GAP_INCHES / 2
+
+
+def _balanced(text: str, letters: int) -> list[str]:
+    """Breaks a text into as few lines as possible, all nearly of one length: no word stands alone."""
+    fewest = len(textwrap.wrap(text, letters))
+    while letters > 1 and len(textwrap.wrap(text, letters - 1)) == fewest > 1:
+        letters -= 1
+    return textwrap.wrap(text, letters)
 
 
 def _cell(figure: "Figure", left: float, top: float, size: tuple[float, float]) -> "Axes":
@@ -156,8 +173,7 @@ def _draw_picture(axes: "Axes", picture: Picture, colours: str) -> None:
     extent = (0, width, height, 0)
     if picture.image is not None:
         grey = picture.heat is not None  # colours of the photograph would be taken for those of the map
-        shown = picture.image.mean(dim=0, keepdim=True).expand(3, -1, -1) if grey else picture.image
-        _show(axes, shown, extent=extent)
+        _show(axes, _pale(picture.image) if grey else picture.image, extent=extent)
     if picture.heat is not None:
         low, high = picture.limits or (0.0, max(picture.heat.max().item(), 1e-12))
         opacity = 1.0 if picture.image is None else HEAT_OPACITY
@@ -173,6 +189,12 @@ def _draw_picture(axes: "Axes", picture: Picture, colours: str) -> None:
         axes.set_title(picture.title, fontsize=8, pad=3)
     if picture.caption:
         axes.set_xlabel(picture.caption, fontsize=7.5, labelpad=2)
+
+
+def _pale(image: Tensor) -> Tensor:
+    """Returns an image ``(3, H, W)`` in shades of grey that leave the light and the dark to a map on top of it."""
+    grey = image.mean(dim=0, keepdim=True).clamp(0, 1).expand(3, -1, -1)
+    return DARKEST + (BRIGHTEST - DARKEST) * grey
 
 
 def _draw_bar(figure: "Figure", place: "Axes", axes: "Axes") -> None:
@@ -216,7 +238,6 @@ def _bare(axes: "Axes") -> None:
         spine.set_visible(False)
 
 
-# ------------------------------------------------------------------------------------------------------ segmentations
 def draw_segmentation(
     path: str | Path,
     panels: Mapping[str, Tensor],
@@ -236,11 +257,11 @@ def draw_segmentation(
     scale = SEGMENTATION_INCHES / max(height, width)
     panel_width, panel_height = max(width * scale, 1.5), max(height * scale, 0.5)
     total_width = len(panels) * (panel_width + 0.08) + 0.08
-    columns, rows = _legend_shape([name for name, _ in legend], total_width)
+    columns, rows = legend_shape([name for name, _ in legend], total_width)
     foot = 0.08 + (rows * LEGEND_POINTS * (1 + LEGEND_SPACING) / 72 + 0.15 if legend else 0)
     head = 0.3 + (0.2 if title else 0)
     total_height = head + panel_height + foot
-    figure = _new_figure(total_width, total_height)
+    figure = new_figure(total_width, total_height)
     for column, (name, picture) in enumerate(panels.items()):
         left = 0.08 + column * (panel_width + 0.08)
         place = (left / total_width, foot / total_height, panel_width / total_width, panel_height / total_height)
@@ -251,10 +272,10 @@ def draw_segmentation(
         _draw_legend(figure, legend, columns)
     if title:
         figure.suptitle(title, fontsize=10, y=1 - 0.08 / total_height, va="top")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _legend_shape(names: Sequence[str], inches: float, symbol: int = 5) -> tuple[int, int]:
+def legend_shape(names: Sequence[str], inches: float, symbol: int = 5) -> tuple[int, int]:
     """Returns how many columns fit into a width, and how many rows that makes.
 
     A name takes ``symbol`` letters more, for what it explains and the gap to the next.
@@ -279,157 +300,8 @@ def _draw_legend(figure: "Figure", legend: Sequence[tuple[str, tuple[int, int, i
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------- diagrams
-def draw_curves(path: str | Path, diagrams: Mapping[str, Sequence[Curve]], title: str = "") -> None:
-    """Draws one diagram a metric, over epochs.
-
-    Curves of one run differ by colour. Several runs differ by colour and marker, training and test by the style of the
-    line, and all diagrams share one legend.
-
-    Args:
-        path: The PNG or SVG file to write.
-        diagrams: What :func:`beit.visualization.curves.diagrams` returns.
-        title: A line above all.
-    """
-    columns = min(DIAGRAMS_A_ROW, math.ceil(math.sqrt(len(diagrams))))
-    rows = math.ceil(len(diagrams) / columns)
-    runs = {curve.run for curves in diagrams.values() for curve in curves}
-    figure = _new_figure(columns * DIAGRAM_INCHES[0], rows * DIAGRAM_INCHES[1], layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
-    legend: dict[str, Line2D] = {}
-    for axes, (metric, curves) in zip(grid.flat, diagrams.items(), strict=False):
-        legend |= _plot(axes, metric, curves, by_run=len(runs) > 1)
-        if len(runs) == 1:
-            axes.legend(fontsize=7)
-    for axes in grid.flat[len(diagrams) :]:
-        axes.set_visible(False)
-    if len(runs) > 1:
-        _legend_below(figure, legend)
-    if title:
-        figure.suptitle(title, fontsize=11)
-    _save(figure, path)
-
-
-def _plot(axes: "Axes", metric: str, curves: Sequence[Curve], by_run: bool) -> "dict[str, Line2D]":
-    """Draws a diagram and returns its lines by their labels."""
-    from matplotlib.ticker import MaxNLocator
-
-    lines: dict[str, Line2D] = {}
-    for number, curve in enumerate(curves):
-        style = STYLES.get(curve.label.split()[-1], "-")
-        look = curve.run if by_run else number
-        marker = MARKERS[look % len(MARKERS)] if by_run else "o" if len(curve.epochs) <= 20 else ""
-        # Not all runs at the same epochs: a marker would hide those of the runs before.
-        step = math.ceil(len(curve.epochs) / MARKERS_A_CURVE)
-        (lines[curve.label],) = axes.plot(
-            curve.epochs, curve.values, linestyle=style, color=COLOURS[look % len(COLOURS)], linewidth=1.4,
-            marker=marker, markersize=4 if by_run else 3, markevery=(look % step, step) if by_run else 1,
-            label=curve.label,
-        )  # fmt: skip
-    axes.set_title(metric.replace("_", " "), fontsize=10)
-    axes.set_xlabel("epoch", fontsize=8)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.3)
-    return lines
-
-
-def _legend_below(figure: "Figure", lines: "Mapping[str, Line2D]") -> None:
-    width, height = figure.get_size_inches()
-    columns, rows = _legend_shape(list(lines), width, symbol=10)
-    figure.set_size_inches(width, height + rows * LEGEND_POINTS * 1.6 / 72 + 0.1)
-    figure.legend(
-        list(lines.values()), list(lines), loc="outside lower center", ncols=columns, fontsize=LEGEND_POINTS,
-        frameon=False, handlelength=3,
-    )  # fmt: skip
-
-
-def draw_heads(
-    path: str | Path, values: Tensor, label: str, title: str = "", reference: tuple[str, float] | None = None
-) -> None:
-    """Draws a number of each head over the blocks: a point a head, a line through the means of the blocks.
-
-    Args:
-        path: The PNG or SVG file to write.
-        values: ``(blocks, heads)``.
-        label: What the numbers are, with their unit.
-        title: A line above.
-        reference: A value to compare with, and what it is.
-    """
-    from matplotlib.ticker import MaxNLocator
-
-    blocks = range(len(values))
-    figure = _new_figure(max(DIAGRAM_INCHES[0] * 1.25, 0.35 * len(values) + 1), DIAGRAM_INCHES[1] * 1.2, "constrained")
-    axes = figure.subplots()
-    axes.plot(blocks, values.mean(dim=1), "-", color=COLOURS[1], linewidth=1.6, label="mean of the heads")
-    for number, head in enumerate(values.T):
-        name = "a head" if number == 0 else None
-        axes.plot(blocks, head, "o", markersize=4, alpha=0.6, mew=0, color=COLOURS[0], label=name)
-    if reference is not None:
-        axes.axhline(reference[1], color="black", linestyle=":", linewidth=1, label=reference[0])
-    axes.set_ylim(0, 1.08 * max(values.max().item(), reference[1] if reference else 0))
-    axes.set_xlabel("block", fontsize=9)
-    axes.set_ylabel(label, fontsize=9)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=LEGEND_POINTS, frameon=False)
-    axes.set_title(title, fontsize=10)
-    _save(figure, path)
-
-
-def draw_points(
-    path: str | Path,
-    groups: Sequence[tuple[str, Tensor]],
-    axes_names: tuple[str, str],
-    title: str = "",
-    others: tuple[str, Tensor] | None = None,
-) -> None:
-    """Draws groups of points, each in its own colour and marker, with a legend beside them.
-
-    Args:
-        path: The PNG or SVG file to write.
-        groups: Names and points ``(n, 2)``.
-        axes_names: What the axes are.
-        title: A line above.
-        others: A name and points that are not told apart, in grey below all.
-    """
-    figure = _new_figure(SCATTER_INCHES * 1.25, SCATTER_INCHES, "constrained")
-    axes = figure.subplots()
-    count = sum(len(points) for _, points in groups)
-    area = min(36.0, max(8.0, 9000 / max(count, 1)))
-    if others is not None:  # first: they must not cover what is told apart
-        _scatter(axes, others[0], others[1], area, OTHERS, ".")
-    for number, (name, points) in enumerate(groups):
-        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-        _scatter(axes, name, points, area, colour, marker, hollow=number // len(COLOURS) % 2 == 1)
-    axes.set_xlabel(axes_names[0], fontsize=9)
-    axes.set_ylabel(axes_names[1], fontsize=9)
-    axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.25)
-    axes.set_title(title, fontsize=10)
-    handles, names = axes.get_legend_handles_labels()
-    last = 1 if others else 0
-    handles, names = handles[last:] + handles[:last], names[last:] + names[:last]
-    legend = figure.legend(handles, names, loc="outside right upper", fontsize=LEGEND_POINTS + 1, frameon=False)
-    for handle in legend.legend_handles:
-        if handle is not None:
-            handle.set(sizes=[40.0], alpha=1)
-    _save(figure, path)
-
-
-def _scatter(
-    axes: "Axes", name: str, points: Tensor, area: float, colour: str, marker: str, hollow: bool = False
-) -> None:
-    label = name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
-    axes.scatter(
-        points[:, 0], points[:, 1], s=area * SIZES.get(marker, 1), marker=marker, alpha=0.8, label=label,
-        facecolors="none" if hollow else colour, edgecolors=colour if hollow else "white",
-        linewidths=1.0 if hollow else 0.2,
-    )  # fmt: skip
-
-
-def _new_figure(width: float, height: float, layout: str | None = None) -> "Figure":
+def new_figure(width: float, height: float, layout: str | None = None) -> "Figure":
+    """Begins a figure of so many inches."""
     # A figure without pyplot: no window system is asked for, nothing stays in memory, threads may draw too.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -439,7 +311,8 @@ def _new_figure(width: float, height: float, layout: str | None = None) -> "Figu
     return figure
 
 
-def _save(figure: "Figure", path: str | Path) -> None:
+def save_figure(figure: "Figure", path: str | Path) -> None:
+    """Writes a figure as PNG or SVG, as the name says."""
     from matplotlib import rc_context
 
     kind = check_picture_name(path)

@@ -122,6 +122,8 @@ def test_what_holds_nothing_to_reconstruct_is_refused_in_one_line(site, capsys, 
         (["--images", "{site}/images", "-o", "{site}/a.gif"], "let its name end in .png or .svg"),
         (["--images", "{site}/images", "--limit", "0"], "--limit 0: must be at least 1"),
         (["--images", "{site}/dvae"], "dvae"),
+        (["--images", "{site}/images", "--device", "tpux"], "--device tpux"),
+        (["--images", "{site}/nowhere.png", "--checkpoint", "nowhere.pth"], "there is no image"),  # what is cheap first
     ],
 )
 def test_wrong_images_and_outputs_are_refused_in_one_line(site, capsys, arguments, message):
@@ -159,6 +161,10 @@ def test_a_metric_that_no_log_has_and_an_unknown_ending_are_refused(tmp_path, ca
     write_logs(tmp_path)
     assert "did you mean 'loss'" in fails(["curves", tmp_path / "first", "--metrics", "losss"], capsys)
     assert ".png or .svg" in fails(["curves", tmp_path / "first", "-o", "a.pdf"], capsys)
+    (tmp_path / "log.txt").write_text('{"epoch": 0, "n_parameters": 5, "train_loss": null}\n')
+    assert "nothing to draw" in fails(["curves", tmp_path, "-o", tmp_path / "a.png"], capsys)
+    (tmp_path / "log.txt").write_text('{"epoch": "x", "train_loss": 1.0}\n')
+    assert "is no run's log" in fails(["curves", tmp_path, "-o", tmp_path / "a.png"], capsys)
 
 
 @pytest.mark.slow

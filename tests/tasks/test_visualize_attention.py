@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from beit.__main__ import main as beit
+from beit.dvae import DiscreteVAE
 from beit.errors import InputError
 from beit.storage import save_checkpoint
 from beit.tasks import visualize_attention
@@ -20,6 +21,7 @@ from beit.tasks.visualize_attention import (
     parse_query,
 )
 from beit.tasks.visualize_inputs import open_viewer
+from beit.tokenizer import save_dvae
 from beit.visualization.attention import mean_distances, patch_distances
 from beit.zoo import create_model
 from semantic_segmentation.modeling import build_segmentor
@@ -73,7 +75,6 @@ def fails(arguments, capsys):
     return line
 
 
-# ------------------------------------------------------------------------------------------------------ attention maps
 @pytest.mark.parametrize("checkpoint", ["pretrained", "pixels", "classifier", "positions"])
 @pytest.mark.parametrize("size", [None, (32, 64)])
 def test_the_pictures_are_the_models_attention(site, drawn, checkpoint, size):
@@ -116,6 +117,13 @@ def test_hidden_patches_are_drawn_and_change_the_attention(site, drawn):
     assert not torch.allclose(first, second)
 
 
+def test_each_images_rows_begin_with_its_name(site, drawn):
+    attention(AttentionConfig(images=(str(site / "images"),), checkpoint=str(site / "pixels.pth"), limit=2))
+    ((_, rows, _), options) = drawn[0]
+    assert len(rows) == 6  # three queries an image
+    assert options["headings"] == {0: "images/0.png", 3: "images/1.png"}
+
+
 def test_one_map_a_query_stands_in_one_row_several_in_a_row_each():
     maps, image = torch.rand(3, 2, 4, 4), torch.rand(3, 8, 8)
     queries = [(0, 0), (1, 1), (3, 2)]
@@ -139,14 +147,20 @@ def test_heads_and_patches_are_read():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--block", "3"], "layer 3: the model has 3 blocks, numbered from 0"),
+        (["--block", "3"], "--block 3: the model has 3 blocks, numbered from 0 to 2, or from the end -1 to -3"),
+        (["--block", "-4"], "--block -4: the model has 3 blocks"),
         (["--heads", "2"], "--heads 2: the model has heads 0 to 1"),
         (["--heads", "most"], "--heads most: the model has heads 0 to 1"),
-        (["--query", "4,0"], "query 4,0 is outside the image's 4 x 4 patches"),
+        (["--query", "4,0"], "--query 4,0 is outside the image's 4 x 4 patches"),
         (["--query", "here"], "--query here: give patches as ROW,COLUMN"),
         (["--size", "36x64"], "--size 36x64: the model cuts images into patches of 8 x 8 pixels"),
         (["--limit", "0"], "--limit 0"),
         (["--mask_patches", "4"], "--mask_patches needs a pre-trained model"),
+        (["--mask_patches", "17", "--checkpoint", "{site}/pretrained.pth"], "--mask_patches 17: the image has 4 x 4 ="),
+        (["--mask_patches", "1", "--checkpoint", "{site}/pretrained.pth", "--size", "8"], "--mask_patches 1: no mask"),
+        (["--mask_patches", "-5", "--checkpoint", "{site}/nowhere.pth"], "--mask_patches -5: must be 0 or more"),
+        (["--device", "tpux", "--checkpoint", "{site}/nowhere.pth"], "--device tpux: use cuda, cpu or mps"),
+        (["--query", "here", "--checkpoint", "{site}/nowhere.pth"], "--query here"),
         (["-o", "picture.jpeg"], "picture.jpeg: let its name end in .png or .svg"),
         (["--checkpoint", "{site}/other.pth"], "holds no BEiT"),
         (["--checkpoint", "{site}/nowhere.pth"], "nowhere.pth"),
@@ -164,7 +178,6 @@ def test_a_mistake_is_refused_in_one_line(site, capsys, arguments, message):
     assert message in fails([*command, *given], capsys)
 
 
-# -------------------------------------------------------------------------------------------------- whose checkpoints
 @pytest.mark.parametrize("to", ["huggingface", "timm", "unilm"])
 @pytest.mark.parametrize("checkpoint", ["pretrained", "classifier"])
 def test_other_libraries_files_give_the_same_pictures(site, tmp_path, drawn, checkpoint, to):
@@ -196,7 +209,6 @@ def test_of_a_segmentor_the_backbone_is_drawn(site, tmp_path, drawn):
     assert [len(row) for row in rows] == [4, 4, 4]
 
 
-# ------------------------------------------------------------------------------------------------- how far heads look
 def test_the_distance_is_the_mean_over_images(site):
     viewer = open_viewer(str(site / "classifier.pth"), (32, 48), "cpu")
     paths = [str(site / "images" / f"{number}.png") for number in range(3)]
@@ -220,7 +232,6 @@ def test_distances_are_written_out(site, drawn, capsys):
     assert reference[1] == pytest.approx(patch_distances((4, 4), (8, 8)).mean().item())
 
 
-# --------------------------------------------------------------------------------------------------- biases for places
 @pytest.mark.parametrize(
     ("checkpoint", "names"), [("pretrained", ["all blocks"]), ("classifier", ["block 0", "block 1", "block 2"])]
 )
@@ -228,10 +239,17 @@ def test_a_row_a_table_and_a_column_a_head(site, drawn, checkpoint, names):
     bias(BiasConfig(checkpoint=str(site / f"{checkpoint}.pth")))
     ((_, rows, _), options) = drawn[0]
     assert options["row_names"] == names
-    for row in rows:
-        assert [tuple(picture.heat.shape) for picture in row] == [(7, 7)] * 2
-        most = max(picture.heat.abs().max().item() for picture in row)
-        assert all(picture.limits == (-most, most) for picture in row)
+    assert [[tuple(picture.heat.shape) for picture in row] for row in rows] == [[(7, 7)] * 2] * len(names)
+    pictures = [picture for row in rows for picture in row]
+    most = max(picture.heat.abs().max().item() for picture in pictures)
+    assert all(picture.limits == (-most, most) for picture in pictures)  # of all rows alike: they share the bar
+    model = open_viewer(str(site / f"{checkpoint}.pth"), None, "cpu").model
+    table = (model.rel_pos_bias or model.blocks[0].attn).relative_position_bias_table
+    named, numbers = pictures[1].caption.split("\n")
+    assert named.split() == ["c→p", "p→c", "c→c"]
+    assert [float(word.replace("−", "-")) for word in numbers.split()] == pytest.approx(
+        table[-3:, 1].tolist(), abs=6e-3
+    )
 
 
 def test_tables_are_resized_on_demand(site, drawn):
@@ -242,6 +260,11 @@ def test_tables_are_resized_on_demand(site, drawn):
 def test_a_model_without_tables_is_refused_in_one_line(site, capsys):
     assert "has no relative position bias" in fails(["bias", "--checkpoint", site / "positions.pth"], capsys)
     assert ".png or .svg" in fails(["bias", "--checkpoint", site / "pretrained.pth", "-o", "a"], capsys)
+
+
+def test_a_tokenizers_folder_is_named_for_what_it_is(tmp_path, capsys):
+    save_dvae(tmp_path, DiscreteVAE(image_size=16, num_tokens=8, codebook_dim=8, num_layers=1, hidden_dim=8))
+    assert f"{tmp_path} holds no BEiT but a tokenizer" in fails(["bias", "--checkpoint", tmp_path], capsys)
 
 
 @pytest.mark.slow

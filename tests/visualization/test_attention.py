@@ -111,7 +111,10 @@ def test_a_model_without_biases_has_maps_too():
 
 @pytest.mark.parametrize("query", [(3, 0), (0, 5), (-1, 0), (0, -1)])
 def test_a_patch_outside_the_image_is_refused(query):
-    with pytest.raises(InputError, match=r"outside the image's 3 x 5 patches: rows are 0 to 2, columns 0 to 4"):
+    with pytest.raises(
+        InputError,
+        match=rf"--query {query[0]},{query[1]} is outside the image's 3 x 5 patches: rows are 0 to 2, columns 0 to 4",
+    ):
         query_maps(torch.rand(1, 1, 16, 16), [query], GRID)
 
 

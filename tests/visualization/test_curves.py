@@ -5,7 +5,7 @@ import json
 import pytest
 
 from beit.errors import InputError
-from beit.visualization.curves import Curve, diagrams, read_log
+from beit.visualization.curves import Curve, diagrams, overlaid, read_log
 
 ENTRIES = [
     {"epoch": 0, "train_loss": 3.0, "train_lr": 0.1, "n_parameters": 5},
@@ -30,6 +30,8 @@ def test_a_folder_stands_for_its_log_and_a_line_cut_off_at_the_end_is_left_out(t
         ("", "no finished epoch"),
         ("hello\nworld\n", "no run's log"),
         ("[1]\n{}\n", "no run's log"),
+        ('{"epoch": "x"}\n', "no run's log: each line must be a JSON object whose 'epoch' is a number"),
+        ('{"epoch": null}\n{"epoch": 1}\n', "no run's log"),
     ],
 )
 def test_what_is_no_log_is_refused_in_one_line(tmp_path, content, message):
@@ -61,3 +63,47 @@ def test_several_runs_are_told_apart_and_gaps_are_left_out():
 def test_a_metric_nobody_has_is_named_with_near_ones():
     with pytest.raises(InputError, match="did you mean 'loss'"):
         diagrams({"run": ENTRIES}, ["los"])
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [{"epoch": 0, "n_parameters": 5, "step": 10, "images_per_second": 3.0}],
+        [{"epoch": 0, "train_loss": None}, {"epoch": 1, "train_loss": None}],
+        [{"epoch": 0, "train_loss": float("nan"), "test_loss": float("inf")}],
+    ],
+)
+def test_a_log_without_a_metric_is_refused_in_one_line(entries):
+    with pytest.raises(InputError, match="nothing to draw: run logged no metric") as error:
+        overlaid({"run": entries})
+    assert "\n" not in str(error.value)
+
+
+def test_what_has_to_be_cleared_stands_beside_what_clears_it():
+    entries = [{"epoch": 0, "train_mlm_acc": 0.1, "test_mlm_acc": 0.2, "test_most_frequent_acc": 0.05}]
+    own = [Curve("train", [1], [0.1]), Curve("test", [1], [0.2]), Curve("most frequent token", [1], [0.05])]
+    assert overlaid({"run": entries}) == overlaid({"run": entries}, ["mlm_acc"]) == {"mlm_acc (fraction)": own}
+    assert [curve.part for curve in own] == ["train", "test", "baseline"]
+    both = overlaid({"a": entries, "b": entries})["mlm_acc (fraction)"]
+    assert [(curve.label, curve.run) for curve in both[-2:]] == [
+        ("a most frequent token", 0),
+        ("b most frequent token", 1),
+    ]
+    alone = overlaid({"run": entries}, ["most_frequent_acc"])
+    assert alone == {"most_frequent_acc (fraction)": [Curve("test", [1], [0.05])]}
+
+
+def test_segmentation_is_drawn_over_steps_and_beside_epochs_over_those():
+    segmentation = [
+        {"epoch": 0, "step": 200, "train_loss": 2.0, "train_pixel_acc": 0.5, "test_mIoU": 0.3},
+        {"epoch": 1, "step": 300, "train_loss": 1.0, "train_pixel_acc": 0.6, "test_mIoU": None},
+    ]
+    assert overlaid({"run": segmentation}) == {
+        "loss": [Curve("train", [200, 300], [2.0, 1.0], unit="step")],
+        "pixel_acc (fraction)": [Curve("train", [200, 300], [0.5, 0.6], unit="step")],
+        "mIoU (fraction)": [Curve("test", [200], [0.3], unit="step")],
+    }
+    found = overlaid({"a": segmentation, "b": [{"epoch": 4, "train_loss": 3.0, "test_acc1": 50.0}]})
+    assert found["loss"] == [Curve("a train", [1, 2], [2.0, 1.0]), Curve("b train", [5], [3.0], 1)]
+    assert found["mIoU (fraction)"][0].epochs == [200]
+    assert found["acc1 (%)"] == [Curve("b test", [5], [50.0], 1)]

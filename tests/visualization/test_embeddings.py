@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from beit.errors import InputError
-from beit.visualization.embeddings import embed, group_by_class, pca
+from beit.visualization.embeddings import check_embedding, embed, group_by_class, pca
 
 
 def test_principal_components_are_numpys_up_to_sign():
@@ -34,6 +34,16 @@ def test_features_that_are_all_alike_make_a_picture_all_the_same():
     assert torch.equal(embed(torch.ones(5, 3), "pca").points, torch.zeros(5, 2, dtype=torch.float64))
 
 
+def test_one_feature_makes_a_line_in_the_plane():
+    features = torch.tensor([[1.0], [2.0], [4.0], [9.0]])
+    embedding = embed(features, "pca")
+    torch.testing.assert_close(
+        embedding.points, torch.tensor([[-3.0, 0], [-2, 0], [0, 0], [5, 0]], dtype=torch.float64)
+    )
+    assert embedding.axes == ("component 1: 100% of the variance", "component 2: 0% of the variance")
+    assert embed(torch.randn(12, 1), "tsne").points.shape == (12, 2)
+
+
 def test_tsne_keeps_groups_together():
     centres = 20 * torch.eye(3, 60)
     labels = torch.arange(60) % 3
@@ -48,6 +58,9 @@ def test_what_tsne_needs_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
     with pytest.raises(InputError, match=r"pip install 'beit\[demo\]', or choose --method pca"):
         embed(torch.randn(9, 3), "tsne")
+    with pytest.raises(InputError, match="pip install"):
+        check_embedding(9, "tsne")  # before features are computed
+    check_embedding(9, "pca")
 
 
 def test_three_images_are_too_few():

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -10,17 +11,15 @@ import torch
 from PIL import Image
 
 from beit.errors import InputError
-from beit.visualization.curves import Curve
 from beit.visualization.figures import (
     DPI,
     PANEL_INCHES,
     SEGMENTATION_INCHES,
+    SIGNED,
     Picture,
-    draw_curves,
-    draw_heads,
+    _balanced,
     draw_panels,
     draw_pictures,
-    draw_points,
     draw_segmentation,
 )
 
@@ -66,35 +65,6 @@ def test_a_segmentation_is_drawn_with_its_legend(tmp_path, size, entries):
     assert (edge == 255).all()
 
 
-@pytest.mark.parametrize("count", [1, 3, 5])
-def test_curves_are_drawn_however_many(tmp_path, count):
-    curves = [Curve("train", [1, 2, 3], [3.0, 2.0, 1.0]), Curve("test", [3], [1.5])]
-    draw_curves(tmp_path / "curves.png", {f"metric_{number}": curves for number in range(count)}, "Title")
-    pixels = read(tmp_path / "curves.png")
-    assert min(pixels.shape[:2]) > 300
-    assert ((pixels == (0, 114, 178)).all(axis=-1)).sum() > 200 * count  # the first line's blue, in every diagram
-
-
-def texts_of(path) -> list[str]:
-    """The texts of an SVG, which matplotlib writes as comments beside their outlines, and how often in all."""
-    return re.findall(r"<!-- (.*?) -->", path.read_text())
-
-
-def test_several_runs_differ_by_colour_and_marker_and_share_one_legend(tmp_path):
-    # Broken by colours alone, by runs that swap colours where one lacks a curve, and by a legend in each diagram.
-    def curves(*runs):
-        return [Curve(f"r{run} {part}", [1, 2, 3], [run, 2.0, 1.0], run) for run in runs for part in ("train", "test")]
-
-    path = tmp_path / "curves.svg"
-    draw_curves(path, {"loss": curves(0, 1, 2), "acc": curves(2), "lr": curves(1, 2)})
-    texts = texts_of(path)
-    assert [texts.count(f"r{run} {part}") for run in range(3) for part in ("train", "test")] == [1] * 6
-    svg = path.read_text()
-    strokes = re.findall(r"stroke: (#\w+); stroke-width: 1.4", svg)
-    # run 2 in every diagram and in the legend: 2 curves x 3 + 2; run 1: 2 x 2 + 2; run 0: 2 + 2
-    assert [strokes.count(colour) for colour in ("#009e73", "#d55e00", "#0072b2")] == [8, 6, 4]
-
-
 @pytest.mark.parametrize("shape", [(8, 8), (4, 16), (16, 4)])
 def test_a_heat_map_lies_on_its_image_with_the_mark_at_its_place(tmp_path, shape):
     # Broken by maps that are mirrored or shifted, and by a mark with row and column exchanged.
@@ -106,13 +76,60 @@ def test_a_heat_map_lies_on_its_image_with_the_mark_at_its_place(tmp_path, shape
     inside = pixels[drawn.any(axis=1)][:, drawn.any(axis=0)]  # without the white margin
     height, width = inside.shape[:2]
     assert height / width == pytest.approx(shape[0] / shape[1], rel=0.05)
-    bright = (inside[..., 0] > 120) & (inside[..., 2] < 140) & (inside[..., 1] > 100)
+    bright = (inside[..., 0] > 150) & (inside[..., 0] - inside[..., 2] > 40)  # the greys of photograph and ring are not
     rows, columns = bright.nonzero()
     assert rows.max() < 0.55 * height
     assert columns.min() > 0.7 * width
     rows, columns = ((inside[..., 2] - inside[..., 0]) > 120).nonzero()  # the ring's blue
     assert rows.mean() / height == pytest.approx(0.75, abs=0.06)
     assert columns.mean() / width == pytest.approx(0.125, abs=0.06)
+
+
+def test_a_photograph_under_a_map_is_neither_heat_nor_its_lack(tmp_path):
+    # Where nothing is looked at it is dark, be the photograph black or white; broken by one in its own shades.
+    black_and_white = torch.zeros(3, 8, 8)
+    black_and_white[:, :, 4:] = 1
+    draw_pictures(tmp_path / "a.png", [[Picture(black_and_white, torch.zeros(2, 2), limits=(0.0, 1.0))]])
+    pixels = read(tmp_path / "a.png").astype(int)
+    inside = pixels[(pixels < 250).all(axis=-1)]
+    assert inside.max() < 80  # of 255: a white photograph as it is would be at 89
+    assert inside.max() - inside.min() > 15  # and one still sees what it shows
+
+
+def test_a_heading_parts_the_rows_of_one_picture_from_the_next(tmp_path):
+    # Broken by a heading at another row, over a panel, or without a place of its own.
+    red, blue = (Picture(torch.zeros(3, 8, 8)) for _ in range(2))
+    red.image[0], blue.image[2] = 1, 1
+    heights = []
+    for headings in ({}, {0: "first", 2: "second " * 3}):
+        draw_pictures(tmp_path / "a.png", [[red], [red], [blue]], headings=headings)
+        pixels = read(tmp_path / "a.png").astype(int)
+        rows = [np.unique(((pixels[..., c] == 255) & (pixels.sum(-1) == 255)).nonzero()[0]) for c in (0, 2)]
+        assert [len(r) for r in rows] == pytest.approx([2 * PANEL_INCHES * DPI, PANEL_INCHES * DPI], abs=4)
+        text = ((pixels < 60).all(axis=-1)).any(axis=1).nonzero()[0]
+        between = [row for row in text if rows[0].max() < row < rows[1].min()]
+        assert bool(between) == bool(headings)
+        heights.append(rows[1].min() - rows[0].max())
+    assert heights[1] > heights[0] + 30
+
+
+def test_one_bar_says_what_the_colours_of_all_rows_mean(tmp_path):
+    cells = [[Picture(heat=torch.rand(4, 4), limits=(-2.0, 2.0), caption="one\ntwo")] for _ in range(3)]
+    draw_pictures(tmp_path / "a.svg", cells, bar=True, colours=SIGNED)
+    texts = re.findall(r"<!-- (.*?) -->", (tmp_path / "a.svg").read_text())
+    assert texts.count("0.0") + texts.count("0") == 1
+    assert texts.count("one") == texts.count("two") == 3
+
+
+@pytest.mark.parametrize("letters", [33, 50, 90, 200])
+def test_the_last_line_of_a_note_is_no_orphan(letters):
+    text = "The patch that looks is in the middle of each square. Below: class token to patch, class token to itself."
+    lines = _balanced(text, letters)
+    assert " ".join(lines) == text
+    assert len(lines) == len(textwrap.wrap(text, letters))
+    assert max(map(len, lines)) <= letters
+    assert min(map(len, lines)) > 0.6 * max(map(len, lines))
+    assert _balanced("", letters) == []
 
 
 def test_text_makes_room_for_itself(tmp_path):
@@ -126,30 +143,6 @@ def test_text_makes_room_for_itself(tmp_path):
     assert (edge == 255).all()
     black = (pixels == 0).all(axis=-1).sum()
     assert black == pytest.approx(3 * (PANEL_INCHES * DPI) ** 2, rel=0.05)
-
-
-def test_groups_of_points_have_names_and_the_rest_comes_last(tmp_path):
-    groups = [(f"class {number}", torch.rand(5, 2)) for number in range(20)]
-    draw_points(tmp_path / "a.svg", groups, ("x axis", "y axis"), "Title", ("3 other classes", torch.rand(9, 2)))
-    texts = texts_of(tmp_path / "a.svg")
-    named = [text for text in texts if text.startswith("class") or "other" in text]
-    assert named == [f"class {number}" for number in range(20)] + ["3 other classes"]
-    assert {"x axis", "y axis", "Title"} <= set(texts)
-
-
-def test_no_two_classes_of_a_legend_look_alike():
-    from beit.visualization.embeddings import MOST_CLASSES
-    from beit.visualization.figures import COLOURS, MARKERS
-
-    looks = {(COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]) for number in range(MOST_CLASSES)}
-    assert len(looks) == MOST_CLASSES
-
-
-def test_every_head_is_a_point(tmp_path):
-    draw_heads(tmp_path / "a.svg", torch.rand(4, 3), "pixels", "Title", ("reference", 2.0))
-    uses = re.findall(r'style="fill: #0072b2; fill-opacity: 0.6"', (tmp_path / "a.svg").read_text())
-    assert len(uses) >= 4 * 3
-    assert {"pixels", "reference", "block"} <= set(texts_of(tmp_path / "a.svg"))
 
 
 def test_the_ending_says_what_is_written_and_others_are_refused(tmp_path):
@@ -168,5 +161,5 @@ def test_the_ending_says_what_is_written_and_others_are_refused(tmp_path):
 
 def test_matplotlib_is_imported_for_drawing_only():
     # `beit --help` and every training run would otherwise pay for it.
-    code = "import sys, beit.visualization.figures; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, beit.visualization.figures, beit.visualization.plots; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
