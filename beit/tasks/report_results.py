@@ -72,10 +72,11 @@ def _state(run: RunRecord) -> tuple[str, bool]:
     loss = run.entries[-1].get("train_loss")
     if isinstance(loss, float) and not math.isfinite(loss):
         return f"diverged: the loss is {loss}", False
+    done = f"{run.done:,} {run.unit}{'s' * (run.done != 1)}"
     if run.planned is None:
-        return f"{run.done:,} {run.unit}s done", True
+        return f"{done} done", True
     if run.done >= run.planned:
-        return f"✓ finished: {run.done:,} {run.unit}s", True
+        return f"✓ finished: {done}", True
     return f"! not finished: {run.done:,} of {run.planned:,} {run.unit}s", False
 
 
