@@ -217,8 +217,8 @@ def read_reduced(
 ) -> tuple[Image.Image, tuple[int, int]]:
     """Decodes an image file to 8-bit RGB, a JPEG file at a smaller scale where that is enough.
 
-    The decoder then computes only the lower frequencies: a half takes about half the time. The pixels differ from
-    those of a whole image that is reduced, slightly, as the filter is another and a region begins at a whole pixel.
+    The decoder then computes only the lower frequencies. The views differ from those of the whole image, slightly: the
+    filter is another, and a region begins at a whole pixel of the reduced image, up to half a pixel of a view off.
 
     Args:
         path: The file, or one opened for reading.

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageStat
 from torchvision.transforms import v2
 
-CONTRAST_PIXELS = 1 << 15  # enough of an image to know its mean grey to a small part of a level
+CONTRAST_PIXELS = 1 << 13  # enough of an image to know its mean grey to a small part of a level
 
 _JITTER = ("brightness", "contrast", "saturation")  # in the numbering of torchvision's ColorJitter
 _VALUES = np.arange(256, dtype=np.float32)

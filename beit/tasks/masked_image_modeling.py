@@ -97,7 +97,9 @@ class PretrainingConfig(RunOptions, OptimizerOptions):
     max_mask_patches_per_block: int | None = option(None, "largest masked block, in patches; no limit by default")
     min_mask_patches_per_block: int = option(16, "smallest masked block, in patches")
 
-    data_path: str = option("/datasets01/imagenet_full_size/061417/", "folder of images, or a text file of paths")
+    data_path: str = option(
+        "/datasets01/imagenet_full_size/061417/", "folder of images, text file of paths, or shards-{000..127}.tar"
+    )
     eval_data_path: str | None = option(None, "held-out images to score masked-token prediction on, after epochs")
     eval_freq: int = option(1, "epochs between two evaluations")
     log_images: int = option(
@@ -107,6 +109,9 @@ class PretrainingConfig(RunOptions, OptimizerOptions):
     train_interpolation: str = option("bicubic", "interpolation of the model's view")
     color_jitter: float = option(0.4, "strength of brightness, contrast and saturation jitter")
     imagenet_default_mean_and_std: bool = option(False, "normalise with ImageNet's mean and std instead of 0.5")
+    fast_decode: bool = option(
+        False, "decode JPEG files at a reduced scale where the views show no more; changes pixels"
+    )
     max_unreadable: int | None = option(
         None, "unreadable images that end the run; 1 % of them, at least 10, by default"
     )
@@ -262,7 +267,8 @@ def build_loader(
         color_jitter=config.color_jitter,
         mask_generator=masks,
     )
-    return epoch_loader(ImageDataset(find_together(config.data_path), transform, config.seed), config, session)
+    index = find_together(config.data_path)
+    return epoch_loader(ImageDataset(index, transform, config.seed, fast_decode=config.fast_decode), config, session)
 
 
 def with_patch_index(batch: Batch, predict: str = "masked", room: int = 0) -> dict[str, Tensor]:

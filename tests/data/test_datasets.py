@@ -14,7 +14,9 @@ from beit.data.datasets import (
     read_image,
     sample_randomness,
 )
+from beit.data.transforms import MaskedImageModelingTransform
 from beit.errors import InputError
+from beit.masking import BlockwiseMaskGenerator
 
 
 def noisy(image, rng):
@@ -160,6 +162,68 @@ def test_a_decompression_bomb_is_unreadable(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(UnreadableImageError, match="decompression bomb"):
         read_image(path)
+
+
+# Decoding at a reduced scale
+
+
+class Halved:
+    """A transform that shows half of every image, from a corner that it draws."""
+
+    def __init__(self):
+        self.asked, self.drawn, self.sizes = [], [], []
+
+    def reduction(self, full_size, rng):
+        self.asked.append((full_size, rng.random()))
+        return 2
+
+    def __call__(self, image, rng, full_size=None):
+        self.drawn.append(rng.random())
+        self.sizes.append((image.size, full_size))
+        return {"red": torch.tensor(np.asarray(image)[..., 0].mean())}
+
+
+def smooth(path, **options):
+    grey = np.outer(np.linspace(20, 200, 90), np.linspace(0.3, 1, 121)).astype(np.uint8)
+    Image.fromarray(np.stack([grey] * 3, axis=-1)).save(path, **options)
+    return path
+
+
+def test_jpeg_files_are_decoded_at_the_scale_that_is_enough(tmp_path):
+    for name in ("0.jpg", "1.png"):
+        smooth(tmp_path / name)
+    lying = Image.Exif()
+    lying[0x0112] = 6
+    smooth(tmp_path / "2.jpg", exif=lying)
+    transform = Halved()
+    dataset = ImageDataset(index_images(tmp_path, tmp_path / "cache"), transform, seed=3, fast_decode=True)
+    whole = ImageDataset(dataset.index, Halved(), seed=3)
+    for i in range(3):
+        assert abs(dataset[0, i]["red"] - whole[0, i]["red"]) < 1
+    # The size in the file goes along, as an upright image has it; other formats are decoded whole.
+    assert transform.sizes == [((61, 45), (121, 90)), ((121, 90), None), ((45, 61), (90, 121))]
+    assert [size for size, _ in transform.asked] == [(121, 90), (90, 121)]
+    # What the region will be is asked of a generator in the state of the transform's, and takes nothing from it.
+    assert [draw for _, draw in transform.asked] == [transform.drawn[0], transform.drawn[2]]
+    assert transform.drawn == whole.transform.drawn
+
+
+def test_fast_decoding_changes_pixels_a_little_and_nothing_else(tmp_path):
+    smooth(tmp_path / "0.jpg", quality=95)
+    masks = BlockwiseMaskGenerator(4, 6, 2)
+    transform = MaskedImageModelingTransform(8, 8, color_jitter=0, mask_generator=masks)
+    index = index_images(tmp_path, tmp_path / "cache")
+    plain, fast = (ImageDataset(index, transform, fast_decode=fast) for fast in (False, True))
+    for epoch in range(10):
+        a, b = plain[epoch, 0], fast[epoch, 0]
+        assert torch.equal(a["mask"], b["mask"])
+        assert (a["image"].float() - b["image"].float()).abs().mean() < 12  # half a pixel of a steep ramp
+    assert any(not torch.equal(plain[e, 0]["image"], fast[e, 0]["image"]) for e in range(10))
+
+
+def test_a_transform_that_cannot_say_what_it_shows_is_not_decoded_for(dataset):
+    with pytest.raises(ValueError, match="cannot say"):
+        ImageDataset(dataset.index, noisy, fast_decode=True)
 
 
 # Decoding to RGB

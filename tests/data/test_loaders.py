@@ -17,7 +17,7 @@ from PIL import Image
 
 from beit.data.datasets import ImageDataset, index_images
 from beit.data.loaders import EpochLoader, RoundLoader, _Batches, _start_worker
-from beit.data.transforms import MaskedImageModelingTransform
+from beit.data.transforms import MaskedImageModelingTransform, normalize
 from beit.errors import InputError
 from beit.masking import BlockwiseMaskGenerator
 
@@ -114,6 +114,21 @@ def test_the_order_follows_from_seed_and_epoch():
     assert len(indices) == 6
     assert all(sorted(i) == list(range(50)) for i in indices)
     assert {epoch for epoch, _ in order(1, 2)} == {2}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_are_stacked_as_they_lie_in_memory(dataset, workers):
+    # Sorting by channel in the worker took longer than resizing. What is computed from a batch must not tell.
+    loader = EpochLoader(dataset, 4, num_workers=workers, shuffle=False)
+    batch = next(loader.epoch(0))
+    loader.close()
+    expected = torch.stack([dataset[0, i]["image"] for i in range(4)])
+    assert batch["image"].is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(batch["image"], expected)
+    ours = normalize(batch["image"], (0.5,) * 3, (0.5,) * 3)
+    assert ours.is_contiguous()
+    assert torch.equal(ours, normalize(expected.contiguous(), (0.5,) * 3, (0.5,) * 3))
+    assert batch["mask"].is_contiguous()
 
 
 def test_loading_draws_nothing_from_the_global_generator(dataset):
