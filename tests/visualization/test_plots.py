@@ -64,6 +64,15 @@ def test_a_runs_curves_are_neighbours_in_the_legend(tmp_path):
     assert named == ["a train", "a test", "", "b train", "b test", "b most frequent token"]
 
 
+def test_a_legend_of_two_columns_parts_no_run(tmp_path):
+    # Three runs in two columns: without something to fill up, the second one would begin with a test.
+    names = [f"{run} {part}" for run in ("a long name", "b long name", "c long name") for part in ("train", "test")]
+    curves = [Curve(name, [1, 2], [1.0, number], number // 2) for number, name in enumerate(names)]
+    draw_curves(tmp_path / "a.svg", {"loss": curves})
+    texts = [text.strip() for text in texts_of(tmp_path / "a.svg")]
+    assert texts[texts.index(names[0]) :] == [*names, "", ""]
+
+
 @pytest.mark.parametrize("points", [1, 2, 9, 40])
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_runs_that_are_the_same_are_all_seen(tmp_path, points, part):
