@@ -159,7 +159,7 @@ def optimizer_for(config: Any, groups: Sequence[dict[str, Any]], device: torch.d
         eps=config.opt_eps,
         betas=config.opt_betas,
         momentum=config.momentum,
-        fused=device.type == "cuda",
+        fused=device.type in ("cuda", "cpu"),
     )
 
 
