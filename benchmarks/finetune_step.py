@@ -103,7 +103,7 @@ class Step:
         self.model, self.device = model.train().to(device), device
         if compiled:
             self.model.compile(dynamic=False)
-        self.optimizer = create_optimizer("adamw", groups, lr=LR, fused=device.type == "cuda")
+        self.optimizer = create_optimizer("adamw", groups, lr=LR, fused=True)
         self.objective = Classification(IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD, smoothing=SMOOTHING)
         self.precision = Precision(dtype, device)
         size = (args.batch_size, 3, args.input_size, args.input_size)

@@ -90,17 +90,19 @@ MODELS = {
 
 
 # --------------------------------------------------------------------------------------------------------------- data
-def make_batch(sizes: Sizes, device: torch.device) -> dict[str, Tensor]:
+def make_batch(sizes: Sizes, device: torch.device, padded: bool = False) -> dict[str, Tensor]:
     """Returns views of random pixels with blockwise masks, prepared as the training loop does it."""
     side, rng = sizes.image // 16, np.random.default_rng(0)
-    masks = BlockwiseMaskGenerator((side, side), num_mask_patches=round(sizes.masked * side**2), min_num_patches=4)
+    most = round(sizes.masked * side**2)
+    masks = BlockwiseMaskGenerator((side, side), num_mask_patches=most, min_num_patches=4)
     generator = torch.Generator().manual_seed(0)
     image, second = (
         torch.randint(256, (sizes.batch, 3, size, size), dtype=torch.uint8, generator=generator)
         for size in (sizes.image, sizes.image // 2)
     )
     mask = torch.from_numpy(np.stack([masks(rng) for _ in range(sizes.batch)]))
-    batch = with_patch_index({"image": image, "token_image": second, "mask": mask})
+    room = sizes.batch * most if padded else 0  # as --compile has it
+    batch = with_patch_index({"image": image, "token_image": second, "mask": mask}, room=room)
     return {name: value.to(device) for name, value in batch.items()}
 
 
@@ -233,11 +235,11 @@ class Ours:
         ).to(device)
         if compiled:
             self.model.compile(dynamic=False)
-        self.device, self.batch = device, make_batch(sizes, device)
+        self.device, self.batch = device, make_batch(sizes, device, padded=compiled)
         self.objective = MaskedPrediction(target, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD)
         self.precision = Precision(dtype, device)
         groups = parameter_groups(self.model, WEIGHT_DECAY, no_decay=self.model.no_weight_decay())
-        self.optimizer = create_optimizer("adamw", groups, lr=LR, betas=BETAS, eps=EPS, fused=device.type == "cuda")
+        self.optimizer = create_optimizer("adamw", groups, lr=LR, betas=BETAS, eps=EPS, fused=True)
         self.ids = torch.empty(0)
         self._tokens_of, self._stages = target.of, Stages(device)
         target.of = self._timed_tokens  # type: ignore[method-assign]
