@@ -33,7 +33,7 @@ lint: $(VENV)/installed-test ## check style and types, change nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/installed-demo ## run every benchmark
+bench: $(VENV)/installed-test ## run every benchmark, beside the libraries it is compared with
 	@set -- benchmarks/*.py; \
 	if [ ! -e "$$1" ]; then echo "benchmarks/ holds no benchmark yet: nothing to measure"; exit 0; fi; \
 	for script; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
