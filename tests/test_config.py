@@ -145,7 +145,7 @@ def test_flags_of_a_configuration_make_it_again(argv):
         (["--input_size", "0"], "invalid size value"),
         (["--model_kwargs", "depth"], "invalid parse_assignment value"),
         (["--model_kwargs", "depth=["], "invalid parse_assignment value"),
-        (["--config", "nowhere.yaml"], "no settings file nowhere.yaml; the package has finetune_base_22k, "),
+        (["--config", "nowhere.yaml"], "no settings file nowhere.yaml; the package has finetune_"),
         (["--config", "pretrain_base_22"], "(did you mean 'pretrain_base_22k'"),
         (["--config", "elsewhere/pretrain_base_22k.yaml"], "(did you mean 'pretrain_base_22k'"),
     ],
