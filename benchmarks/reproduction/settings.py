@@ -103,11 +103,11 @@ CPU = Preset(
         "batch_size": 64, "lr": 2e-3, "warmup_steps": 40, "clip_grad": 3.0,
     },
     finetuning={
-        "scratch": {"lr": 2e-3, "layer_decay": 1.0, "epochs": 40},
-        "pretrained": {"lr": 2e-3, "layer_decay": 0.8, "epochs": 40},
+        "scratch": {"lr": 1e-3, "layer_decay": 1.0, "epochs": 40},
+        "pretrained": {"lr": 1e-3, "layer_decay": 1.0, "epochs": 40},
     },
-    probe={"epochs": 6, "lr": 1e-2, "batch_size_per_gpu": 64},
-    segmentation={
+    probe={"epochs": 6, "lr": 3e-2, "batch_size_per_gpu": 64},
+    segmentation={  # of the pre-trained recipe no trial is done yet
         "scratch": {"lr": 8e-3, "layer_decay": 1.0, "max_iters": 150},
         "pretrained": {"lr": 8e-3, "layer_decay": 0.75, "max_iters": 150},
     },

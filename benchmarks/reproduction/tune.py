@@ -21,7 +21,7 @@ from beit.tasks.options import AMP_CHOICES
 from .comparison import computed_in, machine, write_json
 from .jobs import Jobs, digest
 from .settings import BEIT, PRESETS, SCRATCH
-from .table import Cells
+from .table import NOT_MEASURED, Cells
 
 logger = logging.getLogger("beit.reproduction")
 
@@ -46,6 +46,7 @@ class TuningConfig:
     output_dir: str = option("tuning", "folder for images, runs and scores; a run goes on there")
     amp_dtype: str = option("auto", "number format of all runs", choices=AMP_CHOICES)
     only: tuple[str, ...] = option((), "a column, a row such as scratch, or one of each; all by default")
+    table: bool = option(False, "run nothing, give the scores that are there")
     results: str = option("", "JSON file for the scores")
 
 
@@ -53,31 +54,34 @@ def main(config: TuningConfig) -> None:
     """Scores every trial that has no score yet, and says which is best."""
     preset = computed_in(PRESETS[config.preset], config.amp_dtype)
     jobs, cells = Jobs(Path(config.output_dir), preset, preset.tuning_seed), Cells(Path(config.output_dir) / "cells")
-    found = []
+    found: list[dict[str, Any]] = []
     for (column, row), trials in TRIALS.items():
         if config.only and not {column, row} >= set(config.only):
             continue
-        scored = [(_score(jobs, cells, column, row, trial), trial) for trial in trials]
-        best = max(scored, key=lambda pair: pair[0])
-        for score, trial in scored:
-            found.append({"column": column, "row": row, **trial, "score": score, "best": trial is best[1]})
-            sys.stdout.write(f"{column} {row} {trial}: {score:.2f}{'  <- best' if trial is best[1] else ''}\n")
+        scores = [_score(jobs, cells, column, row, trial, run=not config.table) for trial in trials]
+        best = max((score for score in scores if score is not None), default=None)
+        for score, trial in zip(scores, trials, strict=True):
+            told = NOT_MEASURED if score is None else f"{score:.2f}{'  <- best' if score == best else ''}"
+            found.append({"column": column, "row": row, **trial, "score": score})
+            sys.stdout.write(f"{column} {row} {trial}: {told}\n")
         sys.stdout.flush()
     if config.results:
         write_json(Path(config.results), {"machine": machine(), "seed": preset.tuning_seed, "trials": found})
 
 
-def _score(jobs: Jobs, cells: Cells, column: str, row: str, trial: Mapping[str, Any]) -> float:
+def _score(
+    jobs: Jobs, cells: Cells, column: str, row: str, trial: Mapping[str, Any], *, run: bool = True
+) -> float | None:
     settings = {**jobs.evaluation(column, row), **trial}
     key = digest([jobs.recipe(row), settings])
     kept = cells.read(column, row, jobs.seed, key)
-    if kept is None:
+    if kept is None and run:
         jobs.backbone(row)
         began = time.monotonic()
         kept = {"score": jobs.score(column, row, settings), "settings": settings}
         cells.write(column, row, jobs.seed, key, {**kept, "seconds": round(time.monotonic() - began, 1)})
         logger.info("trial: %s of %s with %s: %.2f", column, row, trial, kept["score"])
-    return kept["score"]
+    return None if kept is None else kept["score"]
 
 
 if __name__ == "__main__":
