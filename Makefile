@@ -5,6 +5,7 @@ PYTEST_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
+BENCHMARKS := pretrain_step finetune_step input_pipeline startup
 DEMO_RUNS := dvae pretrain finetune-pretrained finetune-scratch segmentation/pretrained segmentation/scratch
 REQUIREMENTS := pyproject.toml requirements.txt setup.py
 
@@ -33,10 +34,8 @@ lint: $(VENV)/installed-test ## check style and types, change nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/installed-test ## run every benchmark, beside the libraries it is compared with
-	@set -- benchmarks/*.py; \
-	if [ ! -e "$$1" ]; then echo "benchmarks/ holds no benchmark yet: nothing to measure"; exit 0; fi; \
-	for script; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+bench: $(VENV)/installed-test ## run every benchmark of speed, beside the peers
+	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean: ## delete what builds and tests left; .venv, demo/ and your runs stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
