@@ -18,7 +18,7 @@ from benchmarks.reproduction.table import NOT_MEASURED, compare, findings, markd
 
 ROOT = Path(__file__).parents[1]
 TWO_SEEDS = replace(CPU, seeds=(3, 4))
-FEW_IMAGES = replace(QUICK.images, scenes=8, crops=7, labelled_scenes=8, held_out_scenes=4)
+FEW_IMAGES = replace(QUICK.images, scenes=8, crops=7, labelled_scenes=16, held_out_scenes=4)
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_unlabelled_images_hold_nothing_that_is_held_out(tmp_path):
     jobs = Jobs(tmp_path, replace(QUICK, images=FEW_IMAGES), 0)
     folder = jobs.images()
     listed = [folder / line for line in (folder / UNLABELLED).read_text(encoding="utf-8").splitlines()]
-    assert len(listed) == 8 + 8 + 7 + len(list((folder / "digits" / "train").rglob("*.png")))
+    assert len(listed) == 16 + 8 + 7 + len(list((folder / "digits" / "train").rglob("*.png")))
     held_out = [*(folder / "scenes/images/validation").iterdir(), *(folder / "digits/val").rglob("*.png")]
     pixels = {np.asarray(Image.open(path).convert("RGB")).tobytes() for path in listed}
     same = [path for path in held_out if np.asarray(Image.open(path).convert("RGB")).tobytes() in pixels]
