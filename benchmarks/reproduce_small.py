@@ -1,7 +1,7 @@
 """The paper's comparison in the small: from scratch, BEiT, and BEiT without one of its parts, by four measures.
 
-    python benchmarks/reproduce_small.py                 # two hours or less on two CPU cores
-    python benchmarks/reproduce_small.py --quick         # ten minutes or less; shows that it works
+    python benchmarks/reproduce_small.py                 # meant for two hours or less on two cores
+    python benchmarks/reproduce_small.py --quick         # meant for ten minutes; shows that it works
     python benchmarks/reproduce_small.py --table         # the table of what is there already
     python benchmarks/reproduce_small.py --preset h200   # larger, on a GPU
 
