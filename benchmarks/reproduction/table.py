@@ -121,7 +121,8 @@ def findings(scores: Scores) -> str:
             if not beit or not other:
                 lines.append(f"| {about.title} | {title} | | | | {NOT_MEASURED} |")
                 continue
-            found = compare(beit, other)
+            both = min(len(beit), len(other))  # the first seeds: others would compare other images and labels
+            found = compare(beit[:both], other[:both])
             deviations = "" if math.isnan(found.pooled) else f"{found.deviations:+.1f}"
             lines.append(
                 f"| {about.title} | {title} | {found.difference:+.1f} | {deviations} | {found.wins} of {found.seeds} "
