@@ -49,7 +49,7 @@ def test_every_command_exists_and_explains_itself(name, capsys):
         (["models", "--pattern", "vit*"], "no model matches"),
         (["visualize", "curves", "nowhere.txt"], "cannot read the log nowhere.txt"),
         (["visualize", "reconstruct"], "--checkpoint and --images"),
-        (["visualize", "reconstruct", "--checkpoint", "no.pth", "--images", "a.png"], "no.pth"),
+        (["visualize", "reconstruct", "--checkpoint", "no.pth", "--images", "a.png"], "a.png"),
         (["dvae"], "--data_path is missing"),
         (["demo", "--quik"], "did you mean '--quick'"),
     ],

@@ -3,6 +3,7 @@
 two_processes_batch_norm.py FOLDER COUNTS     COUNTS such as 2,6: how many of the images each process takes
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -68,3 +69,4 @@ def main(folder: Path, counts: list[int]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), [int(count) for count in sys.argv[2].split(",")])
+    os._exit(0)  # the results are written; a thread of gloo that outlives the interpreter would abort the process
