@@ -51,9 +51,7 @@ COMMANDS = {
     ),
     "report": Command("beit.tasks.report", "ReportConfig", "main", "put runs onto one page that stands alone"),
     "models": Command("beit.tasks.commands", "ModelsConfig", "print_models", "list the models with their sizes"),
-    "shards": Command(
-        "beit.tasks.shards", "ShardsConfig", "main", "pack images into tar files in WebDataset's format"
-    ),
+    "shards": Command("beit.tasks.shards", "ShardsConfig", "main", "pack images into tar files in WebDataset's format"),
     "visualize reconstruct": Command(
         "beit.tasks.visualize", "ReconstructConfig", "reconstruct", "draw what a model makes of masked patches"
     ),
