@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from beit.data.synthetic import SHAPES, write_segmentation_scenes
 from beit.errors import InputError
 from beit.pretrained import read_weights
 from beit.storage import atomic_write
-from beit.tasks.demo import IMAGE_PIXELS, MODEL, STORED_PIXELS, pretrained_checkpoint
+from beit.tasks.demo import IMAGE_PIXELS, MODEL, STORED_PIXELS, make_once, pretrained_checkpoint
 from beit.training.precision import Precision
 from beit.visualization.curves import read_log
 from beit.visualization.figures import draw_segmentation
@@ -30,7 +29,6 @@ from semantic_segmentation.testing import test_settings
 logger = logging.getLogger(f"beit.{__name__}")
 
 BACKGROUND = "background 200 200 200"  # its name and colour
-MARKER, UNFINISHED = "made_with.json", ".scenes-unfinished"
 STARTS = {"pretrained": 0.75, "scratch": 1.0}  # with the layer decay that suits each
 PICTURE_IMAGES = 4
 GAP_PIXELS = 4  # between the images of the picture
@@ -123,22 +121,13 @@ def make_scenes(folder: Path, budget: Budget, seed: int) -> None:
     Raises:
         InputError: The folder holds scenes that were made with other settings.
     """
-    recipe = {"budget": asdict(budget), "seed": seed}
-    if folder.exists():
-        marker = folder / MARKER
-        if not marker.is_file() or json.loads(marker.read_text(encoding="utf-8")) != recipe:
-            raise InputError(
-                f"{folder} is not what these settings would make (--quick, --seed): use another --output_dir"
-            )
-        return
-    unfinished = folder.with_name(UNFINISHED)
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was stopped here
-    write_segmentation_scenes(
-        unfinished, budget.training, STORED_PIXELS, seed, validation_count=budget.validation, coloured=True
-    )
-    (unfinished / "classes.txt").write_text("\n".join((BACKGROUND, *SHAPES)) + "\n", encoding="utf-8")
-    (unfinished / MARKER).write_text(json.dumps(recipe), encoding="utf-8")
-    unfinished.rename(folder)
+
+    def write(made: Path) -> None:
+        count = budget.validation
+        write_segmentation_scenes(made, budget.training, STORED_PIXELS, seed, validation_count=count, coloured=True)
+        (made / "classes.txt").write_text("\n".join((BACKGROUND, *SHAPES)) + "\n", encoding="utf-8")
+
+    make_once(folder, {"budget": asdict(budget), "seed": seed}, write)
 
 
 def draw(folder: Path, config: TrainConfig) -> None:

@@ -8,6 +8,7 @@ command goes on from there.
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from beit.visualization.plots import draw_curves
 
 logger = logging.getLogger(__name__)
 
-MARKER, UNFINISHED = "made_with.json", ".images-unfinished"
+MARKER = "made_with.json"
 TRAINING_LIST = "train.txt"  # all that is trained on without labels, the digits too; it holds no held-out image
 # With labels: where the training and the held-out images of each kind are.
 LABELLED = {"digits": ("digits/train", "digits/val"), "scenes": ("train/scenes", "held_out/scenes")}
@@ -232,7 +233,20 @@ def make_images(folder: Path, budget: Budget, config: DemoConfig) -> None:
     Raises:
         InputError: The folder holds something else, or images made with other settings; or scikit-image is missing.
     """
-    recipe = {"budget": asdict(budget), "seed": config.seed}
+    make_once(folder, {"budget": asdict(budget), "seed": config.seed}, lambda made: _write_images(made, budget, config))
+
+
+def make_once(folder: Path, recipe: dict[str, Any], write: Callable[[Path], None]) -> None:
+    """Makes a folder whole or not at all, unless it is there already, made by the same recipe.
+
+    Args:
+        folder: What to make.
+        recipe: What it depends on, kept beside it.
+        write: Fills the folder that it is given, which becomes ``folder``.
+
+    Raises:
+        InputError: The folder holds something else, or was made by another recipe.
+    """
     if folder.exists():
         marker = folder / MARKER
         if not marker.is_file() or json.loads(marker.read_text(encoding="utf-8")) != recipe:
@@ -240,21 +254,25 @@ def make_images(folder: Path, budget: Budget, config: DemoConfig) -> None:
                 f"{folder} is not what these settings would make (--quick, --seed): use another --output_dir"
             )
         return
-    unfinished = folder.with_name(UNFINISHED)
+    unfinished = folder.with_name(f".{folder.name}-unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was stopped here
+    write(unfinished)
+    (unfinished / MARKER).write_text(json.dumps(recipe), encoding="utf-8")
+    unfinished.rename(folder)
+
+
+def _write_images(folder: Path, budget: Budget, config: DemoConfig) -> None:
     splits = (("train", budget.scenes, budget.crops), ("held_out", budget.held_out_scenes, budget.held_out_crops))
     for number, (split, scenes, crops) in enumerate(splits):
         # A scene depends on seed and number: the splits need seeds of their own. The crops know about held-out ones.
-        write_scenes(unfinished / split / "scenes", scenes, STORED_PIXELS, seed=2 * config.seed + number)
+        write_scenes(folder / split / "scenes", scenes, STORED_PIXELS, seed=2 * config.seed + number)
         held_out = split == "held_out"
-        photographs = unfinished / split / "photographs"
+        photographs = folder / split / "photographs"
         write_photograph_crops(photographs, crops, STORED_PIXELS, seed=config.seed, held_out=held_out)
-    write_digits(unfinished / "digits", IMAGE_PIXELS, config.seed)
-    training = sorted(path for part in ("train", "digits/train") for path in (unfinished / part).rglob("*.*"))
-    names = (f"{path.relative_to(unfinished)}\n" for path in training)
-    (unfinished / TRAINING_LIST).write_text("".join(names), encoding="utf-8")
-    (unfinished / MARKER).write_text(json.dumps(recipe), encoding="utf-8")
-    unfinished.rename(folder)
+    write_digits(folder / "digits", IMAGE_PIXELS, config.seed)
+    training = sorted(path for part in ("train", "digits/train") for path in (folder / part).rglob("*.*"))
+    names = (f"{path.relative_to(folder)}\n" for path in training)
+    (folder / TRAINING_LIST).write_text("".join(names), encoding="utf-8")
 
 
 # Results
