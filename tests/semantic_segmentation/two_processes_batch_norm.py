@@ -62,11 +62,12 @@ def main(folder: Path, counts: list[int]) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found["bfloat16"] = model.module.train()(batch(0, sum(counts))[0][start : start + counts[rank]]).detach()
     dist.barrier()
-    del model  # it holds the process group, whose threads should end before the interpreter does
     torch.save(found, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), [int(count) for count in sys.argv[2].split(",")])
-    os._exit(0)  # the results are written; a thread of gloo that outlives the interpreter would abort the process
+    # DistributedDataParallel keeps gloo's threads past the end of the process group, and one that outlives the
+    # interpreter aborts the process. The results are written.
+    os._exit(0)
