@@ -29,6 +29,7 @@ Size = int | tuple[int, int]
 NormLayer = Callable[[int], nn.Module]
 
 LAYER_NORM: NormLayer = partial(nn.LayerNorm, eps=1e-6)
+ROW_ALIGNMENT = 8  # of an attention bias, in numbers, for the efficient CUDA kernel
 
 
 class PatchEmbed(nn.Module):
@@ -209,6 +210,24 @@ def kernels_with_bias_gradient(device_type: str) -> AbstractContextManager[None]
     if device_type != "cuda":
         return nullcontext()
     return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
+def ready_for_kernels(bias: Tensor) -> Tensor:
+    """Returns a bias ``(H, N + 1, N + 1)`` in the number format that autocast computes in, aligned where that counts.
+
+    The efficient CUDA kernel reads rows that are a multiple of 8 numbers apart; of any other bias it makes a copy, at
+    every call.
+    """
+    device_type = bias.device.type
+    if torch.is_autocast_enabled(device_type):
+        bias = bias.to(torch.get_autocast_dtype(device_type))
+    return aligned(bias) if device_type == "cuda" else bias
+
+
+def aligned(bias: Tensor) -> Tensor:
+    """Returns a tensor of the same values whose rows, the last dimension, are a multiple of 8 numbers apart."""
+    length = bias.shape[-1]
+    return F.pad(bias, (0, -length % ROW_ALIGNMENT))[..., :length]
 
 
 class Mlp(nn.Module):
@@ -431,6 +450,8 @@ class Backbone(nn.Module):
             before any norm.
         """
         shared_bias = self._shared_bias()
+        if shared_bias is not None:
+            shared_bias = ready_for_kernels(shared_bias)  # here, once, and not in each block
         kept = []
         for layer, block in enumerate(islice(self.blocks, stop)):
             if self.grad_checkpointing and self.training:

@@ -21,6 +21,7 @@ from beit.modeling import (
     Backbone,
     VisionTransformer,
     VisionTransformerForMaskedImageModeling,
+    aligned,
     kernels_with_bias_gradient,
     resize_position_embedding,
 )
@@ -550,6 +551,37 @@ def test_shared_bias_is_gathered_once(monkeypatch):
     model = masked_image_model(use_rel_pos_bias=False)
     model(images(model), torch.ones(2, 16, dtype=torch.bool))
     assert len(calls) == 1
+
+
+def test_shared_bias_comes_to_the_blocks_as_they_compute(monkeypatch):
+    # Breaks when each block brings the bias into the number format of its attention by itself, or gradients stay away.
+    seen, fused = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda *a, attn_mask, **k: seen.append(attn_mask) or fused(*a, attn_mask, **k),
+    )
+    model = randomize(masked_image_model(use_rel_pos_bias=False))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(images(model), torch.ones(2, 16, dtype=torch.bool))
+    assert {bias.dtype for bias in seen} == {torch.bfloat16}
+    assert len({bias.data_ptr() for bias in seen}) == 1
+    output.float().square().sum().backward()
+    table = model.rel_pos_bias.relative_position_bias_table
+    assert table.dtype == torch.float32
+    assert table.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("length", [16, 17, 197])
+def test_an_aligned_bias_is_the_same_in_longer_rows(length):
+    # Breaks when rows are not 8 numbers apart (the CUDA kernel would copy them), or values or gradients get lost.
+    bias = torch.randn(3, length, length, requires_grad=True)
+    rows = aligned(bias)
+    assert torch.equal(rows, bias)
+    assert rows.stride(-1) == 1
+    assert all(stride % 8 == 0 for stride in rows.stride()[:-1])
+    rows.sum().backward()
+    assert torch.equal(bias.grad, torch.ones_like(bias))
 
 
 def test_layer_ids_follow_the_depth(golden):

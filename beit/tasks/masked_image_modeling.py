@@ -42,10 +42,12 @@ from beit.tasks.options import (
     optimizer_for,
     schedules,
     session_of,
+    share_out,
 )
+from beit.tasks.targets_ahead import TARGETS, TargetsAhead
 from beit.tokenizer import VisualTokenizer, load_tokenizer
 from beit.training import distributed
-from beit.training.loop import Batch, Trainer
+from beit.training.loop import Batch, Loader, Trainer
 from beit.training.optim import parameter_groups
 from beit.training.precision import AMP_DTYPES, Precision, resolve_amp_dtype
 from beit.training.session import Session
@@ -89,6 +91,9 @@ class PretrainingConfig(RunOptions, OptimizerOptions):
         "auto", "number format of the tokenizer's encoder; its logits are float32 in any case", choices=AMP_CHOICES
     )
     tokenizer_compile: bool = option(False, "compile the tokenizer's encoder; takes a minute to begin")
+    tokenizer_stream: bool = option(
+        False, "compute the tokens of the next batch beside the training step, on a CUDA stream of their own"
+    )
 
     mask_strategy: str = option(
         "block", "mask blocks of patches, or single patches at random", choices=("block", "random")
@@ -131,6 +136,7 @@ def main(config: PretrainingConfig, make_target: TargetFactory | None = None) ->
     check_training(config)
     check_positive(config, "num_mask_patches", "eval_freq")
     with session_of(config) as session:
+        config = share_out(config, session.world_size)
         # The target says what each patch shows; the model learns to say it of patches it does not see.
         target = (make_target or build_target)(config, session.device)
         model = build_model(config, target.output_size).to(session.device)
@@ -139,12 +145,19 @@ def main(config: PretrainingConfig, make_target: TargetFactory | None = None) ->
         target.check(model.patch_embed.grid_size, size_pair(config.second_input_size))
         masks = build_mask_generator(config, model.patch_embed.grid_size)
 
-        loader = build_loader(config, target, masks, session)
+        loader: Loader = build_loader(config, target, masks, session)
         objective = MaskedPrediction(target, *normalization(config))
         optimizer = build_optimizer(config, model, session.device)
         settings = loop_settings(config, evaluate_epochs=config.eval_freq)
         precision = Precision(resolve_amp_dtype(config.amp_dtype, session.device), session.device)
         lr, weight_decay = schedules(config, loader.batches_per_epoch // config.update_freq)
+        prepare = partial(
+            with_patch_index,
+            predict=config.predict,
+            room=config.batch_size * config.num_mask_patches if config.compile else 0,
+        )
+        if config.tokenizer_stream:
+            loader = TargetsAhead(loader, target, prepare, precision)
         trainer = PretrainingTrainer(
             model,
             objective,
@@ -154,11 +167,7 @@ def main(config: PretrainingConfig, make_target: TargetFactory | None = None) ->
             settings,
             lr,
             weight_decay,
-            prepare=partial(
-                with_patch_index,
-                predict=config.predict,
-                room=config.batch_size * config.num_mask_patches if config.compile else 0,
-            ),
+            prepare=None if config.tokenizer_stream else prepare,
             folder=session.folder,
             log_dir=config.log_dir,
             config=to_plain(config),
@@ -308,7 +317,7 @@ class MaskedPrediction:
     def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns outputs ``(M, output_size)`` and targets ``(M, …)`` of the chosen patches of a batch."""
         index = batch["patch_index"]
-        targets = self.target.of(batch, index)
+        targets = batch[TARGETS] if TARGETS in batch else self.target.of(batch, index)
         images = normalize(batch["image"], self._mean, self._std)
         outputs = model(images, batch["mask"], masked_index=batch.get("padded_index", index))
         return outputs[: len(index)], targets  # what was predicted to fill the room counts for nothing

@@ -300,6 +300,7 @@ class Trainer:
 
     def _stop(self, epoch: int, done: int) -> NoReturn:
         self._save(LAST, epoch, done)
+        distributed.barrier()  # a launcher ends the others when one is gone: not before the checkpoint is written
         raise Stopped(f"stopped at {self._place(epoch, done)}")
 
     def _place(self, epoch: int, done: int) -> str:
@@ -358,12 +359,7 @@ class Trainer:
         batch = next(batches)
         batch = self.prepare(batch) if self.prepare else batch
         self._throughput.waited(time.perf_counter() - start)
-        return {name: self._to_device(tensor) for name, tensor in batch.items()}
-
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        if self._device.type == "cuda" and not tensor.is_pinned():
-            tensor = tensor.pin_memory()  # a copy from pageable memory may make the host wait
-        return tensor.to(self._device, non_blocking=True)
+        return {name: to_device(tensor, self._device) for name, tensor in batch.items()}
 
     # Looking at the device's numbers
 
@@ -497,6 +493,13 @@ class Trainer:
         if self.folder is not None and self.settings.save:
             self.folder.save(name, self._state(epoch, done))
         self._throughput.restart_window()
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Brings a tensor to a device, without waiting for it; one that is there stays."""
+    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()  # a copy from pageable memory may make the host wait
+    return tensor.to(device, non_blocking=True)
 
 
 def seed_step(seed: int, global_step: int, rank: int) -> None:
