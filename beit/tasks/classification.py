@@ -37,6 +37,7 @@ from beit.tasks.options import (
     optimizer_for,
     schedules,
     session_of,
+    share_out,
 )
 from beit.training import distributed
 from beit.training.checkpoint import BEST_EMA, newest_checkpoint
@@ -62,6 +63,7 @@ def main(config: FinetuningConfig) -> None:
         evaluate_checkpoint(config)
         return
     with session_of(config) as session:
+        config = share_out(config, session.world_size, step=2 if mixes(config) else 1)
         train, val, class_names = find_data(config)
         # The pre-trained backbone below a new linear head; the lower a layer, the less it is to change.
         model = build_model(config, len(class_names))

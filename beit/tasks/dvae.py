@@ -45,6 +45,7 @@ from beit.tasks.options import (
     optimizer_for,
     schedules,
     session_of,
+    share_out,
 )
 from beit.tokenizer import save_dvae
 from beit.training import distributed
@@ -114,6 +115,7 @@ def main(config: DvaeConfig) -> None:
     """Trains a discrete VAE as the flags say."""
     check(config)
     with session_of(config) as session:
+        config = share_out(config, session.world_size)
         vae = DiscreteVAE(
             config.input_size, config.num_tokens, config.codebook_dim, config.num_layers, config.hidden_dim
         )

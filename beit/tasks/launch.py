@@ -27,6 +27,11 @@ OUT_OF_MEMORY = (
     "--grad_checkpointing saves memory too, in jobs that have it"
 )
 
+LOST = (
+    "another process ended or cannot be reached, and its own message says why; the same command goes on from the last "
+    "checkpoint ({error})"
+)
+
 
 def launch(
     config_class: type[ConfigT],
@@ -84,6 +89,8 @@ def run_and_report(run: Callable[[], None], open_mpi: bool = False) -> int:
     except MemoryError:
         return _report(OUT_OF_MEMORY.format(device="CPU"), FAILED, open_mpi)
     except RuntimeError as error:
+        if distributed.is_loss_of_another(error):
+            return _report(LOST.format(error=" ".join(str(error).split())), FAILED, open_mpi)
         if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
             raise
         return _report(OUT_OF_MEMORY.format(device="CPU"), FAILED, open_mpi)

@@ -1,10 +1,12 @@
 """Flags that several jobs share, in groups, and what the training engine makes of them."""
 
+import dataclasses
+import logging
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,6 +25,10 @@ from beit.training.loop import LoopSettings
 from beit.training.optim import create_optimizer
 from beit.training.schedules import WarmupCosine, duration_in_steps
 from beit.training.session import Session, open_session
+
+logger = logging.getLogger(__name__)
+
+ConfigT = TypeVar("ConfigT")
 
 EVALUATION_WORKERS = 2  # at most, beside those of the training loader
 AMP_CHOICES = ("auto", "bf16", "fp16", "fp32")
@@ -51,6 +57,7 @@ class RunOptions:
     local_rank: int = option(-1, "GPU of this process, as old launchers pass it; LOCAL_RANK wins")
     dist_on_itp: bool = option(False, "the processes were started by Open MPI's mpirun")
     dist_url: str = option("env://", "where the processes meet")
+    dist_timeout: float = option(distributed.PATIENCE, "minutes that processes wait for one that does not answer")
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,11 @@ class OptimizerOptions:
     warmup_epochs: int = option(5, "epochs of linear warm-up")
     warmup_steps: int = option(-1, "optimizer steps of linear warm-up; wins over --warmup_epochs when positive")
     update_freq: int = option(1, "batches whose gradients are added up for one optimizer step")
+    total_batch_size: int = option(
+        0,
+        "images an optimizer step, over all processes, however many there are: --update_freq is worked out, and "
+        "--batch_size is the most at once; 0 takes both as they are",
+    )
 
 
 def find_together(path: str) -> ImageIndex:
@@ -97,7 +109,42 @@ def session_of(config: Any, *, writes: bool = True) -> AbstractContextManager[Se
         local_rank=config.local_rank,
         dist_url=config.dist_url,
         use_open_mpi=config.dist_on_itp,
+        patience=getattr(config, "dist_timeout", distributed.PATIENCE),
     )
+
+
+def share_out(config: ConfigT, world_size: int, step: int = 1) -> ConfigT:
+    """Returns a job's flags with ``--total_batch_size``, if it is given, shared out over the processes.
+
+    An update has as few batches as can be.
+
+    Args:
+        config: The flags.
+        world_size: Number of processes.
+        step: What the images of a batch must be a multiple of: 2 where they are mixed in pairs.
+
+    Raises:
+        InputError: The images cannot be shared out evenly.
+    """
+    flags: Any = config
+    total, unit = flags.total_batch_size, world_size * step
+    if not total:
+        return config
+    if total % unit:
+        near = [count for count in (total // unit * unit, (total // unit + 1) * unit) if count]
+        raise InputError(
+            f"--total_batch_size {total}: so many images cannot be shared out evenly over {world_size} processes"
+            f"{' (in pairs, for mixup)' * (step > 1)}; {' or '.join(map(str, near))} can"
+        )
+    share = total // world_size
+    images = max(size for size in range(step, min(share, flags.batch_size) + 1, step) if share % size == 0)
+    if 2 * images < min(share, flags.batch_size):
+        logger.warning(
+            "--total_batch_size %d over %d processes: %d images at once, as %d has no larger divisor up to "
+            "--batch_size %d",
+            *(total, world_size, images, share, flags.batch_size),
+        )
+    return dataclasses.replace(flags, batch_size=images, update_freq=share // images)
 
 
 def loop_settings(config: Any, **overrides: Any) -> LoopSettings:
@@ -171,13 +218,15 @@ def effective_batch(config: Any) -> int:
 def check_training(config: Any) -> None:
     """Raises :class:`InputError` for the first flag of these groups whose value cannot work."""
     check_positive(config, "batch_size", "epochs", "update_freq", "log_every", "save_ckpt_freq")
-    for name in ("seed", "save_ckpt_steps", "keep_checkpoints", "num_workers", "warmup_epochs"):
+    for name in ("seed", "save_ckpt_steps", "keep_checkpoints", "num_workers", "warmup_epochs", "total_batch_size"):
         if getattr(config, name) < 0:
             raise InputError(f"--{name} {getattr(config, name)}: must be 0 or more")
     for name in ("lr", "min_lr", "weight_decay", "opt_eps"):
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise InputError(f"--{name} {value}: must be a number of 0 or more")
+    if not (math.isfinite(config.dist_timeout) and config.dist_timeout > 0):
+        raise InputError(f"--dist_timeout {config.dist_timeout}: must be a number of minutes above 0")
     if config.clip_grad is not None and not config.clip_grad > 0:
         raise InputError(f"--clip_grad {config.clip_grad}: must be above 0; leave it out for no clipping")
     if config.opt_betas is not None and not (len(config.opt_betas) == 2 and all(0 <= b < 1 for b in config.opt_betas)):

@@ -20,7 +20,8 @@ from beit.training.environment import ENVIRONMENT
 Entry = Mapping[str, Any]
 NOT_RESULTS = (ENVIRONMENT, "config.json", "made_with.json")
 MOST_SHOWN = 6  # names in an error
-SHARED_OUT = ("batch_size", "batch_size_per_gpu", "update_freq")  # one batch may be shared out in many ways
+# One batch may be shared out in many ways.
+SHARED_OUT = ("batch_size", "batch_size_per_gpu", "update_freq", "total_batch_size")
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,8 @@ class RunRecord:
     @property
     def batch(self) -> int | None:
         """Images of an optimizer step over all processes, where that is known."""
+        if total := self.settings.get("total_batch_size"):
+            return total if isinstance(total, int) else None
         images = next(
             (self.settings[key] for key in (*SHARED_OUT[:2], "samples_per_gpu") if key in self.settings), None
         )

@@ -1,10 +1,12 @@
 """The run folder: who may write into it, the checkpoints in it, and which one a run continues from."""
 
+import errno
 import logging
 import os
 import re
 import socket
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -37,12 +39,13 @@ class RunFolder:
     Args:
         path: The folder; made if missing.
         keep: How many epoch checkpoints to keep, the newest; 0 keeps all.
+        patience: Seconds to wait for another run to leave the folder.
 
     Raises:
         InputError: The folder cannot be written, or another run is writing into it.
     """
 
-    def __init__(self, path: str | Path, keep: int = 0) -> None:
+    def __init__(self, path: str | Path, keep: int = 0, patience: float = 0.0) -> None:
         self.path = Path(path)
         self.keep = keep
         try:
@@ -50,27 +53,42 @@ class RunFolder:
             self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115  (held open for as long as the run lives)
         except OSError as error:
             raise InputError(f"cannot write to --output_dir {self.path}: {error.strerror}") from error
-        self._take_lock()
+        self._take_lock(patience)
 
-    def _take_lock(self) -> None:
+    def _take_lock(self, patience: float) -> None:
         # A POSIX record lock dies with this very process. flock() would live on in data-loading workers that
         # outlast a killed parent by seconds, and a restart would find its own folder locked.
         try:
             import fcntl
         except ImportError:  # Windows
             return
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        last, told = time.monotonic() + patience, False
+        while not self._try_lock(fcntl.lockf, fcntl.LOCK_EX | fcntl.LOCK_NB):
             self._lock.seek(0)
             owner = self._lock.read().strip() or "another process"
-            self._lock.close()
-            raise InputError(
-                f"--output_dir {self.path} is in use by {owner}; wait for that run to end or choose another folder"
-            ) from error
+            if time.monotonic() >= last:
+                self._lock.close()
+                raise InputError(
+                    f"--output_dir {self.path} is in use by {owner}; wait for that run to end or choose another folder"
+                )
+            if not told:
+                logger.info("%s is in use by %s, which should end: waiting up to %.0f s", self.path, owner, patience)
+                told = True
+            time.sleep(0.2)
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._lock.flush()
+
+    def _try_lock(self, lock: Callable[[Any, int], None], how: int) -> bool:
+        """Whether the folder is ours now, or its file system knows no locks."""
+        try:
+            lock(self._lock, how)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return False
+            # Such as Lustre, mounted without flock.
+            logger.warning("%s: no locks there (%s), so nothing keeps a second run out", self.path, error.strerror)
+        return True
 
     def close(self) -> None:
         """Lets another run use the folder."""

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+PATIENCE = 30.0  # minutes that processes wait for one another, if nothing else is said
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -146,8 +148,23 @@ def select_device(name: str, local_rank: int, bound: bool = False) -> torch.devi
     return device
 
 
-def connect(placement: Placement, device: torch.device) -> None:
-    """Joins the process group: NCCL between GPUs, gloo between CPUs; nothing for a single process."""
+def may_follow_another(environment: Mapping[str, str] | None = None) -> bool:
+    """Whether a launcher may have started this run again: torchrun with ``--max-restarts``, SLURM after a requeue.
+
+    What the run before it held, such as the lock of its folder, may then be let go a little later.
+    """
+    env = os.environ if environment is None else environment
+    return any(int(env.get(name) or 0) > 0 for name in ("TORCHELASTIC_MAX_RESTARTS", "SLURM_RESTART_COUNT"))
+
+
+def connect(placement: Placement, device: torch.device, patience: float = PATIENCE) -> None:
+    """Joins the process group: NCCL between GPUs, gloo between CPUs; nothing for a single process.
+
+    Args:
+        placement: Where this process stands.
+        device: Where it computes.
+        patience: Minutes that it waits for the others, here and in every collective, before it gives up.
+    """
     if placement.world_size == 1:
         return
     dist.init_process_group(
@@ -155,7 +172,7 @@ def connect(placement: Placement, device: torch.device) -> None:
         init_method=placement.init_method,
         rank=placement.rank,
         world_size=placement.world_size,
-        timeout=datetime.timedelta(minutes=30),
+        timeout=datetime.timedelta(minutes=patience),
         device_id=device if device.type == "cuda" else None,
     )
 
@@ -166,6 +183,11 @@ def connect_alone(device: torch.device) -> None:
         os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def is_loss_of_another(error: RuntimeError) -> bool:
+    """Whether an error says that another process ended, or cannot be reached, or did not answer in time."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def barrier() -> None:

@@ -22,6 +22,10 @@ from beit.training.loop import Trainer
 
 logger = logging.getLogger(__name__)
 
+# Seconds that a run waits for the lock of its folder where a launcher started it again: a file server keeps the lock of
+# a machine that is gone for as long as it hopes to hear from it, with NFS 4 for 90 seconds.
+PREDECESSOR_PATIENCE = 120.0
+
 
 @dataclass(frozen=True)
 class Session:
@@ -91,6 +95,7 @@ def open_session(
     local_rank: int = -1,
     dist_url: str = "env://",
     use_open_mpi: bool = False,
+    patience: float = distributed.PATIENCE,
 ) -> Iterator[Session]:
     """Opens a run: finds its place among the processes, its device and its folder, and seeds the generators.
 
@@ -104,6 +109,7 @@ def open_session(
         local_rank: What old launchers pass as ``--local_rank``.
         dist_url: Where the processes meet.
         use_open_mpi: Whether ``mpirun`` started the processes.
+        patience: Minutes that processes wait for one another.
 
     Raises:
         InputError: The folder cannot be used, or the launcher's environment is incomplete.
@@ -114,7 +120,7 @@ def open_session(
     if deterministic:
         make_deterministic()
     seed_everything(seed)
-    distributed.connect(placement, compute)
+    distributed.connect(placement, compute, patience)
     folder = None
     try:
         folder = _open_folder(output_dir, keep_checkpoints)
@@ -134,7 +140,8 @@ def _open_folder(output_dir: str | None, keep: int) -> RunFolder | None:
     opened: list[RunFolder] = []
 
     def open_it() -> None:
-        opened.append(RunFolder(output_dir, keep))
+        patience = PREDECESSOR_PATIENCE if distributed.may_follow_another() else 0.0
+        opened.append(RunFolder(output_dir, keep, patience))
 
     distributed.on_main(open_it)
     return opened[0] if opened else None

@@ -206,6 +206,11 @@ def test_fewer_gpus_with_the_same_batch_are_no_departure_and_another_batch_is(tm
         config = replace(settings, batch_size=images, update_freq=times)
         folder = make_run(tmp_path / str(number), config, [finetuning_entry(0)], processes=processes)
         assert read_run(folder, "run", "finetune_base_pt22k_224").departures() == expected
+    # 1024 is the published batch, however many processes share it: 3 do not multiply to it.
+    total = make_run(
+        tmp_path / "total", replace(settings, batch_size=64, total_batch_size=1024), [finetuning_entry(0)], processes=3
+    )
+    assert read_run(total, "run", "finetune_base_pt22k_224").departures() == {}
 
 
 def test_what_came_of_a_published_run_later_is_not_taken_for_its_own(pretraining):

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from beit.errors import InputError
-from beit.training.distributed import Placement, find_placement, first_slurm_host, on_main, select_device
+from beit.training.distributed import (
+    Placement,
+    find_placement,
+    first_slurm_host,
+    is_loss_of_another,
+    may_follow_another,
+    on_main,
+    select_device,
+)
 
 
 def test_one_plain_process():
@@ -69,3 +77,23 @@ def test_cuda_without_cuda_says_so_and_uses_the_cpu(caplog, monkeypatch):
 
 def test_on_main_gives_the_result():
     assert on_main(lambda: 3) == 3
+
+
+@pytest.mark.parametrize(
+    ("environment", "again"),
+    [
+        ({}, False),
+        ({"TORCHELASTIC_MAX_RESTARTS": "0", "SLURM_RESTART_COUNT": ""}, False),
+        ({"TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_RESTART_COUNT": "0"}, True),  # an agent that came later
+        ({"SLURM_RESTART_COUNT": "1"}, True),
+    ],
+)
+def test_whether_a_run_may_have_been_started_again(environment, again):
+    assert may_follow_another(environment) is again
+
+
+def test_the_loss_of_another_process_is_told_from_other_errors():
+    closed = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:4213")
+    assert is_loss_of_another(closed)
+    assert is_loss_of_another(torch.distributed.DistBackendError("NCCL error in: ..., remote process exited"))
+    assert not is_loss_of_another(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

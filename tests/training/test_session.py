@@ -1,9 +1,12 @@
 """Which checkpoint a run goes on from, and what becomes of an earlier run in its folder."""
 
+import errno
 import json
 import platform
 import socket
+import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -77,3 +80,39 @@ def test_a_command_is_told_as_it_was_typed(monkeypatch):
     package = SimpleNamespace(__spec__=SimpleNamespace(name="beit.__main__"))
     monkeypatch.setitem(sys.modules, "__main__", package)
     assert command_line(["/lib/beit/__main__.py", "demo"]) == ["python", "-m", "beit", "demo"]
+
+
+HOLD = "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+
+
+@pytest.fixture
+def held(tmp_path):
+    """A run folder that another process has locked until its input ends."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        other.stdout.readline()
+        yield other.stdin
+        other.stdin.close()
+
+
+def test_a_run_that_was_started_again_waits_for_the_one_before_it_to_let_go(tmp_path, held, monkeypatch, caplog):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with caplog.at_level("INFO"):
+        threading.Timer(0.5, held.close).start()
+        assert begin(tmp_path) == (0, 0)
+    assert caplog.text.count("which should end: waiting") == 1
+
+
+def test_a_run_in_the_folder_of_another_is_refused_at_once(tmp_path, held):
+    with pytest.raises(InputError, match="in use by another process; wait for that run to end"):
+        begin(tmp_path)
+
+
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, caplog):
+    def refuse(*_arguments):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    assert begin(tmp_path) == (0, 0)
+    assert "no locks there (Function not implemented)" in caplog.text
