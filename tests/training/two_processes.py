@@ -1,18 +1,20 @@
 """One of two processes that train together; run by test_agreement.py under torchrun.
 
 two_processes.py nan FOLDER      rank 1's loss is NaN at step 7
-two_processes.py term FOLDER     rank 1 alone gets SIGTERM at step 7
+two_processes.py term FOLDER     rank 1 alone gets SIGTERM at step 7; checkpoints take a second to write
 """
 
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from beit.training import distributed
+from beit.training.checkpoint import RunFolder
 from beit.training.loop import LoopSettings, NonFiniteLossError, Stopped, Trainer
 from beit.training.optim import create_optimizer, parameter_groups
 from beit.training.precision import Precision
@@ -28,7 +30,18 @@ class Batches:
             yield {"x": torch.randn(4, 3)}
 
 
+def write_slowly() -> None:
+    save = RunFolder.save
+
+    def slow(self, *arguments):
+        time.sleep(1)
+        save(self, *arguments)
+
+    RunFolder.save = slow
+
+
 def main(kind: str, folder: Path) -> None:
+    write_slowly()
     with open_session(device="cpu", output_dir=str(folder / "run"), settings="", seed=0) as session:
         model = nn.Linear(3, 3)
 
@@ -49,7 +62,7 @@ def main(kind: str, folder: Path) -> None:
             trainer.fit()
             outcome = "finished"
         except (NonFiniteLossError, Stopped) as error:
-            outcome = f"{type(error).__name__}: {error}"
+            outcome = f"{type(error).__name__}: {error}; {len(list((folder / 'run').glob('*.pth')))} checkpoints"
         (folder / f"rank{session.rank}.txt").write_text(outcome)
 
 
