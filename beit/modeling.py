@@ -339,6 +339,8 @@ class Backbone(nn.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Shows the keywords of this class in the signature of a subclass, which passes them on as ``**backbone``."""
         super().__init_subclass__(**kwargs)
+        if "__init__" not in cls.__dict__:
+            return  # the keywords are those of the class above, as in what FSDP makes of a model's class
         own = [p for p in signature(cls.__init__).parameters.values() if p.kind is Parameter.KEYWORD_ONLY]
         names = {parameter.name for parameter in own}
         inherited = signature(cls.__mro__[1]).parameters.values()
