@@ -7,8 +7,8 @@ Source: BEiT: BERT Pre-Training of Image Transformers (arXiv 2106.08254).
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from inspect import Parameter, Signature, signature
 from itertools import islice
@@ -140,6 +140,7 @@ class Attention(nn.Module):
         self.relative_position_bias_table = (
             nn.Parameter(torch.zeros(num_table_rows(window_size), num_heads)) if window_size else None
         )
+        self.held_bias: tuple[int, Tensor] | None = None  # a version of the table, and the bias gathered from it
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim)
@@ -183,8 +184,16 @@ class Attention(nn.Module):
     def _bias(self, index: Tensor | None, shared_bias: Tensor | None) -> Tensor | None:
         if self.relative_position_bias_table is None or index is None:
             return shared_bias
-        own = relative_position_bias(self.relative_position_bias_table, index)
+        own = self._held()
+        if own is None:
+            own = relative_position_bias(self.relative_position_bias_table, index)
         return own if shared_bias is None else own + shared_bias
+
+    def _held(self) -> Tensor | None:
+        if self.held_bias is None or torch.is_grad_enabled():
+            return None
+        version, bias = self.held_bias
+        return bias if version == _version(self.relative_position_bias_table) else None
 
     def _probabilities(self, query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
         logits = (query * self.scale) @ key.transpose(-2, -1)  # (B, H, N+1, N+1)
@@ -463,6 +472,24 @@ class Backbone(nn.Module):
             if layer in keep:
                 kept.append(x)
         return x, kept
+
+    @contextmanager
+    def holding_biases(self) -> Iterator[None]:
+        """Gathers the blocks' own biases once for many forward passes, in the number format of autocast.
+
+        They take ``depth * H * (N + 1)**2`` numbers, and are let go at the end. They are not read where gradients are
+        recorded, nor once a table has changed; a change through ``.data`` goes unseen.
+        """
+        layers = [block.attn for block in self.blocks if block.attn.relative_position_bias_table is not None]
+        try:
+            with torch.no_grad():
+                for layer in layers:
+                    bias = cast("Tensor", layer._bias(self.relative_position_index, None))
+                    layer.held_bias = _version(layer.relative_position_bias_table), ready_for_kernels(bias)
+            yield
+        finally:
+            for layer in layers:
+                layer.held_bias = None
 
     def get_intermediate_layers(
         self, x: Tensor, n: int | Collection[int] | None = None, reshape: bool = False
@@ -750,6 +777,11 @@ def resize_position_embedding(pos_embed: Tensor, source_grid: tuple[int, int], t
     patches = rearrange(pos_embed[:, 1:], "one (h w) d -> one d h w", h=height)
     resized = F.interpolate(patches, size=target_grid, mode="bicubic", align_corners=False)
     return torch.cat((pos_embed[:, :1], rearrange(resized, "one d h w -> one (h w) d")), dim=1)
+
+
+def _version(tensor: Tensor | None) -> int:
+    """Returns how often a tensor was changed in place, as far as that is counted."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 def _pair(size: Size) -> tuple[int, int]:
