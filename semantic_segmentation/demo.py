@@ -21,7 +21,7 @@ from beit.visualization.figures import draw_segmentation
 from semantic_segmentation import task
 from semantic_segmentation.config import TrainConfig
 from semantic_segmentation.data import SegmentationClasses, TestImages, find_classes, find_pairs
-from semantic_segmentation.inference import Statistics, predict
+from semantic_segmentation.inference import Statistics, predict_each
 from semantic_segmentation.modeling import segmentor_from
 from semantic_segmentation.overlays import overlay
 from semantic_segmentation.testing import test_settings
@@ -154,8 +154,8 @@ def segmented(images: list[Tensor], run: Path, config: TrainConfig, classes: Seg
     precision = Precision(torch.float32, torch.device("cpu"))
     settings = test_settings(config)
     how: dict[str, Any] = {**Statistics()._asdict(), "precision": precision}
-    predictions = (predict(segmentor, image, settings, **how) for image in images)
-    return [overlay(image, prediction, classes.colours) for image, prediction in zip(images, predictions, strict=True)]
+    predictions = predict_each(segmentor, ((image, image) for image in images), settings, **how)
+    return [overlay(image, prediction, classes.colours) for image, prediction in predictions]
 
 
 def column(images: list[Tensor]) -> Tensor:

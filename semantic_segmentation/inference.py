@@ -1,12 +1,14 @@
 """From an image of any size to the class of each of its pixels: at once, in windows, in several sizes, mirrored."""
 
+import contextlib
 import itertools
 import logging
 import math
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,10 @@ logger = logging.getLogger(f"beit.{__name__}")
 TEST_MODES = ("slide", "whole")
 COARSEST_STRIDE = 32  # a smaller image leaves the last level of the pyramid empty
 BAND_PIXELS = 1 << 20  # pixels whose logits are enlarged at once: 630 MB of them for 150 classes
+MOST_HELD_BYTES = 2 << 30  # of position biases: those of ViT-L at 512 pixels, 1.6 GB in float32, are kept
+
+Key = TypeVar("Key")  # what an image is known by
+Corner = tuple[int, int]  # top and left of a window
 
 
 class Statistics(NamedTuple):
@@ -72,7 +78,8 @@ class TestSettings:
         flip: Average with the results of the mirrored image too.
         short_at_least: The short side is never resized to less than this, in pixels; with it the limit on the long side
             falls, as in the official multi-scale test. 0 for no such bound.
-        batch_size: Windows at once; it changes speed and memory, not the result.
+        batch_size: Windows at once, also of several images; of whole images, as many pixels. It changes speed and
+            memory, not the result.
 
     Raises:
         InputError: A setting that cannot work.
@@ -111,10 +118,7 @@ def predict(
     std: Sequence[float],
     precision: Precision,
 ) -> Tensor:
-    """Predicts the class of each pixel of an image.
-
-    For each size, and for the mirrored image where asked, the logits are resized to the image's own size, and their
-    softmax is averaged.
+    """Predicts the class of each pixel of an image; of several, :func:`predict_each` does it faster.
 
     Args:
         segmentor: Put into evaluation mode.
@@ -127,43 +131,155 @@ def predict(
     Returns:
         The likeliest class of each pixel, ``(H, W)`` on the segmentor's device: uint8, or int64 for more than 256
         classes.
+    """
+    ((_, classes),) = predict_each(segmentor, [(None, image)], settings, mean=mean, std=std, precision=precision)
+    return classes
+
+
+def predict_each(
+    segmentor: Segmentor,
+    images: Iterable[tuple[Key, Tensor]],
+    settings: TestSettings,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    precision: Precision,
+) -> Iterator[tuple[Key, Tensor]]:
+    """Predicts the class of each pixel of images, whose windows go through the segmentor together.
+
+    For each size, and for the mirrored image where asked, the logits are resized to the image's own size, and their
+    softmax is averaged. Nothing waits for the device.
+
+    Args:
+        segmentor: As for :func:`predict`.
+        images: Images with whatever they are to be known by. A few are taken ahead: as many as a batch has windows.
+        settings: As for :func:`predict`.
+        mean: As for :func:`predict`.
+        std: As for :func:`predict`.
+        precision: As for :func:`predict`.
+
+    Yields:
+        In the order of the images, what they are known by, and what :func:`predict` returns.
 
     Source: mmsegmentation 0.11, ``MultiScaleFlipAug`` and ``EncoderDecoder.aug_test``.
     """
     segmentor.eval()
-    height, width = image.shape[-2:]
-    with torch.inference_mode():
-        image = image.to(next(segmentor.parameters()).device, non_blocking=True)
-        views = _views(image, settings)
-        results = (
-            (_logits(segmentor, normalize(view[None], mean, std), settings, precision)[0], mirrored, times)
-            for view, mirrored, times in views
-        )
-        only_one = len(settings.ratios) == 1 and not settings.flip
-        classes = _likeliest(results, (height, width)) if only_one else _likeliest_on_average(results, (height, width))
-    return classes.clone()  # made here, it is no inference tensor, and may be changed
+    device = next(segmentor.parameters()).device
+    begun: deque[tuple[Key, _Prediction]] = deque()
+
+    def windows() -> Iterator[_Window]:
+        for key, image in images:
+            prediction = _Prediction(image.to(device, non_blocking=True), settings, Statistics(mean, std))
+            begun.append((key, prediction))
+            yield from prediction.windows()
+
+    with _biases_held(segmentor, settings, precision):
+        for batch in _batches(windows(), settings.batch_size * math.prod(settings.crop)):
+            _answer(segmentor, batch, precision)
+            while begun and (classes := begun[0][1].classes) is not None:
+                yield begun.popleft()[0], classes.clone()  # made here, it is no inference tensor, and may be changed
 
 
-def _views(image: Tensor, settings: TestSettings) -> Iterator[tuple[Tensor, bool, int]]:
-    """Yields the image in its sizes, whether it is mirrored, and how many times it counts."""
-    # With a bound on the short side several ratios come to the same size, which need not be computed again.
-    for size, times in Counter(view_sizes((image.shape[-2], image.shape[-1]), settings)).items():
-        resized = resize(image, size)
-        yield resized, False, times
-        if settings.flip:
-            yield resized.flip(-1), True, times
+@contextlib.contextmanager
+def _biases_held(segmentor: Segmentor, settings: TestSettings, precision: Precision) -> Iterator[None]:
+    """Keeps the position biases of windows where they leave room in memory; whole images have each its own."""
+    size = _model_size(segmentor, settings.crop)
+    backbone = segmentor.backbone
+    tokens = 1 + math.prod(size) // math.prod(backbone.patch_embed.patch_size)
+    needed = backbone.get_num_layers() * backbone.num_heads * tokens**2 * precision.dtype.itemsize
+    with contextlib.ExitStack() as held:
+        if settings.mode == "slide" and needed <= MOST_HELD_BYTES:
+            with precision.autocast():
+                held.enter_context(at_size(segmentor, size).backbone.holding_biases())
+        yield
+
+
+class _Window(NamedTuple):
+    """A piece of a view: its normalised pixels ``(3, h, w)``, and what takes its logits ``(K, h, w)``."""
+
+    pixels: Tensor
+    take: Callable[[Tensor], None]
+
+
+def _batches(windows: Iterable[_Window], most_pixels: int) -> Iterator[list[_Window]]:
+    """Yields neighbours of one size together: as many as have so many pixels, and at least one."""
+    batch: list[_Window] = []
+    for window in windows:
+        if batch and (
+            window.pixels.shape != batch[0].pixels.shape
+            or (len(batch) + 1) * math.prod(window.pixels.shape[1:]) > most_pixels
+        ):
+            yield batch
+            batch = []
+        batch.append(window)
+    if batch:
+        yield batch
+
+
+@torch.inference_mode()
+def _answer(segmentor: Segmentor, batch: Sequence[_Window], precision: Precision) -> None:
+    with precision.autocast():
+        logits = whole(segmentor, torch.stack([window.pixels for window in batch]))
+    for window, own in zip(batch, logits, strict=True):  # one by one, so that a sum has one order
+        window.take(own)
+
+
+class _Prediction:
+    """The class of each pixel of an image, once all windows of its views are answered.
+
+    Args:
+        image: uint8 ``(3, H, W)``.
+        settings: Sizes, windows, flip.
+        statistics: What images are normalised with.
+
+    Attributes:
+        classes: ``(H, W)``; None until then.
+    """
+
+    def __init__(self, image: Tensor, settings: TestSettings, statistics: Statistics) -> None:
+        self.classes: Tensor | None = None
+        self._image, self._settings, self._statistics = image, settings, statistics
+        # With a bound on the short side several ratios come to the same size, which need not be computed again.
+        sizes = Counter(view_sizes((image.shape[-2], image.shape[-1]), settings))
+        mirrored = (False, True) if settings.flip else (False,)
+        self._views = [(size, mirror, times) for size, times in sizes.items() for mirror in mirrored]
+        self._left = len(self._views)
+        self._total: Tensor | None = None
+
+    def windows(self) -> Iterator[_Window]:
+        """Yields the windows of all views; a view is made when its turn comes."""
+        for size, mirrored, times in self._views:
+            mosaic = _Mosaic(self._view(size, mirrored), *_window_of(size, self._settings))
+            for corner in mosaic.corners:
+                yield _Window(mosaic.window(corner), partial(self._take, mosaic, corner, mirrored, times))
+
+    @torch.inference_mode()
+    def _view(self, size: tuple[int, int], mirrored: bool) -> Tensor:
+        resized = resize(self._image, size)
+        return normalize((resized.flip(-1) if mirrored else resized)[None], *self._statistics)[0]
+
+    def _take(self, mosaic: "_Mosaic", corner: Corner, mirrored: bool, times: int, logits: Tensor) -> None:
+        mosaic.add(corner, logits)
+        if mosaic.missing:
+            return
+        self._left -= 1
+        size = (self._image.shape[-2], self._image.shape[-1])
+        if len(self._views) == 1:
+            self.classes = _likeliest(mosaic.mean(), size)
+            return
+        self._total = _with_probabilities(self._total, mosaic.mean(), size, mirrored, times)
+        if not self._left:
+            self.classes = self._total.argmax(dim=0).to(_class_dtype(len(self._total)))
+
+
+def _window_of(size: tuple[int, int], settings: TestSettings) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Returns height and width of the windows of a view, and the steps between them."""
+    return (size, size) if settings.mode == "whole" else (settings.crop, settings.stride)
 
 
 def view_sizes(size: tuple[int, int], settings: TestSettings) -> list[tuple[int, int]]:
     """Returns the height and width in which an image of some height and width is tested, for each ratio."""
     return [fit_size(size, scaled(settings.image_scale, ratio), settings.short_at_least) for ratio in settings.ratios]
-
-
-def _logits(segmentor: Segmentor, images: Tensor, settings: TestSettings, precision: Precision) -> Tensor:
-    with precision.autocast():
-        if settings.mode == "whole":
-            return whole(segmentor, images)
-        return slide(segmentor, images, crop=settings.crop, stride=settings.stride, batch_size=settings.batch_size)
 
 
 # ---------------------------------------------------------------------------------------- logits at the size of images
@@ -179,14 +295,18 @@ def whole(segmentor: Segmentor, images: Tensor) -> Tensor:
         float32 ``(B, K, H, W)``.
     """
     height, width = images.shape[-2:]
-    patch_size = segmentor.backbone.patch_embed.patch_size
-    rows, columns = (
-        math.ceil(max(side, COARSEST_STRIDE) / patch) * patch
-        for side, patch in zip((height, width), patch_size, strict=True)
-    )
-    size = rows, columns
+    size = _model_size(segmentor, (height, width))
     logits = at_size(segmentor, size).segment(_padded(images, size)).float()
     return logits[..., :height, :width]
+
+
+def _model_size(segmentor: Segmentor, size: tuple[int, int]) -> tuple[int, int]:
+    """Returns the least height and width that the model takes, of at least ``size``."""
+    rows, columns = (
+        math.ceil(max(side, COARSEST_STRIDE) / patch) * patch
+        for side, patch in zip(size, segmentor.backbone.patch_embed.patch_size, strict=True)
+    )
+    return rows, columns
 
 
 def slide(
@@ -210,24 +330,68 @@ def slide(
     Deviation: mmsegmentation gives a window beyond the image to the model at the size that is left; the model is of one
     size here.
     """
-    height, width = image.shape[-2:]
-    image = _padded(image, (max(height, crop[0]), max(width, crop[1])))
-    tops, lefts = (window_starts(*sides) for sides in zip(image.shape[-2:], crop, stride, strict=True))
-    corners = list(itertools.product(tops, lefts))
-    total: Tensor | None = None  # the number of classes is known after the first windows
-    for first in range(0, len(corners), batch_size):
-        places = [
-            (..., slice(top, top + crop[0]), slice(left, left + crop[1]))
-            for top, left in corners[first : first + batch_size]
-        ]
-        logits = whole(segmentor, torch.cat([image[place] for place in places]))
-        if total is None:
-            total = logits.new_zeros(1, logits.shape[1], *image.shape[-2:])
-        for place, window in zip(places, logits, strict=True):  # one by one, so that the sum has one order
-            total[place] += window
-    assert total is not None
-    total /= _cover(tops, crop[0], total.shape[-2], total)[:, None] * _cover(lefts, crop[1], total.shape[-1], total)
-    return total[..., :height, :width]
+    mosaic = _Mosaic(image[0], crop, stride)
+    for first in range(0, len(mosaic.corners), batch_size):
+        corners = mosaic.corners[first : first + batch_size]
+        logits = whole(segmentor, torch.stack([mosaic.window(corner) for corner in corners]))
+        for corner, window in zip(corners, logits, strict=True):
+            mosaic.add(corner, window)
+    return mosaic.mean()[None]
+
+
+class _Mosaic:
+    """A view cut into windows, and the mean of the logits that come back for them.
+
+    Args:
+        view: Normalised, ``(3, H, W)``.
+        crop: As for :func:`slide`.
+        stride: As for :func:`slide`.
+
+    Attributes:
+        corners: Top and left of each window.
+        missing: Windows whose logits have not come back.
+    """
+
+    def __init__(self, view: Tensor, crop: tuple[int, int], stride: tuple[int, int]) -> None:
+        self._size, self._crop = view.shape[-2:], crop
+        self._padded = _padded(view, (max(view.shape[-2], crop[0]), max(view.shape[-1], crop[1])))
+        self._tops, self._lefts = (
+            window_starts(*sides) for sides in zip(self._padded.shape[-2:], crop, stride, strict=True)
+        )
+        self.corners: list[Corner] = list(itertools.product(self._tops, self._lefts))
+        self.missing = len(self.corners)
+        self._total: Tensor | None = None
+
+    def window(self, corner: Corner) -> Tensor:
+        """Returns a window, ``(3, h, w)``."""
+        return self._padded[self._place(corner)]
+
+    def add(self, corner: Corner, logits: Tensor) -> None:
+        """Takes the logits ``(K, h, w)`` of a window; in whatever batches they come, it is one after the other."""
+        self.missing -= 1
+        if len(self.corners) == 1:
+            self._total = logits
+            return
+        if self._total is None:  # the number of classes is known after the first windows
+            self._total = logits.new_zeros(len(logits), *self._padded.shape[-2:])
+        self._total[self._place(corner)] += logits
+
+    def mean(self) -> Tensor:
+        """Returns the mean over the windows that a pixel is in, ``(K, H, W)``; once, when all have come back."""
+        assert self._total is not None
+        assert not self.missing
+        if len(self.corners) > 1:
+            rows, columns = (
+                _cover(starts, crop, length, self._total)
+                for starts, crop, length in zip(
+                    (self._tops, self._lefts), self._crop, self._total.shape[-2:], strict=True
+                )
+            )
+            self._total /= rows[:, None] * columns
+        return self._total[..., : self._size[0], : self._size[1]]
+
+    def _place(self, corner: Corner) -> tuple[Any, ...]:
+        return ..., *(slice(start, start + side) for start, side in zip(corner, self._crop, strict=True))
 
 
 def window_starts(length: int, crop: int, stride: int) -> list[int]:
@@ -250,30 +414,28 @@ def _padded(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------ the class of a pixel
-def _likeliest(results: Iterator[tuple[Tensor, bool, int]], size: tuple[int, int]) -> Tensor:
+def _likeliest(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """Returns the likeliest class by the logits ``(K, h, w)`` of one view: softmax would change nothing."""
-    logits, _, _ = next(results)
-    classes = logits.new_empty(size, dtype=_class_dtype(len(logits)))
+    classes = torch.empty(size, dtype=_class_dtype(len(logits)), device=logits.device)
     for rows, band in enlarged(logits, size):
         classes[rows] = band.argmax(dim=0)
     return classes
 
 
-def _likeliest_on_average(results: Iterator[tuple[Tensor, bool, int]], size: tuple[int, int]) -> Tensor:
-    """Returns the likeliest class by the mean over several views.
+def _with_probabilities(
+    total: Tensor | None, logits: Tensor, size: tuple[int, int], mirrored: bool, times: int
+) -> Tensor:
+    """Adds the probabilities of a view, which count ``times`` times, to the sum over views ``(K, H, W)``.
 
-    The sum is held for the whole image, 4 bytes for each class and pixel: 7 GB for 150 classes and 12 million pixels.
-    To go band by band here too, the logits of all views would have to be kept.
+    It is held for the whole image, 4 bytes for each class and pixel: 7 GB for 150 classes and 12 million pixels. To go
+    band by band here too, the logits of all views would have to be kept.
     """
-    total: Tensor | None = None
-    for logits, mirrored, times in results:
-        if total is None:
-            total = logits.new_zeros(len(logits), *size)
-        for rows, band in enlarged(logits, size):
-            probabilities = band.softmax(dim=0)
-            total[:, rows].add_(probabilities.flip(-1) if mirrored else probabilities, alpha=times)
-    assert total is not None
-    return total.argmax(dim=0).to(_class_dtype(len(total)))
+    if total is None:
+        total = logits.new_zeros(len(logits), *size)
+    for rows, band in enlarged(logits, size):
+        probabilities = band.softmax(dim=0)
+        total[:, rows].add_(probabilities.flip(-1) if mirrored else probabilities, alpha=times)
+    return total
 
 
 def enlarged(logits: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
@@ -289,6 +451,9 @@ def enlarged(logits: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Ten
         Rows, and the logits in them, ``(K, rows, W)``.
     """
     height, width = size
+    if tuple(logits.shape[1:]) == size:
+        yield slice(0, height), logits
+        return
     rows_at_once = max(1, BAND_PIXELS // width)
     if rows_at_once >= height:
         yield slice(0, height), F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0]

@@ -1,9 +1,12 @@
 """Segmentations as files: label maps to score or to go on with, and pictures to look at."""
 
 import tempfile
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -20,7 +23,40 @@ if TYPE_CHECKING:
 Colour = tuple[int, int, int]
 
 OPACITY = 0.5
+MOST_WAITING = 16  # results to write: their images stay in memory until then
 SMALLEST_SHARE = 0.0005  # of an image: a class with fewer pixels cannot be seen, and is left out of the legend
+
+
+class WritingThread:
+    """Makes calls one after the other beside the work, such as those that write what was predicted.
+
+    An error of a call is raised by a later one, or where the block ends, which waits for all calls::
+
+        with WritingThread() as write:
+            write(save_label_map, path, prediction)
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._waiting: deque[Future[None]] = deque()
+
+    def __call__(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Has a function called soon; waits where too many calls are ahead of it."""
+        self._waiting.append(self._pool.submit(function, *arguments))
+        while self._waiting and (self._waiting[0].done() or len(self._waiting) > MOST_WAITING):
+            self._waiting.popleft().result()
+
+    def __enter__(self) -> "WritingThread":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        try:
+            while self._waiting and kind is None:
+                self._waiting.popleft().result()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
 
 
 def check_writable(flag: str, folder: Path) -> None:

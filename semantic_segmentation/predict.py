@@ -2,11 +2,12 @@
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from beit.config import option
@@ -19,9 +20,9 @@ from beit.tasks.options import AMP_CHOICES
 from beit.training.distributed import select_device
 from beit.training.precision import Precision, resolve_amp_dtype
 from semantic_segmentation.data import SegmentationClasses, ade20k_classes, named_classes, read_classes
-from semantic_segmentation.inference import TEST_MODES, TestSettings, predict, statistics_of
+from semantic_segmentation.inference import TEST_MODES, TestSettings, predict_each, statistics_of
 from semantic_segmentation.modeling import Segmentor, segmentor_from
-from semantic_segmentation.overlays import check_writable, save_figure, save_label_map
+from semantic_segmentation.overlays import WritingThread, check_writable, save_figure, save_label_map
 
 logger = logging.getLogger(f"beit.{__name__}")
 
@@ -74,21 +75,37 @@ def main(config: PredictConfig) -> None:
     statistics = statistics_of(metadata, segmentor.num_classes)._asdict()
     add_one = leaves_zero_out(metadata, segmentor.num_classes)
     segmentor.to(device)
-    unreadable = []
-    for path, name in outputs.items():
+    unreadable: list[str] = []
+    predictions = predict_each(segmentor, read_each(outputs, unreadable), settings, precision=precision, **statistics)
+
+    def save(path: str, image: Tensor, prediction: Tensor) -> None:
+        label_map, picture = result_files(config.output_dir, outputs[path])
+        save_label_map(label_map, prediction, add_one=add_one)
+        save_figure(picture, image, prediction, classes, opacity=config.opacity)
+        logger.info("%s: %s", path, picture)
+
+    with WritingThread() as write:
+        for (path, image), prediction in predictions:
+            write(save, path, image, prediction)
+    if unreadable:
+        raise InputError(f"{len(unreadable)} of {len(outputs)} images could not be read: {', '.join(unreadable[:3])}")
+
+
+def read_each(paths: Iterable[str], unreadable: list[str]) -> Iterator[tuple[tuple[str, Tensor], Tensor]]:
+    """Yields path and image, uint8 ``(3, H, W)``, as what an image is known by, and the image again.
+
+    Args:
+        paths: The files.
+        unreadable: Takes those that cannot be read.
+    """
+    for path in paths:
         try:
             image = F.pil_to_tensor(read_image(path))
         except UnreadableImageError as error:
             logger.error("cannot read %s: %s", path, error)
             unreadable.append(path)
-            continue
-        prediction = predict(segmentor, image, settings, precision=precision, **statistics)
-        label_map, picture = result_files(config.output_dir, name)
-        save_label_map(label_map, prediction, add_one=add_one)
-        save_figure(picture, image, prediction, classes, opacity=config.opacity)
-        logger.info("%s: %s", path, picture)
-    if unreadable:
-        raise InputError(f"{len(unreadable)} of {len(outputs)} images could not be read: {', '.join(unreadable[:3])}")
+        else:
+            yield (path, image), image
 
 
 def find_images(given: Sequence[str]) -> dict[str, str]:

@@ -39,17 +39,17 @@ from semantic_segmentation.data import (
     find_classes,
     find_pairs,
 )
-from semantic_segmentation.inference import Statistics, TestSettings, predict, statistics_of
+from semantic_segmentation.inference import Statistics, TestSettings, predict_each, statistics_of
 from semantic_segmentation.metrics import IGNORED, Confusion, SegmentationScores, scores
 from semantic_segmentation.modeling import Segmentor, build_segmentor, load_segmentor
-from semantic_segmentation.overlays import check_writable, save_figure, save_label_map
+from semantic_segmentation.overlays import WritingThread, check_writable, save_figure, save_label_map
 
 logger = logging.getLogger(f"beit.{__name__}")
 
 LOG_EVERY = 100  # images between two lines while testing
 
-# What is done with an image's segmentation: called with its place in the data set, the image, the prediction and the
-# label map, which says 255 everywhere where there is none.
+# What is done with an image's segmentation, beside the work: called with its place in the data set, the image, the
+# prediction and the label map, which says 255 everywhere where there is none.
 Visitor = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
@@ -228,17 +228,22 @@ def evaluate(
     num_classes: int,
     visit: Visitor | None = None,
 ) -> Tensor:
-    """Segments images and compares; the counts of all processes are added up, so their number changes nothing."""
+    """Segments images and compares; the counts of all processes are added up, so their number changes nothing.
+
+    The host decodes and writes ahead and behind, and waits for the device at the end only: files are written by a
+    thread of their own.
+    """
     confusion = Confusion(num_classes, precision.device)
     progress = Progress("Testing", loader.batches_per_epoch, 0)
-    for number, batch in enumerate(loader.epoch(0), 1):
-        image, label = batch["image"][0], batch["label"][0]
-        prediction = predict(segmentor, image, settings, **statistics._asdict(), precision=precision)
-        confusion.update(prediction, label)
-        if visit is not None:
-            visit(int(batch["index"]), image, prediction, label)
-        if number % LOG_EVERY == 0:
-            progress.update(number, "images on this process")
+    samples = ((batch, batch["image"][0]) for batch in loader.epoch(0))
+    predictions = predict_each(segmentor, samples, settings, **statistics._asdict(), precision=precision)
+    with WritingThread() as write:
+        for number, (batch, prediction) in enumerate(predictions, 1):
+            confusion.update(prediction, batch["label"][0])
+            if visit is not None:
+                write(visit, int(batch["index"]), batch["image"][0], prediction, batch["label"][0])
+            if number % LOG_EVERY == 0:
+                progress.update(number, "images on this process")
     progress.close()
     return distributed.sum_over_ranks(confusion.matrix.clone())
 

@@ -1,5 +1,6 @@
 """Windows, sizes and flips against naive versions, on a stand-in for a segmentor that looks at the whole window."""
 
+import contextlib
 import math
 
 import pytest
@@ -9,11 +10,12 @@ from torch import nn
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
+import beit.modeling
 from beit.errors import InputError
 from beit.pretrained import load_weights
 from beit.training.precision import Precision
 from semantic_segmentation import inference
-from semantic_segmentation.inference import enlarged, predict, slide, whole, window_starts
+from semantic_segmentation.inference import enlarged, predict, predict_each, slide, whole, window_starts
 from semantic_segmentation.modeling import build_segmentor
 
 CLASSES = 5
@@ -51,6 +53,7 @@ class StandIn(nn.Module):
 def stand_in(monkeypatch):
     monkeypatch.setattr(inference, "COARSEST_STRIDE", 1)
     monkeypatch.setattr(inference, "at_size", lambda segmentor, size: segmentor)
+    monkeypatch.setattr(inference, "_biases_held", lambda *_: contextlib.nullcontext())
     return StandIn().eval()
 
 
@@ -262,6 +265,112 @@ def test_predictions_do_not_depend_on_windows_at_once(stand_in):
     image = make_image(61, 47)
     results = [run(stand_in, image, image_scale=(128, 90), batch_size=number, **SLIDE) for number in (1, 2, 5, 99)]
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+MANY = [(61, 47), (32, 32), (19, 77), (45, 70), (13, 30), (90, 40)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"image_scale": (96, 40), **SLIDE},
+        {"image_scale": (96, 40), "ratios": (0.5, 1.0, 1.75), "short_at_least": 32, "flip": True, **SLIDE},
+        {"image_scale": (96, 40), "flip": True, "mode": "whole", **SLIDE},
+    ],
+    ids=["slide", "several sizes, mirrored", "whole"],
+)
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 64])
+def test_images_together_are_what_they_are_alone(settings, batch_size, stand_in):
+    # Broken by windows that go to another image, to another place, or to no image because a batch was not full.
+    images = [make_image(*size, seed=number) for number, size in enumerate(MANY)]
+    alone = [run(stand_in, image, **settings) for image in images]
+    stand_in.sizes.clear()
+    found = run_each(stand_in, enumerate(images), **settings, batch_size=batch_size)
+    assert [number for number, _ in found] == list(range(len(images)))
+    assert all(torch.equal(classes, own) for (_, classes), own in zip(found, alone, strict=True))
+    if settings.get("mode") != "whole":
+        assert [shape[0] for shape in stand_in.sizes[:-1]] == [batch_size] * (len(stand_in.sizes) - 1)
+
+
+def run_each(model, images, **settings):
+    settings = inference.TestSettings(**settings)
+    return list(predict_each(model, images, settings, mean=MEAN, std=STD, precision=FLOAT32))
+
+
+def test_whole_images_of_one_size_go_together_as_far_as_windows_have_the_pixels(stand_in):
+    images = [make_image(*size) for size in [(40, 40), (40, 40), (40, 40), (40, 60), (80, 160), (80, 160)]]
+    run_each(
+        stand_in, enumerate(images), mode="whole", image_scale=(160, 80), batch_size=4, crop=(60, 60), stride=(60, 60)
+    )
+    # A window has 3600 pixels, so that two images of 80 x 80 fit, and of larger ones a single one.
+    assert stand_in.sizes == [(2, 3, 80, 80), (1, 3, 80, 80), (1, 3, 80, 120), (1, 3, 80, 160), (1, 3, 80, 160)]
+
+
+def test_images_are_taken_ahead_no_further_than_a_batch_reaches(stand_in):
+    # Broken by a data set that is read into memory before the first prediction.
+    taken = []
+
+    def images():
+        for number in range(20):
+            taken.append(number)
+            yield number, make_image(32, 32)
+
+    settings = inference.TestSettings(batch_size=3, image_scale=(64, 32), **SLIDE)
+    for number, _ in predict_each(stand_in, images(), settings, mean=MEAN, std=STD, precision=FLOAT32):
+        assert len(taken) <= number + 1 + 3
+
+
+@pytest.mark.parametrize("batch_size", [2, 5])
+def test_a_segmentor_gives_the_same_labels_in_batches(segmentor, batch_size):
+    # With attention, batch norm and the fused head, not a stand-in; equal but for ties of rounding.
+    images = [make_image(*size, seed=number) for number, size in enumerate(MANY)]
+    settings = {"image_scale": (96, 40), **SLIDE}
+    alone = torch.cat([run(segmentor, image, **settings, batch_size=1).flatten() for image in images])
+    found = run_each(segmentor, enumerate(images), **settings, batch_size=batch_size)
+    together = torch.cat([classes.flatten() for _, classes in found])
+    assert (alone == together).float().mean() > 0.9999
+    assert len(together.unique()) > 1
+    windows = torch.randn(5, 3, 32, 32)
+    with torch.inference_mode():
+        one_by_one = torch.cat([whole(segmentor, window[None]) for window in windows])
+        torch.testing.assert_close(whole(segmentor, windows), one_by_one, rtol=1e-5, atol=1e-5)
+
+
+def test_biases_are_gathered_once_for_all_windows(segmentor, monkeypatch):
+    # Broken by tables that are gathered for each window, held for ever, or held where they would fill the memory.
+    gathered = []
+    original = beit.modeling.relative_position_bias
+    monkeypatch.setattr(
+        beit.modeling, "relative_position_bias", lambda table, index: gathered.append(1) or original(table, index)
+    )
+    image, settings = make_image(61, 75), {"image_scale": (128, 61), **SLIDE, "batch_size": 1}
+    held = run(segmentor, image, **settings)
+    assert len(gathered) == segmentor.get_num_layers()
+    assert all(block.attn.held_bias is None for block in segmentor.backbone.blocks)
+    monkeypatch.setattr(inference, "MOST_HELD_BYTES", 4 * 4 * 2 * 17 * 17 - 1)  # 4 layers, 2 heads, 16 + 1 tokens
+    assert torch.equal(run(segmentor, image, **settings), held)
+    assert len(gathered) > 2 * segmentor.get_num_layers()
+
+
+@pytest.mark.parametrize("change", ["load", "step"])
+def test_held_biases_follow_what_changes_the_tables(segmentor, change):
+    # Broken by a bias that outlives its table, or that stands in for it where the table is to learn.
+    model = resized(segmentor, (32, 32))
+    backbone, images = model.backbone, torch.randn(1, 3, 32, 32)
+    tables = {name: tensor for name, tensor in model.state_dict().items() if name.endswith("bias_table")}
+    with backbone.holding_biases():
+        with torch.no_grad():
+            before = model.segment(images)
+            if change == "load":
+                model.load_state_dict({name: -2 * table for name, table in tables.items()}, strict=False)
+            else:
+                next(iter(backbone.blocks)).attn.relative_position_bias_table.add_(1.5 * torch.randn(52, 2))
+            during = model.segment(images)
+        model.segment(images).sum().backward()
+    assert all(block.attn.relative_position_bias_table.grad.abs().max() > 0 for block in backbone.blocks)
+    with torch.no_grad():
+        torch.testing.assert_close(during, model.segment(images), rtol=0, atol=0)
+    assert (during - before).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("band_pixels", [1, 47 * 4 + 1, 47 * 60])

@@ -1,5 +1,7 @@
 """Label maps and pictures in files, read back."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from PIL import Image
 
 from beit.errors import InputError
 from semantic_segmentation.data import SegmentationClasses, ade20k_classes
-from semantic_segmentation.overlays import occurring, overlay, save_figure, save_label_map
+from semantic_segmentation.overlays import MOST_WAITING, WritingThread, occurring, overlay, save_figure, save_label_map
 
 COLOURS = ((255, 0, 0), (0, 200, 100), (10, 20, 30))
 CLASSES = SegmentationClasses(names=("wall", "tree, plant", "sea"), colours=COLOURS)
@@ -99,3 +101,57 @@ def test_a_class_that_does_not_fit_in_8_bits(tmp_path):
     with pytest.raises(InputError, match="class 300 does not fit"):
         save_label_map(tmp_path / "a.png", torch.tensor([[0, 300]]))
     assert not list(tmp_path.iterdir())
+
+
+# Beside the work
+
+
+def test_calls_are_made_in_their_order_by_another_thread():
+    seen = []
+    with WritingThread() as write:
+        for number in range(50):
+            write(lambda number: seen.append((number, threading.get_ident())), number)
+    assert [number for number, _ in seen] == list(range(50))
+    assert {thread for _, thread in seen} != {threading.get_ident()}
+
+
+def test_the_work_waits_for_a_thread_that_falls_behind():
+    # Broken by results that pile up until they fill the memory.
+    gate, made = threading.Event(), []
+
+    def more():
+        with WritingThread() as write:
+            for number in range(MOST_WAITING + 5):
+                write(gate.wait)
+                made.append(number)
+
+    work = threading.Thread(target=more)
+    work.start()
+    work.join(timeout=0.5)
+    assert len(made) == MOST_WAITING
+    gate.set()
+    work.join(timeout=10)
+    assert len(made) == MOST_WAITING + 5
+
+
+def test_an_error_of_the_thread_ends_the_work(tmp_path):
+    # Broken by files that were never written and nobody was told of.
+    (tmp_path / "file").write_text("no folder")
+    wrong = (tmp_path / "file" / "a.png", torch.zeros(2, 2))
+    with pytest.raises(InputError, match="file"), WritingThread() as write:
+        write(save_label_map, *wrong)
+    made = []
+
+    def work(last):
+        with WritingThread() as write:
+            write(save_label_map, *wrong)
+            for number in range(MOST_WAITING + 1):
+                write(lambda: None)
+                made.append(number)
+                last()
+
+    with pytest.raises(InputError, match="file"):
+        work(lambda: None)
+    assert len(made) <= MOST_WAITING
+    with pytest.raises(KeyboardInterrupt):  # what ended the work itself comes first
+        work(lambda: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -13,6 +13,7 @@ from beit.modeling import VisionTransformer
 from beit.relative_position import resize_table
 from beit.weights import read_weights
 from beit.zoo import create_model
+from semantic_segmentation.heads import ConvNormReLU
 from semantic_segmentation.modeling import (
     BeitPyramid,
     at_size,
@@ -151,6 +152,32 @@ def test_blocks_after_the_last_tap_neither_run_nor_learn():
     without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert without == []
     assert all(not p.requires_grad for p in model.backbone.blocks[5].parameters())
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [(16, 16), (8, 8), (4, 4), (2, 2)],
+        [(10, 14), (5, 7), (3, 4), (2, 2)],
+        [(9, 5), (1, 1), (9, 2), (5, 5)],
+        [(2, 1), (1, 1), (3, 3), (6, 6)],  # pooled to more than there is
+    ],
+)
+@pytest.mark.parametrize("kernel_size", [3, 1])
+def test_levels_are_fused_as_if_resized_and_convolved(sizes, kernel_size):
+    # Broken by taps in another order, a border that is repeated instead of empty, a resizing by corners, rows taken for
+    # columns. The truth is the definition: resize all, put them one after the other, convolve.
+    generator = torch.Generator().manual_seed(0)
+    fusion = randomize(ConvNormReLU(3 * len(sizes), 6, kernel_size=kernel_size)).double().eval()
+    levels = [torch.randn(2, 3, *size, generator=generator).double().requires_grad_() for size in sizes]
+    resized = [F.interpolate(level, size=sizes[0], mode="bilinear", align_corners=False) for level in levels]
+    expected = fusion(torch.cat(resized, dim=1))
+    found = fusion.fuse(levels)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    inputs = [*levels, fusion.conv.weight]
+    sums = [(output * torch.arange(output.numel()).view_as(output)).sum() for output in (found, expected)]
+    for ours, theirs in zip(*(torch.autograd.grad(total, inputs) for total in sums), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
 
 
 def test_setr_pup_doubles_the_last_tap_four_times_under_mmsegmentations_names():

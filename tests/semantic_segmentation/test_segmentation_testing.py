@@ -51,6 +51,10 @@ def warnings_of(caplog):
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
+def all_of_class_0(_segmentor, images, _settings, **_):
+    return ((key, torch.zeros(image.shape[1:], dtype=torch.uint8)) for key, image in images)
+
+
 # What images are normalised with
 
 
@@ -76,11 +80,12 @@ def test_a_test_normalises_as_the_checkpoint_records(tested, monkeypatch, record
     # Broken by a test that knows ImageNet's statistics alone, whatever predict does.
     seen = []
 
-    def stand_in(_segmentor, image, _settings, *, mean, std, precision):
-        seen.append((tuple(mean), tuple(std), precision.dtype))
-        return torch.zeros(image.shape[1:], dtype=torch.uint8)
+    def stand_in(_segmentor, images, _settings, *, mean, std, precision):
+        for key, image in images:
+            seen.append((tuple(mean), tuple(std), precision.dtype))
+            yield key, torch.zeros(image.shape[1:], dtype=torch.uint8)
 
-    monkeypatch.setattr(testing, "predict", stand_in)
+    monkeypatch.setattr(testing, "predict_each", stand_in)
     testing.main(tested(**recorded))
     assert seen == [(expected["mean"], expected["std"], torch.float32)] * 2
 
@@ -138,7 +143,7 @@ def test_a_picture_shows_the_right_labels_where_there_are_any(tested, tmp_path):
 @pytest.mark.parametrize(("options", "smallest"), [((), 1), (("to_label_id=False",), 0), (("to_label_id=True",), 1)])
 def test_label_maps_count_from_where_they_are_told(tested, tmp_path, monkeypatch, options, smallest):
     # Broken by an option that is read and forgotten.
-    monkeypatch.setattr(testing, "predict", lambda _s, image, _t, **_: torch.zeros(image.shape[1:], dtype=torch.uint8))
+    monkeypatch.setattr(testing, "predict_each", all_of_class_0)
     folder = tmp_path / "maps"
     config = tested("--format-only", "--eval-options", f"imgfile_prefix={folder}", *options)
     testing.main(config)
