@@ -4,12 +4,13 @@ Only this module reads the environment of launchers (torchrun, ``torch.distribut
 """
 
 import datetime
+import importlib
 import logging
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -167,8 +168,8 @@ def connect(placement: Placement, device: torch.device, patience: float = PATIEN
     """
     if placement.world_size == 1:
         return
-    dist.init_process_group(
-        backend="nccl" if device.type == "cuda" else "gloo",
+    _join(
+        device,
         init_method=placement.init_method,
         rank=placement.rank,
         world_size=placement.world_size,
@@ -181,8 +182,15 @@ def connect_alone(device: torch.device) -> None:
     """Makes a process group of one where there is none, for libraries that cannot do without."""
     if not dist.is_initialized():
         os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        _join(device, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _join(device: torch.device, **arguments: Any) -> None:
+    # Imported now, not by DistributedDataParallel later: the default arguments of its functions are the process group
+    # that there is at that moment. They would keep it after :func:`disconnect`, and a thread of gloo that outlives the
+    # interpreter aborts the process.
+    importlib.import_module("torch.distributed.nn")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **arguments)
 
 
 def is_loss_of_another(error: RuntimeError) -> bool:

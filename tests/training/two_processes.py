@@ -63,7 +63,13 @@ def main(kind: str, folder: Path) -> None:
             outcome = "finished"
         except (NonFiniteLossError, Stopped) as error:
             outcome = f"{type(error).__name__}: {error}; {len(list((folder / 'run').glob('*.pth')))} checkpoints"
-        (folder / f"rank{session.rank}.txt").write_text(outcome)
+    outcome += f"; {len(threads_of_gloo())} threads of gloo left"
+    (folder / f"rank{session.rank}.txt").write_text(outcome)
+
+
+def threads_of_gloo() -> list[str]:
+    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    return [name for name in names if "gloo" in name]
 
 
 if __name__ == "__main__":
