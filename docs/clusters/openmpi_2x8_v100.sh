@@ -1,0 +1,15 @@
+#!/bin/bash
+# BEiT-base on ImageNet-22k, 2 machines x 8 V100 of 32 GB, started by Open MPI on the first one.
+#   HOSTS=node1:8,node2:8 MASTER_ADDR=node1 bash docs/clusters/openmpi_2x8_v100.sh
+set -eu
+
+DATA=${DATA:-'/path/to/imagenet22k/shards-{000000..001418}.tar'}
+TOKENIZER=${TOKENIZER:-/path/to/tokenizer}
+OUTPUT=${OUTPUT:-/path/to/run}
+
+export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-29500} OMP_NUM_THREADS=1
+exec mpirun -np 16 --host "$HOSTS" --map-by ppr:8:node --bind-to none \
+    -x MASTER_ADDR -x MASTER_PORT -x OMP_NUM_THREADS -x PATH \
+    python run_beit_pretraining.py --dist_on_itp --config pretrain_base_22k \
+    --batch_size 128 --update_freq 1 --amp_dtype fp16 --num_workers 4 \
+    --data_path "$DATA" --discrete_vae_weight_path "$TOKENIZER" --output_dir "$OUTPUT"
