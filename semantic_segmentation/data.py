@@ -26,6 +26,7 @@ from torchvision.transforms.v2 import functional as F
 
 from beit.data.datasets import EXIF_ORIENTATION, Key, UnreadableImageError, read_image, sample_randomness, upright
 from beit.data.index import index_images
+from beit.data.shards import names_shards
 from beit.errors import InputError, did_you_mean
 from semantic_segmentation.metrics import IGNORED
 
@@ -225,6 +226,8 @@ def find_pairs(images_dir: str | os.PathLike[str], annotations_dir: str | os.Pat
 
 def _existing_folder(folder: str | os.PathLike[str], what: str) -> Path:
     path = Path(os.path.abspath(os.path.expanduser(folder)))
+    if names_shards(path):
+        raise InputError(f"{path}: images with label maps are not read from tar shards; unpack the {what} to a folder")
     if not path.exists():
         try:
             siblings = os.listdir(path.parent)

@@ -12,6 +12,7 @@ from torchvision.transforms.v2 import functional as F
 
 from beit.config import option
 from beit.data.datasets import UnreadableImageError, index_images, read_image
+from beit.data.shards import names_shards
 from beit.data.transforms import size_pair
 from beit.errors import InputError
 from beit.interop.segmentation import leaves_zero_out
@@ -118,6 +119,8 @@ def find_images(given: Sequence[str]) -> dict[str, str]:
         raise InputError("no image is given: name image files, or folders of images")
     paths: list[str] = []
     for path in map(os.path.abspath, given):
+        if names_shards(path):
+            raise InputError(f"{path}: results are named after image files, not read from tar shards; unpack them")
         if os.path.isdir(path):
             index = index_images(path)
             paths += [str(index.path(number)) for number in range(len(index))]

@@ -10,7 +10,6 @@ import torch
 from beit.config import from_plain, option
 from beit.data.datasets import sample_randomness
 from beit.errors import InputError
-from beit.inference import decoded
 from beit.modeling import VisionTransformerForMaskedImageModeling
 from beit.storage import load_checkpoint
 from beit.targets import PredictionTarget
@@ -23,7 +22,7 @@ from beit.tasks.masked_image_modeling import (
     evaluation_transform,
 )
 from beit.tasks.options import check_positive, normalization
-from beit.tasks.visualize_inputs import image_files
+from beit.tasks.visualize_inputs import Shown, image_files, read_shown
 from beit.training.checkpoint import load_exactly
 from beit.training.distributed import select_device
 from beit.visualization.curves import overlaid, read_log
@@ -74,7 +73,7 @@ class ReconstructConfig:
 
     checkpoint: str = option("", "checkpoint of a pre-training run")
     tokenizer: str = option("", "folder of its tokenizer, if it predicts tokens; the run's own by default")
-    images: tuple[str, ...] = option((), "image files, or folders of images")
+    images: tuple[str, ...] = option((), "image files, folders of images, or shards-{000..127}.tar")
     output: str = option("reconstructions.png", "the picture to write, .png or .svg", short="-o")
     limit: int = option(8, "most images to draw")
     seed: int = option(0, "seed of the masks")
@@ -129,28 +128,28 @@ def load_pretrained(
 
 
 def reconstruct_files(
-    paths: Sequence[str | Path],
+    images: Sequence[Shown],
     config: PretrainingConfig,
     model: VisionTransformerForMaskedImageModeling,
     target: PredictionTarget,
     seed: int = 0,
 ) -> Reconstructions:
-    """Masks image files as in pre-training and lets a model fill them in.
+    """Masks images as in pre-training and lets a model fill them in.
 
     Args:
-        paths: The images.
+        images: Files, or images in shards.
         config: The settings of the model's run.
         model: The model.
         target: What it was trained to predict.
         seed: Seed of the masks.
 
     Raises:
-        InputError: A file is missing, or no image.
+        InputError: One cannot be read.
     """
     transform = evaluation_transform(config, target, build_mask_generator(config, model.patch_embed.grid_size))
     samples = []
-    for number, path in enumerate(paths):
-        image = decoded(str(path))
+    for number, shown in enumerate(images):
+        image = read_shown(shown)
         with sample_randomness(seed, 0, number) as rng:
             samples.append(transform(image, rng))
     device = next(model.parameters()).device

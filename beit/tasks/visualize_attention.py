@@ -17,7 +17,7 @@ from beit.errors import InputError
 from beit.masking import BlockwiseMaskGenerator
 from beit.modeling import Backbone
 from beit.tasks.options import check_positive
-from beit.tasks.visualize_inputs import Viewer, check_block, image_files, open_viewer
+from beit.tasks.visualize_inputs import Shown, Viewer, check_block, image_files, open_viewer
 from beit.visualization.attention import (
     Query,
     attention_by_block,
@@ -48,7 +48,7 @@ BIAS_NOTE = (
 class AttentionConfig:
     """The arguments of ``beit visualize attention``."""
 
-    images: tuple[str, ...] = option((), "image files, or folders of images", positional=True)
+    images: tuple[str, ...] = option((), "image files, folders of images, or shards-{000..127}.tar", positional=True)
     checkpoint: str = option("", "any BEiT: a path, a released name, a URL or a hub id")
     block: int = option(-1, "the block, from 0 on, or from the end if negative")
     heads: tuple[str, ...] = option(("mean", "all"), "numbers of heads from 0 on, all, or mean for their mean")
@@ -90,7 +90,7 @@ def attention(config: AttentionConfig) -> None:
         probabilities = model.get_attention_maps(normalize(view, viewer.mean, viewer.std), block, mask)
         maps = query_maps(probabilities.float(), queries, grid)[0].cpu()  # (queries, heads, h, w)
         shown = to_unit_range(view)
-        headings[len(rows)] = "/".join(Path(path).parts[-2:])  # of a folder of classes the name alone says little
+        headings[len(rows)] = "/".join(Path(str(path)).parts[-2:])  # of a folder of classes the name alone says little
         rows += attention_rows((shown if mask is None else hide_patches(shown, mask))[0].cpu(), maps, queries, heads)
     kind = f"Block {block} of {model.get_num_layers()} (from 0 on), {model.img_size[0]} x {model.img_size[1]} pixels"
     title = f"Where patches look: {Path(config.checkpoint).name}"
@@ -201,7 +201,7 @@ def mask_generator(patches: int, model: Backbone) -> BlockwiseMaskGenerator | No
 class DistanceConfig:
     """The arguments of ``beit visualize distance``."""
 
-    images: tuple[str, ...] = option((), "image files, or folders of images", positional=True)
+    images: tuple[str, ...] = option((), "image files, folders of images, or shards-{000..127}.tar", positional=True)
     checkpoint: str = option("", "any BEiT: a path, a released name, a URL or a hub id")
     size: Size | None = option(None, "size of the images, in pixels (HEIGHTxWIDTH or one number); the model's own")
     limit: int = option(32, "most images to take the mean over")
@@ -237,16 +237,16 @@ def distance(config: DistanceConfig) -> None:
 
 
 @torch.no_grad()
-def distances_of(viewer: Viewer, paths: Sequence[str]) -> Tensor:
+def distances_of(viewer: Viewer, images: Sequence[Shown]) -> Tensor:
     """Returns the mean attention distance over some images, in pixels, float64 ``(blocks, heads)``."""
     embedding = viewer.model.patch_embed
     distances = patch_distances(embedding.grid_size, embedding.patch_size).to(viewer.device)
     summed = torch.zeros(viewer.model.get_num_layers(), viewer.model.num_heads, dtype=torch.float64)
-    for path in paths:  # one by one: at a high resolution the probabilities of one image fill the memory
-        inputs = normalize(viewer.view(path)[None].to(viewer.device), viewer.mean, viewer.std)
+    for image in images:  # one by one: at a high resolution the probabilities of one image fill the memory
+        inputs = normalize(viewer.view(image)[None].to(viewer.device), viewer.mean, viewer.std)
         blocks = [mean_distances(maps, distances)[0].cpu() for maps in attention_by_block(viewer.model, inputs)]
         summed += torch.stack(blocks)
-    return summed / len(paths)
+    return summed / len(images)
 
 
 @dataclass(frozen=True)

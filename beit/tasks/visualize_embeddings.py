@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 class EmbeddingsConfig:
     """The arguments of ``beit visualize embeddings``."""
 
-    data_path: str = option("", "folder with a folder of images for each class")
+    data_path: str = option("", "folder with a folder of images for each class, or shards-{000..127}.tar with classes")
     checkpoint: str = option("", "any BEiT: a path, a released name, a URL or a hub id")
     block: int = option(-1, "the block whose output is taken, from 0 on, or from the end if negative")
     pool: str = option("mean", "what is taken of it", choices=("mean", "cls", "cls_mean"))
@@ -77,16 +77,19 @@ def embeddings(config: EmbeddingsConfig) -> None:
 
 
 def find_classes(folder: str) -> ImageIndex:
-    """Lists a folder of class folders.
+    """Lists a folder of class folders, or shards of images with classes.
 
     Raises:
-        InputError: There is no such folder, or no class in it.
+        InputError: There is no such folder or shard, or no class in it.
     """
     if not folder:
-        raise InputError("--data_path is missing: a folder with a folder of images for each class")
+        raise InputError("--data_path is missing: a folder with a folder of images for each class, or shards")
     index = index_images(folder)
     if not index.class_names:
-        raise InputError(f"{folder} has no classes: put the images of each class into a folder of its own below it")
+        raise InputError(
+            f"{folder} has no classes: put the images of each class into a folder of its own below it (in shards every "
+            "image needs its class in a .cls)"
+        )
     return index
 
 
@@ -115,9 +118,9 @@ def _batches(
         views, classes = [], []
         for number in numbers[start : start + batch_size]:
             try:
-                views.append(viewer.transform(read_image(index.path(number)))["image"])
+                views.append(viewer.transform(read_image(index.file(number)))["image"])
                 classes.append(index.class_id(number))
-            except UnreadableImageError as error:
+            except (OSError, UnreadableImageError) as error:
                 logger.warning("left out %s: %s", index.path(number), error)
         if views:
             yield torch.stack(views), torch.tensor(classes)

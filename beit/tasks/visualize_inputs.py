@@ -1,4 +1,4 @@
-"""What pictures are made of: images from files and folders, and a model of any checkpoint at any resolution."""
+"""What pictures are made of: images from files, folders and shards, a model of any checkpoint at any resolution."""
 
 import json
 from collections.abc import Sequence
@@ -6,15 +6,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from beit.data.classification import ClassificationEvalTransform
-from beit.data.datasets import index_images
+from beit.data.datasets import ImageIndex, UnreadableImageError, index_images, read_image
+from beit.data.shards import names_shards
 from beit.errors import InputError
 from beit.inference import decoded, preprocessing_of
 from beit.modeling import Backbone, Size
 from beit.training.distributed import select_device
 from beit.zoo import open_model
+
+
+@dataclass(frozen=True)
+class ShardImage:
+    """An image in a tar shard, read when its turn comes; its name begins with the shard's path."""
+
+    index: ImageIndex
+    number: int
+
+    def __str__(self) -> str:
+        return self.index.path(self.number)
+
+
+Shown = str | Path | ShardImage
 
 
 @dataclass(frozen=True)
@@ -38,13 +54,13 @@ class Viewer:
         """Where the model is."""
         return self.model.cls_token.device
 
-    def view(self, path: str | Path) -> Tensor:
-        """Returns what the model gets to see of an image file, uint8 ``(3, H, W)``.
+    def view(self, image: Shown) -> Tensor:
+        """Returns what the model gets to see of an image, uint8 ``(3, H, W)``.
 
         Raises:
             InputError: It cannot be read.
         """
-        return self.transform(decoded(str(path)))["image"]
+        return self.transform(read_shown(image))["image"]
 
 
 def open_viewer(checkpoint: str, size: Size | None, device: str) -> Viewer:
@@ -111,15 +127,18 @@ def _check_size(size: Size, patch_size: tuple[int, int]) -> None:
         )
 
 
-def image_files(given: Sequence[str], limit: int) -> list[str]:
-    """Returns image files, at most so many; of a folder those at even distances, so that all its classes show.
+def image_files(given: Sequence[str], limit: int) -> list[str | ShardImage]:
+    """Returns images, at most so many; of a folder and of shards those at even distances, so that all classes show.
 
     Raises:
         InputError: A folder has no images, or there is no such file.
     """
-    paths: list[str] = []
+    paths: list[str | ShardImage] = []
     for path in given:
-        if Path(path).is_dir():
+        if names_shards(path):
+            index = index_images(path)
+            paths += [ShardImage(index, number) for number in spread(len(index), limit)]
+        elif Path(path).is_dir():
             index = index_images(path)
             paths += [index.path(number) for number in spread(len(index), limit)]
         elif not Path(path).exists():
@@ -127,6 +146,20 @@ def image_files(given: Sequence[str], limit: int) -> list[str]:
         else:
             paths.append(path)
     return paths[:limit]
+
+
+def read_shown(image: Shown) -> Image.Image:
+    """Returns an image as 8-bit RGB, upright.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    if not isinstance(image, ShardImage):
+        return decoded(str(image))
+    try:
+        return read_image(image.index.file(image.number))
+    except (OSError, UnreadableImageError) as error:
+        raise InputError(f"cannot read the image {image}: {error}") from error
 
 
 def spread(count: int, limit: int) -> list[int]:

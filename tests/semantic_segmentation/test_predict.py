@@ -76,7 +76,7 @@ def test_images_of_one_stem_keep_apart(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("missing", ["nowhere.jpg", "empty"])
+@pytest.mark.parametrize("missing", ["nowhere.jpg", "empty", "images-{00..12}.tar"])
 def test_what_is_not_there_is_named(tmp_path, missing):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=missing):

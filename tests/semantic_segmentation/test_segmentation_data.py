@@ -206,6 +206,9 @@ def test_folders_that_are_missing_or_empty(folders):
     with pytest.raises(InputError, match=r"a\.png is not a folder; give the folder of the label maps") as error:
         find_pairs(folders / "images", folders / "labels" / "a.png")
     one_line(error)
+    with pytest.raises(InputError, match=r"a-\*\.tar: images with label maps are not read from tar shards") as error:
+        find_pairs(folders / "a-*.tar", folders / "labels")
+    one_line(error)
     (folders / "empty").mkdir()
     for arguments in ((folders / "empty",), (folders / "images", folders / "empty")):
         with pytest.raises(InputError, match=r"no images in .*empty or the folders below: .*no files at all") as error:

@@ -1,6 +1,7 @@
 """``beit visualize reconstruct`` and ``curves``: commands on tiny models, and what they refuse."""
 
 import json
+import tarfile
 from dataclasses import replace
 
 import numpy as np
@@ -10,10 +11,13 @@ from PIL import Image
 
 from beit.__main__ import main as beit
 from beit.config import to_plain
+from beit.data.datasets import index_images
+from beit.data.shards import add_member
 from beit.dvae import DiscreteVAE
 from beit.errors import InputError
 from beit.storage import save_checkpoint
 from beit.tasks.masked_image_modeling import PretrainingConfig, build_model
+from beit.tasks.shards import write_shards
 from beit.tasks.visualize import load_pretrained, reconstruct_files
 from beit.tasks.visualize_inputs import image_files, spread
 from beit.tokenizer import save_dvae
@@ -137,6 +141,27 @@ def test_of_a_folder_images_at_even_distances_are_shown(site):
     shown = image_files([str(site / "images")], 3)
     assert [path.split("/")[-2] for path in shown] == ["a", "a", "b"]
     assert image_files([str(site / "text.png"), str(site / "images")], 2)[0] == str(site / "text.png")
+
+
+def test_images_in_shards_are_drawn_as_those_in_files(site, tmp_path, capsys):
+    # Broken by a shard's path that is taken for an image, or by other images than those of the folder.
+    pattern = write_shards(index_images(site / "images", tmp_path / "cache"), tmp_path / "shards", images_per_shard=2)
+    config, model, target = load_pretrained(site / "pixels.pth", "", CPU)
+    files, members = (image_files([path], 3) for path in (str(site / "images"), pattern))
+    assert [str(member).rpartition(".tar/")[2] for member in members] == [
+        "00000000.png",
+        "00000001.png",
+        "00000003.png",
+    ]
+    ours, theirs = (reconstruct_files(images, config, model, target).panels() for images in (files, members))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    command = ["reconstruct", "--checkpoint", site / "pixels.pth", "--images"]
+    assert beit(["visualize", *map(str, [*command, pattern, "-o", tmp_path / "drawn.png"])]) == 0
+    assert (tmp_path / "drawn.png").exists()
+    assert "no-such-00.tar and 3 more is not there" in fails([*command, f"{tmp_path}/no-such-{{00..03}}.tar"], capsys)
+    with tarfile.open(tmp_path / "damaged.tar", "w") as archive:
+        add_member(archive, "7.jpg", b"no image")
+    assert "damaged.tar/7.jpg" in fails([*command, tmp_path / "damaged.tar"], capsys)
 
 
 def write_logs(folder):

@@ -6,10 +6,12 @@ import torch
 from PIL import Image
 
 from beit.__main__ import main as beit
+from beit.data.datasets import index_images
 from beit.dvae import DiscreteVAE
 from beit.errors import InputError
 from beit.storage import save_checkpoint
 from beit.tasks import visualize_attention
+from beit.tasks.shards import write_shards
 from beit.tasks.visualize_attention import (
     AttentionConfig,
     BiasConfig,
@@ -20,7 +22,7 @@ from beit.tasks.visualize_attention import (
     parse_heads,
     parse_query,
 )
-from beit.tasks.visualize_inputs import open_viewer
+from beit.tasks.visualize_inputs import image_files, open_viewer
 from beit.tokenizer import save_dvae
 from beit.visualization.attention import mean_distances, patch_distances
 from beit.zoo import create_model
@@ -220,6 +222,21 @@ def test_the_distance_is_the_mean_over_images(site):
             inputs = (viewer.view(path)[None].float() / 255 - 0.5) / 0.5
             expected.append(mean_distances(viewer.model.get_attention_maps(inputs, block), distances)[0])
         torch.testing.assert_close(found[block], torch.stack(expected).mean(0))
+
+
+def test_images_in_shards_are_looked_at_too(site, drawn, tmp_path):
+    pattern = write_shards(index_images(site / "images", tmp_path / "cache"), tmp_path / "shards")
+    checkpoint = str(site / "classifier.pth")
+    for images in (str(site / "images"), pattern):
+        attention(AttentionConfig(images=(images,), checkpoint=checkpoint, limit=2))
+    (files, _), (members, options) = ((rows, options) for (_, rows, _), options in drawn)
+    assert all(
+        torch.equal(a.image, b.image) for pair in zip(files, members, strict=True) for a, b in zip(*pair, strict=True)
+    )
+    assert list(options["headings"].values()) == ["shards-000000.tar/00000000.png", "shards-000000.tar/00000001.png"]
+    viewer = open_viewer(checkpoint, None, "cpu")
+    found = [distances_of(viewer, image_files([images], 9)) for images in (str(site / "images"), pattern)]
+    assert torch.equal(*found)
 
 
 def test_distances_are_written_out(site, drawn, capsys):

@@ -7,8 +7,10 @@ from PIL import Image
 
 import beit as library
 from beit.__main__ import main as beit
+from beit.data.datasets import index_images
 from beit.storage import save_checkpoint
 from beit.tasks import visualize_embeddings
+from beit.tasks.shards import write_shards
 from beit.tasks.visualize_embeddings import EmbeddingsConfig, embeddings
 from beit.visualization.embeddings import pca
 from beit.zoo import create_model
@@ -65,6 +67,16 @@ def test_each_class_has_its_images_features(site, drawn, block, pool):
     assert [name for name, _ in groups] == ["apple", "pear", "plum"]
     assert others is None
     torch.testing.assert_close(torch.cat([points for _, points in groups]), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_classes_in_shards_are_those_of_folders(site, drawn, tmp_path):
+    # Broken by images that are looked for in files, or by classes that only folders have.
+    pattern = write_shards(index_images(site / "images", tmp_path / "cache"), tmp_path / "shards", images_per_shard=5)
+    for data_path in (str(site / "images"), pattern):
+        embeddings(EmbeddingsConfig(data_path=data_path, checkpoint=str(site / "model.pth")))
+    files, members = (groups for _, groups, *_ in drawn)
+    assert [name for name, _ in members] == ["apple", "pear", "plum"]
+    assert all(torch.equal(ours, theirs) for (_, ours), (_, theirs) in zip(files, members, strict=True))
 
 
 def test_few_images_are_taken_from_all_classes(site, drawn):
