@@ -3,7 +3,6 @@
 two_processes_batch_norm.py FOLDER COUNTS     COUNTS such as 2,6: how many of the images each process takes
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from beit.training import distributed
 from semantic_segmentation.batch_norm import synchronise_batch_norm
 
 STEPS = 2
@@ -53,7 +53,7 @@ def train(model: nn.Module, part: slice, total: int, scale: float) -> dict:
 
 
 def main(folder: Path, counts: list[int]) -> None:
-    dist.init_process_group("gloo")
+    distributed.connect(distributed.find_placement(), torch.device("cpu"))
     rank, world = dist.get_rank(), dist.get_world_size()
     model = DistributedDataParallel(synchronise_batch_norm(network()))
     start = sum(counts[:rank])
@@ -63,11 +63,8 @@ def main(folder: Path, counts: list[int]) -> None:
         found["bfloat16"] = model.module.train()(batch(0, sum(counts))[0][start : start + counts[rank]]).detach()
     dist.barrier()
     torch.save(found, folder / f"rank{rank}.pt")
-    dist.destroy_process_group()
+    distributed.disconnect()  # ends gloo's threads, too; one that outlives the interpreter would abort the process
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), [int(count) for count in sys.argv[2].split(",")])
-    # DistributedDataParallel keeps gloo's threads past the end of the process group, and one that outlives the
-    # interpreter aborts the process. The results are written.
-    os._exit(0)
