@@ -2,7 +2,7 @@
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from beit.errors import InputError, did_you_mean
@@ -74,10 +74,10 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs ``beit <command> ...`` and returns the exit status: 0, or 2 for a mistake in the input."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        sys.stdout.write(overview())
-        return 0
     name = find_command(arguments)
+    if name is None and (described := asked_for(arguments)):
+        sys.stdout.write(overview(described))
+        return 0
     from beit.tasks.launch import launch, run_and_report
 
     if name is None:
@@ -92,6 +92,14 @@ def find_command(arguments: Sequence[str]) -> str | None:
     """Returns the command, of one word or two, that the arguments begin with."""
     candidates = (" ".join(arguments[:words]) for words in (2, 1))
     return next((name for name in candidates if name in COMMANDS), None)
+
+
+def asked_for(arguments: Sequence[str]) -> dict[str, Command]:
+    """Returns the commands that arguments like ``--help``, ``visualize --help`` or none at all want to be told of."""
+    words = [word for word in arguments if word not in ("-h", "--help", "help")]
+    if len(words) > 1 or words == list(arguments) != []:
+        return {}
+    return {name: command for name, command in COMMANDS.items() if name.split()[: len(words)] == words}
 
 
 def refuse(arguments: Sequence[str]) -> None:
@@ -110,10 +118,10 @@ def refuse(arguments: Sequence[str]) -> None:
     raise InputError(f"unknown command {arguments[0]!r}{hint}: beit has {', '.join(COMMANDS)}")
 
 
-def overview() -> str:
-    """Returns the list of commands."""
-    width = max(map(len, COMMANDS))
-    lines = (f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items())
+def overview(commands: Mapping[str, Command]) -> str:
+    """Returns a list of commands."""
+    width = max(map(len, commands))
+    lines = (f"  {name:<{width}}  {command.help}" for name, command in commands.items())
     return "\n".join(["usage: beit COMMAND ...   (beit COMMAND --help says more)", "", *lines, ""])
 
 

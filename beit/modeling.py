@@ -228,7 +228,7 @@ def ready_for_kernels(bias: Tensor) -> Tensor:
     every call.
     """
     device_type = bias.device.type
-    if torch.is_autocast_enabled(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         bias = bias.to(torch.get_autocast_dtype(device_type))
     return aligned(bias) if device_type == "cuda" else bias
 

@@ -90,3 +90,12 @@ def test_curves_of_two_runs_become_a_picture(tmp_path):
     )
     with Image.open(output) as picture:
         assert min(picture.size) > 300
+
+
+@pytest.mark.parametrize("arguments", [["visualize", "--help"], ["help", "visualize"]])
+def test_a_group_of_commands_says_what_is_in_it(arguments, capsys):
+    # Breaks when `beit visualize --help` is taken for a misspelt command.
+    assert main(arguments) == 0
+    told = capsys.readouterr().out
+    assert "visualize attention" in told
+    assert "pretrain " not in told
