@@ -41,6 +41,7 @@ RECORDED_BY_A_RUN = (  # also among its settings; the second row by one of segme
     *("out_indices", "pool_scales", "auxiliary_index", "reduce_zero_label"),
 )
 PUBLISHED_TAPS = {12: (3, 5, 7, 11), 24: (7, 11, 15, 23)}  # of the segmentors, by depth
+PIECES_INDEX = ".metadata"  # in a folder that a run of --shard fsdp wrote; see beit/pieces.py
 FILE_METADATA = "beit"  # where a safetensors file, which holds only tensors and strings, has the rest, as JSON
 
 Metadata = dict[str, Any]
@@ -124,6 +125,8 @@ def _segmentor(
 
 def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, Any], dict[str, Any]]:
     """Reads a file, or the weights in a folder, and the two JSON files that may lie beside them."""
+    if (path / PIECES_INDEX).is_file():
+        return _read_pieces(path), {}, {}
     if path.is_dir():
         found = [path / name for name in FOLDER_WEIGHTS if (path / name).is_file()]
         if not found:
@@ -139,6 +142,12 @@ def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, Any], dict[str, Any]
     if path.suffix == ".safetensors":
         content = {**_file_metadata(path), **content}
     return content, configs[0], configs[1]
+
+
+def _read_pieces(folder: Path) -> dict[str, Any]:
+    from beit.pieces import read_whole  # torch.distributed.checkpoint takes a while to import, and is seldom needed
+
+    return read_whole(folder)
 
 
 def _file_metadata(path: Path) -> dict[str, Any]:

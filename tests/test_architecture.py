@@ -35,10 +35,11 @@ MAY_IMPORT = {
     "beit.dvae": (),
     "beit.storage": (),
     "beit.config": (),
+    "beit.pieces": ("beit.storage",),
     "beit.interop.*": ("beit.interop.*",),
     "dall_e.*": ("dall_e.*",),
     # the engine: any module on any loader, knowing neither models nor data
-    "beit.training.*": ("beit.training.*", "beit.storage"),
+    "beit.training.*": ("beit.training.*", "beit.storage", "beit.pieces"),
     # the parts of the method
     "beit.modeling": ("beit.relative_position",),
     "beit.tokenizer": ("dall_e.*", "beit.dvae", "beit.storage"),
@@ -46,7 +47,7 @@ MAY_IMPORT = {
     "beit.targets": ("beit.tokenizer", "beit.data.*"),
     # checkpoints of every dialect, and the models they are of
     "beit.released": ("beit.storage",),
-    "beit.weights": ("beit.released", "beit.interop.*", "beit.storage", "beit.relative_position"),
+    "beit.weights": ("beit.released", "beit.interop.*", "beit.storage", "beit.pieces", "beit.relative_position"),
     "beit.pretrained": ("beit.modeling", *CHECKPOINTS, "beit.relative_position"),
     "beit.zoo": ("beit.modeling", "beit.pretrained"),
     "beit.inference": ("beit.modeling", "beit.weights", "beit.zoo", "beit.data.*"),

@@ -3,7 +3,6 @@
 import logging
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from beit.tasks.options import (
     schedules,
     session_of,
     share_out,
+    trainer_class,
 )
 from beit.training import distributed
 from beit.training.checkpoint import BEST_EMA, newest_checkpoint
@@ -45,7 +45,6 @@ from beit.training.loop import Batch, Trainer
 from beit.training.optim import parameter_groups
 from beit.training.precision import Precision, resolve_amp_dtype
 from beit.training.session import Session
-from beit.training.zero import DeepSpeedTrainer
 from beit.zoo import create_model, list_models
 
 __all__ = ["FinetuningConfig", "main"]
@@ -76,7 +75,7 @@ def main(config: FinetuningConfig) -> None:
         precision = Precision(resolve_amp_dtype(config.amp_dtype, session.device), session.device)
         settings = loop_settings(config, save=config.save_ckpt, evaluate_average=True, best_metric="acc1")
         lr, weight_decay = schedules(config, loader.batches_per_epoch // config.update_freq)
-        trainer = trainer_class(config)(
+        trainer = trainer_class(config, layers=lambda model: model.blocks)(
             model,
             build_objective(config, len(class_names)),
             loader,
@@ -96,11 +95,6 @@ def main(config: FinetuningConfig) -> None:
         session.resume(trainer, path=path, auto=config.auto_resume, start_epoch=config.start_epoch)
         log_summary(config, trainer, len(class_names))
         trainer.fit()
-
-
-def trainer_class(config: FinetuningConfig) -> Callable[..., Trainer]:
-    """Returns what trains: the plain loop, or the one on DeepSpeed."""
-    return partial(DeepSpeedTrainer, zero_stage=config.zero_stage) if config.enable_deepspeed else Trainer
 
 
 def evaluate_checkpoint(config: FinetuningConfig) -> Metrics:

@@ -6,13 +6,13 @@ from typing import Any
 from beit.config import Size, option
 from beit.data.classification import DATA_SETS
 from beit.errors import InputError
-from beit.tasks.options import OptimizerOptions, RunOptions, check_training
+from beit.tasks.options import OptimizerOptions, RunOptions, ShardingOptions, check_sharding, check_training
 
 MIXUP_MODES = ("batch", "pair", "elem")
 
 
 @dataclass(frozen=True)
-class FinetuningConfig(RunOptions, OptimizerOptions):
+class FinetuningConfig(RunOptions, OptimizerOptions, ShardingOptions):
     """The flags of ``run_class_finetuning.py``; every official one, with its official default."""
 
     model: str = option("beit_base_patch16_224", "model name; `beit models` lists them")
@@ -73,15 +73,12 @@ class FinetuningConfig(RunOptions, OptimizerOptions):
     disable_eval_during_finetuning: bool = option(False, "do not evaluate, and need no validation images")
     eval: bool = option(False, "evaluate only: --resume, else the newest checkpoint in --output_dir")
     dist_eval: bool = option(False, "unused", no_effect="processes always share an evaluation, each image counts once")
-    enable_deepspeed: bool = option(False, "train with DeepSpeed (the extra deepspeed)")
-    zero_stage: int = option(0, "what DeepSpeed splits over processes: 0 nothing, 1 the optimizer, 2 the gradients too")
 
 
 def check_settings(config: FinetuningConfig) -> None:
     """Raises :class:`InputError` for the first setting that cannot be used."""
     check_training(config)
-    if config.zero_stage not in (0, 1, 2):
-        raise InputError(f"--zero_stage {config.zero_stage}: choose 0, 1 or 2")
+    check_sharding(config)
     if not 0 <= config.smoothing < 1:
         raise InputError(f"--smoothing {config.smoothing}: must be at least 0 and below 1")
     if not 0 < config.layer_decay <= 1:

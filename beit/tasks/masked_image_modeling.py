@@ -32,7 +32,9 @@ from beit.tasks.options import (
     EVALUATION_WORKERS,
     OptimizerOptions,
     RunOptions,
+    ShardingOptions,
     check_positive,
+    check_sharding,
     check_training,
     effective_batch,
     epoch_loader,
@@ -43,6 +45,7 @@ from beit.tasks.options import (
     schedules,
     session_of,
     share_out,
+    trainer_class,
 )
 from beit.tasks.targets_ahead import TARGETS, TargetsAhead
 from beit.tokenizer import VisualTokenizer, load_tokenizer
@@ -60,7 +63,7 @@ TargetFactory = Callable[["PretrainingConfig", torch.device], PredictionTarget]
 
 
 @dataclass(frozen=True)
-class PretrainingConfig(RunOptions, OptimizerOptions):
+class PretrainingConfig(RunOptions, OptimizerOptions, ShardingOptions):
     """The flags of ``run_beit_pretraining.py``; every official one, with its official default."""
 
     model: str = option("beit_base_patch16_224_8k_vocab", "model name; `beit models` lists them")
@@ -134,6 +137,7 @@ def main(config: PretrainingConfig, make_target: TargetFactory | None = None) ->
         make_target: Makes the prediction target, in place of ``--target``.
     """
     check_training(config)
+    check_sharding(config)
     check_positive(config, "num_mask_patches", "eval_freq")
     with session_of(config) as session:
         config = share_out(config, session.world_size)
@@ -158,7 +162,9 @@ def main(config: PretrainingConfig, make_target: TargetFactory | None = None) ->
         )
         if config.tokenizer_stream:
             loader = TargetsAhead(loader, target, prepare, precision)
-        trainer = PretrainingTrainer(
+        if config.init_from:
+            initialize_from(model, config.init_from, target.name)
+        trainer = trainer_class(config, layers=lambda model: model.blocks)(
             model,
             objective,
             loader,
@@ -174,9 +180,8 @@ def main(config: PretrainingConfig, make_target: TargetFactory | None = None) ->
             extras={"target": target.name},
             evaluate=build_evaluation(config, objective, masks, session, precision),
             on_epoch_end=build_image_log(config, objective, masks, model, precision),
+            accepts=partial(check_target, target=target.name),
         )
-        if config.init_from:
-            initialize_from(model, config.init_from, target.name)
         session.resume(trainer, path=config.resume, auto=config.auto_resume, start_epoch=config.start_epoch)
         announce_flags_without_effect(config, own_target=make_target is not None)
         log_summary(config, trainer, target, session)
@@ -343,22 +348,18 @@ def _uncompiled() -> AbstractContextManager[object]:
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
-class PretrainingTrainer(Trainer):
-    """A trainer that goes on only with what its checkpoint learned to predict (``extras["target"]``)."""
+def check_target(checkpoint: Mapping[str, Any], source: str, target: str) -> None:
+    """Makes sure that a checkpoint has learned to predict what this run predicts.
 
-    def resume(self, checkpoint: Mapping[str, Any], source: str) -> None:
-        """Takes a run up again.
-
-        Raises:
-            InputError: The checkpoint is of another target or model, or lacks the optimizer's state.
-        """
-        theirs, ours = checkpoint.get("target", VISUAL_TOKENS), self.extras["target"]
-        if theirs != ours:
-            raise InputError(
-                f"{source} learned to predict {theirs}, this run predicts {ours}: go on with the same --target and "
-                "--pixel_norm, or start from its weights with --init_from in another --output_dir"
-            )
-        super().resume(checkpoint, source)
+    Raises:
+        InputError: It has not.
+    """
+    theirs = checkpoint.get("target", VISUAL_TOKENS)
+    if theirs != target:
+        raise InputError(
+            f"{source} learned to predict {theirs}, this run predicts {target}: go on with the same --target and "
+            "--pixel_norm, or start from its weights with --init_from in another --output_dir"
+        )
 
 
 def build_optimizer(config: PretrainingConfig, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:

@@ -3,12 +3,14 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from beit.config import dump_yaml, option
 from beit.data.datasets import ImageIndex, index_images
@@ -21,10 +23,11 @@ from beit.data.transforms import (
 )
 from beit.errors import InputError
 from beit.training import distributed
-from beit.training.loop import LoopSettings
-from beit.training.optim import create_optimizer
+from beit.training.loop import LoopSettings, Trainer
+from beit.training.optim import WORK_IN_PARTS, create_optimizer
 from beit.training.schedules import WarmupCosine, duration_in_steps
 from beit.training.session import Session, open_session
+from beit.training.zero import DeepSpeedTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +85,61 @@ class OptimizerOptions:
         "images an optimizer step, over all processes, however many there are: --update_freq is worked out, and "
         "--batch_size is the most at once; 0 takes both as they are",
     )
+
+
+@dataclass(frozen=True)
+class ShardingOptions:
+    """What processes share out among them besides the images."""
+
+    shard: str = option(
+        "none",
+        "fsdp: each process holds its part of weights, gradients and optimizer state, and writes it into a folder "
+        "checkpoint-<epoch>/ that all must see; a run goes on from it with any number of processes, or without --shard",
+        choices=("none", "fsdp"),
+    )
+    enable_deepspeed: bool = option(False, "train with DeepSpeed (the extra deepspeed)")
+    zero_stage: int = option(0, "what DeepSpeed splits over processes: 0 nothing, 1 the optimizer, 2 the gradients too")
+
+
+# Flags that --shard fsdp cannot go with, and why.
+NOT_WITH_FSDP = {
+    "enable_deepspeed": "both split the training state",
+    "compile": "that makes one graph of what is gathered block by block",
+    "log_images": "one process makes the pictures, and holds a part of the model",
+    "model_ema_force_cpu": "the average is split as the weights are",
+}
+
+
+def check_sharding(config: Any) -> None:
+    """Raises :class:`InputError` for what :class:`ShardingOptions` cannot do, or not together with other flags."""
+    if config.zero_stage not in (0, 1, 2):
+        raise InputError(f"--zero_stage {config.zero_stage}: choose 0, 1 or 2")
+    if config.shard == "none":
+        return
+    for name, reason in NOT_WITH_FSDP.items():
+        if getattr(config, name, False):
+            raise InputError(f"--{name} does not go with --shard fsdp: {reason}; leave one of them out")
+    if config.opt.lower().removeprefix("fused") not in WORK_IN_PARTS:
+        raise InputError(
+            f"--opt {config.opt} is not known to work in parts: with --shard {config.shard} choose one of "
+            f"{', '.join(WORK_IN_PARTS)}"
+        )
+
+
+def trainer_class(config: Any, layers: Callable[[Any], Iterable[nn.Module]]) -> Callable[..., Trainer]:
+    """Returns what trains: the plain loop, or one that splits the training state over the processes.
+
+    Args:
+        config: The flags.
+        layers: Gives the layers of the job's model, which are gathered one by one.
+    """
+    if config.enable_deepspeed:
+        return partial(DeepSpeedTrainer, zero_stage=config.zero_stage)
+    if config.shard == "none":
+        return Trainer
+    from beit.training.fsdp import FullyShardedTrainer  # torch takes a second to import what it stands on
+
+    return partial(FullyShardedTrainer, layers=layers)
 
 
 def find_together(path: str) -> ImageIndex:
@@ -207,6 +265,7 @@ def optimizer_for(config: Any, groups: Sequence[dict[str, Any]], device: torch.d
         betas=config.opt_betas,
         momentum=config.momentum,
         fused=device.type in ("cuda", "cpu"),
+        in_parts=getattr(config, "shard", "none") != "none",
     )
 
 

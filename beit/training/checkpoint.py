@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 LAST = "checkpoint-last.pth"
 BEST = "checkpoint-best.pth"
 BEST_EMA = "checkpoint-best-ema.pth"  # the moving average of the weights, as its model
+PIECES = "pieces"  # the key of a checkpoint that names the folder beside it, where its optimizer lies in pieces
 _NUMBERED_FILE = re.compile(r"checkpoint-(\d+)\.pth")
 _SHOWN_DIFFERENCES = 2
 
@@ -109,7 +110,7 @@ class RunFolder:
         """
         later = [path for number, path in _numbered_files(self.path) if number >= first_number]
         paths = [*later, *(self.path / name for name in (LAST, BEST, BEST_EMA))]
-        paths += [path.with_suffix("") for path in later]  # DeepSpeed's folders
+        paths += [path.with_suffix("") for path in later]  # the folders of pieces
         paths += self.path.glob("checkpoint-last-*")
         paths = [path for path in paths if path.exists()]
         if not paths:
@@ -157,6 +158,18 @@ def position_of(checkpoint: Mapping[str, Any]) -> tuple[int, int]:
     if progress is not None:
         return progress["epoch"], progress["step"]
     return checkpoint.get("epoch", -1) + 1, 0  # an official file, written at the end of an epoch
+
+
+def folder_beside(source: str, name: str) -> Path:
+    """Returns the folder of pieces that a checkpoint names.
+
+    Raises:
+        InputError: It is not there.
+    """
+    folder = Path(source).parent / Path(name).name
+    if not folder.is_dir():
+        raise InputError(f"{source} needs the folder {folder}, which is missing; keep both together")
+    return folder
 
 
 def load_exactly(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:

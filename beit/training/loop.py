@@ -22,7 +22,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from beit.errors import InputError
 from beit.training import distributed
-from beit.training.checkpoint import BEST, BEST_EMA, LAST, RunFolder, load_exactly, numbered_file, position_of, to_cpu
+from beit.training.checkpoint import (
+    BEST,
+    BEST_EMA,
+    LAST,
+    PIECES,
+    RunFolder,
+    folder_beside,
+    load_exactly,
+    numbered_file,
+    position_of,
+    to_cpu,
+)
 from beit.training.logging import Averages, EpochLog, Progress, ScalarWriter, Throughput, memory_in_use
 from beit.training.optim import apply_schedules, load_optimizer
 from beit.training.precision import Precision
@@ -114,6 +125,7 @@ class Trainer:
         evaluate: ``(model, epoch) -> metrics`` at the end of epochs, logged with the prefix ``test_``, and those of
             the moving average with ``test_ema_``.
         on_epoch_end: Called on the main process after an epoch is saved, if the run writes anything.
+        accepts: ``(checkpoint, source)``, raises :class:`InputError` for a checkpoint that the run cannot go on from.
     """
 
     model: nn.Module
@@ -132,6 +144,7 @@ class Trainer:
     ema: Any = None
     evaluate: Callable[[nn.Module, int], dict[str, float]] | None = None
     on_epoch_end: Callable[[int, ScalarWriter], None] | None = None
+    accepts: Callable[[Mapping[str, Any], str], None] | None = None
 
     def __post_init__(self) -> None:
         self.steps_per_epoch = self.loader.batches_per_epoch // self.settings.update_freq
@@ -160,23 +173,42 @@ class Trainer:
         Raises:
             InputError: The checkpoint is of another model, or lacks the optimizer's state.
         """
-        if not {"model", "optimizer"} <= checkpoint.keys():
+        if self.accepts is not None:
+            self.accepts(checkpoint, source)
+        self._take_over(checkpoint, source)
+        self._restore_progress(checkpoint, source)
+
+    def _take_over(self, checkpoint: Mapping[str, Any], source: str) -> None:
+        """Takes over weights, optimizer and scaler."""
+        if "model" not in checkpoint or not {"optimizer", PIECES} & checkpoint.keys():
             remedy = (
                 "it was written by DeepSpeed, so add --enable_deepspeed"
                 if "deepspeed" in checkpoint
                 else "to start from its weights give it as --init_from, --finetune or, for segmentation, --load-from"
             )
             raise InputError(f"{source} holds no training state to resume; {remedy}")
-        load_exactly(self.model, checkpoint["model"], source)
-        load_optimizer(self.optimizer, checkpoint["optimizer"], checkpoint.get("optimizer_class"), source)
+        self._load_weights(self.model, checkpoint["model"], source)
+        optimizer = self._optimizer_state(checkpoint, source)
+        load_optimizer(self.optimizer, optimizer, checkpoint.get("optimizer_class"), source)
         self.precision.load_state_dict(checkpoint.get("scaler") or {})
-        self._restore_progress(checkpoint, source)
+
+    def _load_weights(self, module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+        load_exactly(module, weights, source)
+
+    def _optimizer_state(self, checkpoint: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+        """Returns the optimizer's state, which a run of ``--shard fsdp`` has left in pieces."""
+        if PIECES in checkpoint:
+            from beit.pieces import read_optimizer  # seldom needed, and torch takes a second to import what it is of
+
+            return read_optimizer(folder_beside(source, checkpoint[PIECES]))
+        return checkpoint["optimizer"]
 
     def _restore_progress(self, checkpoint: Mapping[str, Any], source: str) -> None:
         """Takes over what a checkpoint holds besides weights and optimizer."""
         if self.ema is not None:
             # Of a run without an average, it begins with the weights.
-            load_exactly(self.ema.module, checkpoint.get("model_ema") or checkpoint["model"], f"{source} (model_ema)")
+            average = checkpoint.get("model_ema") or checkpoint["model"]
+            self._load_weights(self.ema.module, average, f"{source} (model_ema)")
         self._averages = Averages(checkpoint.get("averages"))
         self._skipped_steps = checkpoint.get("skipped_steps", 0)
         self._best = dict(checkpoint.get("best", {}))
@@ -213,7 +245,7 @@ class Trainer:
         """
         global_step = epoch * self.steps_per_epoch + step
         state = {
-            "model": self.model.state_dict(),
+            "model": self._weights(self.model),
             "epoch": epoch - 1,  # the last whole epoch, as in official files
             **self._training_state(),
             "args": dict(self.config),
@@ -224,8 +256,11 @@ class Trainer:
             **self.extras,
         }
         if self.ema is not None:
-            state["model_ema"] = self.ema.module.state_dict()
+            state["model_ema"] = self._weights(self.ema.module)
         return to_cpu(state)
+
+    def _weights(self, module: nn.Module) -> dict[str, Tensor]:
+        return module.state_dict()
 
     def _training_state(self) -> dict[str, Any]:
         return {
@@ -439,9 +474,9 @@ class Trainer:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         entry: dict[str, Any] = {f"train_{name}": value for name, value in self._averages.means().items()}
         if self.evaluate and self._evaluates_at(epoch):
-            results = self.evaluate(self.model, epoch)
+            results = self._evaluate(self.model, epoch)
             if self.ema is not None and self.settings.evaluate_average:
-                average = self.evaluate(self.ema.module, epoch)
+                average = self._evaluate(self.ema.module, epoch)
                 results = {**results, **{f"ema_{name}": value for name, value in average.items()}}
             scalars.write("perf", {f"test_{name}": value for name, value in results.items()}, epoch)
             entry |= {f"test_{name}": value for name, value in results.items()}
@@ -449,6 +484,10 @@ class Trainer:
         if self.settings.count_steps:
             entry["step"] = (epoch + 1) * self.steps_per_epoch
         return entry | {**self._throughput.totals(), "skipped_steps": self._skipped_steps}
+
+    def _evaluate(self, module: nn.Module, epoch: int) -> dict[str, float]:
+        assert self.evaluate is not None
+        return self.evaluate(module, epoch)
 
     def _evaluates_at(self, epoch: int) -> bool:
         due = (epoch + 1) % self.settings.evaluate_epochs == 0 or epoch + 1 == self.settings.epochs
@@ -477,22 +516,31 @@ class Trainer:
         self._best.update(better)
         for name, score in scores.items():
             logger.info("%s %.3f, the best so far %.3f", name, score, self._best.get(name, math.nan))
-        if self.folder is None or not self.settings.save or not better:
+        if not self._makes_checkpoints or not better:
             return
         state = self._state(epoch + 1, 0)
         if metric in better:
-            self.folder.save(BEST, state)
+            self._write(BEST, state)
         if of_average in better:
             # Under the key that everyone reads; the training state belongs to other weights and stays out.
             training = ("optimizer", "scaler", "averages", "progress", "model_ema")
             kept = {key: value for key, value in state.items() if key not in training}
-            self.folder.save(BEST_EMA, {**kept, "model": state["model_ema"]})
+            self._write(BEST_EMA, {**kept, "model": state["model_ema"]})
 
     def _save(self, name: str, epoch: int, done: int) -> None:
         """Writes a checkpoint that the run can be continued from, if the run writes any."""
-        if self.folder is not None and self.settings.save:
-            self.folder.save(name, self._state(epoch, done))
+        if self._makes_checkpoints:
+            self._write(name, self._state(epoch, done))
         self._throughput.restart_window()
+
+    @property
+    def _makes_checkpoints(self) -> bool:
+        """Whether this process has a part in what a checkpoint holds."""
+        return self.folder is not None and self.settings.save
+
+    def _write(self, name: str, state: Mapping[str, Any]) -> None:
+        if self.folder is not None:
+            self.folder.save(name, state)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

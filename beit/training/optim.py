@@ -13,6 +13,9 @@ from beit.errors import InputError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
+# Optimizers whose update of a tensor is the same in parts, or whose norms PyTorch takes over all parts.
+WORK_IN_PARTS = ("adamw", "adam", "nadamw", "sgd", "momentum", "lamb", "lion")
+
 
 def parameter_groups(
     model: nn.Module,
@@ -67,6 +70,7 @@ def create_optimizer(
     betas: Sequence[float] | None = None,
     momentum: float = 0.9,
     fused: bool = False,
+    in_parts: bool = False,
 ) -> torch.optim.Optimizer:
     """Builds any optimizer that timm knows by name.
 
@@ -82,11 +86,12 @@ def create_optimizer(
         momentum: Momentum of SGD and its relatives.
         fused: Whether torch's fused kernels may be used, on devices that have them (CUDA and the CPU): one pass over
             the parameters, 4 times faster than the plain loop on a CPU.
+        in_parts: Whether the parameters are to be split over processes, which apex cannot, nor torch's fused SGD.
 
     Raises:
         InputError: No optimizer has that name.
     """
-    name = name.lower()
+    name = name.lower().removeprefix("fused") if in_parts else name.lower()
     if name.startswith("fused") and importlib.util.find_spec("apex") is None:
         logger.warning("--opt %s: NVIDIA apex is not installed; using torch's fused %s instead", name, name[5:])
         name = name[len("fused") :]
@@ -95,7 +100,7 @@ def create_optimizer(
         raise InputError(f"unknown optimizer {name!r}{did_you_mean(name, known)}")
     arguments: dict[str, Any] = {"eps": eps, "betas": tuple(betas) if betas else None}
     arguments = {key: value for key, value in arguments.items() if value is not None}
-    if fused and name in ("adamw", "adam", "sgd"):
+    if fused and name in (("adamw", "adam") if in_parts else ("adamw", "adam", "sgd")):
         arguments["fused"] = True
     return timm.optim.create_optimizer_v2(
         list(groups), opt=name, lr=lr, weight_decay=0.0, momentum=momentum, **arguments

@@ -1,21 +1,15 @@
 """The training loop on DeepSpeed: the optimizer's state (stage 1) and the gradients (stage 2) split over processes.
 
-Checkpoints are DeepSpeed's folders, ``checkpoint-<epoch>/``, one piece a process. Beside each lies a plain
-``checkpoint-<epoch>.pth`` with the whole model, for everything that reads checkpoints; it is written last, so that
-what it names is complete.
-
 Source: ZeRO, arXiv 1910.02054.
 """
 
 import json
 import logging
 import os
-import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +17,9 @@ from torch import Tensor, nn
 from beit.errors import InputError
 from beit.storage import atomic_write
 from beit.training import distributed
-from beit.training.checkpoint import BEST, LAST, load_exactly, numbered_file
-from beit.training.loop import Batch, Trainer
+from beit.training.checkpoint import BEST, folder_beside, load_exactly, numbered_file
+from beit.training.loop import Batch
+from beit.training.sharded import ShardedTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +32,11 @@ ALLOWED_GLOBALS = {
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
 }
-_FOLDER = re.compile(r"checkpoint-(\d+|last-\d+)")
 
 
 @dataclass
-class DeepSpeedTrainer(Trainer):
-    """A :class:`Trainer` whose steps DeepSpeed takes.
+class DeepSpeedTrainer(ShardedTrainer):
+    """A trainer whose steps DeepSpeed takes, and whose checkpoints are DeepSpeed's folders.
 
     Args:
         zero_stage: 0 splits nothing, 1 the optimizer's state, 2 the gradients too.
@@ -52,13 +46,12 @@ class DeepSpeedTrainer(Trainer):
     """
 
     zero_stage: int = 0
+    names_folder: ClassVar[str] = "deepspeed"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         deepspeed = _import_deepspeed(self._device.type)
-        distributed.connect_alone(self._device)
         self._norm: Tensor | None = None  # of stage 0, which does not keep it
-        self._root = distributed.on_main(lambda: str(self.folder.path) if self.folder and self.settings.save else "")
         settings = self.deepspeed_config()
         if self.folder is not None:
             with atomic_write(self.folder.path / CONFIG_FILE) as file:
@@ -120,29 +113,11 @@ class DeepSpeedTrainer(Trainer):
     def _training_state(self) -> dict[str, Any]:
         return {}  # it lies in DeepSpeed's folder
 
-    def _save(self, name: str, epoch: int, done: int) -> None:
-        if self._root:
-            tag = Path(name).stem
-            if name == LAST:  # each under its own name: the file that names it decides which one counts
-                tag = f"{tag}-{epoch * self.steps_per_epoch + done}"
-            self._engine.save_checkpoint(self._root, tag=tag, save_latest=False)
-            distributed.barrier()
-            if self.folder is not None:
-                self.folder.save(name, {**self._state(epoch, done), "deepspeed": tag})
-                self._remove_unnamed(self.folder.path, tag)
-        self._throughput.restart_window()
+    def _write_pieces(self, folder: Path, _state: Mapping[str, Any]) -> None:
+        self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
 
-    def _remove_unnamed(self, folder: Path, newest: str) -> None:
-        """Removes DeepSpeed's folders whose checkpoint was removed or written anew since."""
-        for path in folder.iterdir():
-            if path.is_dir() and _FOLDER.fullmatch(path.name) and path.name != newest:
-                old = path.name.startswith("checkpoint-last-") and newest.startswith("checkpoint-last-")
-                gone = not path.name.startswith("checkpoint-last-") and not path.with_name(f"{path.name}.pth").exists()
-                if old or gone:
-                    shutil.rmtree(path, ignore_errors=True)
-
-    def resume(self, checkpoint: Mapping[str, Any], source: str) -> None:
-        """Takes weights, optimizer, averages and position over from a checkpoint that DeepSpeed wrote.
+    def _take_over(self, checkpoint: Mapping[str, Any], source: str) -> None:
+        """Takes weights and optimizer over from a checkpoint that DeepSpeed wrote.
 
         Raises:
             InputError: It did not, or for another model or another number of processes.
@@ -154,19 +129,18 @@ class DeepSpeedTrainer(Trainer):
                 if Path(source).name == BEST
                 else "it was not written by DeepSpeed: leave --enable_deepspeed out"
             )
-            raise InputError(f"{source} cannot be resumed; {remedy}, or start from its weights with --finetune")
+            raise InputError(
+                f"{source} cannot be resumed; {remedy}, or start from its weights with --finetune or --init_from"
+            )
         load_exactly(self.model, checkpoint["model"], source)
-        folder = Path(source).parent / checkpoint["deepspeed"]
+        folder = folder_beside(source, checkpoint["deepspeed"])
         self._check_files(folder)
         loaded, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
         if loaded is None:
             raise InputError(f"{folder} holds no DeepSpeed checkpoint; choose another --resume")
-        self._restore_progress(checkpoint, source)
 
     def _check_files(self, folder: Path) -> None:
-        """Makes sure that the files are there, for this number of processes, and run no code when opened."""
-        if not folder.is_dir():
-            raise InputError(f"the checkpoint's DeepSpeed folder {folder} is missing; keep both together")
+        """Makes sure that the files are for this number of processes, and run no code when opened."""
         pieces = len(list(folder.glob("*_optim_states.pt")))
         if self.zero_stage > 0 and pieces != distributed.world_size():
             raise InputError(

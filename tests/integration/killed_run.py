@@ -3,11 +3,14 @@
 python killed_run.py step 7 -- FLAGS…      SIGKILL when optimizer step 7 begins
 python killed_run.py term 7 -- FLAGS…      SIGTERM there
 python killed_run.py rename 2 -- FLAGS…    SIGKILL between the second checkpoint's temporary file and its rename
+python killed_run.py pieces 2 -- FLAGS…    SIGKILL when the second checkpoint in pieces has all of them, and no index
 """
 
 import os
 import signal
 import sys
+
+import torch.distributed.checkpoint
 
 from beit.tasks import masked_image_modeling
 from beit.tasks.launch import launch
@@ -59,6 +62,8 @@ if __name__ == "__main__":
     kind, when, _, *flags = sys.argv[1:]
     if kind == "rename":
         kill_at_rename(int(when))
+    elif kind == "pieces":
+        kill_at_call(torch.distributed.checkpoint.FileSystemWriter, "finish", int(when), before=True)
     elif kind == "log":
         kill_at_call(EpochLog, "write", int(when), before=False)
     elif kind == "evaluation":

@@ -1,4 +1,4 @@
-"""run_class_finetuning.py --enable_deepspeed: the same training, other checkpoints."""
+"""--enable_deepspeed in fine-tuning and pre-training: the same training, other checkpoints."""
 
 import json
 import re
@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from beit.storage import save_checkpoint
+from beit.zoo import create_model
 from tests.commands import run
 from tests.integration.test_finetuning import KILLED, NOTHING_RANDOM, SCRIPT, TORCHRUN, log_of, write_data
 
 pytestmark = pytest.mark.slow
+
+PRETRAIN = "run_beit_pretraining.py"
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +88,35 @@ def test_two_processes_share_optimizer_and_gradients(tmp_path, flags, plain, fre
         refused = run(SCRIPT, *flags, *extra, "--output_dir", tmp_path, "--epochs", "4", check=False)
         assert refused.returncode == 2
         assert len(re.findall(rf"^error: .*{message}", refused.stderr, re.MULTILINE)) == 1
+
+
+def test_pretraining_equals_the_plain_loop_from_given_weights_on(tmp_path, pretraining_flags):
+    # Breaks if the weights come after DeepSpeed has made its own copy of them.
+    torch.manual_seed(1)
+    model = create_model(
+        "beit_tiny_patch16_224_8k_vocab", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, vocab_size=16,
+        use_shared_rel_pos_bias=True, use_abs_pos_emb=False, init_values=0.1,
+    )  # fmt: skip
+    save_checkpoint(tmp_path / "start.pth", {"model": model.state_dict()})
+    small = (*pretraining_flags, "--drop_path", "0", "--clip_grad", "1.0", "--init_from", tmp_path / "start.pth")
+    run(PRETRAIN, *small, "--output_dir", tmp_path / "plain")
+    deep = (
+        *small,
+        "--enable_deepspeed",
+        "--zero_stage",
+        "2",
+        "--output_dir",
+        tmp_path / "deep",
+        "--save_ckpt_freq",
+        "1",
+    )
+    run(PRETRAIN, *deep)
+    assert_close(tmp_path / "deep", tmp_path / "plain", 1e-5)
+    assert not torch.equal(weights(tmp_path / "deep")["cls_token"], model.cls_token)
+    # Another target is refused by the same line as without DeepSpeed.
+    refused = run(PRETRAIN, *deep, "--epochs", "4", "--target", "pixels", check=False)
+    assert refused.returncode == 2
+    assert "this run predicts" in refused.stderr
 
 
 def test_a_piece_that_would_run_code_is_refused(tmp_path, flags):

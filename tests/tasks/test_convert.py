@@ -10,6 +10,7 @@ import torch
 from beit.__main__ import main
 from beit.errors import InputError
 from beit.modeling import VisionTransformer, VisionTransformerForMaskedImageModeling
+from beit.pieces import write_pieces
 from beit.storage import load_checkpoint, save_checkpoint
 from beit.tasks.convert import Features, convert, export_graph
 from beit.weights import read_weights
@@ -57,6 +58,18 @@ def test_official_files_come_back_bit_identical(build, to, tmp_path):
     before, after = load_checkpoint(source)["model"], load_checkpoint(tmp_path / "back.pth")["model"]
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_checkpoint_in_pieces_alone_is_converted_with_its_settings(tmp_path):
+    # As a run of --shard fsdp leaves it, its plain file lost.
+    model = classifier(img_size=32)
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    rest = {"optimizer": {"state": {}, "param_groups": []}, "args": {"crop_pct": 0.9}, "labels": ["x", "y", "z"]}
+    write_pieces(tmp_path / "checkpoint-3", tensors, rest)
+    assert main(["convert", str(tmp_path / "checkpoint-3"), str(tmp_path / "x.pth"), "--to", "unilm"]) == 0
+    written = load_checkpoint(tmp_path / "x.pth")
+    assert all(torch.equal(written["model"][name], tensor) for name, tensor in model.state_dict().items())
+    assert (written["labels"], written["args"]) == (["x", "y", "z"], {"crop_pct": 0.9})
 
 
 def test_the_dtype_of_the_weights_stays(tmp_path):

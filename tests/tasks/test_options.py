@@ -1,12 +1,21 @@
 """What several jobs make of the same flags."""
 
+import dataclasses
 from dataclasses import replace
 
 import pytest
+import torch
 
 from beit.errors import InputError
+from beit.tasks.classification_config import FinetuningConfig
 from beit.tasks.masked_image_modeling import PretrainingConfig
-from beit.tasks.options import share_out
+from beit.tasks.options import NOT_WITH_FSDP, check_sharding, optimizer_for, share_out, trainer_class
+from beit.training.fsdp import FullyShardedTrainer
+from beit.training.loop import Trainer
+from beit.training.optim import WORK_IN_PARTS
+from beit.training.zero import DeepSpeedTrainer
+
+WRONG = {"enable_deepspeed": True, "compile": True, "log_images": 2, "model_ema_force_cpu": True}
 
 
 @pytest.mark.parametrize(
@@ -52,3 +61,39 @@ def test_few_images_at_once_are_said(caplog):
     assert not caplog.text
     share_out(PretrainingConfig(batch_size=64, total_batch_size=2 * 127), 1)
     assert "254 over 1 processes: 2 images at once" in caplog.text
+
+
+def fields(config):
+    return {field.name for field in dataclasses.fields(config)}
+
+
+@pytest.mark.parametrize("config", [PretrainingConfig, FinetuningConfig])
+def test_the_flags_choose_the_trainer(config):
+    for flags, expected in (
+        ({}, Trainer),
+        ({"enable_deepspeed": True, "zero_stage": 1}, DeepSpeedTrainer),
+        ({"shard": "fsdp"}, FullyShardedTrainer),
+    ):
+        chosen = trainer_class(config(**flags), layers=list)
+        assert getattr(chosen, "func", chosen) is expected
+
+
+@pytest.mark.parametrize("config", [PretrainingConfig, FinetuningConfig])
+def test_what_cannot_be_split_is_refused_in_one_line(config):
+    assert WRONG.keys() == NOT_WITH_FSDP.keys() <= fields(PretrainingConfig) | fields(FinetuningConfig)
+    for name in WRONG.keys() & fields(config):
+        check_sharding(config(**{name: WRONG[name]}))
+        with pytest.raises(InputError, match=f"^--{name} does not go with --shard fsdp: "):
+            check_sharding(config(shard="fsdp", **{name: WRONG[name]}))
+    with pytest.raises(InputError, match=r"^--opt adafactor .*choose one of adamw"):
+        check_sharding(config(shard="fsdp", opt="adafactor"))
+    with pytest.raises(InputError, match=r"^--zero_stage 3"):
+        check_sharding(config(zero_stage=3))
+
+
+@pytest.mark.parametrize("name", [*WORK_IN_PARTS, "fusedadamw"])
+def test_optimizers_for_parts_use_fused_kernels_only_where_those_take_parts(name):
+    config = PretrainingConfig(shard="fsdp", opt=name)
+    check_sharding(config)
+    optimizer = optimizer_for(config, [{"params": [torch.nn.Parameter(torch.ones(2))]}], torch.device("cpu"))
+    assert bool(optimizer.defaults.get("fused")) == (name in ("adamw", "adam", "fusedadamw"))

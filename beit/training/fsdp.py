@@ -1,0 +1,160 @@
+"""The training loop with FSDP2: weights, gradients and the optimizer's state split over the processes.
+
+Weights are gathered layer by layer when they are needed, in float32, and gradients are averaged in float32; autocast
+picks the number format of the products, as without sharding. So a step computes the numbers of
+``DistributedDataParallel``. (Gathering in bfloat16 would halve what is sent, and round LayerNorms, LayerScale and the
+bias tables too, which autocast leaves in float32.)
+
+Source: ZeRO, arXiv 1910.02054 (stage 3); PyTorch FSDP, arXiv 2304.11277.
+"""
+
+import contextlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from beit.errors import InputError
+from beit.pieces import OPTIMIZER, WEIGHTS, read_optimizer, split_optimizer, write_pieces
+from beit.training import distributed
+from beit.training.checkpoint import PIECES, folder_beside, load_exactly
+from beit.training.loop import Batch
+from beit.training.sharded import ShardedTrainer
+
+
+@dataclass
+class FullyShardedTrainer(ShardedTrainer):
+    """A trainer of which each process holds an equal part of everything that is as large as the model.
+
+    Args:
+        layers: Gives a module's layers, each gathered as a whole; what is in none of them, while the module is at work.
+
+    Raises:
+        InputError: The device has no collectives for it.
+    """
+
+    layers: Callable[[nn.Module], Iterable[nn.Module]] = nn.Module.children
+    names_folder: ClassVar[str] = PIECES
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self._device.type not in ("cuda", "cpu"):
+            raise InputError(f"--shard fsdp needs --device cuda or cpu; this run is on {self._device.type}")
+        self._mesh = init_device_mesh(self._device.type, (distributed.world_size(),))
+        whole = {parameter: name for name, parameter in self.model.named_parameters()}
+        self._split(self.model)
+        if self.ema is not None:
+            self._split(self.ema.module)
+        parts = dict(self.model.named_parameters())
+        for group in self.optimizer.param_groups:  # it has no state yet
+            group["params"] = [parts[whole[parameter]] for parameter in group["params"]]
+
+    def _split(self, module: nn.Module) -> None:
+        for layer in self.layers(module):
+            fully_shard(layer, mesh=self._mesh, reshard_after_forward=True)
+        fully_shard(module, mesh=self._mesh, reshard_after_forward=False)
+
+    # One step
+
+    def _distribute(self) -> nn.Module:
+        return self.model
+
+    def _backward(
+        self, model: nn.Module, batch: Batch, global_step: int, last: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        assert isinstance(model, FSDPModule)
+        model.set_requires_gradient_sync(last)
+        return super()._backward(model, batch, global_step, last)
+
+    def _update(self) -> Tensor:
+        norm = super()._update()
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _evaluate(self, module: nn.Module, epoch: int) -> dict[str, float]:
+        with _gathered(module):
+            return super()._evaluate(module, epoch)
+
+    # Checkpoints
+
+    @property
+    def _makes_checkpoints(self) -> bool:
+        return bool(self._root)  # all processes have a part of the weights
+
+    def _weights(self, module: nn.Module) -> dict[str, Tensor]:
+        """Gathers the weights on the host, one tensor after the other: the device never has to hold them all.
+
+        Returns:
+            The weights on the process with the run folder, nothing on the others.
+        """
+        weights = {}
+        for name, tensor in module.state_dict().items():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if self.folder is not None:
+                weights[name] = whole.cpu()
+        return weights
+
+    def _training_state(self) -> dict[str, Any]:
+        return {"optimizer_class": type(self.optimizer).__name__, "scaler": self.precision.state_dict()}
+
+    def _write_pieces(self, folder: Path, state: Mapping[str, Any]) -> None:
+        tensors, rest = split_optimizer(self.optimizer.state_dict())
+        modules = {"model": self.model, **({"model_ema": self.ema.module} if self.ema is not None else {})}
+        for key, module in modules.items():
+            tensors |= {f"{key}.{name}": tensor for name, tensor in module.state_dict().items()}
+        small = {key: value for key, value in state.items() if key not in WEIGHTS}
+        write_pieces(folder, tensors, {**small, OPTIMIZER: rest} if self.folder is not None else None)
+
+    def _load_weights(self, module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+        own = module.state_dict()
+        load_exactly(module, {name: _part_of(tensor, own.get(name)) for name, tensor in weights.items()}, source)
+
+    def _optimizer_state(self, checkpoint: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+        """Returns this process's part of the optimizer's state, from pieces or from a plain checkpoint."""
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+        def room(name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
+            index = int(re.findall(rf"{OPTIMIZER}\.(\d+)\.", name)[0])
+            fits = index < len(parameters) and parameters[index].shape == size
+            return torch.zeros_like(parameters[index], dtype=dtype) if fits else torch.zeros(size, dtype=dtype)
+
+        if PIECES in checkpoint:
+            return read_optimizer(folder_beside(source, checkpoint[PIECES]), room)
+        state = checkpoint["optimizer"]
+        parts = {
+            index: {key: _part_of(value, parameters[index]) for key, value in entry.items()}
+            for index, entry in state["state"].items()
+            if index < len(parameters)
+        }
+        return {**state, "state": parts}
+
+
+def _part_of(whole: Any, like: Any) -> Any:
+    """Returns this process's part of a tensor that all of them have; what has another shape stays as it is."""
+    if not (isinstance(whole, Tensor) and isinstance(like, DTensor) and whole.shape == like.shape):
+        return whole
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
+
+
+@contextlib.contextmanager
+def _gathered(module: nn.Module) -> Iterator[None]:
+    """Gives each process all weights of a module for a while.
+
+    It then needs no other process for a forward pass: in an evaluation, one may have more batches than another.
+    """
+    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(part is not module, recurse=False)
+            part.reshard()
