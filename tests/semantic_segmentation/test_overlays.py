@@ -127,9 +127,11 @@ def test_the_work_waits_for_a_thread_that_falls_behind():
 
     work = threading.Thread(target=more)
     work.start()
-    work.join(timeout=0.5)
-    assert len(made) == MOST_WAITING
-    gate.set()
+    try:
+        work.join(timeout=0.5)
+        assert len(made) <= MOST_WAITING
+    finally:
+        gate.set()
     work.join(timeout=10)
     assert len(made) == MOST_WAITING + 5
 

@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from beit.errors import InputError
 from beit.modeling import VisionTransformer
@@ -178,6 +179,17 @@ def test_levels_are_fused_as_if_resized_and_convolved(sizes, kernel_size):
     sums = [(output * torch.arange(output.numel()).view_as(output)).sum() for output in (found, expected)]
     for ours, theirs in zip(*(torch.autograd.grad(total, inputs) for total in sums), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+
+
+def test_fusing_saves_most_of_the_products_of_the_largest_convolution():
+    # Broken by levels that are resized first: UPerNet's last convolution alone is 3072 * 768 * 9 * 128 * 128 products.
+    sizes = {"img_size": 512, "embed_dim": 768, "depth": 12, "num_heads": 12, "out_indices": (3, 5, 7, 11)}
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        build_segmentor(**{**SMALL, **sizes, "num_classes": 150, "channels": 768}).eval().segment(
+            torch.empty(1, 3, 512, 512)
+        )
+    as_resized = 2 * 3072 * 768 * 9 * 128 * 128
+    assert counter.get_total_flops() < 1.21e12 - 0.6 * as_resized
 
 
 def test_setr_pup_doubles_the_last_tap_four_times_under_mmsegmentations_names():
