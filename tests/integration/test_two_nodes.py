@@ -28,14 +28,12 @@ def machines() -> Iterator[tuple[str, str]]:
         pytest.skip(f"{NEEDS_NAMESPACES}, and the command ip")
     names = (f"beit{os.getpid()}a", f"beit{os.getpid()}b")
     try:
-        for name in names:
-            made = ip("netns", "add", name, check=False)
-            if made.returncode:
-                pytest.skip(f"{NEEDS_NAMESPACES}: {made.stderr.strip()}")
         join = ("link", "add", names[0], "netns", names[0], "type", "veth", "peer", "name", names[1], "netns", names[1])
-        joined = ip(*join, check=False)
-        if joined.returncode:
-            pytest.skip(f"{NEEDS_NAMESPACES}: {joined.stderr.strip()}")
+        enter = [("netns", "exec", name, "true") for name in names]
+        for words in [*(("netns", "add", name) for name in names), *enter, join]:
+            done = ip(*words, check=False)
+            if done.returncode:
+                pytest.skip(f"{NEEDS_NAMESPACES}: {done.stderr.strip()}")
         for name, address in zip(names, (FIRST, SECOND), strict=True):
             ip("-n", name, "address", "add", f"{address}/24", "dev", name)
             ip("-n", name, "link", "set", name, "up")

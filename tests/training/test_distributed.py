@@ -13,6 +13,7 @@ from beit.training.distributed import (
     on_main,
     select_device,
 )
+from tests.commands import run
 
 
 def test_one_plain_process():
@@ -97,3 +98,26 @@ def test_the_loss_of_another_process_is_told_from_other_errors():
     assert is_loss_of_another(closed)
     assert is_loss_of_another(torch.distributed.DistBackendError("NCCL error in: ..., remote process exited"))
     assert not is_loss_of_another(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+TRAIN_AND_LEAVE = """
+from pathlib import Path
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from beit.training import distributed
+distributed.connect_alone(torch.device("cpu"))
+DistributedDataParallel(torch.nn.Linear(2, 2))(torch.ones(1, 2)).sum().backward()
+def threads():
+    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    return [name for name in names if "gloo" in name]
+assert threads()
+distributed.disconnect()
+print("left:", *threads())
+"""
+
+
+@pytest.mark.slow
+def test_no_thread_of_gloo_outlives_the_process_group():
+    # Breaks if something keeps the group; a thread that outlives the interpreter too aborts the process, though rarely.
+    # In a process of its own: what keeps it is a module that is first imported while there is a group.
+    assert run("-c", TRAIN_AND_LEAVE).stdout.strip() == "left:"
