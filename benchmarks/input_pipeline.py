@@ -13,6 +13,7 @@ processor's time: what else runs on the machine disturbs it less than the clock'
 
 import argparse
 import contextlib
+import importlib.util
 import itertools
 import logging
 import random
@@ -32,10 +33,19 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from torchvision import transforms as v1
 
-from beit.data.datasets import ImageDataset, read_image, sample_randomness
+from beit.data.datasets import ImageDataset, kept_randomness, read_pixels, sample_randomness
 from beit.data.index import ImageIndex, index_images
+from beit.data.jitter import ViewJitter
 from beit.data.loaders import EpochLoader, _Batches
-from beit.data.transforms import MaskedImageModelingTransform, cut_out, normalize, random_box, resized, to_unit_range
+from beit.data.transforms import (
+    MaskedImageModelingTransform,
+    cut_out,
+    flip_and_box,
+    normalize,
+    resized,
+    size_of,
+    to_unit_range,
+)
 from beit.masking import BlockwiseMaskGenerator
 from beit.tasks.shards import write_shards
 
@@ -44,6 +54,7 @@ READ = 1024  # of the small images, in each repeat
 HALF = (0.5, 0.5, 0.5)
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 MASKS = BlockwiseMaskGenerator((14, 14), 75, 16)
+NOT_MEASURED = "not measured: the package is not installed"
 GOALS = {"same filters": 2.0, "second view bicubic": 3.0}
 
 
@@ -126,36 +137,34 @@ def ours(index: ImageIndex, *, second: str = "lanczos", fast_decode: bool = Fals
 
 def ours_in_stages(paths: list[str], stages: "Stages", second: str = "lanczos") -> None:
     """Prepares images as :func:`ours` does, step by step."""
-    from beit.data.jitter import RegionJitter
-    from beit.data.loaders import _stacked
-
-    jitter = RegionJitter(0.4)
+    jitter = ViewJitter(0.4)
     for start in range(0, len(paths), BATCH):
         samples: list[dict[str, Tensor]] = []
-        for number, path in enumerate(paths[start : start + BATCH], start):
-            with stages("decode"):
-                image = read_image(path)
-            with stages("randomness"):
-                state = sample_randomness(0, 0, number)
-                rng = state.__enter__()
-            with stages("flip and crop"):
-                flipped = rng.random() < 0.5
-                region = cut_out(image, random_box(image.size, SCALE, RATIO, rng), flipped)
-            with stages("jitter"):
-                region = jitter(region, image)
-            with stages("to tensors"):
-                pixels = v1.functional.pil_to_tensor(region)
-            with stages("resize 224"):
-                sample = {"image": resized(pixels, (224, 224), "bicubic", rng)}
-            with stages("resize 112"):
-                sample["token_image"] = resized(pixels, (112, 112), second, rng)
-            with stages("mask"):
-                sample["mask"] = torch.from_numpy(MASKS(rng))
-            with stages("randomness"):
-                state.__exit__(None, None, None)
-            samples.append(sample)
+        with kept_randomness():
+            for number, path in enumerate(paths[start : start + BATCH], start):
+                with stages("decode"):
+                    image, _ = read_pixels(path)
+                with stages("randomness"):
+                    state = sample_randomness(0, 0, number)
+                    rng = state.__enter__()
+                with stages("flip and crop"):
+                    flipped, box = flip_and_box(size_of(image), SCALE, RATIO, rng)
+                    region = cut_out(image, box)
+                with stages("resize 224"):
+                    sample = {"image": resized(region, (224, 224), "bicubic", rng)}
+                with stages("resize 112"):
+                    sample["token_image"] = resized(region, (112, 112), second, rng)
+                with stages("jitter"):
+                    sample = jitter(sample, image)
+                with stages("flip and crop"):
+                    sample = {name: view.flip(-1) for name, view in sample.items()} if flipped else sample
+                with stages("mask"):
+                    sample["mask"] = torch.from_numpy(MASKS(rng))
+                with stages("randomness"):
+                    state.__exit__(None, None, None)
+                samples.append(sample)
         with stages("stack"):
-            batch = {name: _stacked([sample[name] for sample in samples]) for name in samples[0]}
+            batch = default_collate(samples)
         with stages("(normalise, on the device)"):
             normalize(batch["image"], HALF, HALF), to_unit_range(batch["token_image"])
 
@@ -268,7 +277,10 @@ def measure_files_and_shards(folder: Path, count: int, repeats: int) -> dict[str
     starts = {name: parts["whole"] for name, parts in medians(interleave(listing, repeats)).items()}  # by the clock
     indices = {name: index_images(path, folder / "kept") for name, path in sources.items()}
     reading = {name: partial(_read_some, index, min(count, READ)) for name, index in indices.items()}
+    if importlib.util.find_spec("webdataset"):
+        reading["webdataset"] = partial(_read_with_webdataset, pattern, min(count, READ))
     read = median_seconds(reading, repeats)
+    peer = min(count, READ) / read["webdataset"] if "webdataset" in read else NOT_MEASURED
     for name, index in indices.items():
         results[name] |= {
             "images_per_second": min(count, READ) / read[name],
@@ -291,7 +303,11 @@ def measure_files_and_shards(folder: Path, count: int, repeats: int) -> dict[str
     ]
     show(f"{count} images of 32 x 32 pixels", ("", *sources), rows)
     print(f"packing them into shards took {packing:.1f} s")
-    return {"images": count, "packing_seconds": packing, **results}
+    print(
+        "webdataset reads the shards, from the first image on:",
+        peer if isinstance(peer, str) else f"{peer:.0f} images/s",
+    )
+    return {"images": count, "packing_seconds": packing, **results, "webdataset_images_per_second": peer}
 
 
 def _listed_anew(path: str, folder: Path) -> ImageIndex:
@@ -307,15 +323,29 @@ def _peak(path: str, folder: Path) -> int:
     return peak
 
 
+def _transform() -> MaskedImageModelingTransform:
+    return MaskedImageModelingTransform(112, None, mask_generator=BlockwiseMaskGenerator((7, 7), 20, 4))
+
+
 def _dataset(index: ImageIndex) -> ImageDataset:
-    masks = BlockwiseMaskGenerator((7, 7), 20, 4)
-    return ImageDataset(index, MaskedImageModelingTransform(112, None, mask_generator=masks), seed=0)
+    return ImageDataset(index, _transform(), seed=0)
 
 
 def _read_some(index: ImageIndex, count: int) -> None:
     loader = EpochLoader(_dataset(index), BATCH, seed=0)
     for _ in itertools.islice(loader.epoch(0), count // BATCH):
         pass
+
+
+def _read_with_webdataset(pattern: str, count: int) -> None:
+    # As its users read: from the beginning of a shard on, decoded by Pillow. The views are made as ours are.
+    import webdataset
+
+    transform, rng = _transform(), np.random.default_rng(0)
+    images = webdataset.WebDataset(pattern, shardshuffle=False).decode("pil").to_tuple("jpg")
+    samples = (transform(image, rng) for (image,) in images)
+    for _ in range(count // BATCH):
+        default_collate(list(itertools.islice(samples, BATCH)))
 
 
 def _resumes_exactly(index: ImageIndex) -> bool:

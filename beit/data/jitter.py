@@ -1,74 +1,98 @@
-"""Colour jitter of the part of an image that is used, as if the whole image had been jittered."""
+"""Colour jitter of the views of an image, as if the whole image had been jittered before they were cut out of it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageEnhance, ImageStat
-from torchvision.transforms import v2
+import torch
+from torch import Tensor
 
-CONTRAST_PIXELS = 1 << 13  # enough of an image to know its mean grey to a small part of a level
+CONTRAST_PIXELS = 1 << 12  # enough of an image to know its mean grey to half a level
 
-_JITTER = ("brightness", "contrast", "saturation")  # in the numbering of torchvision's ColorJitter
-_VALUES = np.arange(256, dtype=np.float32)
+_STEPS = ("brightness", "contrast", "saturation", "hue")  # in the numbering of torchvision's ColorJitter
+_GREY = (0.299, 0.587, 0.114)  # of red, green and blue, as Pillow converts to "L"
+# Pillow cuts values off after each step, half a level on average. The conversion of the result does it once; contrast
+# and saturation subtract it for the two others.
+_CUT_OFF = 0.5
+
+Step = tuple[str, float]
 
 
-class RegionJitter:
-    """Brightness, contrast and saturation of a region, changed as if those of the whole image were.
+class ViewJitter:
+    """Brightness, contrast and saturation of an image's views, changed as if those of the whole image were.
 
-    Random factors in a random order, drawn as by torchvision's ``ColorJitter``. All three act on single pixels, but
-    contrast pulls towards the mean grey of the image that the operations before it have left: that is taken of the
-    whole image, from a regular part of it where it is large. So the region gets the pixels that a crop of the jittered
-    image has, to the bit wherever the mean rounds alike.
+    Random factors in a random order, drawn from PyTorch's global generator as by torchvision's ``ColorJitter``. All
+    three act on single pixels, so views are jittered after they are resized, all their pixels in one go. But contrast
+    pulls towards the mean grey of the image that the steps before it have left: that is taken of the whole image, from
+    a regular part of it where it is large.
+
+    The official order resizes what is jittered and cut off at black and white; here, what is resized is jittered. The
+    views are the same within a level on average.
 
     Args:
         strength: Each factor is in ``1 ± strength``, and 0 or more.
     """
 
     def __init__(self, strength: float) -> None:
-        self._draw = v2.ColorJitter(strength, strength, strength)
+        self.range = (max(0.0, 1 - strength), 1 + strength)
 
-    def __call__(self, region: Image.Image, whole: Image.Image) -> Image.Image:
-        """Returns the jittered region, RGB, of the image ``whole``, RGB."""
-        drawn = self._draw.make_params([]) if hasattr(self._draw, "make_params") else self._draw._get_params([])
-        names = [_JITTER[i] for i in drawn["fn_idx"].tolist() if i < len(_JITTER)]
-        steps = [(name, drawn[f"{name}_factor"]) for name in names]
-        before = steps[: names.index("contrast")]
-        grey = _mean_grey(_adjusted(_thinned(whole), before, 0))
-        return _adjusted(region, steps, grey)
+    def __call__(self, views: Mapping[str, Tensor], whole: Tensor) -> dict[str, Tensor]:
+        """Returns the jittered views.
+
+        Args:
+            views: uint8 ``(3, H, W)`` each, of any sizes.
+            whole: The image they are of, uint8 ``(3, h, w)``.
+        """
+        steps = self._draw()
+        before = steps[: [name for name, _ in steps].index("contrast")]
+        grey = _mean_grey(_adjusted(_thinned(whole), before))
+        pixels = torch.cat([view.flatten(1) for view in views.values()], dim=1)
+        # By way of 16 bits: PyTorch converts float32 to 8 bits several times slower.
+        jittered = _adjusted(pixels, steps, grey).to(torch.int16).to(torch.uint8)
+        parts = jittered.split([view[0].numel() for view in views.values()], dim=1)
+        return {name: part.reshape(view.shape) for (name, view), part in zip(views.items(), parts, strict=True)}
+
+    def _draw(self) -> list[Step]:
+        order = torch.randperm(len(_STEPS)).tolist()
+        factors = torch.empty(3).uniform_(*self.range).tolist()
+        return [(_STEPS[i], factors[i]) for i in order if i < len(factors)]  # no hue
 
 
-def _adjusted(image: Image.Image, steps: Sequence[tuple[str, float]], grey: int) -> Image.Image:
-    # Brightness and contrast map values to values: what follows each other is one table, and one pass over the image.
-    table: NDArray[np.uint8] | None = None
+class _Curve(NamedTuple):
+    """What brightness and contrast make of a value: ``scale * value + shift``, cut off at ``low`` and ``high``."""
+
+    scale: float = 1.0
+    shift: float = 0.0
+    low: float = 0.0
+    high: float = 255.0
+
+    def then(self, factor: float, towards: float) -> "_Curve":
+        """Returns this curve and then ``factor * value + towards``, cut off at 0 and 255: again such a curve."""
+        low, high = (min(max(factor * end + towards, 0.0), 255.0) for end in (self.low, self.high))
+        return _Curve(factor * self.scale, factor * self.shift + towards, low, high)
+
+
+def _adjusted(pixels: Tensor, steps: Sequence[Step], grey: float = 0.0) -> Tensor:
+    """Returns uint8 pixels ``(3, n)`` after the steps, float32 in [0, 255]; ``grey`` is what contrast pulls towards."""
+    values = pixels.to(torch.float32)
+    curve = _Curve()
     for name, factor in steps:
         if name == "saturation":
-            image = ImageEnhance.Color(_mapped(image, table)).enhance(factor)
-            table = None
+            if curve != _Curve():
+                values.mul_(curve.scale).add_(curve.shift).clamp_(curve.low, curve.high)
+            mix = [[(1 - factor) * share + factor * (i == j) for j, share in enumerate(_GREY)] for i in range(3)]
+            values, curve = torch.tensor(mix) @ values, _Curve().then(1, -_CUT_OFF)
         else:
-            step = _blended(0 if name == "brightness" else grey, factor)
-            table = step if table is None else step[table]
-    return _mapped(image, table)
+            curve = curve.then(factor, 0.0 if name == "brightness" else (1 - factor) * grey - _CUT_OFF)
+    return values.mul_(curve.scale).add_(curve.shift).clamp_(curve.low, curve.high)
 
 
-def _blended(towards: int, factor: float) -> NDArray[np.uint8]:
-    """Returns what Pillow's ``blend`` makes of each of the 256 values and one other, in its float32 steps."""
-    values = np.float32(towards) + np.float32(factor) * (_VALUES - np.float32(towards))
-    return np.clip(values, 0, 255).astype(np.uint8)  # cut off, not rounded
+def _thinned(image: Tensor) -> Tensor:
+    """Returns pixels from all over an image, uint8 ``(3, n)``."""
+    every = max(1, math.isqrt(image[0].numel() // CONTRAST_PIXELS))
+    return image[:, ::every, ::every].flatten(1)
 
 
-def _mapped(image: Image.Image, table: NDArray[np.uint8] | None) -> Image.Image:
-    return image if table is None else image.point(table.tolist() * 3)
-
-
-def _thinned(image: Image.Image) -> Image.Image:
-    every = math.isqrt(image.width * image.height // CONTRAST_PIXELS)
-    if every < 2:
-        return image
-    size = max(1, image.width // every), max(1, image.height // every)
-    return image.resize(size, Image.Resampling.NEAREST)
-
-
-def _mean_grey(image: Image.Image) -> int:
-    return int(ImageStat.Stat(image.convert("L")).mean[0] + 0.5)  # as ImageEnhance.Contrast
+def _mean_grey(values: Tensor) -> int:
+    red, green, blue = values.mean(dim=1).tolist()
+    return round(_GREY[0] * red + _GREY[1] * green + _GREY[2] * blue)  # Pillow's is a whole number, too

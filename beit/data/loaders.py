@@ -286,23 +286,17 @@ class _Batches(Dataset[Any]):
     def __getitems__(self, keys: list[Key]) -> tuple[Batch, Unreadable | _Failure]:
         """Returns the stacked samples of ``keys`` and what could not be read on the way."""
         try:
-            samples = [self.dataset[key] for key in keys]
+            samples = _samples(self.dataset, keys)
         except InputError as error:
             return {}, _Failure(str(error))
         unreadable = [entry for sample in samples for entry in sample.pop(UNREADABLE, ())]
-        return {name: _stacked([sample[name] for sample in samples]) for name in samples[0]}, unreadable
+        # A worker stacks straight into memory that the main process sees.
+        return {name: default_collate([sample[name] for sample in samples]) for name in samples[0]}, unreadable
 
 
-def _stacked(values: list[Any]) -> Any:
-    """Stacks what samples hold under one key; in a worker straight into memory that the main process sees.
-
-    Images stay pixel by pixel in memory, as decoders and resizes give them: sorting them by channel on the way took
-    longer than resizing them, and a GPU does it in passing.
-    """
-    first = values[0]
-    if isinstance(first, Tensor) and first.dim() == 3 and first.dtype == torch.uint8 and first.stride(0) == 1:
-        return default_collate([image.permute(1, 2, 0) for image in values]).permute(0, 3, 1, 2)  # (B, 3, H, W)
-    return default_collate(values)
+def _samples(dataset: EpochDataset, keys: list[Key]) -> list[dict[str, Any]]:
+    several = getattr(dataset, "__getitems__", None)  # PyTorch's name for it; not every data set has it
+    return [dataset[key] for key in keys] if several is None else several(keys)
 
 
 def _as_is(loaded: Any) -> Any:

@@ -1,12 +1,12 @@
 """From a decoded image to the views a task trains on, as uint8 tensors; and to the numbers a network reads.
 
-A transform is called with an RGB image and the sample's own random generator. Python's, NumPy's and PyTorch's global
-generators are seeded for the sample as well (see :class:`beit.data.datasets.ImageDataset`), so transforms of other
-libraries are as reproducible as these. Images stay uint8 until they are on the device: a quarter of the memory, and
-of the traffic, of float32.
+A transform is called with an RGB image and the sample's own random generator. The image is Pillow's; those here, as
+``takes_pixels`` says of them, take it as a tensor too. Python's, NumPy's and PyTorch's global generators are seeded for
+the sample as well (see :class:`beit.data.datasets.ImageDataset`), so transforms of other libraries are as reproducible
+as these. Images stay uint8 until they are on the device: a quarter of the memory, and of the traffic, of float32.
 
-What is thrown away is not computed: the region is cut out before it is jittered and mirrored, and each pixel goes
-through as few operations as give what the plain order of them (jitter, flip, crop, resize) gives.
+What is thrown away is not computed: the region is cut out and resized before it is jittered and mirrored, so that
+only pixels of the views go through that. The plain order of operations is jitter, flip, crop, resize.
 """
 
 import functools
@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from beit.data.jitter import RegionJitter
+from beit.data.jitter import ViewJitter
 from beit.errors import InputError, did_you_mean
 from beit.masking import MaskGenerator
 
@@ -46,7 +47,7 @@ class MaskedImageModelingTransform:
     """Colour jitter, flip, one random crop seen by the model and by the tokenizer, and a mask.
 
     Both views show the same region, so that token (i, j) belongs to patch (i, j). The jitter is that of the whole
-    image, though only the region is computed: see :class:`beit.data.jitter.RegionJitter`.
+    image, though only the views are computed: see :class:`beit.data.jitter.ViewJitter`.
 
     Source: section 3.1 of arXiv 2106.08254.
 
@@ -64,6 +65,8 @@ class MaskedImageModelingTransform:
         InputError: An interpolation is unknown, or a size or the jitter is not usable.
     """
 
+    takes_pixels = True
+
     def __init__(
         self,
         input_size: int | Sequence[int] = 224,
@@ -80,24 +83,27 @@ class MaskedImageModelingTransform:
         self.scale, self.ratio = scale, ratio
         if color_jitter < 0:
             raise InputError(f"color_jitter must be 0 or more, got {color_jitter}")
-        self.jitter = RegionJitter(color_jitter) if color_jitter else None
+        self.jitter = ViewJitter(color_jitter) if color_jitter else None
         self.mask_generator = mask_generator
 
     def __call__(
-        self, image: Image.Image, rng: np.random.Generator, full_size: tuple[int, int] | None = None
+        self, image: Image.Image | Tensor, rng: np.random.Generator, full_size: tuple[int, int] | None = None
     ) -> dict[str, Tensor]:
         """Returns ``image`` uint8 ``(3, H, W)``, ``token_image`` uint8 ``(3, H2, W2)`` and ``mask`` bool ``(h, w)``.
 
         Args:
-            image: RGB.
+            image: RGB, by Pillow or as uint8 ``(3, h, w)``.
             rng: The sample's generator.
             full_size: ``(width, height)`` of the image in its file, where it was decoded at a smaller scale.
         """
-        flipped, box = self._draw(full_size or image.size, rng)
-        region = cut_out(image, box, flipped, full_size)
+        pixels = as_pixels(image)
+        flipped, box = self._draw(full_size or size_of(pixels), rng)
+        views = self.views(cut_out(pixels, box, full_size), rng)
         if self.jitter is not None:
-            region = self.jitter(region, image)
-        return {**self.views(region, rng), "mask": torch.from_numpy(self.mask_generator(rng))}
+            views = self.jitter(views, pixels)
+        if flipped:
+            views = {name: view.flip(-1) for name, view in views.items()}
+        return {**views, "mask": torch.from_numpy(self.mask_generator(rng))}
 
     def reduction(self, full_size: tuple[int, int], rng: np.random.Generator) -> int:
         """Returns by what an image may be reduced before this transform, called with the same randomness, enlarges.
@@ -110,7 +116,7 @@ class MaskedImageModelingTransform:
         return reduction(self._draw(full_size, rng)[1], *sizes)
 
     def _draw(self, size: tuple[int, int], rng: np.random.Generator) -> tuple[bool, Box]:
-        return bool(rng.random() < 0.5), random_box(size, self.scale, self.ratio, rng)
+        return flip_and_box(size, self.scale, self.ratio, rng)
 
 
 class MaskedImageModelingEvalTransform:
@@ -130,6 +136,8 @@ class MaskedImageModelingEvalTransform:
         InputError: An interpolation is unknown, or a size is not usable.
     """
 
+    takes_pixels = True
+
     def __init__(
         self,
         input_size: int | Sequence[int] = 224,
@@ -144,9 +152,10 @@ class MaskedImageModelingEvalTransform:
         self.crop_fraction = crop_fraction
         self.mask_generator = mask_generator
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, Tensor]:
+    def __call__(self, image: Image.Image | Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
         """Returns ``image`` uint8 ``(3, H, W)``, ``token_image`` uint8 ``(3, H2, W2)`` and ``mask`` bool ``(h, w)``."""
-        region = cut_out(image, central_box(image.size, self.views.size, self.crop_fraction))
+        pixels = as_pixels(image)
+        region = cut_out(pixels, central_box(size_of(pixels), self.views.size, self.crop_fraction))
         return {**self.views(region, rng), "mask": torch.from_numpy(self.mask_generator(rng))}
 
 
@@ -163,6 +172,8 @@ class RandomCropTransform:
         InputError: The interpolation is unknown or the size not usable.
     """
 
+    takes_pixels = True
+
     def __init__(
         self,
         image_size: int | Sequence[int],
@@ -176,18 +187,20 @@ class RandomCropTransform:
         self.scale, self.ratio = scale, ratio
 
     def __call__(
-        self, image: Image.Image, rng: np.random.Generator, full_size: tuple[int, int] | None = None
+        self, image: Image.Image | Tensor, rng: np.random.Generator, full_size: tuple[int, int] | None = None
     ) -> dict[str, Tensor]:
         """Returns ``image``, uint8 ``(3, H, W)``; for ``full_size`` see :class:`MaskedImageModelingTransform`."""
-        flipped, box = self._draw(full_size or image.size, rng)
-        return {"image": view(cut_out(image, box, flipped, full_size), self.size, self.interpolation, rng)}
+        pixels = as_pixels(image)
+        flipped, box = self._draw(full_size or size_of(pixels), rng)
+        shown = resized(cut_out(pixels, box, full_size), self.size, self.interpolation, rng)
+        return {"image": shown.flip(-1) if flipped else shown}
 
     def reduction(self, full_size: tuple[int, int], rng: np.random.Generator) -> int:
         """Returns by what an image may be reduced before; see :class:`MaskedImageModelingTransform`."""
         return reduction(self._draw(full_size, rng)[1], self.size)
 
     def _draw(self, size: tuple[int, int], rng: np.random.Generator) -> tuple[bool, Box]:
-        return bool(rng.random() < 0.5), random_box(size, self.scale, self.ratio, rng)
+        return flip_and_box(size, self.scale, self.ratio, rng)
 
 
 class CenterCropTransform:
@@ -202,6 +215,8 @@ class CenterCropTransform:
         InputError: The interpolation is unknown or the size not usable.
     """
 
+    takes_pixels = True
+
     def __init__(
         self, image_size: int | Sequence[int], *, interpolation: str = "lanczos", crop_fraction: float = 1.0
     ) -> None:
@@ -209,10 +224,11 @@ class CenterCropTransform:
         self.interpolation = known_interpolation(interpolation)
         self.crop_fraction = crop_fraction
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, Tensor]:
+    def __call__(self, image: Image.Image | Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
         """Returns ``image``, uint8 ``(3, H, W)``."""
-        region = cut_out(image, central_box(image.size, self.size, self.crop_fraction))
-        return {"image": view(region, self.size, self.interpolation, rng)}
+        pixels = as_pixels(image)
+        region = cut_out(pixels, central_box(size_of(pixels), self.size, self.crop_fraction))
+        return {"image": resized(region, self.size, self.interpolation, rng)}
 
 
 class _TwoViews:
@@ -230,34 +246,38 @@ class _TwoViews:
         self.interpolation = known_interpolation(interpolation)
         self.second_interpolation = known_interpolation(second_interpolation)
 
-    def __call__(self, region: Image.Image, rng: np.random.Generator) -> dict[str, Tensor]:
-        pixels = F.pil_to_tensor(region)
-        views = {"image": resized(pixels, self.size, self.interpolation, rng)}
+    def __call__(self, region: Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
+        views = {"image": resized(region, self.size, self.interpolation, rng)}
         if self.second_size is not None:
-            views["token_image"] = resized(pixels, self.second_size, self.second_interpolation, rng)
+            views["token_image"] = resized(region, self.second_size, self.second_interpolation, rng)
         return views
 
 
-def cut_out(
-    image: Image.Image, box: Box, flipped: bool = False, full_size: tuple[int, int] | None = None
-) -> Image.Image:
-    """Returns the region ``box`` of an image, or of its mirror image.
+def as_pixels(image: Image.Image | Tensor) -> Tensor:
+    """Returns an RGB image as uint8 ``(3, h, w)``; a tensor as it is."""
+    return image if isinstance(image, Tensor) else F.pil_to_tensor(image)
+
+
+def size_of(pixels: Tensor) -> tuple[int, int]:
+    """Returns ``(width, height)`` of an image ``(3, h, w)``, in the order in which Pillow says it."""
+    return pixels.shape[2], pixels.shape[1]
+
+
+def cut_out(pixels: Tensor, box: Box, full_size: tuple[int, int] | None = None) -> Tensor:
+    """Returns the region ``box`` of an image, uint8 ``(3, h, w)``, pixel by pixel in memory.
 
     Args:
-        image: The image.
+        pixels: The image, uint8 ``(3, h, w)``.
         box: The region; in pixels of ``full_size``, if given, to the nearest whole pixel of the image.
-        flipped: Whether the box is one of the mirror image.
         full_size: ``(width, height)`` of the image that this one is a reduction of.
     """
     top, left, height, width = box
-    full_width, full_height = full_size or image.size
-    if flipped:
-        left = full_width - left - width
-    if (full_width, full_height) != image.size:
-        left, width = _scaled(left, width, image.width / full_width, image.width)
-        top, height = _scaled(top, height, image.height / full_height, image.height)
-    region = image.crop((left, top, left + width, top + height))
-    return region.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else region
+    rows, columns = pixels.shape[1:]
+    if full_size is not None:
+        left, width = _scaled(left, width, columns / full_size[0], columns)
+        top, height = _scaled(top, height, rows / full_size[1], rows)
+    region = pixels[None, :, top : top + height, left : left + width]
+    return region.contiguous(memory_format=torch.channels_last)[0]
 
 
 def _scaled(start: int, length: int, zoom: float, limit: int) -> tuple[int, int]:
@@ -269,11 +289,6 @@ def reduction(box: Box, *sizes: tuple[int, int]) -> int:
     """Returns the largest of 1, 2, 4, 8 by which a region may be reduced and still has the sizes ``(H, W)``."""
     height, width = max(size[0] for size in sizes), max(size[1] for size in sizes)
     return next((by for by in REDUCTIONS if box[2] >= by * height and box[3] >= by * width), 1)
-
-
-def view(region: Image.Image, size: tuple[int, int], interpolation: str, rng: np.random.Generator) -> Tensor:
-    """Returns a region at ``size``, uint8 ``(3, H, W)``."""
-    return resized(F.pil_to_tensor(region), size, interpolation, rng)
 
 
 def resized(pixels: Tensor, size: tuple[int, int], interpolation: str, rng: np.random.Generator) -> Tensor:
@@ -293,17 +308,18 @@ def resized(pixels: Tensor, size: tuple[int, int], interpolation: str, rng: np.r
     """
     if interpolation == "random":
         interpolation = RANDOM_CHOICES[rng.integers(len(RANDOM_CHOICES))]
-    how = INTERPOLATIONS[interpolation]
     if interpolation in ("bicubic", "bilinear") or (interpolation == "lanczos" and _torch_has_lanczos()):
-        return F.resize(pixels, list(size), how, antialias=True)
-    return F.pil_to_tensor(F.resize(F.to_pil_image(pixels), list(size), how))
+        # Not by torchvision, which asks for a result that lies pixel by pixel: batches lie channel by channel. So do
+        # the results of PyTorch here, and nothing is left to sort.
+        return interpolate(pixels[None], size, mode=interpolation, antialias=True)[0].contiguous()
+    return F.pil_to_tensor(F.resize(F.to_pil_image(pixels), list(size), INTERPOLATIONS[interpolation]))
 
 
 @functools.cache
 def _torch_has_lanczos() -> bool:
     # Newer versions only.
     try:
-        F.resize(torch.zeros(3, 4, 4, dtype=torch.uint8), [2, 2], InterpolationMode.LANCZOS, antialias=True)
+        interpolate(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), (2, 2), mode="lanczos", antialias=True)
     except (ValueError, NotImplementedError, RuntimeError):
         return False
     return True
@@ -316,6 +332,19 @@ def crop_and_resize(
     if interpolation == "random":
         interpolation = RANDOM_CHOICES[rng.integers(len(RANDOM_CHOICES))]
     return F.resized_crop(image, *box, list(size), INTERPOLATIONS[interpolation])
+
+
+def flip_and_box(
+    image_size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
+) -> tuple[bool, Box]:
+    """Draws whether an image is mirrored, and then the region of a random resized crop of what that leaves.
+
+    Returns:
+        Whether, and where the region lies in the image as it is.
+    """
+    flipped = bool(rng.random() < 0.5)
+    top, left, height, width = random_box(image_size, scale, ratio, rng)
+    return flipped, (top, image_size[0] - left - width if flipped else left, height, width)
 
 
 def random_box(

@@ -1,3 +1,4 @@
+import io
 import random
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from beit.data import datasets
 from beit.data.datasets import (
     UNREADABLE,
     ImageDataset,
@@ -12,6 +14,7 @@ from beit.data.datasets import (
     index_images,
     random_stream,
     read_image,
+    read_pixels,
     sample_randomness,
 )
 from beit.data.transforms import MaskedImageModelingTransform
@@ -62,6 +65,41 @@ def test_global_generators_are_restored(dataset):
     with pytest.raises(KeyError), sample_randomness(0, 0, 0):
         raise KeyError
     assert state() == before
+
+
+def test_a_batch_has_the_samples_that_one_asks_for_singly_and_restores_the_generators(dataset):
+    # Fails when the generators are restored between the samples of a batch only, or seeded only once for it.
+    def state():
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+
+    before = state()
+    keys = [(1, 4), (0, 7), (1, 4), (2, 0)]
+    together = dataset.__getitems__(keys)
+    assert state() == before
+    for key, sample in zip(keys, together, strict=True):
+        assert torch.equal(sample["draws"], dataset[key]["draws"])
+    with pytest.raises(IndexError):
+        dataset.__getitems__([(0, 1), (0, 99)])
+    assert state() == before
+    dataset[0, 0]
+    assert state() == before
+
+
+def test_a_samples_draws_stay_what_they_are():
+    # Runs that go on depend on them. By NumPy's seed sequences, as the first version drew: the sample's own generator
+    # is that of the sequence's first child.
+    sequence = np.random.SeedSequence((7, 2, 5), spawn_key=(0,))
+    words = sequence.generate_state(3).tolist()
+    own = np.random.default_rng(sequence.spawn(1)[0])
+    with sample_randomness(7, 2, 5) as rng:
+        drawn = [rng.random(), random.random(), np.random.random(), torch.rand(()).item()]  # noqa: NPY002
+    expected = [
+        own.random(),
+        random.Random(words[0]).random(),
+        np.random.RandomState(words[1]).random(),
+        torch.rand((), generator=torch.Generator().manual_seed(words[2])).item(),
+    ]
+    assert drawn == expected
 
 
 def test_the_gpu_generators_are_not_touched(dataset, monkeypatch):
@@ -170,6 +208,8 @@ def test_a_decompression_bomb_is_unreadable(tmp_path, monkeypatch):
 class Halved:
     """A transform that shows half of every image, from a corner that it draws."""
 
+    takes_pixels = True
+
     def __init__(self):
         self.asked, self.drawn, self.sizes = [], [], []
 
@@ -177,10 +217,10 @@ class Halved:
         self.asked.append((full_size, rng.random()))
         return 2
 
-    def __call__(self, image, rng, full_size=None):
+    def __call__(self, pixels, rng, full_size=None):
         self.drawn.append(rng.random())
-        self.sizes.append((image.size, full_size))
-        return {"red": torch.tensor(np.asarray(image)[..., 0].mean())}
+        self.sizes.append((tuple(pixels.shape), full_size))
+        return {"red": pixels[0].double().mean()}
 
 
 def smooth(path, **options):
@@ -201,7 +241,7 @@ def test_jpeg_files_are_decoded_at_the_scale_that_is_enough(tmp_path):
     for i in range(3):
         assert abs(dataset[0, i]["red"] - whole[0, i]["red"]) < 1
     # The size in the file goes along, as an upright image has it; other formats are decoded whole.
-    assert transform.sizes == [((61, 45), (121, 90)), ((121, 90), None), ((45, 61), (90, 121))]
+    assert transform.sizes == [((3, 45, 61), (121, 90)), ((3, 90, 121), None), ((3, 61, 45), (90, 121))]
     assert [size for size, _ in transform.asked] == [(121, 90), (90, 121)]
     # What the region will be is asked of a generator in the state of the transform's, and takes nothing from it.
     assert [draw for _, draw in transform.asked] == [transform.drawn[0], transform.drawn[2]]
@@ -224,6 +264,81 @@ def test_fast_decoding_changes_pixels_a_little_and_nothing_else(tmp_path):
 def test_a_transform_that_cannot_say_what_it_shows_is_not_decoded_for(dataset):
     with pytest.raises(ValueError, match="cannot say"):
         ImageDataset(dataset.index, noisy, fast_decode=True)
+
+
+# Decoding straight into tensors
+
+
+def jpeg_bytes(mode="RGB", size=(37, 29), **options):
+    # Smooth and rough parts, so that decoders that sample colours up or round otherwise differ.
+    pixels = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    pixels[: size[1] // 2] = np.linspace(0, 255, size[0]).astype(np.uint8)[:, None]
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+LYING = Image.Exif()
+LYING[0x0112] = 6
+
+
+@pytest.mark.parametrize(
+    ("options", "by_torchvision"),
+    [
+        ({}, True),
+        ({"subsampling": 0, "quality": 100}, True),
+        ({"subsampling": 1, "progressive": True}, True),
+        ({"size": (1, 1)}, True),
+        ({"size": (16, 1), "keep_rgb": True}, True),
+        ({"icc_profile": b"x" * 70_000, "restart_marker_rows": 1}, True),
+        ({"mode": "L"}, False),
+        ({"mode": "CMYK"}, False),
+        ({"exif": LYING}, False),
+    ],
+)
+def test_jpeg_files_have_the_same_pixels_whoever_decodes_them(options, by_torchvision, monkeypatch):
+    content = jpeg_bytes(**options)
+    decoded = []
+    plain = datasets._plain_jpeg
+    monkeypatch.setattr(datasets, "_plain_jpeg", lambda image: decoded.append(plain(image)) or decoded[-1])
+    pixels, full_size = read_pixels(io.BytesIO(content))
+    assert full_size is None
+    assert pixels.dtype == torch.uint8
+    assert np.array_equal(pixels.permute(1, 2, 0), np.asarray(read_image(io.BytesIO(content))))
+    assert (decoded[0] is not None) == by_torchvision
+
+
+def test_without_torchvisions_decoder_pillow_decodes(monkeypatch):
+    content = jpeg_bytes()
+    expected, _ = read_pixels(io.BytesIO(content))
+    monkeypatch.setattr(datasets, "_plain_jpeg", lambda image: None)
+    assert torch.equal(read_pixels(io.BytesIO(content))[0], expected)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.ops, "image", object())  # as where its library could not be loaded
+    assert torch.equal(read_pixels(io.BytesIO(content))[0], expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_jpeg_files_mean_the_same_whoever_decodes_them():
+    # Fails when what torchvision refuses is not left to Pillow, or torchvision takes what Pillow refuses.
+    whole = [jpeg_bytes(), jpeg_bytes(progressive=True), jpeg_bytes(restart_marker_rows=1)]
+    rng = np.random.default_rng(0)
+    outcomes = set()
+    for number in range(60):
+        content = bytearray(whole[number % 3])
+        if number % 2:
+            content = content[: rng.integers(2, len(content))]
+        for position in rng.integers(0, len(content), 1 + number % 3):
+            content[position] = rng.integers(256)
+        results = []
+        for read in (lambda file: np.asarray(read_image(file)), lambda file: read_pixels(file)[0].permute(1, 2, 0)):
+            try:
+                results.append(np.asarray(read(io.BytesIO(content))).tobytes())
+            except UnreadableImageError as error:
+                results.append(str(error))
+        assert results[0] == results[1]
+        outcomes.add(type(results[0]))
+    assert outcomes == {str, bytes}
 
 
 # Decoding to RGB

@@ -17,7 +17,12 @@ from PIL import Image
 
 from beit.data.datasets import ImageDataset, index_images
 from beit.data.loaders import EpochLoader, RoundLoader, _Batches, _start_worker
-from beit.data.transforms import MaskedImageModelingTransform, normalize
+from beit.data.transforms import (
+    MaskedImageModelingEvalTransform,
+    MaskedImageModelingTransform,
+    RandomCropTransform,
+    normalize,
+)
 from beit.errors import InputError
 from beit.masking import BlockwiseMaskGenerator
 
@@ -117,18 +122,41 @@ def test_the_order_follows_from_seed_and_epoch():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_images_are_stacked_as_they_lie_in_memory(dataset, workers):
-    # Sorting by channel in the worker took longer than resizing. What is computed from a batch must not tell.
+def test_batches_are_the_samples_channel_by_channel(dataset, workers):
+    # Fails when views leave a transform in another layout: stacking them would take longer than resizing.
     loader = EpochLoader(dataset, 4, num_workers=workers, shuffle=False)
     batch = next(loader.epoch(0))
     loader.close()
-    expected = torch.stack([dataset[0, i]["image"] for i in range(4)])
-    assert batch["image"].is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(batch["image"], expected)
-    ours = normalize(batch["image"], (0.5,) * 3, (0.5,) * 3)
-    assert ours.is_contiguous()
-    assert torch.equal(ours, normalize(expected.contiguous(), (0.5,) * 3, (0.5,) * 3))
-    assert batch["mask"].is_contiguous()
+    samples = [dataset[0, i] for i in range(4)]
+    assert set(batch) == {"image", "token_image", "mask"}
+    for name, stacked in batch.items():
+        assert stacked.is_contiguous()
+        assert torch.equal(stacked, torch.stack([sample[name] for sample in samples]))
+    for transform in (MaskedImageModelingTransform(8, 6, mask_generator=dataset.transform.mask_generator),
+                      MaskedImageModelingEvalTransform(8, 6, mask_generator=dataset.transform.mask_generator),
+                      RandomCropTransform(8)):  # fmt: skip
+        image = torch.randint(0, 256, (20, 24, 3), dtype=torch.uint8).permute(2, 0, 1)
+        for view in transform(image, np.random.default_rng(1)).values():
+            assert view.stride(-1) == 1
+
+
+def test_what_is_computed_from_images_does_not_tell_how_they_lie_in_memory():
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    other = normalize(images.contiguous(memory_format=torch.channels_last), (0.5,) * 3, (0.5,) * 3)
+    assert other.is_contiguous()
+    assert torch.equal(other, normalize(images, (0.5,) * 3, (0.5,) * 3))
+
+
+def test_a_data_set_that_makes_several_samples_at_once_is_asked_for_them():
+    class Several(Numbers):
+        def __getitems__(self, keys):
+            asked.append(list(keys))
+            return [self[key] for key in keys]
+
+    asked = []
+    batches = list(EpochLoader(Several(6), 3, shuffle=False).epoch(2))
+    assert asked == [[(2, 0), (2, 1), (2, 2)], [(2, 3), (2, 4), (2, 5)]]
+    assert [batch["key"][:, 1].tolist() for batch in batches] == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_loading_draws_nothing_from_the_global_generator(dataset):

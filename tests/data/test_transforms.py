@@ -15,6 +15,7 @@ from beit.data.transforms import (
     MaskedImageModelingTransform,
     RandomCropTransform,
     central_box,
+    flip_and_box,
     normalize,
     random_box,
     to_unit_range,
@@ -46,6 +47,35 @@ def test_shapes_and_types(image):
     }
     square = apply(MaskedImageModelingTransform(64, 32, mask_generator=MASKS), image)
     assert square["image"].shape == (3, 64, 64)
+
+
+def test_an_image_by_pillow_and_its_pixels_give_the_same_views(image):
+    pixels = F.pil_to_tensor(image)
+    for transform in (
+        MaskedImageModelingTransform(64, 32, mask_generator=MASKS),
+        MaskedImageModelingEvalTransform(64, 32, mask_generator=MASKS),
+        RandomCropTransform(64),
+        CenterCropTransform(64),
+    ):
+        assert transform.takes_pixels
+        before = pixels.clone()
+        ours, theirs = (apply(transform, given, (0, 3)) for given in (pixels, image))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        assert torch.equal(pixels, before)
+
+
+def test_a_flipped_region_is_one_of_the_mirror_image():
+    # The official order flips before it crops: the box is drawn in the mirror image.
+    for seed in range(12):
+        flipped, (top, left, height, width) = flip_and_box(
+            (160, 120), (0.1, 0.5), (0.5, 2), np.random.default_rng(seed)
+        )
+        rng = np.random.default_rng(seed)
+        assert flipped == (rng.random() < 0.5)
+        there = random_box((160, 120), (0.1, 0.5), (0.5, 2), rng)
+        columns = np.arange(160)[::-1] if flipped else np.arange(160)
+        assert sorted(columns[there[1] : there[1] + width]) == list(range(left, left + width))
+        assert (top, height, width) == (there[0], *there[2:])
 
 
 @pytest.mark.parametrize("key", [(0, i) for i in range(6)])
