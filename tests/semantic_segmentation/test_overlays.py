@@ -142,18 +142,26 @@ def test_an_error_of_the_thread_ends_the_work(tmp_path):
     wrong = (tmp_path / "file" / "a.png", torch.zeros(2, 2))
     with pytest.raises(InputError, match="file"), WritingThread() as write:
         write(save_label_map, *wrong)
-    made = []
+    made, gate = [], threading.Event()
 
-    def work(last):
+    def work():
         with WritingThread() as write:
             write(save_label_map, *wrong)
             for number in range(MOST_WAITING + 1):
                 write(lambda: None)
                 made.append(number)
-                last()
+
+    def interrupted():
+        with WritingThread() as write:
+            write(gate.wait)
+            write(save_label_map, *wrong)
+            try:
+                raise KeyboardInterrupt
+            finally:
+                gate.set()
 
     with pytest.raises(InputError, match="file"):
-        work(lambda: None)
+        work()
     assert len(made) <= MOST_WAITING
     with pytest.raises(KeyboardInterrupt):  # what ended the work itself comes first
-        work(lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        interrupted()

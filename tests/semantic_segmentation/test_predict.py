@@ -76,7 +76,12 @@ def test_images_of_one_stem_keep_apart(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("missing", ["nowhere.jpg", "empty", "images-{00..12}.tar"])
+def test_shards_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"images-.*\.tar: results are named after image files, not read from tar shards"):
+        find_images([str(write_image(tmp_path / "a.jpg")), str(tmp_path / "images-{00..12}.tar")])
+
+
+@pytest.mark.parametrize("missing", ["nowhere.jpg", "empty"])
 def test_what_is_not_there_is_named(tmp_path, missing):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=missing):
