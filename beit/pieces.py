@@ -28,7 +28,8 @@ INDEX_FILE = ".metadata"
 STATE_FILE = "state.pth"
 WEIGHTS = ("model", "model_ema")
 OPTIMIZER = "optimizer"
-# What the index may build when it is opened, besides number formats: descriptions of tensors and of files.
+# What the index may build when it is opened, besides number formats: descriptions of tensors and of files. Not that of
+# something else than a tensor (BytesStorageMetadata): in a piece that is a pickle, which torch opens without looking.
 _DCP = "torch.distributed.checkpoint"
 ALLOWED_GLOBALS = {
     "torch.Size",
@@ -146,7 +147,7 @@ class _Writer(dcp.FileSystemWriter):
 
 class _Reader(dcp.FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Reads the index, once it is known to run no code and to describe nothing but tensors."""
+        """Reads the index, once it is known to run no code."""
         file = Path(self.path) / INDEX_FILE
         try:
             with open(file, "rb") as stream:
@@ -157,10 +158,8 @@ class _Reader(dcp.FileSystemReader):
             raise InputError(f"{file} was not opened: {error}") from error
         except Exception as error:  # whatever the bytes of a damaged pickle lead to
             raise InputError(f"{file} is damaged ({type(error).__name__}): choose another checkpoint") from error
-        # Anything but a tensor is a pickle of its own, inside a piece.
-        entries = index.state_dict_metadata.values() if isinstance(index, Metadata) else (None,)
-        if not all(isinstance(entry, TensorStorageMetadata) for entry in entries):
-            raise InputError(f"{file} was not opened: it describes something else than tensors")
+        if not isinstance(index, Metadata):
+            raise InputError(f"{file} is no index of a checkpoint in pieces: choose another checkpoint")
         return super().read_metadata(*args, **kwargs)
 
 
