@@ -48,7 +48,8 @@ def test_we_read_what_webdataset_writes(folder, tmp_path):
     with webdataset.ShardWriter(f"{tmp_path}/wds-%03d.tar", maxcount=2, verbose=0) as shards:
         for number, path in enumerate(files):
             image = {path.rpartition(".")[2].lower(): Path(path).read_bytes()}
-            shards.write({"__key__": f"part/{number}", "cls": number % 3, "json": {"of": path}, **image})
+            others = {"json": {"of": path}, "seg.png": b"no image of its own"}
+            shards.write({"__key__": f"part/{number}", "cls": number % 3, **others, **image})
     index = index_images(f"{tmp_path}/wds-{{000..003}}.tar", tmp_path / "cache")
     assert [index.file(number).read() for number in range(len(index))] == [Path(path).read_bytes() for path in files]
     assert [index.class_id(number) for number in range(len(index))] == [number % 3 for number in range(IMAGES)]

@@ -77,7 +77,7 @@ def test_images_of_one_stem_keep_apart(tmp_path):
 
 
 def test_shards_are_refused(tmp_path):
-    with pytest.raises(InputError, match=r"images-.*\.tar: results are named after image files, not read from tar shards"):
+    with pytest.raises(InputError, match=r"\.tar: results are named after image files, not read from tar"):
         find_images([str(write_image(tmp_path / "a.jpg")), str(tmp_path / "images-{00..12}.tar")])
 
 
