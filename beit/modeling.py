@@ -302,11 +302,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, index: Tensor | None = None, shared_bias: Tensor | None = None) -> Tensor:
         """Takes tokens ``(B, N + 1, D)`` to the next layer; the other arguments are those of :class:`Attention`."""
-        x = x + self._branch(self.attn(self.norm1(x), index, shared_bias), self.gamma_1)
-        return x + self._branch(self.mlp(self.norm2(x)), self.gamma_2)
+        x = self._joined(x, self.attn(self.norm1(x), index, shared_bias), self.gamma_1)
+        return self._joined(x, self.mlp(self.norm2(x)), self.gamma_2)
 
-    def _branch(self, x: Tensor, gamma: Tensor | None) -> Tensor:
-        return self.drop_path(x if gamma is None else gamma * x)
+    def _joined(self, x: Tensor, branch: Tensor, gamma: Tensor | None) -> Tensor:
+        branch = self.drop_path(branch.to(x.dtype))  # under autocast the residual stream has the higher precision
+        return x + branch if gamma is None else torch.addcmul(x, gamma, branch)  # one pass for scale and sum
 
 
 class Backbone(nn.Module):
