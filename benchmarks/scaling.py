@@ -43,7 +43,7 @@ from beit.training.session import open_session
 from beit.zoo import create_model
 
 ONE, DDP, FSDP = "one process", "DDP", "FSDP"
-WINDOWS = 2  # timed ones of each start, after one that warms up
+WINDOWS = 3  # timed ones of each start, after one that warms up
 LR, WEIGHT_DECAY = 1.5e-3, 0.05
 
 
@@ -65,7 +65,7 @@ class Sizes:
 
 
 SIZES = {
-    "cpu": Sizes("small", batch=4, image=224, steps=2),
+    "cpu": Sizes("small", batch=4, image=224, steps=1),
     "cuda": Sizes("base", batch=64, image=224, steps=20),
     "quick": Sizes("tiny", batch=2, image=32, steps=1),
 }
