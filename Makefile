@@ -5,7 +5,7 @@ PYTEST_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-BENCHMARKS := pretrain_step finetune_step input_pipeline segmentation_inference scaling startup
+BENCHMARKS := pretrain_step finetune_step resolution segmentation_inference scaling input_pipeline startup
 DEMO_RUNS := dvae pretrain finetune-pretrained finetune-scratch segmentation/pretrained segmentation/scratch
 REQUIREMENTS := pyproject.toml requirements.txt setup.py
 

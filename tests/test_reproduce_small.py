@@ -67,7 +67,8 @@ def test_time_over_no_other_cell_begins(calls, tmp_path, monkeypatch):
 def test_a_setting_makes_the_cells_that_depend_on_it_anew(calls, tmp_path):
     run(TWO_SEEDS, tmp_path)
     calls.clear()
-    run(replace(TWO_SEEDS, probe={**CPU.probe, "lr": 0.5}), tmp_path)
+    probe = {start: {**recipe, "lr": 0.5} for start, recipe in CPU.probe.items()}
+    run(replace(TWO_SEEDS, probe=probe), tmp_path)
     assert {column for _, _, column in calls} == {"linear"}
     calls.clear()
     run(replace(TWO_SEEDS, pretraining={**CPU.pretraining, "epochs": 11}), tmp_path)

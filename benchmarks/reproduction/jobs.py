@@ -155,7 +155,7 @@ class Jobs:
         preset = self.preset
         return {
             "finetune": {**preset.finetuning[start], "labels_per_class": preset.labels_per_class},
-            "linear": preset.probe,
+            "linear": preset.probe[start],
             "knn": {"k": 10},
             "segment": preset.segmentation[start],
         }[column]

@@ -68,7 +68,7 @@ class Preset:
         dvae: Settings of the tokenizer's training.
         pretraining: Settings of every pre-training.
         finetuning: Settings of fine-tuning by start (``scratch`` or ``pretrained``), from the tuning script.
-        probe: Settings of the linear probe.
+        probe: Settings of the linear probe by start, from the tuning script.
         segmentation: Settings of segmentation by start, from the tuning script.
         machine: What else every run gets, such as its device; not part of what makes a cell.
         labels_per_class: Labelled digits of each class to fine-tune on.
@@ -81,7 +81,7 @@ class Preset:
     dvae: Mapping[str, Any]
     pretraining: Mapping[str, Any]
     finetuning: Mapping[str, Mapping[str, Any]]
-    probe: Mapping[str, Any]
+    probe: Mapping[str, Mapping[str, Any]]
     segmentation: Mapping[str, Mapping[str, Any]]
     machine: Mapping[str, Any] = field(default_factory=lambda: {"device": "cpu", "num_workers": 0, "pin_mem": False})
     labels_per_class: int = 25
@@ -106,9 +106,12 @@ CPU = Preset(
         "scratch": {"lr": 1e-3, "layer_decay": 1.0, "epochs": 40},
         "pretrained": {"lr": 1e-3, "layer_decay": 1.0, "epochs": 40},
     },
-    probe={"epochs": 6, "lr": 3e-2, "batch_size_per_gpu": 64},
-    segmentation={  # of the pre-trained recipe no trial is done yet
-        "scratch": {"lr": 8e-3, "layer_decay": 1.0, "max_iters": 150},
+    probe={
+        "scratch": {"lr": 1.0, "epochs": 6, "batch_size_per_gpu": 64},
+        "pretrained": {"lr": 3.0, "epochs": 6, "batch_size_per_gpu": 64},
+    },
+    segmentation={
+        "scratch": {"lr": 1.6e-2, "layer_decay": 1.0, "max_iters": 150},
         "pretrained": {"lr": 8e-3, "layer_decay": 0.75, "max_iters": 150},
     },
 )  # fmt: skip
@@ -120,7 +123,7 @@ QUICK = replace(
     dvae={**CPU.dvae, "epochs": 1},
     pretraining={**CPU.pretraining, "epochs": 1, "warmup_steps": 5},
     finetuning={start: {**recipe, "epochs": 2} for start, recipe in CPU.finetuning.items()},
-    probe={**CPU.probe, "epochs": 1},
+    probe={start: {**recipe, "epochs": 1} for start, recipe in CPU.probe.items()},
     segmentation={start: {**recipe, "max_iters": 10} for start, recipe in CPU.segmentation.items()},
 )
 
@@ -138,7 +141,7 @@ H200 = Preset(
         "scratch": {"lr": 1e-3, "layer_decay": 1.0, "epochs": 60},
         "pretrained": {"lr": 1e-3, "layer_decay": 0.8, "epochs": 60},
     },
-    probe={"epochs": 15, "lr": 1e-2, "batch_size_per_gpu": 128},
+    probe={start: {**recipe, "epochs": 15, "batch_size_per_gpu": 128} for start, recipe in CPU.probe.items()},
     segmentation={
         start: {**recipe, "lr": 3e-3, "max_iters": 600, "out_indices": [1, 3, 5, 7]}
         for start, recipe in CPU.segmentation.items()

@@ -29,12 +29,12 @@ logger = logging.getLogger("beit.reproduction")
 TRIALS: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]] = {
     ("finetune", SCRATCH): [{"lr": lr, "layer_decay": 1.0} for lr in (5e-4, 1e-3, 2e-3, 4e-3)],
     ("segment", SCRATCH): [{"lr": lr, "layer_decay": 1.0} for lr in (4e-3, 8e-3, 1.6e-2)],
-    ("linear", SCRATCH): [{"lr": lr} for lr in (1e-2, 3e-2, 1e-1)],
+    ("linear", SCRATCH): [{"lr": lr} for lr in (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)],
     ("finetune", BEIT): [
         {"lr": lr, "layer_decay": decay} for lr, decay in ((5e-4, 1.0), (1e-3, 1.0), (2e-3, 1.0), (1e-3, 0.8))
     ],
     ("segment", BEIT): [{"lr": lr, "layer_decay": decay} for lr, decay in ((4e-3, 1.0), (8e-3, 1.0), (8e-3, 0.75))],
-    ("linear", BEIT): [{"lr": lr} for lr in (1e-2, 3e-2, 1e-1)],
+    ("linear", BEIT): [{"lr": lr} for lr in (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)],
 }
 
 

@@ -1,0 +1,30 @@
+"""Every benchmark of `make bench` runs, in sizes that measure nothing."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.commands import run
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+(LISTED,) = re.findall(r"^BENCHMARKS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_make_bench_runs_all_there_are():
+    # Breaks when a benchmark is added to the folder and not to the Makefile.
+    shared, of_its_own = {"measure"}, {"reproduce_small"}  # the latter takes hours and has a test of its own
+    assert set(LISTED.split()) == {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - shared - of_its_own
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", LISTED.split())
+def test_a_benchmark_says_its_ratio_first_and_keeps_quick_runs_to_itself(name):
+    # Breaks when what a benchmark calls has changed, its ratio is not what one reads first, or a quick run overwrites
+    # measured numbers.
+    results = {path: path.read_bytes() for path in (ROOT / "benchmarks" / "results").iterdir()}
+    told = run(f"benchmarks/{name}.py", "--quick", timeout=280).stdout
+    assert re.search(r"^\d+\.\d\dx  ", told, re.MULTILINE), told
+    assert {path: path.read_bytes() for path in (ROOT / "benchmarks" / "results").iterdir()} == results
