@@ -25,7 +25,7 @@ from beit.tasks import classification, dvae, knn, masked_image_modeling
 from beit.tasks.classification import FinetuningConfig
 from beit.tasks.dvae import DvaeConfig
 from beit.tasks.knn import KnnConfig
-from beit.tasks.masked_image_modeling import PretrainingConfig
+from beit.tasks.masked_image_modeling_config import PretrainingConfig
 from beit.tasks.visualize import load_pretrained, reconstruct_files
 from beit.visualization.curves import Curve, diagrams, read_log
 from beit.visualization.figures import draw_panels

@@ -10,7 +10,7 @@ from beit.errors import InputError, did_you_mean
 from beit.tasks import memory
 from beit.tasks.classification_config import FinetuningConfig, mixes
 from beit.tasks.linear_probe_config import LinearProbeConfig
-from beit.tasks.masked_image_modeling import PretrainingConfig
+from beit.tasks.masked_image_modeling_config import PretrainingConfig
 
 RUN = "/path/to/run"
 SEGMENTATION, SEGMENTATION_TEST = "segmentation", "segmentation test"

@@ -13,7 +13,7 @@ from beit.errors import InputError
 from beit.tasks.classification_config import FinetuningConfig
 from beit.tasks.dvae import DvaeConfig
 from beit.tasks.linear_probe_config import LinearProbeConfig
-from beit.tasks.masked_image_modeling import PretrainingConfig
+from beit.tasks.masked_image_modeling_config import PretrainingConfig
 from beit.tasks.published import SEGMENTATION, Recipe, read_recipe
 from beit.training.environment import ENVIRONMENT
 

@@ -17,7 +17,7 @@ from beit.tasks.classification_config import FinetuningConfig
 from beit.tasks.dvae import DvaeConfig
 from beit.tasks.knn import KnnConfig
 from beit.tasks.linear_probe_config import LinearProbeConfig
-from beit.tasks.masked_image_modeling import PretrainingConfig
+from beit.tasks.masked_image_modeling_config import PretrainingConfig
 from beit.visualization.curves import read_log
 from semantic_segmentation import task as segmentation
 from semantic_segmentation.config import TrainConfig

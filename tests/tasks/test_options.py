@@ -8,7 +8,7 @@ import torch
 
 from beit.errors import InputError
 from beit.tasks.classification_config import FinetuningConfig
-from beit.tasks.masked_image_modeling import PretrainingConfig
+from beit.tasks.masked_image_modeling_config import PretrainingConfig
 from beit.tasks.options import NOT_WITH_FSDP, check_sharding, optimizer_for, share_out, trainer_class
 from beit.training.fsdp import FullyShardedTrainer
 from beit.training.loop import Trainer

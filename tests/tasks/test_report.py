@@ -16,7 +16,7 @@ from beit.errors import InputError
 from beit.tasks.classification_config import FinetuningConfig
 from beit.tasks.dvae import DvaeConfig
 from beit.tasks.linear_probe_config import LinearProbeConfig
-from beit.tasks.masked_image_modeling import PretrainingConfig
+from beit.tasks.masked_image_modeling_config import PretrainingConfig
 from beit.tasks.published import read_recipe
 from beit.tasks.report import ReportConfig, compose, main, read_runs
 from beit.tasks.report_results import rows, verdict

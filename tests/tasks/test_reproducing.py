@@ -12,7 +12,7 @@ from beit.__main__ import COMMANDS, main
 from beit.config import read_command_line, read_facts, recipe_names
 from beit.pretrained import RELEASED
 from beit.tasks.linear_probe_config import LinearProbeConfig
-from beit.tasks.masked_image_modeling import PretrainingConfig
+from beit.tasks.masked_image_modeling_config import PretrainingConfig
 from beit.tasks.published import command, plan, read_recipe
 from beit.tasks.reproducing import document
 
