@@ -33,6 +33,7 @@ COMMANDS = {
     ),
     "dvae": Command("beit.tasks.dvae", "DvaeConfig", "main", "train a tokenizer on your images"),
     "finetune": Command("beit.tasks.classification", "FinetuningConfig", "main", "fine-tune or evaluate a classifier"),
+    "index": Command("beit.tasks.commands", "IndexConfig", "print_index", "list images once, before many runs"),
     "knn": Command("beit.tasks.knn", "KnnConfig", "main", "score features by nearest neighbours; trains nothing"),
     "predict": Command("beit.tasks.predict", "PredictConfig", "main", "say what images show"),
     "pretrain": Command(

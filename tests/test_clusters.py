@@ -1,5 +1,6 @@
 """The launch files of docs/clusters/: run with commands that only write down how they were called."""
 
+import itertools
 import re
 import shlex
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from beit.config import read_command_line
-from beit.tasks.masked_image_modeling import PretrainingConfig
+from beit.tasks.masked_image_modeling_config import PretrainingConfig
 from beit.tasks.options import share_out
 from beit.tasks.published import plan, read_recipe
 
@@ -49,7 +50,7 @@ printf '%q ' "${0##*/}" "$@" >> "$RECORD"
 echo >> "$RECORD"
 """
 COMMANDS = {
-    **dict.fromkeys(("python", "torchrun", "mpirun"), RECORD),
+    **dict.fromkeys(("python", "torchrun", "mpirun", "beit"), RECORD),
     "srun": RECORD + 'exit "$STATUS"\n',
     "scontrol": RECORD + '[ "$1" = show ] && printf "node1\\nnode2\\n"\nexit 0\n',
 }
@@ -73,9 +74,9 @@ def calls(name: str, folder: Path, status: int = 0, **environment: str) -> list[
     return [shlex.split(line) for line in record.read_text().splitlines()]
 
 
-def start_of(name: str, folder: Path) -> list[str]:
+def start_of(name: str, folder: Path, **environment: str) -> list[str]:
     """Returns the one command of a launch file that starts processes."""
-    (command,) = [words for words in calls(name, folder) if words[0] != "scontrol"]
+    (command,) = [words for words in calls(name, folder, **environment) if words[0] not in ("scontrol", "beit")]
     return command
 
 
@@ -135,6 +136,28 @@ def test_a_file_starts_one_process_for_each_gpu(name, tmp_path):
 def test_the_elastic_file_keeps_the_batch_on_one_machine(tmp_path):
     shared = share_out(config_of(start_of("slurm_elastic_2x8_v100.sbatch", tmp_path)), 8)
     assert (shared.batch_size, shared.update_freq) == (128, 2)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if "2x8" in name])
+def test_images_are_listed_before_processes_wait_for_it(name, tmp_path):
+    # Breaks when the list of millions of images is made while the other processes' patience runs out.
+    called = [words for words in calls(name, tmp_path) if words[0] != "scontrol"]
+    assert [words[0] for words in called] == ["beit", called[1][0]]
+    assert called[0][1:] == ["index", config_of(called[1]).data_path]
+
+
+def test_the_elastic_file_sets_what_late_agents_need():
+    # As the tests of elastic runs do.
+    text = (FOLDER / "slurm_elastic_2x8_v100.sbatch").read_text()
+    assert "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in text
+
+
+def test_open_mpi_hands_the_variables_on(tmp_path):
+    # Breaks when what is set for NCCL counts on the first machine alone.
+    words = start_of("openmpi_2x8_v100.sh", tmp_path, NCCL_SOCKET_IFNAME="eth0", BEIT_HOME="/shared", UNRELATED="1")
+    handed_on = {after for word, after in itertools.pairwise(words) if word == "-x"}
+    assert {"NCCL_SOCKET_IFNAME", "BEIT_HOME", "MASTER_ADDR"} <= handed_on
+    assert "UNRELATED" not in handed_on
 
 
 @pytest.mark.parametrize(

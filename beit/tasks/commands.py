@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from beit.config import option
+from beit.data.index import index_images
 from beit.errors import InputError, did_you_mean
 from beit.pretrained import RELEASED
 from beit.tokenizer import download_tokenizer
@@ -24,6 +25,22 @@ class DownloadTokenizerConfig:
 def download(config: DownloadTokenizerConfig) -> None:
     """Fetches OpenAI's tokenizer; the folder is then a ``--discrete_vae_weight_path``."""
     download_tokenizer(config.directory)
+
+
+@dataclass(frozen=True)
+class IndexConfig:
+    """The arguments of ``beit index``."""
+
+    data_path: str = option("", "folder of images, text file of paths, or shards-{000..127}.tar", positional=True)
+
+
+def print_index(config: IndexConfig) -> None:
+    """Lists images, which the runs that follow need not do: with several processes, all would wait for one.
+
+    Raises:
+        InputError: There are none.
+    """
+    sys.stdout.write(f"{len(index_images(config.data_path)):,} images in {config.data_path}; runs start at once now\n")
 
 
 @dataclass(frozen=True)

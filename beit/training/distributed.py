@@ -134,9 +134,12 @@ def select_device(name: str, local_rank: int, bound: bool = False) -> torch.devi
         return torch.device("cpu")
     if name != "cuda":
         try:
-            return torch.device(name)
+            chosen = torch.device(name)
         except RuntimeError as error:
             raise InputError(f"--device {name}: use cuda, cpu or mps") from error
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)  # what asks for the current device is to find this one
+        return chosen
     if bound and torch.cuda.device_count() == 1:
         local_rank = 0  # the scheduler shows each process its own GPU
     if local_rank >= torch.cuda.device_count():

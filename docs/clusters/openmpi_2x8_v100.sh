@@ -8,8 +8,12 @@ TOKENIZER=${TOKENIZER:-/path/to/tokenizer}
 OUTPUT=${OUTPUT:-/path/to/run}
 
 export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-29500} OMP_NUM_THREADS=1
+# mpirun hands on to the other machine what it is told to, and nothing else.
+given=$(compgen -e | grep -E '^(NCCL_|TORCH_|BEIT_HOME$|LD_LIBRARY_PATH$)' | sed 's/^/-x /') || true
+beit index "$DATA" # once, and not while 15 processes wait for it
+# shellcheck disable=SC2086  (words, not one word)
 exec mpirun -np 16 --host "$HOSTS" --map-by ppr:8:node --bind-to none \
-    -x MASTER_ADDR -x MASTER_PORT -x OMP_NUM_THREADS -x PATH \
+    -x MASTER_ADDR -x MASTER_PORT -x OMP_NUM_THREADS -x PATH $given \
     python run_beit_pretraining.py --dist_on_itp --config pretrain_base_22k \
     --batch_size 128 --update_freq 1 --amp_dtype fp16 --num_workers 4 \
     --data_path "$DATA" --discrete_vae_weight_path "$TOKENIZER" --output_dir "$OUTPUT"

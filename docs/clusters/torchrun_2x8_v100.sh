@@ -9,6 +9,7 @@ TOKENIZER=${TOKENIZER:-/path/to/tokenizer}
 OUTPUT=${OUTPUT:-/path/to/run}
 
 export OMP_NUM_THREADS=1
+beit index "$DATA" # once, and not while 15 processes wait for it
 exec torchrun --nnodes=2 --nproc-per-node=8 \
     --rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:29500" --rdzv-id=beit-base \
     run_beit_pretraining.py --config pretrain_base_22k \
