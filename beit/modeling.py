@@ -140,7 +140,7 @@ class Attention(nn.Module):
         self.relative_position_bias_table = (
             nn.Parameter(torch.zeros(num_table_rows(window_size), num_heads)) if window_size else None
         )
-        self.held_bias: tuple[int, Tensor] | None = None  # a version of the table, and the bias gathered from it
+        self.held_bias: tuple[nn.Parameter, int, Tensor] | None = None  # the table, its version, the bias it gave
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim)
@@ -192,8 +192,8 @@ class Attention(nn.Module):
     def _held(self) -> Tensor | None:
         if self.held_bias is None or torch.is_grad_enabled():
             return None
-        version, bias = self.held_bias
-        return bias if version == _version(self.relative_position_bias_table) else None
+        table, version, bias = self.held_bias
+        return bias if table is self.relative_position_bias_table and version == _version(table) else None
 
     def _probabilities(self, query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
         logits = (query * self.scale) @ key.transpose(-2, -1)  # (B, H, N+1, N+1)
@@ -225,10 +225,10 @@ def ready_for_kernels(bias: Tensor) -> Tensor:
     """Returns a bias ``(H, N + 1, N + 1)`` in the number format that autocast computes in, aligned where that counts.
 
     The efficient CUDA kernel reads rows that are a multiple of 8 numbers apart; of any other bias it makes a copy, at
-    every call.
+    every call. The gradients of all blocks that share the bias are added up in its number format.
     """
     device_type = bias.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         bias = bias.to(torch.get_autocast_dtype(device_type))
     return aligned(bias) if device_type == "cuda" else bias
 
@@ -302,12 +302,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, index: Tensor | None = None, shared_bias: Tensor | None = None) -> Tensor:
         """Takes tokens ``(B, N + 1, D)`` to the next layer; the other arguments are those of :class:`Attention`."""
-        x = self._joined(x, self.attn(self.norm1(x), index, shared_bias), self.gamma_1)
-        return self._joined(x, self.mlp(self.norm2(x)), self.gamma_2)
+        x = x + self._branch(self.attn(self.norm1(x), index, shared_bias), self.gamma_1)
+        return x + self._branch(self.mlp(self.norm2(x)), self.gamma_2)
 
-    def _joined(self, x: Tensor, branch: Tensor, gamma: Tensor | None) -> Tensor:
-        branch = self.drop_path(branch.to(x.dtype))  # under autocast the residual stream has the higher precision
-        return x + branch if gamma is None else torch.addcmul(x, gamma, branch)  # one pass for scale and sum
+    def _branch(self, x: Tensor, gamma: Tensor | None) -> Tensor:
+        return self.drop_path(x if gamma is None else gamma * x)
 
 
 class Backbone(nn.Module):
@@ -486,7 +485,8 @@ class Backbone(nn.Module):
             with torch.no_grad():
                 for layer in layers:
                     bias = cast("Tensor", layer._bias(self.relative_position_index, None))
-                    layer.held_bias = _version(layer.relative_position_bias_table), ready_for_kernels(bias)
+                    table = cast("nn.Parameter", layer.relative_position_bias_table)
+                    layer.held_bias = table, _version(table), ready_for_kernels(bias)
             yield
         finally:
             for layer in layers:
@@ -780,9 +780,9 @@ def resize_position_embedding(pos_embed: Tensor, source_grid: tuple[int, int], t
     return torch.cat((pos_embed[:, :1], rearrange(resized, "one d h w -> one (h w) d")), dim=1)
 
 
-def _version(tensor: Tensor | None) -> int:
+def _version(tensor: Tensor) -> int:
     """Returns how often a tensor was changed in place, as far as that is counted."""
-    return 0 if tensor is None or tensor.is_inference() else tensor._version
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _pair(size: Size) -> tuple[int, int]:

@@ -199,8 +199,12 @@ def _cell(value: object) -> str:
     return str(value)
 
 
+HEADLINES: list[dict[str, Any]] = []  # of this run
+
+
 def headline(what: str, ratio: float, goal: float | None = None) -> None:
-    """Prints the ratio that a benchmark is about, before its tables."""
+    """Prints the ratio that a benchmark is about, before its tables; :func:`write` writes it too."""
+    HEADLINES.append({"what": what, "ratio": ratio, "goal": goal})
     print(f"{ratio:.2f}x  {what}" + (f"  (goal: at least {goal:.2f}x)" if goal else ""), flush=True)
 
 
@@ -229,7 +233,8 @@ def write(name: str, facts: Mapping[str, Any], results: Mapping[str, Any], args:
     if path is None:
         return None
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"benchmark": name, "machine": facts, **results}, indent=1) + "\n", encoding="utf-8")
+    told = {"benchmark": name, "machine": facts, "headlines": HEADLINES, **results}
+    path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     print(f"\nwritten to {os.path.relpath(path)}")
     return path
 

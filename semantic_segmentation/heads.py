@@ -70,7 +70,8 @@ class ConvNormReLU(nn.Sequential):
     def fuse(self, levels: Sequence[Tensor]) -> Tensor:
         """Returns what this makes of levels ``(B, C, h, w)``, all at the size of the first and one after the other.
 
-        Equal to ``self(torch.cat([resize(level, size) for level in levels], dim=1))`` but for rounding.
+        Equal to ``self(torch.cat([resize(level, size) for level in levels], dim=1))`` but for rounding, that of a
+        sum of the levels in their number format. Hooks on this module and on its convolution are not called.
         """
         conv, norm, activate = cast("tuple[nn.Conv2d, nn.Module, nn.Module]", tuple(self))
         size, padding = levels[0].shape[2:], conv.padding

@@ -5,7 +5,7 @@ import itertools
 import logging
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -144,7 +144,7 @@ def predict_each(
     mean: Sequence[float],
     std: Sequence[float],
     precision: Precision,
-) -> Iterator[tuple[Key, Tensor]]:
+) -> Generator[tuple[Key, Tensor], None, None]:
     """Predicts the class of each pixel of images, whose windows go through the segmentor together.
 
     For each size, and for the mirrored image where asked, the logits are resized to the image's own size, and their

@@ -55,8 +55,9 @@ class WritingThread:
         try:
             while self._waiting and kind is None:
                 self._waiting.popleft().result()
-        finally:
-            self._pool.shutdown(cancel_futures=True)
+        finally:  # what was predicted before a failure is still written; who interrupts the work does not wait for it
+            failed = kind is not None and issubclass(kind, Exception)
+            self._pool.shutdown(cancel_futures=not failed)
 
 
 def check_writable(flag: str, folder: Path) -> None:

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def main(config: PredictConfig) -> None:
         save_figure(picture, image, prediction, classes, opacity=config.opacity)
         logger.info("%s: %s", path, picture)
 
-    with WritingThread() as write:
+    with closing(predictions), WritingThread() as write:
         for (path, image), prediction in predictions:
             write(save, path, image, prediction)
     if unreadable:

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -237,7 +238,7 @@ def evaluate(
     progress = Progress("Testing", loader.batches_per_epoch, 0)
     samples = ((batch, batch["image"][0]) for batch in loader.epoch(0))
     predictions = predict_each(segmentor, samples, settings, **statistics._asdict(), precision=precision)
-    with WritingThread() as write:
+    with closing(predictions), WritingThread() as write:
         for number, (batch, prediction) in enumerate(predictions, 1):
             confusion.update(prediction, batch["label"][0])
             if visit is not None:

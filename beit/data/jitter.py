@@ -80,8 +80,11 @@ def _adjusted(pixels: Tensor, steps: Sequence[Step], grey: float = 0.0) -> Tenso
         if name == "saturation":
             if curve != _Curve():
                 values.mul_(curve.scale).add_(curve.shift).clamp_(curve.low, curve.high)
-            mix = [[(1 - factor) * share + factor * (i == j) for j, share in enumerate(_GREY)] for i in range(3)]
-            values, curve = torch.tensor(mix) @ values, _Curve().then(1, -_CUT_OFF)
+            # Sums and not a matrix product, whose rounding may change with settings and threads.
+            red, green, blue = ((1 - factor) * share for share in _GREY)
+            grey_part = torch.mul(values[0], red).add_(values[1], alpha=green).add_(values[2], alpha=blue)
+            values.mul_(factor).add_(grey_part)
+            curve = _Curve().then(1, -_CUT_OFF)
         else:
             curve = curve.then(factor, 0.0 if name == "brightness" else (1 - factor) * grey - _CUT_OFF)
     return values.mul_(curve.scale).add_(curve.shift).clamp_(curve.low, curve.high)

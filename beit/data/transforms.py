@@ -419,8 +419,8 @@ def known_interpolation(name: str) -> str:
 def to_unit_range(images: Tensor) -> Tensor:
     """Returns uint8 images ``(B, 3, H, W)`` as float32 in [0, 1], what a tokenizer reads.
 
-    However the images lie in memory (a loader's pixel by pixel), the result lies channel by channel: what is computed
-    from it does not depend on where it came from, to the bit.
+    However the images lie in memory, the result lies channel by channel: what is computed from it does not depend on
+    where it came from, to the bit.
     """
     return images.to(torch.float32, memory_format=torch.contiguous_format) / 255
 

@@ -39,6 +39,8 @@ class TargetsAhead:
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """Returns this process's batches of an epoch, from batch ``first_batch`` on."""
+        if self._stream is not None:  # what the target is made of may still be on its way to the device
+            self._stream.wait_stream(torch.cuda.current_stream(self.precision.device))
         with closing(self.loader.epoch(epoch, first_batch)) as batches:  # type: ignore[type-var]
             ready = self._begin(batches)
             while ready is not None:
