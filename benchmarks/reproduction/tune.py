@@ -28,7 +28,7 @@ logger = logging.getLogger("beit.reproduction")
 # What is tried, by column and row.
 TRIALS: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]] = {
     ("finetune", SCRATCH): [{"lr": lr, "layer_decay": 1.0} for lr in (5e-4, 1e-3, 2e-3, 4e-3)],
-    ("segment", SCRATCH): [{"lr": lr, "layer_decay": 1.0} for lr in (4e-3, 8e-3, 1.6e-2)],
+    ("segment", SCRATCH): [{"lr": lr, "layer_decay": 1.0} for lr in (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)],
     ("linear", SCRATCH): [{"lr": lr} for lr in (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)],
     ("finetune", BEIT): [
         {"lr": lr, "layer_decay": decay} for lr, decay in ((5e-4, 1.0), (1e-3, 1.0), (2e-3, 1.0), (1e-3, 0.8))
