@@ -2,12 +2,16 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+TEST_PROCESSES ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
 BENCHMARKS := pretrain_step finetune_step resolution segmentation_inference scaling input_pipeline startup
 DEMO_RUNS := dvae pretrain finetune-pretrained finetune-scratch segmentation/pretrained segmentation/scratch
 REQUIREMENTS := pyproject.toml requirements.txt setup.py
+
+# A file's tests stay together: they share what is expensive to make. TEST_PROCESSES=0 runs all in one process.
+PYTEST = $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -24,18 +28,19 @@ demo: $(VENV)/installed-demo ## pre-train, fine-tune and segment in the small on
 		--pictures demo/reconstructions.png demo/segmentation.png --results demo/summary.json -o demo/report.html
 
 test: $(VENV)/installed-test ## run all tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST)
 
 test-fast: $(VENV)/installed-test ## run the tests of single modules, without whole commands
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow"
 
 lint: $(VENV)/installed-test ## check style and types, change nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/installed-test ## run every benchmark of speed, beside the peers
+bench: $(VENV)/installed-test ## run every benchmark of speed, beside the peers, and write docs/speed.md
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
+	$(BIN)/python benchmarks/summary.py
 
 clean: ## delete what builds and tests left; .venv, demo/ and your runs stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

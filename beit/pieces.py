@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from beit.errors import InputError
-from beit.storage import load_checkpoint, save_checkpoint
+from beit.storage import load_checkpoint, save_checkpoint, sync_folder
 
 INDEX_FILE = ".metadata"
 STATE_FILE = "state.pth"
@@ -42,21 +42,28 @@ ALLOWED_GLOBALS = {
 Room = Callable[[str, torch.Size, torch.dtype], Tensor]  # for a tensor of that name, size and format
 
 
-def write_pieces(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any] | None) -> None:
-    """Writes a checkpoint; all processes call it, each with its parts, and it is complete when all have returned.
-
-    Args:
-        folder: Seen by all processes; what is there is overwritten.
-        tensors: By name; a ``DTensor`` is written by the processes that hold its parts, another tensor once.
-        state: Everything else, on the process that writes it.
+def write_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Writes what a checkpoint holds besides tensors; one process does, before :func:`write_pieces`.
 
     Raises:
         InputError: The folder cannot be written.
     """
-    if state is not None:
-        save_checkpoint(folder / STATE_FILE, dict(state))
+    save_checkpoint(folder / STATE_FILE, dict(state))
+
+
+def write_pieces(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a checkpoint; all processes call it, each with its parts, and it is complete when all have returned.
+
+    Args:
+        folder: Seen by all processes.
+        tensors: By name; a ``DTensor`` is written by the processes that hold its parts, another tensor once.
+
+    Raises:
+        InputError: The folder cannot be written.
+    """
     with _in_one_line("written", folder):
         dcp.save(dict(tensors), storage_writer=_Writer(folder))
+    sync_folder(folder)
 
 
 def read_pieces(folder: Path, room: Room | None = None, prefix: str = "") -> dict[str, Tensor]:
@@ -73,28 +80,40 @@ def read_pieces(folder: Path, room: Room | None = None, prefix: str = "") -> dic
     """
     reader = _Reader(folder)
     described = reader.read_metadata().state_dict_metadata
-    tensors = {
-        name: (room or _plain_room)(name, entry.size, entry.properties.dtype)
+    wanted = {
+        name: entry
         for name, entry in described.items()
         if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
+    try:
+        tensors = {
+            name: (room or _plain_room)(name, entry.size, entry.properties.dtype) for name, entry in wanted.items()
+        }
+    except (RuntimeError, TypeError, ValueError, AttributeError, MemoryError) as error:
+        raise InputError(f"{folder} describes tensors that cannot be ({error}): choose another checkpoint") from error
     with _in_one_line("read", folder):
         dcp.load(tensors, storage_reader=reader)
     return tensors
 
 
-def read_whole(folder: Path) -> dict[str, Any]:
+def read_whole(folder: Path, optimizer: bool = True) -> dict[str, Any]:
     """Reads a checkpoint in pieces as if it had been written in one: all keys of a run's plain checkpoint.
+
+    Args:
+        folder: The checkpoint's.
+        optimizer: Whether to read its state too, which is mostly larger than the weights.
 
     Raises:
         InputError: As of :func:`read_pieces`.
     """
-    state, tensors = load_checkpoint(folder / STATE_FILE), read_pieces(folder)
+    state, tensors = load_checkpoint(folder / STATE_FILE), read_pieces(folder, prefix="" if optimizer else WEIGHTS[0])
     for key in WEIGHTS:
         names = [name for name in tensors if name.startswith(f"{key}.")]
         if names:
             state[key] = {name.removeprefix(f"{key}."): tensors[name] for name in names}
-    return {**state, OPTIMIZER: join_optimizer(tensors, state[OPTIMIZER])}
+    if optimizer:
+        return {**state, OPTIMIZER: join_optimizer(tensors, state[OPTIMIZER])}
+    return {key: value for key, value in state.items() if key != OPTIMIZER}
 
 
 def read_optimizer(folder: Path, room: Room | None = None) -> dict[str, Any]:
@@ -134,6 +153,8 @@ def _in_one_line(done: str, folder: Path) -> Iterator[None]:
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs no process group
             yield
     except CheckpointException as error:
+        if any(isinstance(cause, KeyboardInterrupt) for cause, _ in error.failures.values()):
+            raise KeyboardInterrupt from error
         rank, (cause, _) = next(iter(error.failures.items()))
         message = " ".join(str(cause).split())
         raise InputError(f"{folder} cannot be {done}: {message} (process {rank})") from error
@@ -146,8 +167,8 @@ class _Writer(dcp.FileSystemWriter):
 
 
 class _Reader(dcp.FileSystemReader):
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Reads the index, once it is known to run no code."""
+    def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
+        """Reads the index as torch does, and calls nothing in it that is not in the list."""
         file = Path(self.path) / INDEX_FILE
         try:
             with open(file, "rb") as stream:
@@ -158,9 +179,12 @@ class _Reader(dcp.FileSystemReader):
             raise InputError(f"{file} was not opened: {error}") from error
         except Exception as error:  # whatever the bytes of a damaged pickle lead to
             raise InputError(f"{file} is damaged ({type(error).__name__}): choose another checkpoint") from error
-        if not isinstance(index, Metadata):
+        if not _is_index(index):
             raise InputError(f"{file} is no index of a checkpoint in pieces: choose another checkpoint")
-        return super().read_metadata(*args, **kwargs)
+        if index.storage_meta is None:
+            index.storage_meta = StorageMeta()
+        index.storage_meta.load_id = self.load_id
+        return index
 
 
 class _IndexUnpickler(pickle.Unpickler):
@@ -168,6 +192,16 @@ class _IndexUnpickler(pickle.Unpickler):
         if f"{module}.{name}" in ALLOWED_GLOBALS or (module == "torch" and _is_number_format(name)):
             return super().find_class(module, name)
         raise InputError(f"it asks to call {module}.{name}, and code inside checkpoints is never run")
+
+
+def _is_index(found: Any) -> bool:
+    return (
+        isinstance(found, Metadata)
+        and isinstance(found.state_dict_metadata, dict)
+        and all(isinstance(name, str) for name in found.state_dict_metadata)
+        and isinstance(found.storage_data, dict)
+        and isinstance(found.storage_meta, StorageMeta | None)
+    )
 
 
 def _is_number_format(name: str) -> bool:

@@ -107,7 +107,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             except OSError as error:
                 raw.failure = error
                 raise
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             raw.close()
@@ -171,7 +171,7 @@ def _lock(file: IO[Any], wait: bool) -> bool:
     return True
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Makes a rename in ``folder`` survive a power cut, on systems where a folder can be synced."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
@@ -418,7 +418,7 @@ def _fetch_from_any(
         else:
             _record_hash(destination, digest)
             os.replace(part, destination)
-            _sync_folder(destination.parent)
+            sync_folder(destination.parent)
             _discard(part)
             return
     kept = f"; {part.stat().st_size / 1e6:.1f} MB are kept in {part.name} to go on from" if part.exists() else ""

@@ -147,7 +147,7 @@ def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, Any], dict[str, Any]
 def _read_pieces(folder: Path) -> dict[str, Any]:
     from beit.pieces import read_whole  # torch.distributed.checkpoint takes a while to import, and is seldom needed
 
-    return read_whole(folder)
+    return read_whole(folder, optimizer=False)
 
 
 def _file_metadata(path: Path) -> dict[str, Any]:

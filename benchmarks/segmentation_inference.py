@@ -221,7 +221,7 @@ def compare(
 
 
 def by_resolution(args: argparse.Namespace, name: str, device: torch.device) -> dict[str, Any]:
-    """Times a forward pass of the backbone alone at several resolutions, and prints it."""
+    """Times a forward pass of the backbone alone at several resolutions; resolution.py has a training step's memory."""
     precision = Precision(DTYPES[name], device)
     rows, results = [], {}
     sizes = {key: value for key, value in SIZES[args.model].items() if key != "out_indices"}
@@ -237,13 +237,11 @@ def by_resolution(args: argparse.Namespace, name: str, device: torch.device) -> 
 
         with FlopCounterMode(display=False) as counter:
             forward()
-        memory = peak_memory(forward, device)
         seconds = interleave({"forward": forward}, args.repeats, device=device)["forward"]["whole"]
         median, flops = statistics.median(seconds), counter.get_total_flops()
-        results[str(side)] = {"median_seconds": median, "seconds": seconds, "flops": flops, "peak_mb": memory}
-        peak = "?" if memory is None else f"{memory:.0f}"
-        rows.append((side, (side // 16) ** 2 + 1, f"{median:.3f}", flops / 1e9, flops / median / 1e9, peak))
-    header = ("pixels", "tokens", "s an image", "GFLOP", "GFLOP/s", "peak MB")
+        results[str(side)] = {"median_seconds": median, "seconds": seconds, "flops": flops}
+        rows.append((side, (side // 16) ** 2 + 1, f"{median:.3f}", flops / 1e9, flops / median / 1e9))
+    header = ("pixels", "tokens", "s an image", "GFLOP", "GFLOP/s")
     show(f"{name}, forward pass of the backbone by resolution", header, rows)
     return results
 

@@ -70,12 +70,13 @@ def seconds_of(code: str, environment: dict[str, str]) -> float:
 
 
 def measure(what: dict[str, str], repeats: int, environment: dict[str, str]) -> dict[str, list[float]]:
-    """Runs each of some pieces of code in turn, so many times; once more before that, to fill the caches."""
+    """Runs each of some pieces of code in turn, so many times; once more before several, to fill the caches."""
     times: dict[str, list[float]] = {name: [] for name in what}
-    for repeat in range(1 + repeats):
+    warmups = 1 if repeats > 1 else 0
+    for repeat in range(warmups + repeats):
         for name, code in what.items():
             seconds = seconds_of(code, environment)
-            if repeat:
+            if repeat >= warmups:
                 times[name].append(seconds)
     return times
 

@@ -11,7 +11,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from beit.errors import InputError
-from beit.pieces import INDEX_FILE, STATE_FILE, read_pieces, read_whole, split_optimizer, write_pieces
+from beit.pieces import INDEX_FILE, STATE_FILE, read_pieces, read_whole, split_optimizer, write_pieces, write_state
 
 
 def trained(opt):
@@ -27,7 +27,8 @@ def write(folder, opt="adamw", **state):
     model, optimizer = trained(opt)
     tensors, rest = split_optimizer(optimizer.state_dict())
     tensors |= {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    write_pieces(folder, tensors, {"optimizer": rest, **state})
+    write_state(folder, {"optimizer": rest, **state})
+    write_pieces(folder, tensors)
     return model, optimizer
 
 
@@ -117,3 +118,25 @@ def test_missing_and_damaged_pieces_are_said_in_one_line(tmp_path):
     (tmp_path / STATE_FILE).unlink()
     with pytest.raises(InputError, match=r"state\.pth"):
         read_whole(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["state_dict_metadata", "storage_meta", "size"])
+def test_an_index_that_runs_no_code_but_makes_no_sense_is_said_in_one_line(tmp_path, part):
+    # Breaks when a damaged or crafted index that holds allowed things only ends in torch, with a traceback.
+    write(tmp_path)
+    index = pickle.load(io.BytesIO((tmp_path / INDEX_FILE).read_bytes()))
+    if part == "size":
+        index.state_dict_metadata["model.0.weight"].size = torch.Size([1 << 60])
+    else:
+        setattr(index, part, "nonsense")
+    (tmp_path / INDEX_FILE).write_bytes(pickle.dumps(index))
+    with pytest.raises(InputError, match="choose another checkpoint"):
+        read_pieces(tmp_path)
+
+
+def test_weights_alone_are_read_without_the_optimizer(tmp_path):
+    # Breaks when whoever wants the weights of a large model reads both moments of its optimizer too.
+    write(tmp_path)
+    weights = read_whole(tmp_path, optimizer=False)
+    assert "model" in weights
+    assert "optimizer" not in weights

@@ -434,7 +434,7 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
         std: Per channel, for images in [0, 1].
     """
     constants = _constants(tuple(mean), tuple(std), images.device)
-    return (to_unit_range(images) - constants[0]) / constants[1]
+    return to_unit_range(images).sub_(constants[0]).div_(constants[1])
 
 
 @functools.lru_cache(maxsize=16)

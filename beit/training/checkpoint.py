@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import re
+import shutil
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +23,8 @@ LAST = "checkpoint-last.pth"
 BEST = "checkpoint-best.pth"
 BEST_EMA = "checkpoint-best-ema.pth"  # the moving average of the weights, as its model
 PIECES = "pieces"  # the key of a checkpoint that names the folder beside it, where its optimizer lies in pieces
+DEEPSPEED = "deepspeed"  # the key that names the folder where DeepSpeed wrote it
+_PIECES_INDEX = ".metadata"  # written last, see beit/pieces.py
 _NUMBERED_FILE = re.compile(r"checkpoint-(\d+)\.pth")
 _SHOWN_DIFFERENCES = 2
 
@@ -96,12 +99,19 @@ class RunFolder:
         self._lock.close()
 
     def save(self, name: str, state: Mapping[str, Any]) -> None:
-        """Writes a checkpoint and removes the oldest of the epochs' beyond ``keep``."""
+        """Writes a checkpoint and removes the oldest of the epochs' beyond ``keep``, each with the folder it names.
+
+        Folders of rolling checkpoints before this one go too. No other folder is ever removed.
+        """
         save_checkpoint(self.path / name, dict(state))
+        if name == LAST:
+            for folder in _folders_of(self.path / LAST):
+                if folder.name not in (state.get(PIECES), state.get(DEEPSPEED)):
+                    shutil.rmtree(folder, ignore_errors=True)
         if self.keep > 0:
             for _, old in _numbered_files(self.path)[: -self.keep]:
                 if old.name != name:
-                    old.unlink()
+                    _remove(old)
 
     def set_aside(self, first_number: int) -> None:
         """Moves what a run whose next checkpoint has a number would overwrite, or be taken for.
@@ -110,8 +120,7 @@ class RunFolder:
         """
         later = [path for number, path in _numbered_files(self.path) if number >= first_number]
         paths = [*later, *(self.path / name for name in (LAST, BEST, BEST_EMA))]
-        paths += [path.with_suffix("") for path in later]  # the folders of pieces
-        paths += self.path.glob("checkpoint-last-*")
+        paths += [folder for path in (*later, self.path / LAST) for folder in _folders_of(path)]
         paths = [path for path in paths if path.exists()]
         if not paths:
             return
@@ -138,7 +147,9 @@ def newest_checkpoint(folder: Path) -> Path | None:
     positions: list[tuple[tuple[int, int], Path]] = []
     for path in candidates:
         try:
-            positions.append((position_of(load_checkpoint(path, mmap=True)), path))
+            checkpoint = load_checkpoint(path, mmap=True)
+            _check_folder(checkpoint, path)
+            positions.append((position_of(checkpoint), path))
         except InputError as error:
             logger.warning("%s", error)
     if candidates and not positions:
@@ -150,6 +161,38 @@ def _numbered_files(folder: Path) -> list[tuple[int, Path]]:
     paths = folder.iterdir() if folder.is_dir() else ()
     matches = ((_NUMBERED_FILE.fullmatch(path.name), path) for path in paths)
     return sorted((int(match[1]), path) for match, path in matches if match)
+
+
+def _folders_of(path: Path) -> list[Path]:
+    """Returns the folders beside a checkpoint that are called as its own may be: ``checkpoint-last-14-2``."""
+    pattern = re.compile(rf"{re.escape(path.stem)}(-\d+){{0,2}}")
+    return [folder for folder in path.parent.iterdir() if pattern.fullmatch(folder.name) and folder.is_dir()]
+
+
+def _remove(path: Path) -> None:
+    """Removes a checkpoint and the folder it names."""
+    try:
+        folder = _check_folder(load_checkpoint(path, mmap=True), path)
+    except InputError:  # damaged, or the folder has gone already
+        folder = None
+    path.unlink()
+    if folder in _folders_of(path):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_folder(checkpoint: Mapping[str, Any], path: Path) -> Path | None:
+    """Returns the folder that a checkpoint names, if it names one.
+
+    Raises:
+        InputError: The folder is not there, or was not written to the end.
+    """
+    name = checkpoint.get(PIECES) or checkpoint.get(DEEPSPEED)
+    if not isinstance(name, str):
+        return None
+    folder = folder_beside(str(path), name)
+    if PIECES in checkpoint and not (folder / _PIECES_INDEX).is_file():
+        raise InputError(f"{path} needs the folder {folder}, which lacks {_PIECES_INDEX}; choose another checkpoint")
+    return folder
 
 
 def position_of(checkpoint: Mapping[str, Any]) -> tuple[int, int]:

@@ -3,7 +3,9 @@
 Weights are gathered layer by layer when they are needed, in float32, and gradients are averaged in float32; autocast
 picks the number format of the products, as without sharding. So a step computes the numbers of
 ``DistributedDataParallel``. (Gathering in bfloat16 would halve what is sent, and round LayerNorms, LayerScale and the
-bias tables too, which autocast leaves in float32.)
+bias tables too, which autocast leaves in float32.) What autocast rounds for the products is kept for the backward pass:
+2 bytes for each weight of the whole model, unless blocks are recomputed. Gradients are exchanged once an update: with
+several batches an update each process adds them up whole, 4 bytes a weight.
 
 Source: ZeRO, arXiv 1910.02054 (stage 3); PyTorch FSDP, arXiv 2304.11277.
 """
@@ -22,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from beit.errors import InputError
-from beit.pieces import OPTIMIZER, WEIGHTS, read_optimizer, split_optimizer, write_pieces
+from beit.pieces import OPTIMIZER, WEIGHTS, read_optimizer, split_optimizer, write_pieces, write_state
 from beit.training import distributed
 from beit.training.checkpoint import PIECES, folder_beside, load_exactly
 from beit.training.loop import Batch
@@ -47,6 +49,8 @@ class FullyShardedTrainer(ShardedTrainer):
         super().__post_init__()
         if self._device.type not in ("cuda", "cpu"):
             raise InputError(f"--shard fsdp needs --device cuda or cpu; this run is on {self._device.type}")
+        if not hasattr(FSDPModule, "set_reshard_after_forward"):
+            raise InputError(f"--shard fsdp needs PyTorch 2.8 or newer; this is {torch.__version__}")
         self._mesh = init_device_mesh(self._device.type, (distributed.world_size(),))
         whole = {parameter: name for name, parameter in self.model.named_parameters()}
         self._split(self.model)
@@ -109,7 +113,8 @@ class FullyShardedTrainer(ShardedTrainer):
         for key, module in modules.items():
             tensors |= {f"{key}.{name}": tensor for name, tensor in module.state_dict().items()}
         small = {key: value for key, value in state.items() if key not in WEIGHTS}
-        write_pieces(folder, tensors, {**small, OPTIMIZER: rest} if self.folder is not None else None)
+        distributed.on_main(lambda: write_state(folder, {**small, OPTIMIZER: rest}))  # if it cannot, none goes on
+        write_pieces(folder, tensors)
 
     def _load_weights(self, module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
         own = module.state_dict()
@@ -120,7 +125,8 @@ class FullyShardedTrainer(ShardedTrainer):
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
         def room(name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
-            index = int(re.findall(rf"{OPTIMIZER}\.(\d+)\.", name)[0])
+            match = re.match(rf"{OPTIMIZER}\.(\d+)\.", name)
+            index = int(match[1]) if match else len(parameters)
             fits = index < len(parameters) and parameters[index].shape == size
             return torch.zeros_like(parameters[index], dtype=dtype) if fits else torch.zeros(size, dtype=dtype)
 

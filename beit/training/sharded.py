@@ -5,8 +5,7 @@ A checkpoint is a folder ``checkpoint-<epoch>/`` with a piece of each process. B
 it names is complete.
 """
 
-import re
-import shutil
+import itertools
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,9 +15,6 @@ from typing import Any, ClassVar
 from beit.training import distributed
 from beit.training.checkpoint import LAST
 from beit.training.loop import Trainer
-
-_FOLDER = re.compile(r"checkpoint-(\d+|last-\d+)")
-_ROLLING = "checkpoint-last-"
 
 
 @dataclass
@@ -38,24 +34,18 @@ class ShardedTrainer(Trainer):
 
     def _save(self, name: str, epoch: int, done: int) -> None:
         if self._root:
-            folder = Path(self._root, Path(name).stem)
-            if name == LAST:  # each under its own name: the file that names it decides which one counts
-                folder = Path(self._root, f"{_ROLLING}{epoch * self.steps_per_epoch + done}")
+            stem = Path(name).stem
+            if name == LAST:  # the file that names it decides which one counts
+                stem = f"{stem}-{epoch * self.steps_per_epoch + done}"
+            folder = Path(self._root, distributed.on_main(lambda: _unused_name(Path(self._root), stem)))
             state = self._state(epoch, done) if self._makes_checkpoints else {}
-            distributed.on_main(lambda: shutil.rmtree(folder, ignore_errors=True))  # of a run that was killed here
             self._write_pieces(folder, state)
             distributed.barrier()
             self._write(name, {**state, self.names_folder: folder.name})
-            if self.folder is not None:
-                _remove_unnamed(folder)
         self._throughput.restart_window()
 
 
-def _remove_unnamed(newest: Path) -> None:
-    """Removes the folders beside the newest whose checkpoint was removed or written anew since."""
-    for path in newest.parent.iterdir():
-        if path.is_dir() and _FOLDER.fullmatch(path.name) and path != newest:
-            rolling = path.name.startswith(_ROLLING)
-            old = rolling and newest.name.startswith(_ROLLING)
-            if old or (not rolling and not path.with_name(f"{path.name}.pth").exists()):
-                shutil.rmtree(path, ignore_errors=True)
+def _unused_name(root: Path, name: str) -> str:
+    """Returns the name, or with a number if it is taken: what is there may be all that a present checkpoint has."""
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if not (root / name).exists())

@@ -10,7 +10,7 @@ import torch
 from beit.__main__ import main
 from beit.errors import InputError
 from beit.modeling import VisionTransformer, VisionTransformerForMaskedImageModeling
-from beit.pieces import write_pieces
+from beit.pieces import write_pieces, write_state
 from beit.storage import load_checkpoint, save_checkpoint
 from beit.tasks.convert import Features, convert, export_graph
 from beit.weights import read_weights
@@ -65,7 +65,8 @@ def test_a_checkpoint_in_pieces_alone_is_converted_with_its_settings(tmp_path):
     model = classifier(img_size=32)
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     rest = {"optimizer": {"state": {}, "param_groups": []}, "args": {"crop_pct": 0.9}, "labels": ["x", "y", "z"]}
-    write_pieces(tmp_path / "checkpoint-3", tensors, rest)
+    write_state(tmp_path / "checkpoint-3", rest)
+    write_pieces(tmp_path / "checkpoint-3", tensors)
     assert main(["convert", str(tmp_path / "checkpoint-3"), str(tmp_path / "x.pth"), "--to", "unilm"]) == 0
     written = load_checkpoint(tmp_path / "x.pth")
     assert all(torch.equal(written["model"][name], tensor) for name, tensor in model.state_dict().items())

@@ -106,3 +106,36 @@ def test_weights_of_another_model_are_refused_with_what_differs(tmp_path):
     assert "a.pth is a checkpoint of another model: 2 of 2 tensors differ" in str(caught.value)
     assert "weight (2, 3) in the file, (2, 4) in the model" in str(caught.value)
     assert "bias (2,) in the file, absent in the model" in str(caught.value)
+
+
+def piece_folder(root, name):
+    (root / name).mkdir()
+    (root / name / ".metadata").touch()
+
+
+def test_a_checkpoint_without_its_folder_is_passed_over(tmp_path, caplog):
+    # Breaks if only the .pth is looked at: the run would prefer a file that cannot be resumed, for ever.
+    folder = RunFolder(tmp_path)
+    piece_folder(tmp_path, "checkpoint-0")
+    folder.save("checkpoint-0.pth", {"epoch": 0, "pieces": "checkpoint-0"})
+    folder.save(LAST, {"progress": {"epoch": 1, "step": 3}, "pieces": "checkpoint-last-7"})
+    assert folder.newest().name == "checkpoint-0.pth"
+    assert "checkpoint-last-7, which is missing" in caplog.text
+    (tmp_path / "checkpoint-last-7").mkdir()
+    assert folder.newest().name == "checkpoint-0.pth"
+    assert "checkpoint-last-7, which lacks .metadata" in caplog.text
+
+
+def test_only_what_keep_removes_and_old_rolling_folders_go(tmp_path):
+    # Breaks if folders stay behind their .pth, or if one goes whose .pth the user has moved away.
+    folder = RunFolder(tmp_path, keep=1)
+    for name in ("checkpoint-0", "checkpoint-1-2", "checkpoint-5", "checkpoint-last-4", "checkpoint-last-4-2"):
+        piece_folder(tmp_path, name)
+    folder.save("checkpoint-0.pth", {"epoch": 0, "pieces": "checkpoint-0"})
+    folder.save("checkpoint-1.pth", {"epoch": 1, "pieces": "checkpoint-1-2"})
+    folder.save(LAST, {"epoch": 1, "pieces": "checkpoint-last-4-2"})
+    left = sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
+    assert left == ["checkpoint-1-2", "checkpoint-5", "checkpoint-last-4-2"]
+    folder.save("checkpoint-2.pth", {"epoch": 2})  # a run that goes on without --shard
+    folder.save(LAST, {"epoch": 2})
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["checkpoint-5"]
