@@ -33,6 +33,7 @@ from torch import Tensor
 from beit.data.transforms import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from beit.masking import BlockwiseMaskGenerator
 from beit.targets import PixelTarget
+from beit.tasks.launch import end_at_once
 from beit.tasks.masked_image_modeling import MaskedPrediction, with_patch_index
 from beit.training import distributed
 from beit.training.fsdp import FullyShardedTrainer
@@ -212,7 +213,7 @@ def main() -> None:
     args = made.parse_args()
     if args.worker:
         work(args)
-        return
+        end_at_once(0)
     if args.processes[0] != 1 or args.clock != "wall":
         made.error("--processes begins with 1, and only the wall clock tells how processes wait for each other")
     prepare(args)

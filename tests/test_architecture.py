@@ -84,7 +84,10 @@ DALL_E_NEEDS = {"torch", "safetensors"}
 
 LAUNCHER_VARIABLE = re.compile(r"((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|LOCAL_(WORLD_)?SIZE|(SLURM|OMPI)_\w*")
 READS_LAUNCHER_VARIABLES = "beit.training.distributed"
-MAY_EXIT = ("beit.__main__", "semantic_segmentation.__main__", "semantic_segmentation.tools.*", "run_*")
+MAY_EXIT = (
+    *("beit.__main__", "semantic_segmentation.__main__", "semantic_segmentation.tools.*", "run_*"),
+    "beit.tasks.launch",  # for them, where threads of gloo would abort the process at its end
+)
 NO_SUCH_MODULE = ("utils", "helpers")  # a name that says what is in it is asked for; OpenAI's package has its utils
 UTILS_OF_OTHERS = ("dall_e.utils",)
 

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -61,7 +62,21 @@ def launch(
         configure_console(main_process=distributed.find_placement(use_open_mpi=open_mpi).rank == 0)
         main(read_command_line(config_class, arguments, name, description or ""))
 
-    return run_and_report(run, open_mpi)
+    status = run_and_report(run, open_mpi)
+    if distributed.threads_left():
+        end_at_once(status)
+    return status
+
+
+def end_at_once(status: int) -> None:
+    """Ends the process without ending the interpreter first, which threads of gloo that are left would abort.
+
+    PyTorch's caches of sharded operations keep the process group after a run with ``--shard fsdp`` on CPUs.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def asks_for_open_mpi(arguments: Sequence[str]) -> bool:

@@ -213,6 +213,21 @@ def disconnect() -> None:
         dist.destroy_process_group()
 
 
+def threads_left() -> bool:
+    """Whether threads of gloo are still there, as they are where something keeps a process group that was left."""
+    if dist.is_initialized() or not os.path.isdir("/proc/self/task"):
+        return False
+    return any("gloo" in _text(f"/proc/self/task/{task}/comm") for task in os.listdir("/proc/self/task"))
+
+
+def _text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except OSError:  # the thread has ended
+        return ""
+
+
 def rank() -> int:
     """Returns this process's number, 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0

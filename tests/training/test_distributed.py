@@ -1,9 +1,15 @@
 """Who a process is, from the environments of the launchers."""
 
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
 import pytest
 import torch
 
 from beit.errors import InputError
+from beit.training import distributed
 from beit.training.distributed import (
     Placement,
     find_placement,
@@ -121,3 +127,38 @@ def test_no_thread_of_gloo_outlives_the_process_group():
     # Breaks if something keeps the group; a thread that outlives the interpreter too aborts the process, though rarely.
     # In a process of its own: what keeps it is a module that is first imported while there is a group.
     assert run("-c", TRAIN_AND_LEAVE).stdout.strip() == "left:"
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads have names under /proc on Linux only")
+def test_threads_of_gloo_that_are_left_are_seen():
+    # Breaks when a run on CPUs whose process group is kept by something ends with an abort in place of its status.
+    assert not distributed.threads_left()
+    named, done = threading.Event(), threading.Event()
+
+    def wait():
+        Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text("pt_gloo_loop")
+        named.set()
+        done.wait()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    named.wait()
+    try:
+        assert distributed.threads_left()
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_a_process_with_threads_left_ends_with_its_status_at_once():
+    code = """if True:
+        import atexit, sys
+        from beit.tasks import launch, masked_image_modeling as job
+        launch.distributed.threads_left = lambda: True
+        atexit.register(print, "the interpreter ended")
+        sys.exit(launch.launch(job.PretrainingConfig, job.main, "", ["--nonsense"], "prog"))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--nonsense" in done.stderr
+    assert "the interpreter ended" not in done.stdout
