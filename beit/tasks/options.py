@@ -93,7 +93,8 @@ class ShardingOptions:
 
     shard: str = option(
         "none",
-        "fsdp: each process holds its part of weights, gradients and optimizer state, and writes it into a folder "
+        "fsdp: each process holds its part of weights and optimizer state (and, with --update_freq 1, gradients), and "
+        "writes it into a folder "
         "checkpoint-<epoch>/ that all must see; a run goes on from it with any number of processes, or without --shard",
         choices=("none", "fsdp"),
     )
