@@ -10,8 +10,9 @@ BENCHMARKS := pretrain_step finetune_step resolution segmentation_inference scal
 DEMO_RUNS := dvae pretrain finetune-pretrained finetune-scratch segmentation/pretrained segmentation/scratch
 REQUIREMENTS := pyproject.toml requirements.txt setup.py
 
-# A file's tests stay together: they share what is expensive to make. TEST_PROCESSES=0 runs all in one process.
-PYTEST = $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
+# A file's tests stay together: they share what is expensive to make. TEST_PROCESSES=0 runs all in one process. A test
+# that ends its process is the end of the run; with another process in its place xdist would wait for ever.
+PYTEST = $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --max-worker-restart=0 $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

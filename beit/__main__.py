@@ -86,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = COMMANDS[name]
     module = importlib.import_module(command.module)
     config, run = getattr(module, command.config), getattr(module, command.main)
-    return launch(config, run, f"{command.help}\n", arguments[len(name.split()) :], prog=f"beit {name}")
+    own = arguments[len(name.split()) :]
+    return launch(config, run, f"{command.help}\n", own, f"beit {name}", owns_process=argv is None)
 
 
 def find_command(arguments: Sequence[str]) -> str | None:

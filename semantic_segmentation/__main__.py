@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = COMMANDS[name]
     config = getattr(importlib.import_module(command.config_module), command.config)
     run = importlib.import_module(command.module).main
-    return launch(config, run, f"{command.help}\n", arguments, prog=f"semantic_segmentation {name}")
+    prog = f"semantic_segmentation {name}"
+    return launch(config, run, f"{command.help}\n", arguments, prog, owns_process=argv is None)
 
 
 def refuse(name: str) -> None:

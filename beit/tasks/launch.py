@@ -40,6 +40,7 @@ def launch(
     description: str | None,
     argv: Sequence[str] | None = None,
     prog: str | None = None,
+    owns_process: bool | None = None,
 ) -> int:
     """Reads a job's flags, runs it and returns the exit status of the process.
 
@@ -49,6 +50,8 @@ def launch(
         description: Text of ``--help``.
         argv: The arguments; the process's own by default.
         prog: The command's name in messages.
+        owns_process: Whether the process was started for this job alone, so that it may be ended where it could not
+            end by itself (:func:`end_at_once`); by default where it reads its own arguments.
 
     Returns:
         0 when done, 2 for a mistake in the input, 1 for a run that could not go on (out of memory, a loss that is
@@ -63,7 +66,7 @@ def launch(
         main(read_command_line(config_class, arguments, name, description or ""))
 
     status = run_and_report(run, open_mpi)
-    if distributed.threads_left():
+    if (argv is None if owns_process is None else owns_process) and distributed.threads_left():
         end_at_once(status)
     return status
 

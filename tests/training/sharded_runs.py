@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from beit.modeling import VisionTransformerForMaskedImageModeling
 from beit.storage import load_checkpoint, save_checkpoint
+from beit.tasks.launch import end_at_once
 from beit.training import distributed
 from beit.training.checkpoint import RunFolder
 from beit.training.fsdp import FullyShardedTrainer
@@ -129,3 +130,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    end_at_once(0)  # as `launch` does
