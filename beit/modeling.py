@@ -92,11 +92,12 @@ class RelativePositionBias(nn.Module):
 
     def __init__(self, window_size: tuple[int, int], num_heads: int) -> None:
         super().__init__()
+        self.window_size = window_size
         self.relative_position_bias_table = nn.Parameter(torch.zeros(num_table_rows(window_size), num_heads))
 
     def forward(self, index: Tensor) -> Tensor:
         """Gathers the rows of ``index`` ``(N + 1, N + 1)`` into a bias ``(H, N + 1, N + 1)``."""
-        return relative_position_bias(self.relative_position_bias_table, index)
+        return relative_position_bias(self.relative_position_bias_table, index, self.window_size)
 
 
 class Attention(nn.Module):
@@ -137,6 +138,7 @@ class Attention(nn.Module):
         self.fused = True
         self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
         self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
+        self.window_size = window_size
         self.relative_position_bias_table = (
             nn.Parameter(torch.zeros(num_table_rows(window_size), num_heads)) if window_size else None
         )
@@ -182,11 +184,11 @@ class Attention(nn.Module):
         return query, key, value
 
     def _bias(self, index: Tensor | None, shared_bias: Tensor | None) -> Tensor | None:
-        if self.relative_position_bias_table is None or index is None:
+        if self.relative_position_bias_table is None or self.window_size is None or index is None:
             return shared_bias
         own = self._held()
         if own is None:
-            own = relative_position_bias(self.relative_position_bias_table, index)
+            own = relative_position_bias(self.relative_position_bias_table, index, self.window_size)
         return own if shared_bias is None else own + shared_bias
 
     def _held(self) -> Tensor | None:
@@ -583,9 +585,10 @@ class Backbone(nn.Module):
         if target == source:
             return
         for module in self.modules():
-            table = getattr(module, "relative_position_bias_table", None)
-            if table is not None:
+            if isinstance(module, RelativePositionBias | Attention) and module.relative_position_bias_table is not None:
+                table = module.relative_position_bias_table
                 module.relative_position_bias_table = _like(table, resize_table(table, source, target))
+                module.window_size = target
         if self.pos_embed is not None:
             self.pos_embed = _like(self.pos_embed, resize_position_embedding(self.pos_embed, source, target))
         if self.relative_position_index is not None:

@@ -54,18 +54,41 @@ def relative_position_index(window_size: tuple[int, int]) -> Tensor:
     return index
 
 
-def relative_position_bias(table: Tensor, index: Tensor) -> Tensor:
+def relative_position_bias(table: Tensor, index: Tensor, window_size: tuple[int, int]) -> Tensor:
     """Gathers the bias that is added to the attention logits.
 
     Args:
         table: Bias table ``(rows, H)``, one column a head.
         index: The rows to read, int64 ``(N + 1, N + 1)``, from :func:`relative_position_index`.
+        window_size: The patch grid ``(h, w)`` of both.
 
     Returns:
         A contiguous tensor ``(H, N + 1, N + 1)`` of the table's dtype.
     """
+    if table.device.type == "cuda":
+        return bias_by_sliding(table, window_size)
     # On a CPU the columns of the transposed table are gathered several times faster than the rows, and contiguous.
     return table.t().index_select(1, index.flatten()).view(-1, *index.shape)
+
+
+def bias_by_sliding(table: Tensor, window_size: tuple[int, int]) -> Tensor:
+    """Gathers the same bias without an index, so that its backward pass is sums in place of a scatter.
+
+    The keys that a query sees are a window of the plane of offsets, which slides from query to query. A scatter on a
+    GPU adds up to ``N`` gradients to one row, one by one and in an order that changes from run to run.
+
+    Args:
+        table: As for :func:`relative_position_bias`.
+        window_size: Likewise.
+    """
+    height, width = window_size
+    patches, heads = height * width, table.shape[1]
+    offsets = table[:-CLASS_TOKEN_ROWS].t().reshape(heads, 2 * height - 1, 2 * width - 1)
+    pairs = offsets.unfold(1, height, 1).unfold(2, width, 1).flip(-2, -1)  # (H, h, w, h, w): query and key
+    class_to_patch, patch_to_class, class_to_class = table[-CLASS_TOKEN_ROWS:, :, None, None].unbind(0)
+    class_row = torch.cat((class_to_class, class_to_patch.expand(-1, 1, patches)), dim=2)
+    patch_rows = torch.cat((patch_to_class.expand(-1, patches, 1), pairs.reshape(heads, patches, patches)), dim=2)
+    return torch.cat((class_row, patch_rows), dim=1)
 
 
 def resize_table(table: Tensor, source_window: tuple[int, int], target_window: tuple[int, int]) -> Tensor:

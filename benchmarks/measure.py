@@ -183,8 +183,12 @@ def _version(package: str) -> str:
 
 # ------------------------------------------------------------------------------------------------------------- results
 def show(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Prints a table; numbers to the right, in the precision that they were given as text or as 3 digits."""
+    """Prints a table; numbers to the right, in the precision that they were given as text or as 3 digits.
+
+    :func:`write` writes it too.
+    """
     cells = [[*map(_cell, row)] for row in [header, *rows]]
+    TABLES.append({"title": title, "rows": cells})
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     print(f"\n{title}")
     for number, row in enumerate(cells):
@@ -200,6 +204,7 @@ def _cell(value: object) -> str:
 
 
 HEADLINES: list[dict[str, Any]] = []  # of this run
+TABLES: list[dict[str, Any]] = []  # likewise
 
 
 def headline(what: str, ratio: float, goal: float | None = None) -> None:
@@ -233,7 +238,7 @@ def write(name: str, facts: Mapping[str, Any], results: Mapping[str, Any], args:
     if path is None:
         return None
     path.parent.mkdir(parents=True, exist_ok=True)
-    told = {"benchmark": name, "machine": facts, "headlines": HEADLINES, **results}
+    told = {"benchmark": name, "machine": facts, "headlines": HEADLINES, "tables": TABLES, **results}
     path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     print(f"\nwritten to {os.path.relpath(path)}")
     return path

@@ -1,4 +1,4 @@
-"""Puts the ratios of all result files into one table, the part of docs/speed.md between its markers.
+"""Puts what all result files tell, ratios first, into the part of docs/speed.md between its markers.
 
 python benchmarks/summary.py            write it
 python benchmarks/summary.py --print    only print it
@@ -6,7 +6,7 @@ python benchmarks/summary.py --print    only print it
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ def results() -> Iterator[Mapping[str, Any]]:
 
 
 def markdown() -> str:
-    """Returns a table for each machine's results, the ratios first."""
+    """Returns the tables of each result file, that of the ratios first."""
     lines = []
     for told in results():
         facts = told["machine"]
@@ -40,7 +40,21 @@ def markdown() -> str:
             *(f"| {line['ratio']:.2f} | {line['what']} | {_goal(line)} |" for line in told["headlines"]),
             "",
         ]
+        for table in told.get("tables", []):
+            (first, *header), *rows = table["rows"]
+            lines += [
+                f"{table['title']}:",
+                "",
+                _row([first, *header]),
+                _row(["---", *("---:" for _ in header)]),
+                *map(_row, rows),
+                "",
+            ]
     return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _goal(line: Mapping[str, Any]) -> str:
@@ -50,9 +64,9 @@ def _goal(line: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    """Writes the table."""
+    """Writes the tables."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--print", action="store_true", help="write nothing, print the table")
+    made.add_argument("--print", action="store_true", help="write nothing, print the tables")
     if made.parse_args().print:
         print(markdown())
         return

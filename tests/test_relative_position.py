@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.interpolate import InterpolatedUnivariateSpline
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from beit.errors import InputError
 from beit.relative_position import (
+    bias_by_sliding,
     geometric_ratio,
     num_table_rows,
     relative_position_bias,
@@ -55,9 +57,28 @@ def test_index_equals_the_official_buffer(golden):
 def test_bias_is_the_table_read_through_the_index(window):
     # Breaks when heads and rows are mixed by the reshape.
     table, index = torch.randn(num_table_rows(window), 3), relative_position_index(window)
-    bias = relative_position_bias(table, index)
-    assert bias.is_contiguous()
-    assert torch.equal(bias, table[index].permute(2, 0, 1))
+    for bias in (relative_position_bias(table, index, window), bias_by_sliding(table, window)):
+        assert bias.is_contiguous()
+        assert torch.equal(bias, table[index].permute(2, 0, 1))
+
+
+@given(windows)
+def test_sliding_gives_the_table_the_gradient_of_a_gather(window):
+    # Breaks when on a GPU, which slides, a table learns otherwise than on a CPU, which gathers.
+    table = torch.randn(num_table_rows(window), 3, dtype=torch.float64, requires_grad=True)
+    index = relative_position_index(window)
+    upstream = torch.randn(3, *index.shape, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(table[index].permute(2, 0, 1), table, upstream)
+    (slid,) = torch.autograd.grad(bias_by_sliding(table, window), table, upstream)
+    torch.testing.assert_close(slid, expected)
+
+
+def test_a_gpu_slides(monkeypatch):
+    # Breaks when a GPU scatters the table's gradient.
+    monkeypatch.setattr("beit.relative_position.bias_by_sliding", lambda table, window: (table.device.type, window))
+    with FakeTensorMode():
+        table = torch.empty(num_table_rows((2, 3)), 3, device="cuda")
+        assert relative_position_bias(table, relative_position_index((2, 3)), (2, 3)) == ("cuda", (2, 3))
 
 
 @pytest.mark.parametrize("name", STORED)

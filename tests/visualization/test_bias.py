@@ -27,7 +27,7 @@ def test_a_pixel_is_the_table_row_of_its_offset():
 def test_the_image_is_what_attention_adds():
     # The image around a query, cut to the window, is the query's row of the bias. Broken by one that is not turned.
     table = torch.randn(18, 2)
-    bias = relative_position_bias(table, relative_position_index(WINDOW))
+    bias = relative_position_bias(table, relative_position_index(WINDOW), WINDOW)
     images = bias_images(table, WINDOW)
     for row in range(2):
         for column in range(3):
