@@ -49,8 +49,10 @@ class Confusion:
         if label.device.type == "cpu":
             self._check(label)
         device = self._counts.device
-        right = label.to(device, torch.int64, non_blocking=True).flatten()
-        found = prediction.to(device, torch.int64, non_blocking=True).flatten()
+        # Brought over as they are: int64 made in host memory is not pinned, and its copy makes the host wait.
+        right, found = (
+            pixels.to(device, non_blocking=True).to(torch.int64).flatten() for pixels in (label, prediction)
+        )
         unused = self.num_classes**2
         pairs = torch.where(right < self.num_classes, right * self.num_classes + found, unused)
         # Not `bincount`, which on a GPU makes the host wait for the largest value.
