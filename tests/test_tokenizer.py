@@ -166,7 +166,7 @@ def test_on_a_gpu(golden):
     images = torch.load(folder / "input.pt", weights_only=True)["image_u8"].cuda() / 255
     expected = torch.load(folder / "expected.pt", weights_only=True)["ids"].cuda()
     tokenizer = load_tokenizer(folder, "dall-e", "cuda")
-    assert (tokenizer.encode(images) == expected).float().mean() > 0.99  # TF32
+    assert (tokenizer.encode(images) == expected).float().mean() > 0.97  # TF32 rounds as float16 does
     assert tokenizer.decode(expected).is_cuda
     for dtype in (torch.float16, torch.bfloat16):
         half = load_tokenizer(folder, "dall-e", "cuda", dtype)
