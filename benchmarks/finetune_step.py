@@ -21,6 +21,7 @@ from measure import (
     default_device,
     headline,
     interleave,
+    let_biases_learn,
     machine,
     matrix_product_peak,
     medians,
@@ -99,6 +100,7 @@ class Step:
         compiled: bool = False,
     ) -> None:
         torch.manual_seed(0)
+        let_biases_learn()
         model, groups = build(args)
         self.model, self.device = model.train().to(device), device
         if compiled:

@@ -68,6 +68,14 @@ def synchronize(device: torch.device | str = "cpu") -> None:
         torch.cuda.synchronize(device)
 
 
+def let_biases_learn() -> None:
+    """Keeps torch from cuDNN's attention, which it prefers on Hopper, and which refuses a bias that needs a gradient.
+
+    Without this the peers, who leave the choice to torch, would end with an error there.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 class Clock:
     """The clock of the whole benchmark, in seconds."""
 

@@ -33,6 +33,7 @@ from measure import (
     default_device,
     headline,
     interleave,
+    let_biases_learn,
     machine,
     matrix_product_peak,
     medians,
@@ -174,6 +175,7 @@ class Usual:
     """The usual composition: all logits of the encoder, all predictions of the model, torch's own AdamW."""
 
     def __init__(self, sizes: Sizes, weights: dict[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
+        let_biases_learn()
         self.encoder, self.map_pixels = openai_encoder(sizes, weights, device)
         self.model = transformers_beit(sizes).to(device)
         self.device, self.dtype, self.batch = device, dtype, make_batch(sizes, device)
@@ -221,7 +223,9 @@ class Ours:
         device: torch.device,
         compiled: bool = False,
     ) -> None:
-        self.tokenizer = dall_e_tokenizer(sizes, weights, dtype, compiled).to(device)
+        half = torch.float16 if device.type == "cuda" else torch.bfloat16  # as `--tokenizer_dtype auto` chooses
+        of_tokenizer = dtype if dtype == torch.float32 else half
+        self.tokenizer = dall_e_tokenizer(sizes, weights, of_tokenizer, compiled).to(device)
         target = TokenTarget(self.tokenizer)
         self.model = create_model(
             "beit_base_patch16_224_8k_vocab",
