@@ -39,7 +39,7 @@ from beit.training import distributed
 from beit.training.fsdp import FullyShardedTrainer
 from beit.training.loop import LoopSettings, Trainer
 from beit.training.optim import create_optimizer, parameter_groups
-from beit.training.precision import Precision
+from beit.training.precision import Precision, resolve_amp_dtype
 from beit.training.session import open_session
 from beit.zoo import create_model
 
@@ -125,7 +125,7 @@ def make_trainer(way: str, sizes: Sizes, loader: Ready, device: torch.device) ->
         lr=LR,
         fused=True,
     )
-    precision = Precision(torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+    precision = Precision(resolve_amp_dtype("auto", device), device)
     settings = LoopSettings(epochs=1 + WINDOWS, log_every=sizes.steps)
     arguments = (model, MaskedPrediction(target, mean, std), loader, optimizer, precision, settings, lambda _: LR)
     if way != FSDP:
