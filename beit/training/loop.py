@@ -407,6 +407,8 @@ class Trainer:
         """
         rows = torch.stack(self._window)
         self._window = []
+        if rows.is_cuda:  # the host is ahead of the device, and a window lasts until its steps are done
+            torch.cuda.current_stream(rows.device).synchronize()
         wish = torch.tensor([float(terminated.is_set), self._throughput.window_seconds()])
         sums = torch.cat([rows.flatten(), wish.to(self._device)])
         together = distributed.sum_over_ranks(sums).cpu().double() / distributed.world_size()
