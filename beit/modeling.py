@@ -217,10 +217,13 @@ def kernels_with_bias_gradient(device_type: str) -> AbstractContextManager[None]
     """Keeps ``scaled_dot_product_attention`` to the CUDA kernels that return the gradient of an additive bias.
 
     Recent torch prefers cuDNN's kernel on Hopper, whose backward has no output for the bias; flash takes no bias.
+    Where deterministic algorithms are wanted, the plain one is left: where that is with a warning only, the efficient
+    one adds up as it comes.
     """
     if device_type != "cuda":
         return nullcontext()
-    return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return sdpa_kernel([SDPBackend.MATH, *([] if deterministic else [SDPBackend.EFFICIENT_ATTENTION])])
 
 
 def ready_for_kernels(bias: Tensor) -> Tensor:

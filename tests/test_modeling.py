@@ -330,6 +330,15 @@ def test_attention_keeps_to_kernels_with_a_bias_gradient():
     assert torch.backends.cuda.flash_sdp_enabled()
 
 
+def test_attention_keeps_to_a_deterministic_kernel_where_that_is_wanted(monkeypatch):
+    # Breaks when --deterministic, which warns where there is no such kernel, gets the efficient one: its backward does
+    # not warn each time, and gives other bits.
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    with kernels_with_bias_gradient("cuda"):
+        assert torch.backends.cuda.math_sdp_enabled()
+        assert not torch.backends.cuda.mem_efficient_sdp_enabled()
+
+
 def test_a_bias_that_learns_alone_takes_the_eager_path(monkeypatch):
     # The fused backward crashes there in some torch releases. Breaks when frozen weights meet it with a learning table.
     calls = []

@@ -41,6 +41,7 @@ from beit.tasks.options import (
 )
 from beit.training import distributed
 from beit.training.checkpoint import BEST_EMA, newest_checkpoint
+from beit.training.compilation import compile_for_training, uncompiled
 from beit.training.loop import Batch, Trainer
 from beit.training.optim import parameter_groups
 from beit.training.precision import Precision, resolve_amp_dtype
@@ -69,6 +70,8 @@ def main(config: FinetuningConfig) -> None:
         if config.finetune:
             load_pretrained(model, config.finetune, model_key=config.model_key, prefix=config.model_prefix)
         model.to(session.device)
+        if config.compile:
+            compile_for_training(model)
         optimizer = build_optimizer(config, model, session.device)
 
         loader = build_loader(config, train, session)
@@ -360,7 +363,7 @@ def evaluate(
     totals = torch.zeros(4, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
     for host_batch in loader.epoch(0):
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in host_batch.items()}
-        with precision.autocast():
+        with precision.autocast(), uncompiled():
             logits = model(model_input(batch, mean, std)).float()
         readable = batch["label"] >= 0
         logits, labels = logits[readable], batch["label"][readable]

@@ -29,6 +29,7 @@ class FinetuningConfig(RunOptions, OptimizerOptions, ShardingOptions):
     use_mean_pooling: bool = option(True, "classify the mean of the patch tokens, not the class token", off="--use_cls")
     init_scale: float = option(0.001, "factor on the new head's initial weights")
     grad_checkpointing: bool = option(False, "recompute activations in the backward pass, to save memory")
+    compile: bool = option(False, "compile the model for training; takes minutes to begin")
 
     finetune: str = option("", "checkpoint to start from: a path, a released name, a URL or a hub id")
     model_key: str = option("model|module", "where a checkpoint has its weights; the first key found")

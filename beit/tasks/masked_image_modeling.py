@@ -1,9 +1,7 @@
 """BEiT pre-training: predict the visual tokens of masked patches (arXiv 2106.08254, section 2), or something else."""
 
 import logging
-import sys
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -46,6 +44,7 @@ from beit.tasks.options import (
 from beit.tasks.targets_ahead import TARGETS, TargetsAhead
 from beit.tokenizer import VisualTokenizer, load_tokenizer
 from beit.training import distributed
+from beit.training.compilation import compile_for_training, uncompiled
 from beit.training.loop import Batch, Loader, Trainer
 from beit.training.optim import parameter_groups
 from beit.training.precision import AMP_DTYPES, Precision, resolve_amp_dtype
@@ -74,7 +73,7 @@ def main(config: PretrainingConfig, make_target: TargetFactory | None = None) ->
         target = (make_target or build_target)(config, session.device)
         model = build_model(config, target.output_size).to(session.device)
         if config.compile:
-            model.compile(dynamic=False, fullgraph=True)
+            compile_for_training(model)
         target.check(model.patch_embed.grid_size, size_pair(config.second_input_size))
         masks = build_mask_generator(config, model.patch_embed.grid_size)
 
@@ -258,7 +257,7 @@ class MaskedPrediction:
 
     def outputs_of_all(self, model: nn.Module, batch: Batch) -> Tensor:
         """Returns the outputs of all patches, ``(B, N, output_size)``; the masked ones are masked all the same."""
-        with _uncompiled():
+        with uncompiled():
             return model(normalize(batch["image"], self._mean, self._std), batch["mask"], return_all_tokens=True)
 
     def __call__(self, model: nn.Module, batch: Batch, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -267,14 +266,6 @@ class MaskedPrediction:
         with torch.no_grad():
             metrics = self.target.metrics(outputs.detach(), targets)
         return self.target.loss(outputs, targets), metrics
-
-
-def _uncompiled() -> AbstractContextManager[object]:
-    """Runs what is compiled for training as it is written: other shapes would be compiled for minutes, to be used once.
-
-    What no one has compiled anything with is left alone: it takes seconds to import.
-    """
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def check_target(checkpoint: Mapping[str, Any], source: str, target: str) -> None:
@@ -364,7 +355,7 @@ def evaluate(
     totals = {"loss": torch.zeros((), device=device), "patches": torch.zeros((), dtype=torch.int64, device=device)}
     for host_batch in loader.epoch(0):
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in with_patch_index(host_batch).items()}
-        with precision.autocast(), _uncompiled():
+        with precision.autocast(), uncompiled():
             outputs, targets = objective.predict(model, batch)
         sums = {"loss": target.loss(outputs, targets, "sum"), **target.tally(outputs, targets)}
         totals["patches"] += len(outputs)
