@@ -312,7 +312,7 @@ def resized(pixels: Tensor, size: tuple[int, int], interpolation: str, rng: np.r
         # Not by torchvision, which asks for a result that lies pixel by pixel: batches lie channel by channel. So do
         # the results of PyTorch here, and nothing is left to sort.
         return interpolate(pixels[None], size, mode=interpolation, antialias=True)[0].contiguous()
-    return F.pil_to_tensor(F.resize(F.to_pil_image(pixels), list(size), INTERPOLATIONS[interpolation]))
+    return F.pil_to_tensor(F.resize(F.to_pil_image(pixels), list(size), INTERPOLATIONS[interpolation])).contiguous()
 
 
 @functools.cache
