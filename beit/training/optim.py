@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import timm.optim
@@ -110,7 +111,10 @@ def create_optimizer(
 def load_optimizer(
     optimizer: torch.optim.Optimizer, state: Mapping[str, Any], class_name: str | None, source: str
 ) -> None:
-    """Gives an optimizer the moments of a checkpoint; its settings (betas, weight decay, …) stay this run's.
+    """Gives an optimizer what a checkpoint's has gathered; its settings (betas, weight decay, …) stay this run's.
+
+    Most gather moments for each parameter, some for a group as well, such as LAMB its number of steps. What a group
+    holds is a setting if it is an argument of the optimizer's, or one of :func:`parameter_groups`.
 
     Args:
         optimizer: Over the same parameters, in the same groups.
@@ -130,8 +134,12 @@ def load_optimizer(
             f"{source}: its optimizer has other parameter groups than this run; check --weight_decay, --layer_decay "
             "and what is frozen"
         )
-    renumbered = [{**group, "params": other["params"]} for group, other in zip(groups, given, strict=True)]
-    optimizer.load_state_dict({"state": state["state"], "param_groups": renumbered})
+    settings = {*signature(type(optimizer).__init__).parameters, "lr_scale", "decays"}
+    renewed = [
+        {**group, **{name: value for name, value in other.items() if name not in settings}}
+        for group, other in zip(groups, given, strict=True)
+    ]
+    optimizer.load_state_dict({"state": state["state"], "param_groups": renewed})
 
 
 def apply_schedules(
