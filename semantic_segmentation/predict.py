@@ -12,8 +12,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from beit.config import option
-from beit.data.datasets import UnreadableImageError, index_images, read_image
-from beit.data.shards import names_shards
+from beit.data.datasets import UnreadableImageError, read_image
+from beit.data.index import image_files
 from beit.data.transforms import size_pair
 from beit.errors import InputError
 from beit.interop.segmentation import leaves_zero_out
@@ -118,18 +118,7 @@ def find_images(given: Sequence[str]) -> dict[str, str]:
     """
     if not given:
         raise InputError("no image is given: name image files, or folders of images")
-    paths: list[str] = []
-    for path in map(os.path.abspath, given):
-        if names_shards(path):
-            raise InputError(f"{path}: results are named after image files, not read from tar shards; unpack them")
-        if os.path.isdir(path):
-            index = index_images(path)
-            paths += [str(index.path(number)) for number in range(len(index))]
-        elif os.path.isfile(path):
-            paths.append(path)
-        else:
-            raise InputError(f"there is no image {path}")
-    paths = list(dict.fromkeys(paths))
+    paths = list(dict.fromkeys(image_files(map(os.path.abspath, given))))
     stems = [Path(path).stem for path in paths]
     files = [stem + end for stem in stems for end in (LABEL_MAP, PICTURE)]
     if len(set(files)) < len(files):  # as they lie below the folder that they share

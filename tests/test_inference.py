@@ -1,6 +1,7 @@
 """A model put to use: predictions, features, and the images they are made of."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -252,13 +253,26 @@ def test_predict_writes_names_and_scores(checkpoint, picture, tmp_path, capsys):
     assert len(printed[0]["top5"]) == 5
 
 
+def test_predict_takes_folders_and_leaves_out_what_cannot_be_read(checkpoint, picture, tmp_path, capsys):
+    # Breaks when one broken file among many costs the answers for those after it, or is passed over in silence.
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "c.png"):
+        picture.save(tmp_path / "in" / name)
+    (tmp_path / "in" / "b.png").write_bytes(b"cut short")
+    assert main(["predict", str(tmp_path / "in"), "--model", str(checkpoint), "--json"]) == 2
+    told = capsys.readouterr()
+    assert [Path(json.loads(line)["image"]).name for line in told.out.splitlines()] == ["a.png", "c.png"]
+    assert "1 of 3 images could not be read" in told.err.splitlines()[-1]
+    assert "b.png" in told.err.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
         (["predict", "a.png"], "--model is missing"),
         (["predict", "--model", "m.pth"], "IMAGES"),
         (["predict", "nowhere.png", "--model", "CHECKPOINT"], "there is no image nowhere.png"),
-        (["predict", "CHECKPOINT", "--model", "CHECKPOINT"], "cannot read the image"),
+        (["predict", "CHECKPOINT", "--model", "CHECKPOINT"], "1 of 1 images could not be read"),
         (["predict", "CHECKPOINT", "--model", "nowhere.pth"], "nowhere.pth"),
     ],
 )

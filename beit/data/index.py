@@ -91,6 +91,26 @@ class ImageIndex:
         return sum(values.nbytes for values in arrays)
 
 
+def image_files(given: Iterable[str]) -> list[str]:
+    """Returns image files as they are named, and in place of a folder the images in it and below.
+
+    Raises:
+        InputError: One is not there, or is a tar file.
+    """
+    paths: list[str] = []
+    for path in given:
+        if names_shards(path):
+            raise InputError(f"{path}: results are named after image files, not read from tar shards; unpack them")
+        if os.path.isdir(path):
+            index = index_images(path)
+            paths += [str(index.path(number)) for number in range(len(index))]
+        elif os.path.isfile(path):
+            paths.append(path)
+        else:
+            raise InputError(f"there is no image {path}")
+    return paths
+
+
 def index_images(path: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None) -> ImageIndex:
     """Lists the images of a folder, of all folders below it, of a text file, or in tar shards.
 
