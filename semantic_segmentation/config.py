@@ -18,6 +18,7 @@ from beit.config import SettingsFiles, Size, option, read_command_line
 from beit.data.transforms import size_pair
 from beit.errors import InputError, did_you_mean
 from beit.tasks.options import AMP_CHOICES, check_positive
+from beit.training import distributed
 from semantic_segmentation.inference import TEST_MODES
 from semantic_segmentation.official_keys import KEYS_WITHOUT_EFFECT, MODEL_SIZES, OFFICIAL_KEYS
 
@@ -121,6 +122,7 @@ class SegmentationConfig:
     launcher: str = option("none", "mpi for mpirun; any other launcher is found without it", choices=LAUNCHERS)
     local_rank: int = option(-1, "GPU of this process, as old launchers pass it; LOCAL_RANK wins")
     dist_url: str = option("env://", "where the processes meet")
+    dist_timeout: float = option(distributed.PATIENCE, "minutes that processes wait for one that does not answer")
 
     @property
     def output_dir(self) -> str:

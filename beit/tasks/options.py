@@ -157,7 +157,13 @@ def find_together(path: str) -> ImageIndex:
 
 
 def session_of(config: Any, *, writes: bool = True) -> AbstractContextManager[Session]:
-    """Opens the session that a job's flags ask for; a job that only looks leaves the run folder alone."""
+    """Opens the session that a job's flags ask for; a job that only looks leaves the run folder alone.
+
+    Raises:
+        InputError: Processes would not wait for each other.
+    """
+    if not (math.isfinite(config.dist_timeout) and config.dist_timeout > 0):
+        raise InputError(f"--dist_timeout {config.dist_timeout}: must be a number of minutes above 0")
     return open_session(
         device=config.device,
         output_dir=config.output_dir if writes else None,
@@ -168,7 +174,7 @@ def session_of(config: Any, *, writes: bool = True) -> AbstractContextManager[Se
         local_rank=config.local_rank,
         dist_url=config.dist_url,
         use_open_mpi=config.dist_on_itp,
-        patience=getattr(config, "dist_timeout", distributed.PATIENCE),
+        patience=config.dist_timeout,
     )
 
 
@@ -285,8 +291,6 @@ def check_training(config: Any) -> None:
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise InputError(f"--{name} {value}: must be a number of 0 or more")
-    if not (math.isfinite(config.dist_timeout) and config.dist_timeout > 0):
-        raise InputError(f"--dist_timeout {config.dist_timeout}: must be a number of minutes above 0")
     if config.clip_grad is not None and not config.clip_grad > 0:
         raise InputError(f"--clip_grad {config.clip_grad}: must be above 0; leave it out for no clipping")
     if config.opt_betas is not None and not (len(config.opt_betas) == 2 and all(0 <= b < 1 for b in config.opt_betas)):

@@ -8,12 +8,14 @@ import torch
 
 from beit.errors import InputError
 from beit.tasks.classification_config import FinetuningConfig
+from beit.tasks.linear_probe_config import LinearProbeConfig
 from beit.tasks.masked_image_modeling_config import PretrainingConfig
-from beit.tasks.options import NOT_WITH_FSDP, check_sharding, optimizer_for, share_out, trainer_class
+from beit.tasks.options import NOT_WITH_FSDP, check_sharding, optimizer_for, session_of, share_out, trainer_class
 from beit.training.fsdp import FullyShardedTrainer
 from beit.training.loop import Trainer
 from beit.training.optim import WORK_IN_PARTS
 from beit.training.zero import DeepSpeedTrainer
+from semantic_segmentation.config import TrainConfig
 
 WRONG = {"enable_deepspeed": True, "compile": True, "log_images": 2, "model_ema_force_cpu": True}
 
@@ -97,3 +99,12 @@ def test_optimizers_for_parts_use_fused_kernels_only_where_those_take_parts(name
     check_sharding(config)
     optimizer = optimizer_for(config, [{"params": [torch.nn.Parameter(torch.ones(2))]}], torch.device("cpu"))
     assert bool(optimizer.defaults.get("fused")) == (name in ("adamw", "adam", "fusedadamw"))
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf"])
+def test_processes_wait_for_a_time_that_is_one(minutes):
+    # Breaks when a time-out that cannot be reaches the process group, in a job of whichever package.
+    for config_class in (PretrainingConfig, LinearProbeConfig, TrainConfig):
+        config = replace(config_class(), dist_timeout=float(minutes))
+        with pytest.raises(InputError, match=f"--dist_timeout {float(minutes)}"):
+            session_of(config)
