@@ -183,6 +183,8 @@ def check_classes(sources: Sequence[LabelledImages], nb_classes: int = 0) -> tup
         )
     for other in others:
         _require_same(first, other)
+    if len(names) == 1:
+        logger.warning("%s has one class, %s: every answer is right, and nothing can be learned", first.root, names[0])
     return names
 
 
