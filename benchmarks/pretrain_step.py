@@ -335,7 +335,7 @@ def peak_memory(args: argparse.Namespace, name: str, precision: str) -> float:
     command = [sys.executable, __file__, "--model", args.model, "--precision", precision, "--memory_of", name]
     command += ["--batch_size", str(args.batch_size), "--input_size", str(args.input_size)]
     command += ["--threads", str(torch.get_num_threads())]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
 def report_memory(args: argparse.Namespace, sizes: Sizes, device: torch.device) -> None:

@@ -83,7 +83,7 @@ def measure_one(args: argparse.Namespace, name: str, size: int) -> dict[str, Any
     command += ["--precision", args.precision, "--batch_size", str(args.batch_size), "--repeats", str(args.repeats)]
     command += ["--clock", args.clock, "--threads", str(torch.get_num_threads())]
     command += ["--quick"] if args.quick else []
-    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(told.splitlines()[-1])
 
 
