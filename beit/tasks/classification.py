@@ -71,7 +71,7 @@ def main(config: FinetuningConfig) -> None:
             load_pretrained(model, config.finetune, model_key=config.model_key, prefix=config.model_prefix)
         model.to(session.device)
         if config.compile:
-            compile_for_training(model)
+            compile_for_training(model, recomputes=config.grad_checkpointing)
         optimizer = build_optimizer(config, model, session.device)
 
         loader = build_loader(config, train, session)

@@ -73,7 +73,7 @@ def main(config: PretrainingConfig, make_target: TargetFactory | None = None) ->
         target = (make_target or build_target)(config, session.device)
         model = build_model(config, target.output_size).to(session.device)
         if config.compile:
-            compile_for_training(model)
+            compile_for_training(model, recomputes=config.grad_checkpointing)
         target.check(model.patch_embed.grid_size, size_pair(config.second_input_size))
         masks = build_mask_generator(config, model.patch_embed.grid_size)
 

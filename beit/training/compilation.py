@@ -1,5 +1,6 @@
 """Compiling a model for training: one graph of fixed shapes. All else runs as it is written."""
 
+import importlib
 import sys
 from contextlib import AbstractContextManager, nullcontext
 
@@ -7,11 +8,19 @@ import torch
 from torch import nn
 
 
-def compile_for_training(model: nn.Module) -> None:
+def compile_for_training(model: nn.Module, *, recomputes: bool = False) -> None:
     """Makes a model's forward and backward pass one compiled graph, from the first call on, which takes minutes.
 
     A graph that would break is an error. Names and checkpoints stay what they are.
+
+    Args:
+        model: The model.
+        recomputes: Whether it computes activations anew in the backward pass.
     """
+    if recomputes:
+        # Several processes get the graph in pieces, to exchange gradients as they come. Older PyTorch cannot cut one
+        # that recomputes.
+        importlib.import_module("torch._dynamo.config").optimize_ddp = False
     model.compile(dynamic=False, fullgraph=True)
 
 

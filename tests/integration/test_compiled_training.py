@@ -31,6 +31,7 @@ def test_compiled_pretraining_learns_as_plain(tmp_path, pretraining_flags, proce
     flags = (*pretraining_flags, *FLAGS, "--total_batch_size", "8")
     run(PRETRAIN, *flags, "--output_dir", tmp_path / "plain")
     command = (PRETRAIN,) if processes == 1 else (*TORCHRUN, PRETRAIN)
+    flags += ("--grad_checkpointing",) if processes > 1 else ()
     run(*command, *flags, "--output_dir", tmp_path / "compiled", "--compile", "--tokenizer_compile", timeout=500)
     assert same_losses(tmp_path)
 
