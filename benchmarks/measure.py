@@ -9,6 +9,8 @@ import argparse
 import json
 import os
 import platform
+import re
+import resource
 import statistics
 import sys
 import time
@@ -147,6 +149,21 @@ def matrix_product_peak(dtype: torch.dtype, device: torch.device | str = "cpu", 
     product = {"product": lambda: (a @ b).sum()}
     seconds = interleave(product, repeats, warmups=2, device=device)["product"]["whole"]
     return 2 * side**3 / min(seconds)
+
+
+def peak_memory(device: torch.device | str = "cpu") -> int:
+    """Returns the most memory so far, in bytes: what PyTorch allocated on a GPU, or the process held on a CPU.
+
+    On Linux not by ``getrusage``, whose figure begins with that of the process that started this one.
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    (kibibytes,) = re.findall(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+    return int(kibibytes) * 1024
 
 
 # --------------------------------------------------------------------------------------------------------- the machine

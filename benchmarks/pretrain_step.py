@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import importlib
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -38,6 +37,7 @@ from measure import (
     matrix_product_peak,
     medians,
     parser,
+    peak_memory,
     prepare,
     show,
     write,
@@ -330,7 +330,7 @@ def share(tokenizer: VisualTokenizer, images: Tensor, expected: Tensor) -> float
     return (tokenizer.encode(images) == expected).float().mean().item()
 
 
-def peak_memory(args: argparse.Namespace, name: str, precision: str) -> float:
+def memory_of(args: argparse.Namespace, name: str, precision: str) -> float:
     """Returns the most memory that a process of its own held in two steps of a contender, in GiB."""
     command = [sys.executable, __file__, "--model", args.model, "--precision", precision, "--memory_of", name]
     command += ["--batch_size", str(args.batch_size), "--input_size", str(args.input_size)]
@@ -343,10 +343,7 @@ def report_memory(args: argparse.Namespace, sizes: Sizes, device: torch.device) 
     step = contenders(args, sizes, DTYPES[args.precision[0]], device)[args.memory_of]()
     for _ in range(2):
         step()
-    if device.type == "cuda":
-        print(torch.cuda.max_memory_allocated() / 2**30)
-    else:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    print(peak_memory(device) / 2**30)
 
 
 def compare(args: argparse.Namespace, sizes: Sizes, precision: str, device: torch.device) -> dict[str, Any]:
@@ -364,7 +361,7 @@ def compare(args: argparse.Namespace, sizes: Sizes, precision: str, device: torc
     ratios = {name: found["usual"]["whole"] / found[name]["whole"] for name in steps if name != "usual"}
     for name, ratio in ratios.items():
         headline(f"{name} against the usual composition, {precision}", ratio, GOALS[precision])
-    memory = {name: peak_memory(args, name, precision) for name in steps if args.memory and name != COMPILED}
+    memory = {name: memory_of(args, name, precision) for name in steps if args.memory and name != COMPILED}
     rows = []
     for name, seconds in found.items():
         rate = flops[name] / seconds["whole"]

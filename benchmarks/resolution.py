@@ -11,7 +11,6 @@ allocated there. The contenders take turns twice at each size, the second time b
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from measure import (
     headline,
     machine,
     parser,
+    peak_memory,
     prepare,
     show,
     synchronize,
@@ -58,11 +58,7 @@ def report_one(args: argparse.Namespace, device: torch.device) -> None:
         step()
         synchronize(device)
         seconds.append(Clock.now() - start)
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**30
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps({"seconds": seconds, "peak_memory_gib": peak}))
+    print(json.dumps({"seconds": seconds, "peak_memory_gib": peak_memory(device) / 2**30}))
 
 
 def measure_all(args: argparse.Namespace, size: int) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,6 @@ DistributedDataParallel (gloo between CPUs, NCCL between GPUs) and `--shard fsdp
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import announce, default_device, headline, machine, parser, prepare, show, write
+from measure import announce, default_device, headline, machine, parser, peak_memory, prepare, show, write
 from torch import Tensor
 
 from beit.data.transforms import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
@@ -107,7 +106,7 @@ def work(args: argparse.Namespace) -> None:
         loader = Ready(make_batch(sizes), sizes.steps)
         make_trainer(args.way, sizes, loader, session.device).fit()
         memory = torch.tensor([0.0] * session.world_size, device=session.device)
-        memory[session.rank] = peak_memory(session.device) - before
+        memory[session.rank] = (peak_memory(session.device) - before) / 2**20
         memory = distributed.sum_over_ranks(memory).cpu()
     if session.rank == 0:
         args.worker.write_text(json.dumps({"seconds": loader.seconds[1:], "mebibytes": memory.max().item()}))
@@ -131,13 +130,6 @@ def make_trainer(way: str, sizes: Sizes, loader: Ready, device: torch.device) ->
     if way != FSDP:
         return Trainer(*arguments, prepare=with_patch_index)
     return FullyShardedTrainer(*arguments, prepare=with_patch_index, layers=lambda model: model.blocks)
-
-
-def peak_memory(device: torch.device) -> float:
-    """Returns the most memory so far in MiB: of the GPU, or of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 # ----------------------------------------------------------------------------------------------------------- all of it
