@@ -3,6 +3,7 @@
 import importlib
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +21,8 @@ def compile_for_training(model: nn.Module, *, recomputes: bool = False) -> None:
     if recomputes:
         # Several processes get the graph in pieces, to exchange gradients as they come. Older PyTorch cannot cut one
         # that recomputes.
-        importlib.import_module("torch._dynamo.config").optimize_ddp = False
+        config: Any = importlib.import_module("torch._dynamo.config")
+        config.optimize_ddp = False
     model.compile(dynamic=False, fullgraph=True)
 
 
