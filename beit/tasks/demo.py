@@ -43,7 +43,7 @@ IMAGE_PIXELS, PATCH_PIXELS = 64, 8  # a grid of 8 x 8 tokens
 NUM_TOKENS = 256
 MODEL = {"patch_size": PATCH_PIXELS, "embed_dim": 128, "depth": 6, "num_heads": 4}
 MASKED_PATCHES = 26  # of 64: 40 %
-REQUIRED_RATIO = 3.0  # masked-token accuracy over the most frequent token's share
+REQUIRED_RATIO = 2.0  # masked-token accuracy over the most frequent token's share
 REQUIRED_PERPLEXITY = 0.10  # of the vocabulary
 PICTURE_IMAGES = 6
 

@@ -24,6 +24,7 @@ from beit.training.session import open_session
 
 CPU = torch.device("cpu")
 EPOCHS, STEPS, IMAGES = 3, 3, 8
+LR = 1e-2
 CASES = {
     "adamw": {},
     "accumulated": {"update_freq": 2},
@@ -91,14 +92,14 @@ def make_trainer(
     sharded, folder, *, opt="adamw", update_freq=1, dtype=torch.float32, epochs=EPOCHS, overflow_at=None, **options
 ):
     model = network(**options)
-    optimizer = create_optimizer(opt, parameter_groups(model, 0.05), lr=1e-2, fused=True, in_parts=sharded)
+    optimizer = create_optimizer(opt, parameter_groups(model, 0.05), lr=LR, fused=True, in_parts=sharded)
     settings = LoopSettings(
         epochs, update_freq, clip_grad=1.0, save_epochs=1, evaluate_average=True, best_metric="score"
     )
     precision = Precision(dtype, CPU)
     layers = {"layers": lambda model: model.blocks} if sharded else {}
     return (FullyShardedTrainer if sharded else Trainer)(
-        model, make_step(overflow_at), Images(update_freq), optimizer, precision, settings, lambda _: 1e-2,
+        model, make_step(overflow_at), Images(update_freq), optimizer, precision, settings, lambda _: LR,
         folder=folder, ema=ModelEmaV3(model, decay=0.5), evaluate=evaluate, **layers,
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from beit.storage import load_checkpoint
 from beit.training import distributed
 from beit.training.checkpoint import RunFolder
 from tests.commands import run
-from tests.training.sharded_runs import CASES, EPOCHS, go_on, make_trainer
+from tests.training.sharded_runs import CASES, EPOCHS, LR, go_on, make_trainer
 
 pytestmark = pytest.mark.slow
 LAST_EPOCH = f"checkpoint-{EPOCHS - 1}.pth"
@@ -51,9 +51,15 @@ def log_of(folder):
 
 
 def assert_same_run(folder, reference, name=LAST_EPOCH, tolerance=1e-6):
+    """Compares weights and logs of two runs whose gradients are summed in another order.
+
+    Adam divides each gradient by its own size, so a weight whose gradient is mostly rounding error (relative size r)
+    differs by r * lr a step, whatever the format's epsilon. State at the wrong parameter shows as a difference of the
+    size of lr. A hundredth of lr is therefore far from both.
+    """
     ours, theirs = load_checkpoint(folder / name), load_checkpoint(reference / name)
     for key in ("model", "model_ema"):
-        torch.testing.assert_close(ours[key], theirs[key], atol=tolerance, rtol=1e-4)
+        torch.testing.assert_close(ours[key], theirs[key], atol=max(tolerance, LR / 100), rtol=1e-4)
     for entry, expected in zip(log_of(folder), log_of(reference), strict=True):
         assert entry == pytest.approx(expected, rel=1e-4, abs=tolerance)
 
