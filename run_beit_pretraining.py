@@ -24,7 +24,7 @@ One H200, the published batch of 2048 on ImageNet-1k:
 import sys
 
 from beit.tasks.launch import launch
-from beit.tasks.masked_image_modeling import PretrainingConfig, main
+from beit.tasks.pretraining import PretrainingConfig, main
 
 if __name__ == "__main__":
     sys.exit(launch(PretrainingConfig, main, __doc__))

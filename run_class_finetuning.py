@@ -23,7 +23,7 @@ A run that was stopped goes on with the same command.
 
 import sys
 
-from beit.tasks.classification import FinetuningConfig, main
+from beit.tasks.finetuning import FinetuningConfig, main
 from beit.tasks.launch import launch
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ same command.
 
 import sys
 
-from beit.tasks.dvae import DvaeConfig, main
+from beit.tasks.dvae_training import DvaeConfig, main
 from beit.tasks.launch import launch
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from beit.dvae import DiscreteVAE
+    from beit.checkpoints.load import KeyReport, load_pretrained
     from beit.errors import InputError
     from beit.inference import extract_feat, inference_model
     from beit.masking import BlockwiseMaskGenerator, RandomMaskGenerator
     from beit.modeling import VisionTransformer, VisionTransformerForMaskedImageModeling
-    from beit.pretrained import KeyReport, load_pretrained
-    from beit.tokenizer import VisualTokenizer, download_tokenizer, load_tokenizer
+    from beit.tokenizers.base import VisualTokenizer, download_tokenizer, load_tokenizer
+    from beit.tokenizers.dvae import DiscreteVAE
     from beit.zoo import (
         beit_base_patch16_224,
         beit_base_patch16_224_8k_vocab,
@@ -68,7 +68,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "DiscreteVAE": "dvae",
+    "DiscreteVAE": "tokenizers.dvae",
     "InputError": "errors",
     "extract_feat": "inference",
     "inference_model": "inference",
@@ -76,11 +76,11 @@ _HOMES = {
     "RandomMaskGenerator": "masking",
     "VisionTransformer": "modeling",
     "VisionTransformerForMaskedImageModeling": "modeling",
-    "KeyReport": "pretrained",
-    "load_pretrained": "pretrained",
-    "VisualTokenizer": "tokenizer",
-    "download_tokenizer": "tokenizer",
-    "load_tokenizer": "tokenizer",
+    "KeyReport": "checkpoints.load",
+    "load_pretrained": "checkpoints.load",
+    "VisualTokenizer": "tokenizers.base",
+    "download_tokenizer": "tokenizers.base",
+    "load_tokenizer": "tokenizers.base",
 }
 
 

@@ -26,48 +26,52 @@ class Command:
 
 
 COMMANDS = {
-    "convert": Command("beit.tasks.convert", "ConvertConfig", "main", "write a checkpoint in another library's format"),
-    "demo": Command("beit.tasks.demo", "DemoConfig", "main", "watch BEiT learn on this machine, in minutes"),
+    "convert": Command(
+        "beit.commands.convert", "ConvertConfig", "main", "write a checkpoint in another library's format"
+    ),
+    "demo": Command("examples.demo", "DemoConfig", "main", "watch BEiT learn on this machine, in minutes"),
     "download tokenizer": Command(
-        "beit.tasks.commands", "DownloadTokenizerConfig", "download", "fetch OpenAI's tokenizer into a folder"
+        "beit.commands.commands", "DownloadTokenizerConfig", "download", "fetch OpenAI's tokenizer into a folder"
     ),
-    "dvae": Command("beit.tasks.dvae", "DvaeConfig", "main", "train a tokenizer on your images"),
-    "finetune": Command("beit.tasks.classification", "FinetuningConfig", "main", "fine-tune or evaluate a classifier"),
-    "index": Command("beit.tasks.commands", "IndexConfig", "print_index", "list images once, before many runs"),
-    "knn": Command("beit.tasks.knn", "KnnConfig", "main", "score features by nearest neighbours; trains nothing"),
-    "predict": Command("beit.tasks.predict", "PredictConfig", "main", "say what images show"),
-    "pretrain": Command(
-        "beit.tasks.masked_image_modeling", "PretrainingConfig", "main", "pre-train BEiT on a folder of images"
-    ),
+    "dvae": Command("beit.tasks.dvae_training", "DvaeConfig", "main", "train a tokenizer on your images"),
+    "finetune": Command("beit.tasks.finetuning", "FinetuningConfig", "main", "fine-tune or evaluate a classifier"),
+    "index": Command("beit.commands.commands", "IndexConfig", "print_index", "list images once, before many runs"),
+    "knn": Command("beit.commands.knn", "KnnConfig", "main", "score features by nearest neighbours; trains nothing"),
+    "predict": Command("beit.commands.predict", "PredictConfig", "main", "say what images show"),
+    "pretrain": Command("beit.tasks.pretraining", "PretrainingConfig", "main", "pre-train BEiT on a folder of images"),
     "probe": Command(
         "beit.tasks.linear_probe", "LinearProbeConfig", "main", "train linear classifiers on frozen features"
     ),
-    "recipes list": Command("beit.tasks.recipes", "ListConfig", "print_list", "list the published runs"),
-    "recipes show": Command("beit.tasks.recipes", "ShowConfig", "show", "say all about a published run"),
+    "recipes list": Command("beit.commands.recipes", "ListConfig", "print_list", "list the published runs"),
+    "recipes show": Command("beit.commands.recipes", "ShowConfig", "show", "say all about a published run"),
     "recipes command": Command(
-        "beit.tasks.recipes", "CommandConfig", "print_command", "work out a published run's command for your GPUs"
+        "beit.commands.recipes", "CommandConfig", "print_command", "work out a published run's command for your GPUs"
     ),
     "recipes document": Command(
-        "beit.tasks.recipes", "DocumentConfig", "write_document", "write docs/reproducing.md from the recipes"
+        "beit.commands.recipes", "DocumentConfig", "write_document", "write docs/reproducing.md from the recipes"
     ),
-    "report": Command("beit.tasks.report", "ReportConfig", "main", "put runs onto one page that stands alone"),
-    "models": Command("beit.tasks.commands", "ModelsConfig", "print_models", "list the models with their sizes"),
-    "shards": Command("beit.tasks.shards", "ShardsConfig", "main", "pack images into tar files in WebDataset's format"),
+    "report": Command("beit.commands.report", "ReportConfig", "main", "put runs onto one page that stands alone"),
+    "models": Command("beit.commands.commands", "ModelsConfig", "print_models", "list the models with their sizes"),
+    "shards": Command(
+        "beit.commands.shards", "ShardsConfig", "main", "pack images into tar files in WebDataset's format"
+    ),
     "visualize reconstruct": Command(
-        "beit.tasks.visualize", "ReconstructConfig", "reconstruct", "draw what a model makes of masked patches"
+        "beit.commands.visualize", "ReconstructConfig", "reconstruct", "draw what a model makes of masked patches"
     ),
-    "visualize curves": Command("beit.tasks.visualize", "CurvesConfig", "curves", "draw the curves of training logs"),
+    "visualize curves": Command(
+        "beit.commands.visualize", "CurvesConfig", "curves", "draw the curves of training logs"
+    ),
     "visualize attention": Command(
-        "beit.tasks.visualize_attention", "AttentionConfig", "attention", "draw where patches of images look"
+        "beit.commands.visualize_attention", "AttentionConfig", "attention", "draw where patches of images look"
     ),
     "visualize distance": Command(
-        "beit.tasks.visualize_attention", "DistanceConfig", "distance", "draw how far the heads of each block look"
+        "beit.commands.visualize_attention", "DistanceConfig", "distance", "draw how far the heads of each block look"
     ),
     "visualize bias": Command(
-        "beit.tasks.visualize_attention", "BiasConfig", "bias", "draw relative position biases as images"
+        "beit.commands.visualize_attention", "BiasConfig", "bias", "draw relative position biases as images"
     ),
     "visualize embeddings": Command(
-        "beit.tasks.visualize_embeddings", "EmbeddingsConfig", "embeddings", "draw features in the plane, by class"
+        "beit.commands.visualize_embeddings", "EmbeddingsConfig", "embeddings", "draw features in the plane, by class"
     ),
 }
 

@@ -20,12 +20,12 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from beit.checkpoints.read import class_names
 from beit.data.classification import ClassificationEvalTransform, default_crop_pct
 from beit.data.datasets import UnreadableImageError, read_image, to_rgb, upright
 from beit.data.transforms import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD, normalize
 from beit.errors import InputError, did_you_mean
 from beit.modeling import Backbone, VisionTransformer
-from beit.weights import class_names
 from beit.zoo import open_model
 
 OneImage = str | os.PathLike[str] | Image.Image | NDArray[Any] | Tensor
@@ -164,7 +164,7 @@ def preprocessing_of(model: Backbone, metadata: Mapping[str, Any]) -> Preprocess
 
     Args:
         model: Its image size counts, which may have been changed.
-        metadata: From :func:`beit.weights.read_weights`.
+        metadata: From :func:`beit.checkpoints.read.read_weights`.
     """
     transform = ClassificationEvalTransform(
         model.img_size,

@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from beit.data.transforms import normalize, to_unit_range
-from beit.tokenizer import VisualTokenizer
+from beit.tokenizers.base import VisualTokenizer
 
 Batch = Mapping[str, Tensor]
 

@@ -13,9 +13,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from beit.errors import InputError, did_you_mean
-from beit.modeling import Backbone, VisionTransformer, VisionTransformerForMaskedImageModeling
-from beit.pretrained import (
+from beit.checkpoints.load import (
     Architecture,
     Metadata,
     architecture_of,
@@ -24,6 +22,8 @@ from beit.pretrained import (
     read_weights,
     released_for,
 )
+from beit.errors import InputError, did_you_mean
+from beit.modeling import Backbone, VisionTransformer, VisionTransformerForMaskedImageModeling
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +37,9 @@ def create_model(name: str, pretrained: bool | str | Path = False, **overrides: 
 
     Args:
         name: One of :func:`list_models`.
-        pretrained: A checkpoint to load, as :func:`beit.pretrained.load_pretrained` takes it; True for the released
-            one: fine-tuned on ImageNet-1k for a classifier, pre-trained on 22k for a pre-training model. A head
-            of another size starts anew. What the checkpoint records is in ``model.metadata``.
+        pretrained: A checkpoint to load, as :func:`beit.load_pretrained` takes it; True for the released one:
+            fine-tuned on ImageNet-1k for a classifier, pre-trained on 22k for a pre-training model. A head of another
+            size is initialised anew. What the checkpoint records is in ``model.metadata``.
         **overrides: Keywords of the model's constructor that differ from the published configuration.
 
     Raises:
@@ -73,7 +73,7 @@ def open_model(name_or_path: str | Path) -> tuple[Backbone, Metadata]:
             checkpoint that was released for it.
 
     Returns:
-        The model in evaluation mode, and what the checkpoint records; see :mod:`beit.weights`.
+        The model in evaluation mode, and what the checkpoint records; see :mod:`beit.checkpoints.read`.
 
     Raises:
         InputError: There is no such checkpoint, or it is of another kind of model.
@@ -92,7 +92,7 @@ def build(architecture: Architecture, layer_norm_eps: float | None = None) -> Ba
     """Builds the model that an architecture describes.
 
     Args:
-        architecture: From :func:`beit.pretrained.architecture_of`.
+        architecture: From :func:`beit.checkpoints.load.architecture_of`.
         layer_norm_eps: Where another library's checkpoint was made with another than ours, 1e-6.
     """
     model = VisionTransformerForMaskedImageModeling if architecture.masked else VisionTransformer

@@ -35,7 +35,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from beit.data.transforms import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from beit.tasks.classification import Classification
+from beit.tasks.finetuning import Classification
 from beit.training.optim import create_optimizer, parameter_groups
 from beit.training.precision import Precision
 from beit.zoo import create_model

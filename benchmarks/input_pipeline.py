@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from torchvision import transforms as v1
 
+from beit.commands.shards import write_shards
 from beit.data.datasets import ImageDataset, kept_randomness, read_pixels, sample_randomness
 from beit.data.index import ImageIndex, index_images
 from beit.data.jitter import ViewJitter
@@ -47,7 +48,6 @@ from beit.data.transforms import (
     to_unit_range,
 )
 from beit.masking import BlockwiseMaskGenerator
-from beit.tasks.shards import write_shards
 
 BATCH = 32
 READ = 1024  # of the small images, in each repeat

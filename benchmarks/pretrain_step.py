@@ -49,8 +49,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from beit.data.transforms import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD, normalize, to_unit_range
 from beit.masking import BlockwiseMaskGenerator
 from beit.targets import TokenTarget
-from beit.tasks.masked_image_modeling import MaskedPrediction, with_patch_index
-from beit.tokenizer import DallETokenizer, VisualTokenizer, load_tokenizer
+from beit.tasks.pretraining import MaskedPrediction, with_patch_index
+from beit.tokenizers.base import DallETokenizer, VisualTokenizer, load_tokenizer
 from beit.training.optim import create_optimizer, parameter_groups
 from beit.training.precision import Precision
 from beit.zoo import create_model

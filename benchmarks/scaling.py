@@ -33,7 +33,7 @@ from beit.data.transforms import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from beit.masking import BlockwiseMaskGenerator
 from beit.targets import PixelTarget
 from beit.tasks.launch import end_at_once
-from beit.tasks.masked_image_modeling import MaskedPrediction, with_patch_index
+from beit.tasks.pretraining import MaskedPrediction, with_patch_index
 from beit.training import distributed
 from beit.training.fsdp import FullyShardedTrainer
 from beit.training.loop import LoopSettings, Trainer

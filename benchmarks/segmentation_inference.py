@@ -36,9 +36,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BeitForSemanticSegmentation
 
+from beit.commands.convert import convert
 from beit.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, normalize
 from beit.storage import save_checkpoint
-from beit.tasks.convert import convert
 from beit.training.precision import Precision
 from beit.zoo import create_model
 from semantic_segmentation.inference import TestSettings, predict_each, window_starts

@@ -32,7 +32,7 @@ IMPORTS = {
     "timm": "import timm",
     "transformers' BEiT": "from transformers import BeitForImageClassification",
     "ours: import beit": "import beit",
-    "ours: the pre-training job": "import beit.tasks.masked_image_modeling",
+    "ours: the pre-training job": "import beit.tasks.pretraining",
 }
 FIRST_STEPS = {
     "timm": "import timm; model = timm.create_model('beit_base_patch16_224').train(); " + FIRST_STEP,

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from beit.checkpoints.formats.segmentation import POOL_SCALES
 from beit.errors import InputError
-from beit.interop.segmentation import POOL_SCALES
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:

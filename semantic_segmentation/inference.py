@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from beit.checkpoints.formats.segmentation import ADE20K_CLASSES
 from beit.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, normalize
 from beit.errors import InputError
-from beit.interop.segmentation import ADE20K_CLASSES
 from beit.training.precision import Precision
 from semantic_segmentation.modeling import Segmentor, at_size
 from semantic_segmentation.transforms import fit_size, resize, scaled
@@ -46,7 +46,7 @@ def statistics_of(metadata: Mapping[str, Any], num_classes: int) -> Statistics:
     weights learnt with ImageNet's, so a segmentor of ADE20K's 150 classes in its format is not believed about 0.5.
 
     Args:
-        metadata: From :func:`beit.weights.read_weights`.
+        metadata: From :func:`beit.checkpoints.read.read_weights`.
         num_classes: Classes of the segmentor.
     """
     usual = Statistics()

@@ -22,11 +22,11 @@ from einops import rearrange
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from beit.checkpoints.formats.segmentation import POOL_SCALES
+from beit.checkpoints.load import KeyReport, load_weights
+from beit.checkpoints.read import Metadata, architecture_of, taps_of
 from beit.errors import InputError
-from beit.interop.segmentation import POOL_SCALES
 from beit.modeling import Backbone, Size
-from beit.pretrained import KeyReport, load_weights
-from beit.weights import Metadata, architecture_of, taps_of
 from semantic_segmentation.heads import FCNHead, Head, SETRUPHead, UPerHead, resize
 
 logger = logging.getLogger(f"beit.{__name__}")
@@ -126,7 +126,7 @@ class Segmentor(nn.Module):
         auxiliary_head: Another such head, used in training mode only.
 
     Attributes:
-        metadata: What a checkpoint records besides the weights; see :mod:`beit.weights`.
+        metadata: What a checkpoint records besides the weights; see :mod:`beit.checkpoints.read`.
     """
 
     def __init__(self, backbone: BeitPyramid, decode_head: Head, auxiliary_head: Head | None = None) -> None:
@@ -282,7 +282,7 @@ def segmentor_from(weights: Mapping[str, Tensor], metadata: Metadata) -> Segment
     """Builds the segmentor that a checkpoint is of, and loads it.
 
     Args:
-        weights: From :func:`beit.weights.read_weights`: names without ``backbone.``, and those of the heads.
+        weights: From :func:`beit.checkpoints.read.read_weights`: names without ``backbone.``, and those of the heads.
         metadata: What is known of them. ``out_indices``, ``pool_scales`` and ``auxiliary_index``, which no shape tells,
             are those of the published models where it does not say.
 
@@ -350,7 +350,7 @@ def load_segmentor(
 
     Args:
         segmentor: What to load into.
-        weights: From :func:`beit.weights.read_weights`.
+        weights: From :func:`beit.checkpoints.read.read_weights`.
         metadata: What is known of them.
         source: What to call the checkpoint.
 

@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from beit.checkpoints.formats.segmentation import leaves_zero_out
+from beit.checkpoints.load import read_weights
 from beit.config import option
 from beit.data.datasets import UnreadableImageError, read_image
 from beit.data.index import image_files
 from beit.data.transforms import size_pair
 from beit.errors import InputError
-from beit.interop.segmentation import leaves_zero_out
-from beit.pretrained import read_weights
 from beit.tasks.options import AMP_CHOICES
 from beit.training.distributed import select_device
 from beit.training.precision import Precision, resolve_amp_dtype

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from beit.checkpoints.load import load_pretrained, read_weights
 from beit.config import to_plain
 from beit.data.loaders import EpochLoader, RoundLoader
 from beit.data.transforms import normalize, size_pair
-from beit.pretrained import load_pretrained, read_weights
 from beit.tasks.options import optimizer_for, session_of
 from beit.training import distributed
 from beit.training.loop import Batch, LoopSettings, Trainer

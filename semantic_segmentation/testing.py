@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from beit.checkpoints.load import read_weights
 from beit.data.loaders import EpochLoader
 from beit.data.transforms import size_pair
 from beit.errors import InputError
-from beit.pretrained import read_weights
 from beit.storage import atomic_write
 from beit.tasks.options import EVALUATION_WORKERS, session_of
 from beit.training import distributed

@@ -15,56 +15,46 @@ ROOT = Path(__file__).parents[1]
 # Module (or package.*) -> what else of ours it may import. Every module must be found here; `beit.errors` is open to
 # all of beit, `beit` itself (the re-exports) to nobody below the launchers.
 EVERYBODY_MAY = ("beit.errors",)
-CHECKPOINTS = ("beit.released", "beit.weights", "beit.pretrained", "beit.interop.*")
-MODELS = ("beit.modeling", "beit.pretrained", "beit.zoo", "beit.inference", "beit.tokenizer", "beit.dvae")
-BELOW_TASKS = (
-    *MODELS,
-    *CHECKPOINTS,
-    "beit.targets",
-    "beit.relative_position",
-    "beit.masking",
-    "beit.storage",
-    "beit.config",
-    "beit.data.*",
+PARTS = (
+    *("beit.modeling", "beit.zoo", "beit.inference", "beit.masking", "beit.targets", "beit.tokenizers.*"),
+    *("beit.checkpoints.*", "beit.relative_position", "beit.storage", "beit.config", "beit.data.*"),
 )
 MAY_IMPORT = {
     # the ground floor: nothing else of ours
     "beit.errors": (),
     "beit.relative_position": (),
     "beit.masking": (),
-    "beit.dvae": (),
     "beit.storage": (),
     "beit.config": (),
-    "beit.pieces": ("beit.storage",),
-    "beit.interop.*": ("beit.interop.*",),
     "dall_e.*": ("dall_e.*",),
     # the engine: any module on any loader, knowing neither models nor data
-    "beit.training.*": ("beit.training.*", "beit.storage", "beit.pieces"),
+    "beit.training.*": ("beit.training.*", "beit.storage", "beit.checkpoints.pieces"),
     # the parts of the method
     "beit.modeling": ("beit.relative_position",),
-    "beit.tokenizer": ("dall_e.*", "beit.dvae", "beit.storage"),
+    "beit.tokenizers.*": ("beit.tokenizers.*", "dall_e.*", "beit.storage"),
     "beit.data.*": ("beit.data.*", "beit.masking", "beit.storage"),
-    "beit.targets": ("beit.tokenizer", "beit.data.*"),
+    "beit.targets": ("beit.tokenizers.*", "beit.data.*"),
     # checkpoints of every dialect, and the models they are of
-    "beit.released": ("beit.storage",),
-    "beit.weights": ("beit.released", "beit.interop.*", "beit.storage", "beit.pieces", "beit.relative_position"),
-    "beit.pretrained": ("beit.modeling", *CHECKPOINTS, "beit.relative_position"),
-    "beit.zoo": ("beit.modeling", "beit.pretrained"),
-    "beit.inference": ("beit.modeling", "beit.weights", "beit.zoo", "beit.data.*"),
-    # the jobs, and their pictures
-    "beit.visualization.*": ("beit.visualization.*", *BELOW_TASKS),
-    "beit.tasks.*": ("beit.tasks.*", "beit.visualization.*", *BELOW_TASKS, "beit.training.*"),
+    "beit.checkpoints.formats.*": ("beit.checkpoints.formats.*",),
+    "beit.checkpoints.*": ("beit.checkpoints.*", "beit.storage", "beit.relative_position", "beit.modeling"),
+    "beit.zoo": ("beit.modeling", "beit.checkpoints.*"),
+    "beit.inference": ("beit.modeling", "beit.checkpoints.*", "beit.zoo", "beit.data.*"),
+    # the jobs, their pictures, and the commands around them
+    "beit.visualization.*": ("beit.visualization.*", *PARTS),
+    "beit.tasks.*": ("beit.tasks.*", "beit.visualization.*", *PARTS, "beit.training.*"),
+    "beit.commands.*": ("beit.commands.*", "beit.tasks.*", "beit.visualization.*", *PARTS, "beit.training.*"),
     # segmentation stands on all of beit, which does not know it
     "semantic_segmentation.tools.*": (
         *("semantic_segmentation.config", "semantic_segmentation.task", "semantic_segmentation.testing"),
         "beit.tasks.launch",
     ),
     "semantic_segmentation.*": (
-        *("semantic_segmentation.*", "beit.tasks.*", "beit.visualization.*", *BELOW_TASKS, "beit.training.*"),
+        *("semantic_segmentation.*", "beit.commands.*", "beit.tasks.*", "beit.visualization.*", "examples.*"),
+        *(*PARTS, "beit.training.*"),
     ),
     # on top: the public names, the console command, the launchers
-    "beit": (*MODELS, "beit.masking"),
-    "beit.__main__": ("beit.tasks.*",),
+    "beit": PARTS,
+    "beit.__main__": ("beit.commands.*", "beit.tasks.*", "examples.demo"),
     "run_*": ("beit.tasks.*",),
 }
 
@@ -143,7 +133,7 @@ def matches(name, patterns):
 
 
 def is_ours(name):
-    return matches(name, ("beit.*", "dall_e.*", "semantic_segmentation.*", "run_*"))
+    return matches(name, ("beit.*", "dall_e.*", "semantic_segmentation.*", "examples.*", "run_*"))
 
 
 # ---------------------------------------------------------------------------------------------------- the checks

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
+from beit.commands.published import plan, read_recipe
 from beit.config import read_command_line
-from beit.tasks.masked_image_modeling_config import PretrainingConfig
 from beit.tasks.options import share_out
-from beit.tasks.published import plan, read_recipe
+from beit.tasks.pretraining_config import PretrainingConfig
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "clusters"

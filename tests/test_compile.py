@@ -8,12 +8,12 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from beit.config import read_command_line
-from beit.dvae import DiscreteVAE
 from beit.masking import RandomMaskGenerator
 from beit.modeling import VisionTransformerForMaskedImageModeling
 from beit.targets import TokenTarget
-from beit.tasks.masked_image_modeling import MaskedPrediction, PretrainingConfig, tokenizer_dtype, with_patch_index
-from beit.tokenizer import CustomizedTokenizer, load_tokenizer, save_dvae
+from beit.tasks.pretraining import MaskedPrediction, PretrainingConfig, tokenizer_dtype, with_patch_index
+from beit.tokenizers.base import CustomizedTokenizer, load_tokenizer, save_dvae
+from beit.tokenizers.dvae import DiscreteVAE
 
 GRID, MOST = (4, 4), 7
 HALF = ((0.5,) * 3, (0.5,) * 3)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from beit.checkpoints.load import RELEASED
 from beit.config import read_command_line
-from beit.pretrained import RELEASED
-from beit.tasks.classification import build_eval_transform
-from beit.tasks.classification_config import FinetuningConfig
+from beit.tasks.finetuning import build_eval_transform
+from beit.tasks.finetuning_config import FinetuningConfig
 from tests.test_recipes import RECIPES, commanded, facts_of, settings_of
 
 PATHS = ("data_path", "output_dir", "finetune")

@@ -102,9 +102,7 @@ def test_an_installed_wheel_runs_away_from_the_sources(wheel, tmp_path):
     assert where.startswith(str(tmp_path))
     for launcher in LAUNCHERS:
         assert "--data_path" in run("-m", Path(launcher).stem, "--help", cwd=tmp_path, env=environment)
-    show = (
-        "import beit.config as c, beit.tasks.masked_image_modeling as m; print(c.read_yaml(m.PretrainingConfig, '{}'))"
-    )
+    show = "import beit.config as c, beit.tasks.pretraining as m; print(c.read_yaml(m.PretrainingConfig, '{}'))"
     for recipe in (ROOT / "beit" / "recipes").glob("pretrain*.yaml"):
         assert "'lr'" in run("-c", show.format(recipe.stem), cwd=tmp_path, env=environment)
     segment = (

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from beit.commands.published import command, plan, read_recipe
 from beit.config import read_command_line, read_facts, read_yaml, recipe_names
-from beit.tasks.classification_config import FinetuningConfig
+from beit.tasks.finetuning_config import FinetuningConfig
 from beit.tasks.linear_probe_config import LinearProbeConfig
-from beit.tasks.masked_image_modeling_config import PretrainingConfig
-from beit.tasks.published import command, plan, read_recipe
+from beit.tasks.pretraining_config import PretrainingConfig
 from semantic_segmentation.config import SETTINGS, check_settings, intervals, read_test, read_train
 
 ROOT = Path(__file__).parents[1]

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.commands import run
+from tests.shell import run
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from beit.dvae import DiscreteVAE
 from beit.modeling import VisionTransformerForMaskedImageModeling
 from beit.targets import PixelTarget, PredictionTarget, TokenTarget
-from beit.tasks.masked_image_modeling import MaskedPrediction, with_patch_index
-from beit.tokenizer import CustomizedTokenizer
+from beit.tasks.pretraining import MaskedPrediction, with_patch_index
+from beit.tokenizers.base import CustomizedTokenizer
+from beit.tokenizers.dvae import DiscreteVAE
 
 DOCS = Path(__file__).parents[1] / "docs" / "architecture.md"
 IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from beit.checkpoints.load import architecture_of, load_weights, read_weights
 from beit.config import to_plain
 from beit.data.classification import (
     ClassificationEvalTransform,
@@ -24,7 +25,6 @@ from beit.data.classification import (
 from beit.data.loaders import EpochLoader
 from beit.errors import InputError
 from beit.modeling import Backbone
-from beit.pretrained import architecture_of, load_weights, read_weights
 from beit.tasks.features import Feature, FrozenFeatures
 from beit.tasks.linear_probe_config import AUTO, OFFICIAL_NUM_LABELS, LinearProbeConfig, check_settings
 from beit.tasks.options import normalization, session_of

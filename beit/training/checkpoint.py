@@ -24,7 +24,7 @@ BEST = "checkpoint-best.pth"
 BEST_EMA = "checkpoint-best-ema.pth"  # the moving average of the weights, as its model
 PIECES = "pieces"  # the key of a checkpoint that names the folder beside it, where its optimizer lies in pieces
 DEEPSPEED = "deepspeed"  # the key that names the folder where DeepSpeed wrote it
-_PIECES_INDEX = ".metadata"  # written last, see beit/pieces.py
+_PIECES_INDEX = ".metadata"  # written last, see beit/checkpoints/pieces.py
 _NUMBERED_FILE = re.compile(r"checkpoint-(\d+)\.pth")
 _SHOWN_DIFFERENCES = 2
 

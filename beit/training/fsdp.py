@@ -23,8 +23,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from beit.checkpoints.pieces import OPTIMIZER, WEIGHTS, read_optimizer, split_optimizer, write_pieces, write_state
 from beit.errors import InputError
-from beit.pieces import OPTIMIZER, WEIGHTS, read_optimizer, split_optimizer, write_pieces, write_state
 from beit.training import distributed
 from beit.training.checkpoint import PIECES, folder_beside, load_exactly
 from beit.training.loop import Batch

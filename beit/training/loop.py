@@ -198,7 +198,9 @@ class Trainer:
     def _optimizer_state(self, checkpoint: Mapping[str, Any], source: str) -> Mapping[str, Any]:
         """Returns the optimizer's state, which a run of ``--shard fsdp`` has left in pieces."""
         if PIECES in checkpoint:
-            from beit.pieces import read_optimizer  # seldom needed, and torch takes a second to import what it is of
+            from beit.checkpoints.pieces import (
+                read_optimizer,  # seldom needed, and torch takes a second to import what it is of
+            )
 
             return read_optimizer(folder_beside(source, checkpoint[PIECES]))
         return checkpoint["optimizer"]

@@ -10,15 +10,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from beit.commands import knn
+from beit.commands.knn import KnnConfig
 from beit.config import read_yaml
-from beit.data.synthetic import SHAPES, write_digits, write_photograph_crops, write_segmentation_scenes
-from beit.tasks import classification, dvae, knn, linear_probe, masked_image_modeling
-from beit.tasks.classification_config import FinetuningConfig
-from beit.tasks.dvae import DvaeConfig
-from beit.tasks.knn import KnnConfig
+from beit.tasks import dvae_training as dvae
+from beit.tasks import finetuning as classification
+from beit.tasks import linear_probe
+from beit.tasks import pretraining as masked_image_modeling
+from beit.tasks.dvae_training import DvaeConfig
+from beit.tasks.finetuning_config import FinetuningConfig
 from beit.tasks.linear_probe_config import LinearProbeConfig
-from beit.tasks.masked_image_modeling_config import PretrainingConfig
+from beit.tasks.pretraining_config import PretrainingConfig
 from beit.visualization.curves import read_log
+from examples.toy_images import SHAPES, write_digits, write_photograph_crops, write_segmentation_scenes
 from semantic_segmentation import task as segmentation
 from semantic_segmentation.config import TrainConfig
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from beit.__main__ import main as beit_main
+from beit.commands.shards import write_shards
 from beit.data import index as index_module
 from beit.data.classification import find_images
 from beit.data.datasets import ImageDataset, index_images, read_image
@@ -20,7 +21,6 @@ from beit.data.shards import ShardReader, expand, names_shards
 from beit.data.transforms import MaskedImageModelingTransform
 from beit.errors import InputError
 from beit.masking import BlockwiseMaskGenerator
-from beit.tasks.shards import write_shards
 
 IMAGES, LONG_AGO = 23, (1_500_000_000, 1_500_000_000)
 

@@ -8,8 +8,8 @@ import pytest
 import webdataset
 from PIL import Image
 
+from beit.commands.shards import write_shards
 from beit.data.datasets import index_images
-from beit.tasks.shards import write_shards
 
 CLASSES = ("cat", "dog")
 IMAGES = 7

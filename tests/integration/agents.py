@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.commands import ROOT, run
+from tests.shell import ROOT, run
 
 MOST_SECONDS = 200  # that anything is waited for
 LAST_EPOCH = 3

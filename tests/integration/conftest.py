@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from beit.dvae import DiscreteVAE
-from beit.tokenizer import save_dvae
+from beit.tokenizers.base import save_dvae
+from beit.tokenizers.dvae import DiscreteVAE
 
 # Sizes of a model that trains in seconds. 32 pixels in 8-pixel patches are a 4 x 4 grid, for model and tokenizer alike.
 SMALL_MODEL = (

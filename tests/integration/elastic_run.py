@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from beit.tasks import masked_image_modeling
+from beit.tasks import pretraining as masked_image_modeling
 from beit.tasks.launch import launch
 from beit.training import distributed
 

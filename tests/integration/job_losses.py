@@ -1,4 +1,4 @@
-"""Trains 20 steps of every job on one thread and writes the losses: ``python -m tests.integration.job_losses OUT.json``.
+"""Trains 20 steps of every job on one thread: ``python -m tests.integration.job_losses OUT.json`` writes the losses.
 
 A change that should not move numbers reproduces them bit for bit on the same machine. Elsewhere they agree to what
 another order of sums does (test_job_losses.py).

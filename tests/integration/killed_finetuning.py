@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 
-from beit.tasks import classification
+from beit.tasks import finetuning as classification
 from beit.tasks.launch import launch
 from tests.integration.killed_run import kill_at_rename
 

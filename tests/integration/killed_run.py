@@ -12,7 +12,7 @@ import sys
 
 import torch.distributed.checkpoint
 
-from beit.tasks import masked_image_modeling
+from beit.tasks import pretraining as masked_image_modeling
 from beit.tasks.launch import launch
 from beit.training.logging import EpochLog
 

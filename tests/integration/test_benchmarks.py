@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import run
+from tests.shell import run
 
 pytestmark = pytest.mark.slow
 

@@ -9,8 +9,8 @@ import torch
 
 from beit.storage import save_checkpoint
 from beit.zoo import create_model
-from tests.commands import run
 from tests.integration.test_finetuning import KILLED, NOTHING_RANDOM, SCRIPT, TORCHRUN, log_of, write_data
+from tests.shell import run
 
 pytestmark = pytest.mark.slow
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.commands import run
+from tests.shell import run
 
 pytestmark = pytest.mark.slow
 

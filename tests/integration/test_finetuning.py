@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.commands import run
+from tests.shell import run
 
 pytestmark = pytest.mark.slow
 

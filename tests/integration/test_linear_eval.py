@@ -10,7 +10,7 @@ from PIL import Image
 
 from beit.storage import save_checkpoint
 from beit.zoo import create_model
-from tests.commands import run
+from tests.shell import run
 
 pytestmark = pytest.mark.slow
 

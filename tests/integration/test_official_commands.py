@@ -21,9 +21,9 @@ import yaml
 from beit.config import read_command_line
 from beit.tasks.linear_probe import WEIGHT_DECAY
 from beit.tasks.linear_probe_config import LinearProbeConfig
-from tests.commands import run
 from tests.integration.conftest import SMALL_MODEL
 from tests.integration.test_finetuning import log_of, reported, write_data
+from tests.shell import run
 from tests.test_finetuning_recipes import BLOB, EVALUATIONS, OFFICIAL, PUBLISHED
 from tests.test_recipes import OFFICIAL as OFFICIAL_PRETRAINING
 from tests.test_recipes import PATHS_OF, settings_of

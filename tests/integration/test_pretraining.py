@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.commands import run
 from tests.integration.conftest import SMALL_MODEL
+from tests.shell import run
 
 pytestmark = pytest.mark.slow
 

@@ -9,11 +9,11 @@ import threading
 from pathlib import Path
 
 import pytest
-
-from beit.tasks.classification_config import FinetuningConfig
-from beit.tasks.report import ReportConfig, main
-from tests.conftest import NEEDS_BROWSER
 from tests.tasks.test_report import finetuning_entry, make_run
+
+from beit.commands.report import ReportConfig, main
+from beit.tasks.finetuning_config import FinetuningConfig
+from tests.conftest import NEEDS_BROWSER
 from tests.visualization.test_page import HOSTILE
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "headless_shell")

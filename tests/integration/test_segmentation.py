@@ -14,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from beit.data.synthetic import SHAPES, write_segmentation_scenes
-from beit.tasks.demo import MODEL as DEMO_MODEL
 from beit.zoo import create_model
+from examples.demo import MODEL as DEMO_MODEL
+from examples.toy_images import SHAPES, write_segmentation_scenes
 from semantic_segmentation.__main__ import main
-from tests.commands import ROOT, run
+from tests.shell import ROOT, run
 
 pytestmark = pytest.mark.slow
 

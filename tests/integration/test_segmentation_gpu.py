@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from beit.data.synthetic import write_segmentation_scenes
+from beit.checkpoints.read import read_weights
 from beit.training.precision import AMP_DTYPES, Precision
-from beit.weights import read_weights
+from examples.toy_images import write_segmentation_scenes
 from semantic_segmentation import inference
 from semantic_segmentation.data import TestImages, find_classes, find_pairs
 from semantic_segmentation.modeling import segmentor_from
-from tests.commands import run
+from tests.shell import run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 

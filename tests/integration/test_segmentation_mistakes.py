@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from beit.data.synthetic import write_segmentation_scenes
 from beit.training.checkpoint import RunFolder
 from beit.zoo import create_model
+from examples.toy_images import write_segmentation_scenes
 from semantic_segmentation.__main__ import main
 from semantic_segmentation.config import SETTINGS
-from tests.commands import run
 from tests.integration.test_segmentation import CPU, SMALL, TINY
+from tests.shell import run
 
 pytestmark = pytest.mark.slow
 

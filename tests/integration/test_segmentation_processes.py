@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from beit.data.synthetic import SHAPES, write_segmentation_scenes
+from examples.toy_images import SHAPES, write_segmentation_scenes
 from semantic_segmentation.__main__ import main
 from semantic_segmentation.config import read_test
 from semantic_segmentation.testing import build_model
-from tests.commands import run
 from tests.integration.test_segmentation import CPU, OFFICIAL_PATH, TINY, shell
+from tests.shell import run
 
 pytestmark = pytest.mark.slow
 

@@ -7,12 +7,12 @@ import socket
 import pytest
 import torch
 
-from tests.commands import run
 from tests.integration.test_finetuning import NOTHING_RANDOM, write_data
 from tests.integration.test_finetuning import SCRIPT as FINETUNE
 from tests.integration.test_finetuning import SMALL_MODEL as SMALL_CLASSIFIER
 from tests.integration.test_finetuning import SMALL_RUN as SMALL_FINETUNING
 from tests.integration.test_pretraining import KILLED, SCRIPT, final_checkpoint, log_of
+from tests.shell import run
 
 pytestmark = pytest.mark.slow
 

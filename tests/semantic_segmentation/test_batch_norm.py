@@ -8,8 +8,8 @@ from torch import nn
 
 from semantic_segmentation.batch_norm import CPUSyncBatchNorm, synchronise_batch_norm
 from semantic_segmentation.modeling import build_segmentor
-from tests.commands import run
 from tests.semantic_segmentation.two_processes_batch_norm import STEPS, network, train
+from tests.shell import run
 
 
 @pytest.mark.slow

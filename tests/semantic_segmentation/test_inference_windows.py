@@ -11,8 +11,8 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
 import beit.modeling
+from beit.checkpoints.load import load_weights
 from beit.errors import InputError
-from beit.pretrained import load_weights
 from beit.training.precision import Precision
 from semantic_segmentation import inference
 from semantic_segmentation.inference import enlarged, predict, predict_each, slide, whole, window_starts

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import nn
 
+from beit.checkpoints.formats.segmentation import leaves_zero_out
 from beit.config import read_command_line
 from beit.errors import InputError
-from beit.interop.segmentation import leaves_zero_out
 from semantic_segmentation.data import ade20k_classes
 from semantic_segmentation.modeling import build_segmentor
 from semantic_segmentation.predict import (

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from beit.data.loaders import EpochLoader
-from beit.data.synthetic import SHAPES, write_segmentation_scenes
 from beit.errors import InputError
+from examples.toy_images import SHAPES, write_segmentation_scenes
 from semantic_segmentation import data
 from semantic_segmentation.data import (
     ImagePairs,

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from beit.checkpoints.read import read_weights
 from beit.errors import InputError
 from beit.modeling import VisionTransformer
 from beit.relative_position import resize_table
-from beit.weights import read_weights
 from beit.zoo import create_model
 from semantic_segmentation.heads import ConvNormReLU
 from semantic_segmentation.modeling import (

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from beit.checkpoints.read import read_weights
 from beit.config import to_plain
 from beit.training.optim import apply_schedules
-from beit.weights import read_weights
 from semantic_segmentation.config import TrainConfig, read_train, segmentor_arguments
 from semantic_segmentation.data import named_classes
 from semantic_segmentation.modeling import build_segmentor, segmentor_from

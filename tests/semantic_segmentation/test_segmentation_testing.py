@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from beit.data.synthetic import SHAPES, write_segmentation_scenes
 from beit.errors import InputError
+from examples.toy_images import SHAPES, write_segmentation_scenes
 from semantic_segmentation import testing
 from semantic_segmentation.config import adds_one, check_settings, read_test, read_train
 from semantic_segmentation.data import find_classes, find_pairs

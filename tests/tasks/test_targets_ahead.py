@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 
 from beit.config import read_command_line
-from beit.dvae import DiscreteVAE
 from beit.storage import load_checkpoint
 from beit.targets import PredictionTarget
-from beit.tasks.masked_image_modeling import PretrainingConfig, main
+from beit.tasks.pretraining import PretrainingConfig, main
 from beit.tasks.targets_ahead import TargetsAhead
-from beit.tokenizer import save_dvae
+from beit.tokenizers.base import save_dvae
+from beit.tokenizers.dvae import DiscreteVAE
 from beit.training.precision import Precision
 
 CPU = torch.device("cpu")

@@ -3,7 +3,7 @@
 import pytest
 
 from beit.storage import load_checkpoint
-from tests.commands import run
+from tests.shell import run
 
 pytestmark = pytest.mark.slow
 

@@ -17,7 +17,7 @@ from beit.training.distributed import (
     on_main,
     select_device,
 )
-from tests.commands import run
+from tests.shell import run
 
 
 def test_one_plain_process():

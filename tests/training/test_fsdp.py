@@ -10,7 +10,7 @@ from beit.errors import InputError
 from beit.storage import load_checkpoint
 from beit.training import distributed
 from beit.training.checkpoint import RunFolder
-from tests.commands import run
+from tests.shell import run
 from tests.training.sharded_runs import CASES, EPOCHS, LR, go_on, make_trainer
 
 pytestmark = pytest.mark.slow

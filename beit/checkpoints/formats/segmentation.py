@@ -1,0 +1,167 @@
+"""Segmentors: a backbone, a pyramid (``fpn1``, ``fpn2``), a decode head and perhaps an auxiliary one.
+
+In official files the pyramid is part of the backbone and the heads stand beside it, under mmsegmentation's names. Here
+they are read off names and shapes: this package knows no model that could be asked.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+DECODE, AUXILIARY = "decode_head.", "auxiliary_head."
+HEADS = (DECODE, AUXILIARY)
+PYRAMID = ("fpn1.", "fpn2.")
+PARTS = (*PYRAMID, *HEADS)
+COUNTER = "num_batches_tracked"  # of a batch norm: no weight, and absent from some files
+LEVELS = 4
+POOL_SCALES = (1, 2, 3, 6)  # of UPerNet, where nothing else is recorded
+ADE20K_CLASSES = 150
+
+Shapes = Iterator[tuple[str, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of a segmentor.
+
+    Args:
+        kind: The decode head: ``uper`` (UPerNet), ``setr_pup``, or nothing for one that is not known here.
+        num_classes: Classes.
+        channels: Width of the decode head.
+        stages: Scales that UPerNet pools at, or convolutions of SETR-PUP.
+        auxiliary_channels: Width of the auxiliary head; 0 if there is none.
+        auxiliary_convs: Its convolutions; 0 with a width stands for a head that is not known here.
+        auxiliary_concat: It sees its input once more, beside what the convolutions made of it.
+    """
+
+    kind: str
+    num_classes: int
+    channels: int
+    stages: int
+    auxiliary_channels: int
+    auxiliary_convs: int
+    auxiliary_concat: bool
+
+
+def is_segmentor(names: Iterable[str]) -> bool:
+    """Tells whether official names are those of a segmentor."""
+    return any(name.startswith(DECODE) for name in names)
+
+
+def heads_of(weights: Mapping[str, Tensor]) -> Heads:
+    """Reads the heads off weights in official names; sizes of tensors that are absent are 0."""
+    kinds = {"uper": f"{DECODE}psp_modules", "setr_pup": f"{DECODE}up_convs"}
+    kind = next((kind for kind, module in kinds.items() if _count(weights, module)), "")
+    classes, channels = _outputs_and_inputs(weights, f"{DECODE}conv_seg.weight")
+    has_auxiliary = any(name.startswith(AUXILIARY) for name in weights)
+    return Heads(
+        kind=kind,
+        num_classes=classes,
+        channels=channels,
+        stages=_count(weights, kinds[kind]) if kind else 0,
+        auxiliary_channels=(_outputs_and_inputs(weights, f"{AUXILIARY}conv_seg.weight")[1] or 1) * has_auxiliary,
+        auxiliary_convs=_count(weights, f"{AUXILIARY}convs"),
+        auxiliary_concat=f"{AUXILIARY}conv_cat.conv.weight" in weights,
+    )
+
+
+def leaves_zero_out(metadata: Mapping[str, Any], num_classes: int) -> bool:
+    """Tells whether 0 is no class in the label maps that a segmentor learnt from, and its first class is 1 there.
+
+    So it is in ADE20K, and where nothing is recorded a model of as many classes is taken to be of it.
+
+    Args:
+        metadata: From :func:`beit.checkpoints.read.read_weights`.
+        num_classes: Classes of the segmentor.
+    """
+    recorded = metadata.get("reduce_zero_label")
+    return recorded if isinstance(recorded, bool) else num_classes == ADE20K_CLASSES
+
+
+def _count(weights: Mapping[str, Tensor], module: str) -> int:
+    """Returns how many numbered modules there are below one."""
+    pattern = re.compile(rf"{re.escape(module)}\.(\d+)\.")
+    return max((1 + int(match[1]) for name in weights if (match := pattern.match(name))), default=0)
+
+
+def _outputs_and_inputs(weights: Mapping[str, Tensor], name: str) -> tuple[int, int]:
+    shape = weights[name].shape if name in weights else ()
+    return (shape[0], shape[1]) if len(shape) >= 2 else (0, 0)
+
+
+def incomplete(weights: Mapping[str, Tensor], embed_dim: int, patch_size: int) -> list[str]:
+    """Returns the tensors of pyramid and heads that are absent or of another shape than their neighbours ask for.
+
+    Heads that are not known here are taken as they are.
+
+    Args:
+        weights: In official names.
+        embed_dim: Width of the backbone.
+        patch_size: Of the backbone, in pixels.
+    """
+    heads = heads_of(weights)
+    needed = dict(_decode_head(heads, embed_dim))
+    if heads.auxiliary_convs:
+        needed |= dict(_auxiliary_head(heads, embed_dim))
+    if heads.kind == "uper" or any(name.startswith(PYRAMID) for name in weights):
+        needed |= dict(_pyramid(embed_dim, patch_size))
+    return [name for name, shape in needed.items() if name not in weights or weights[name].shape != shape]
+
+
+def _norm(name: str, channels: int) -> Shapes:
+    for part in ("weight", "bias", "running_mean", "running_var"):
+        yield f"{name}.{part}", (channels,)
+
+
+def _conv_module(name: str, outputs: int, inputs: int, size: int) -> Shapes:
+    yield f"{name}.conv.weight", (outputs, inputs, size, size)
+    yield from _norm(f"{name}.bn", outputs)
+
+
+def _upsampling(name: str, channels: int) -> Shapes:
+    yield f"{name}.weight", (channels, channels, 2, 2)
+    yield f"{name}.bias", (channels,)
+
+
+def _classifier(head: str, classes: int, channels: int) -> Shapes:
+    yield f"{head}conv_seg.weight", (classes, channels, 1, 1)
+    yield f"{head}conv_seg.bias", (classes,)
+
+
+def _pyramid(width: int, patch_size: int) -> Shapes:
+    """With patches of 8 pixels, one upsampling gives the finest level and the second needs none."""
+    yield from _upsampling("fpn1.0", width)
+    if patch_size != 8:
+        yield from _norm("fpn1.1", width)
+        yield from _upsampling("fpn1.3", width)
+        yield from _upsampling("fpn2.0", width)
+
+
+def _decode_head(heads: Heads, width: int) -> Shapes:
+    channels = heads.channels
+    yield from _classifier(DECODE, heads.num_classes, channels)
+    if heads.kind == "uper":
+        for level in range(heads.stages):
+            yield from _conv_module(f"{DECODE}psp_modules.{level}.1", channels, width, 1)
+        yield from _conv_module(f"{DECODE}bottleneck", channels, width + heads.stages * channels, 3)
+        for level in range(LEVELS - 1):
+            yield from _conv_module(f"{DECODE}lateral_convs.{level}", channels, width, 1)
+            yield from _conv_module(f"{DECODE}fpn_convs.{level}", channels, channels, 3)
+        yield from _conv_module(f"{DECODE}fpn_bottleneck", channels, LEVELS * channels, 3)
+    elif heads.kind == "setr_pup":
+        yield f"{DECODE}norm.weight", (width,)
+        yield f"{DECODE}norm.bias", (width,)
+        for stage in range(heads.stages):
+            yield from _conv_module(f"{DECODE}up_convs.{stage}.0", channels, channels if stage else width, 3)
+
+
+def _auxiliary_head(heads: Heads, width: int) -> Shapes:
+    channels = heads.auxiliary_channels
+    yield from _classifier(AUXILIARY, heads.num_classes, channels)
+    for stage in range(heads.auxiliary_convs):
+        yield from _conv_module(f"{AUXILIARY}convs.{stage}", channels, channels if stage else width, 3)
+    if heads.auxiliary_concat:
+        yield from _conv_module(f"{AUXILIARY}conv_cat", channels, width + channels, 3)

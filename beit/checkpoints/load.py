@@ -1,0 +1,298 @@
+"""Loading any checkpoint into a model: what fits is taken, resized where the image size differs, and all is reported.
+
+report = load_pretrained(model, "beit_base_patch16_224_pt22k")
+print(report.summary())
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from beit.checkpoints.formats.unilm import TABLE
+from beit.checkpoints.read import (
+    SHARED_TABLE,
+    Architecture,
+    Metadata,
+    architecture_of,
+    as_float,
+    class_names,
+    read_weights,
+    window_of,
+)
+from beit.checkpoints.released import RELEASED, ReleasedCheckpoint, released_for, resolve
+from beit.errors import InputError
+from beit.modeling import Backbone, resize_position_embedding
+from beit.relative_position import resize_table
+
+__all__ = [
+    "RELEASED",
+    "Architecture",
+    "KeyReport",
+    "Metadata",
+    "ReleasedCheckpoint",
+    "architecture_of",
+    "class_names",
+    "load_pretrained",
+    "load_weights",
+    "read_weights",
+    "released_for",
+    "resolve",
+]
+
+logger = logging.getLogger(__name__)
+
+# Parts of other tasks: known, and of no use where the model does not have them.
+OTHER_TASKS = {
+    "mask_token": "of pre-training",
+    "lm_head.": "of pre-training",
+    "norm.": "the final norm of another task",
+    "fc_norm.": "of classification",
+    "head.": "of classification",
+    "cls_pt_layers.": "of BEiT v2's pre-training",
+    "decode_head.": "of segmentation",
+    "auxiliary_head.": "of segmentation",
+    "fpn": "of segmentation",
+    "roi_heads.": "of detection",
+    "proposal_generator.": "of detection",
+}
+HEADS = ("head.", "lm_head.")
+_SHOWN = 2
+
+
+@dataclass(frozen=True)
+class KeyReport:
+    """What became of every tensor, under official names.
+
+    Args:
+        source: The checkpoint.
+        loaded: Tensors of the model that have their values from the checkpoint, the resized ones among them.
+        resized: For each table and position embedding that changed size, from which patch grid to which.
+        expanded: Blocks that took a copy of the checkpoint's shared bias table; 0 if it has none or kept it shared.
+        dropped: Tensors of the checkpoint that were left out on purpose, and why.
+        missing: Tensors of the model that the checkpoint does not have; they keep their initial values.
+        unexpected: Tensors of the checkpoint that the model has no place for.
+    """
+
+    source: str
+    loaded: tuple[str, ...]
+    resized: dict[str, str]
+    expanded: int
+    dropped: dict[str, str]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+    def summary(self) -> str:
+        """Returns the report as one line."""
+        parts = [f"{len(self.loaded)} tensors loaded from {self.source}"]
+        if self.expanded:
+            parts.append(f"its shared bias table copied into {self.expanded} blocks")
+        if self.resized:
+            parts.append(f"{len(self.resized)} resized ({', '.join(sorted(set(self.resized.values())))})")
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.dropped.items():
+            reasons.setdefault(reason, []).append(name)
+        parts += [f"dropped ({reason}): {_listed(names)}" for reason, names in reasons.items()]
+        if self.missing:
+            parts.append(f"not in the checkpoint: {_listed(self.missing)}")
+        if self.unexpected:
+            parts.append(f"no place in the model: {_listed(self.unexpected)}")
+        return "; ".join(parts)
+
+
+def _listed(names: list[str] | tuple[str, ...]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def load_pretrained(
+    model: Backbone,
+    source: str | Path,
+    *,
+    model_key: str = "model|module",
+    prefix: str = "",
+    drop_head: bool = False,
+) -> KeyReport:
+    """Loads a checkpoint of any dialect into a model.
+
+    Bias tables and position embedding are resized to the model's patch grid. A shared bias table is copied into every
+    block of a model with a table in each. Left out are a head of another size and the parts of other tasks: of
+    a pre-training checkpoint its mask token, its token head and its final norm, which is not ``fc_norm``, as official.
+    ``model.metadata`` becomes what the checkpoint records, without ``labels`` unless its classes came along.
+
+    Args:
+        model: What to load into.
+        source: A file, folder, released name, address or hub id; see :func:`beit.checkpoints.released.resolve`.
+        model_key: Where in the file the weights are; alternatives are separated by ``|``.
+        prefix: Take only names that begin so, without the prefix.
+        drop_head: Leave the head out even if it fits.
+
+    Raises:
+        InputError: There is no such checkpoint, or it is of another model.
+    """
+    weights, metadata = read_weights(source, model_key, prefix)
+    report = load_weights(model, weights, metadata, drop_head=drop_head)
+    (logger.warning if report.unexpected else logger.info)("%s", report.summary())
+    return report
+
+
+def load_weights(
+    model: Backbone, weights: Mapping[str, Tensor], metadata: Metadata, *, drop_head: bool = False
+) -> KeyReport:
+    """Loads weights in official names, as :func:`load_pretrained` does.
+
+    Args:
+        model: What to load into.
+        weights: From :func:`read_weights`, with their ``metadata``.
+        metadata: What is known of them.
+        drop_head: Leave the head out even if it fits.
+
+    Raises:
+        InputError: They are of another model.
+    """
+    source = metadata.get("source", "the weights")
+    own = model.state_dict()
+    given, expanded = _expand_shared_table(weights, own)
+    _check_backbone(given, own, source, metadata)
+    _check_recorded(model, given, source, metadata)
+    given, resized = _resize(given, own, model.patch_embed.grid_size, metadata)
+    given, dropped = _drop(given, own, metadata, drop_head)
+
+    taken = {name: tensor for name, tensor in given.items() if name in own}
+    if odd := [name for name, tensor in taken.items() if tensor.shape != own[name].shape]:
+        raise _another_model(source, odd, taken, own)
+    model.load_state_dict(taken, strict=False)
+    # A new head has other classes than those the file names.
+    model.metadata = {key: known for key, known in metadata.items() if key != "labels" or "head.weight" in taken}
+    return KeyReport(
+        source=source,
+        loaded=tuple(taken),
+        resized=resized,
+        expanded=expanded,
+        dropped=dropped,
+        missing=tuple(name for name in own if name not in taken),
+        unexpected=tuple(name for name in given if name not in own),
+    )
+
+
+def _expand_shared_table(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+    """Copies a shared bias table into every block, unless the model shares one too."""
+    given = dict(weights)
+    tables = [name for name in own if name.endswith(TABLE)]
+    if SHARED_TABLE not in given or SHARED_TABLE in own or not tables:
+        return given, 0
+    shared = given.pop(SHARED_TABLE)
+    return given | {name: shared + given[name] if name in given else shared for name in tables}, len(tables)
+
+
+def _check_backbone(given: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str, metadata: Metadata) -> None:
+    """Makes sure that all of the backbone is there in the right shape, whatever can be resized aside."""
+    needed = [name for name in own if _is_backbone(name)]
+    odd = [name for name in needed if name not in given or given[name].shape != own[name].shape]
+    if 2 * len(odd) > len(needed):
+        raise InputError(
+            f"{source} does not fit, it is of another model: of {len(needed)} tensors of the backbone "
+            f"{len(needed) - len(odd)} fit; it looks like {_describe(given, metadata)}"
+        )
+    scales = {name for name in (*needed, *given) if ".gamma_" in name}
+    if scales and all((name in own) != (name in given) for name in scales):
+        has, other = ("no LayerScale", "one") if any(name in own for name in scales) else ("a LayerScale", "none")
+        raise InputError(
+            f"{source} has {has} and the model has {other}: build it with init_values="
+            f"{'0 (--layer_scale_init_value 0)' if other == 'one' else '0.1 (--layer_scale_init_value 0.1)'}"
+        )
+    odd += [name for name in given if name.startswith("blocks.") and name not in own and not name.endswith(TABLE)]
+    if odd:
+        raise _another_model(source, odd, given, own)
+
+
+def _check_recorded(model: Backbone, given: Mapping[str, Tensor], source: str, metadata: Metadata) -> None:
+    """Compares what no shape tells, where the checkpoint says it; the columns of bias tables count heads."""
+    heads = metadata.get("num_heads", model.num_heads)
+    if heads != model.num_heads and not any(name.endswith(TABLE) for name in given):
+        raise InputError(
+            f"{source} is a checkpoint of another model: it has {heads} heads and the model has {model.num_heads}; "
+            f"build it with num_heads={heads}"
+        )
+    eps = float(getattr(model.norm_layer(1), "eps", 0.0))
+    if eps and not math.isclose(recorded := metadata.get("layer_norm_eps", eps), eps):
+        logger.warning("%s was made with a layer_norm_eps of %g, the model has %g", source, recorded, eps)
+
+
+def _is_backbone(name: str) -> bool:
+    return name.startswith(("cls_token", "patch_embed.", "blocks.")) and not name.endswith(TABLE)
+
+
+def _another_model(source: str, odd: list[str], given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> InputError:
+    differences = [
+        f"{name} {_shape(given.get(name))} in the file, {_shape(own.get(name))} in the model" for name in odd
+    ]
+    return InputError(
+        f"{source} is a checkpoint of another model: {len(odd)} tensors differ ({'; '.join(differences[:_SHOWN])}); "
+        "check the model's name and options"
+    )
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "absent" if tensor is None else str(tuple(tensor.shape))
+
+
+def _describe(weights: Mapping[str, Tensor], metadata: Metadata) -> str:
+    try:
+        found = architecture_of(weights, metadata)
+    except (InputError, KeyError, ValueError):
+        return f"a part of a model, such as {_listed(list(weights))}"
+    a = found.arguments
+    task = "pre-trained" if found.masked else "classifier"
+    return (
+        f"a {task} BEiT of {a['depth']} blocks, {a['embed_dim']} channels, patches of {a['patch_size'][0]} x "
+        f"{a['patch_size'][1]} pixels, {a['in_chans']} colour channels"
+    )
+
+
+def _resize(
+    given: dict[str, Tensor], own: Mapping[str, Tensor], target: tuple[int, int], metadata: Metadata
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Carries tables and position embedding to the model's patch grid; of a shared table the result is shared too."""
+    resizable = [name for name in given if name in own and (name.endswith(TABLE) or name == "pos_embed")]
+    if not resizable:
+        return given, {}
+    window = window_of({name: given[name] for name in (*resizable, "patch_embed.proj.weight")}, metadata, target)
+    if window is None or window == target:
+        return given, {}
+    cache: dict[int, Tensor] = {}
+    for name in resizable:
+        tensor = given[name]
+        if id(tensor) not in cache:
+            resize = resize_position_embedding if name == "pos_embed" else resize_table
+            cache[id(tensor)] = resize(as_float(tensor), window, target)
+        given[name] = cache[id(tensor)]
+    note = f"{window[0]} x {window[1]} to {target[0]} x {target[1]} patches"
+    return given, dict.fromkeys(resizable, note)
+
+
+def _drop(
+    given: dict[str, Tensor], own: Mapping[str, Tensor], metadata: Metadata, drop_head: bool
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Leaves out heads that do not fit or are not wanted, and the parts of other tasks."""
+    dropped: dict[str, str] = {}
+    for head in HEADS:
+        names = [name for name in given if name.startswith(head)]
+        different = [name for name in names if name in own and given[name].shape != own[name].shape]
+        if names and drop_head:
+            dropped |= dict.fromkeys(names, "the head was not wanted")
+        elif different:
+            sizes = len(given[different[0]]), len(own[different[0]])
+            dropped |= dict.fromkeys(names, f"the head has {sizes[0]} outputs, the model {sizes[1]}")
+        elif head == "lm_head." and metadata.get("dialect") in ("BEiT v2", "EVA"):
+            dropped |= dict.fromkeys(names, f"{metadata['dialect']} predicts something else")
+    for name in given:
+        if name not in own and name not in dropped:
+            reason = next((reason for part, reason in OTHER_TASKS.items() if name.startswith(part)), None)
+            if reason == "of pre-training" and "target" in metadata:
+                reason = f"of pre-training on {metadata['target']}"
+            if reason:
+                dropped[name] = reason
+    return {name: tensor for name, tensor in given.items() if name not in dropped}, dropped

@@ -1,0 +1,370 @@
+"""Reading a checkpoint of any dialect: weights in official names, what is recorded beside them, which model they fit.
+
+The metadata is a plain dict; each key is there only if the file, its neighbours or the released table say it:
+``source``, ``dialect``, ``args`` (settings of the run), ``labels`` (names of the classes), ``image_size`` ``(H, W)`` in
+pixels, ``window`` ``(h, w)`` in patches, ``mean``, ``std``, ``crop_pct``, ``interpolation``, ``num_heads``,
+``layer_norm_eps``, ``target`` (what it learned to predict of a patch). Of a segmentor also ``segmentation`` (True),
+``out_indices`` (the blocks that are tapped, from 0), ``pool_scales`` (of UPerNet), ``auxiliary_index`` (the tap that
+the auxiliary head sees), ``palette`` (colours of the classes), ``reduce_zero_label`` (in label maps 0 is no class).
+Its weights are called ``blocks.…``, ``fpn1.…``, ``fpn2.…``, ``decode_head.…``, ``auxiliary_head.…``: without the
+``backbone.`` of its files.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from beit.checkpoints.formats import UNKNOWN, huggingface, mmseg, recognise, relative, timm, to_official
+from beit.checkpoints.formats.recorded import RECORDED
+from beit.checkpoints.formats.segmentation import is_segmentor
+from beit.checkpoints.formats.unilm import INDEX, TABLE
+from beit.checkpoints.released import FOLDER_WEIGHTS, HALF, IMAGENET_MEAN, IMAGENET_STD, released_at, resolve
+from beit.errors import InputError
+from beit.relative_position import num_table_rows
+from beit.storage import load_checkpoint
+
+logger = logging.getLogger(__name__)
+
+STATE_KEYS = ("model", "module", "state_dict", "model_ema")
+SHARED_TABLE = f"rel_pos_bias.{TABLE}"
+HEAD_WIDTH = 64  # channels of an attention head in every published model
+RECORDED_BY_A_RUN = (  # also among its settings; the second row by one of segmentation
+    *("labels", "mean", "std", "crop_pct", "interpolation"),
+    *("out_indices", "pool_scales", "auxiliary_index", "reduce_zero_label"),
+)
+PUBLISHED_TAPS = {12: (3, 5, 7, 11), 24: (7, 11, 15, 23)}  # of the segmentors, by depth
+PIECES_INDEX = ".metadata"  # in a folder that a run of --shard fsdp wrote; see beit/checkpoints/pieces.py
+FILE_METADATA = "beit"  # where a safetensors file, which holds only tensors and strings, has the rest, as JSON
+
+Metadata = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The model that weights belong to.
+
+    Args:
+        masked: Predicts visual tokens (``VisionTransformerForMaskedImageModeling``), or else classes.
+        arguments: Keywords of the model's constructor.
+    """
+
+    masked: bool
+    arguments: dict[str, Any]
+
+
+def read_weights(
+    source: str | Path, model_key: str = "model|module|state_dict", prefix: str = ""
+) -> tuple[dict[str, Tensor], Metadata]:
+    """Reads a checkpoint.
+
+    Args:
+        source: What :func:`beit.checkpoints.released.resolve` takes.
+        model_key: Where in the file the weights are; alternatives are separated by ``|``.
+        prefix: Take only names that begin so, without the prefix.
+
+    Returns:
+        The weights in official names without index buffers, and the metadata described above.
+
+    Raises:
+        InputError: There is no such checkpoint, it cannot be read, or it is of another kind of model.
+    """
+    path = resolve(source)
+    content, config, preprocessor = _read(path)
+    state = _find_state(content, model_key, str(source))
+    if prefix:
+        state = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
+        if not state:
+            raise InputError(f"no name in {source} begins with {prefix!r}")
+    dialect = recognise(state)
+    if dialect == UNKNOWN:
+        raise InputError(f"{source} holds no BEiT: its tensors are called {_some(state) or 'nothing'}")
+    other = relative(dialect)
+    if other is not None and not other.loads:
+        raise InputError(f"{source} is {other.name}, not BEiT: {other.remark}")
+
+    metadata: Metadata = {"source": str(source), "dialect": dialect}
+    if (released := released_at(path)) is not None:
+        metadata |= {key: getattr(released, key) for key in ("mean", "std", "crop_pct", "interpolation")}
+        metadata["image_size"] = (released.input_size, released.input_size)
+    reader = timm.read_config(config) if "architecture" in config else huggingface.read_config(config, preprocessor)
+    metadata |= reader
+    if (window := _window_of_index(state)) is not None:
+        metadata["window"] = window
+    weights = to_official(state, dialect)
+    if is_segmentor(weights):
+        weights, described = _segmentor(weights, dialect, (config, preprocessor), content)
+        metadata |= described
+    return weights, metadata | _recorded(content)
+
+
+def _segmentor(
+    weights: dict[str, Tensor], dialect: str, configs: Sequence[Mapping[str, Any]], content: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], Metadata]:
+    """Returns a segmentor's weights without a layer that only an export needed, and what its own format says of it."""
+    described = mmseg.read_meta(content)
+    if dialect == "huggingface":
+        described |= huggingface.read_segmentation(*configs)
+        weights = huggingface.without_inert_layer(weights, taps := described["out_indices"])
+        if (published := PUBLISHED_TAPS.get(_depth(weights))) == tuple(tap + huggingface.TAP_SHIFT for tap in taps):
+            logger.warning(
+                "taking blocks %s, which transformers means by out_indices %s; weights that were converted from an "
+                "official file learnt with blocks %s: %s in config.json",
+                *(taps, published, published, [tap + huggingface.TAP_SHIFT for tap in published]),
+            )
+    found = {key: value for key in described if (value := RECORDED[key](described[key])) is not None}
+    return weights, found | {"segmentation": True}
+
+
+def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, Any], dict[str, Any]]:
+    """Reads a file, or the weights in a folder, and the two JSON files that may lie beside them."""
+    if (path / PIECES_INDEX).is_file():
+        return _read_pieces(path), {}, {}
+    if path.is_dir():
+        found = [path / name for name in FOLDER_WEIGHTS if (path / name).is_file()]
+        if not found:
+            checkpoints = sorted(entry.name for entry in path.glob("*.pth"))
+            hint = f"; give one of its files: {', '.join(checkpoints[-3:])}" if checkpoints else ""
+            raise InputError(f"the folder {path} holds no {' or '.join(FOLDER_WEIGHTS[::2])}{hint}")
+        path = found[0]
+    beside = path.parent if path.name in FOLDER_WEIGHTS else None
+    configs = [_read_json(beside / name) if beside else {} for name in ("config.json", "preprocessor_config.json")]
+    content = _read_shards(path) if path.name.endswith(".index.json") else load_checkpoint(path)
+    if not isinstance(content, Mapping):
+        raise InputError(f"{path} holds a {type(content).__name__}, not a dict of weights")
+    if path.suffix == ".safetensors":
+        content = {**_file_metadata(path), **content}
+    return content, configs[0], configs[1]
+
+
+def _read_pieces(folder: Path) -> dict[str, Any]:
+    from beit.checkpoints.pieces import (
+        read_whole,  # torch.distributed.checkpoint takes a while to import, and is seldom needed
+    )
+
+    return read_whole(folder, optimizer=False)
+
+
+def _file_metadata(path: Path) -> dict[str, Any]:
+    """Reads what ``beit convert`` writes beside the tensors; nothing if another program uses that name."""
+    with safe_open(path, framework="pt") as file:
+        recorded = (file.metadata() or {}).get(FILE_METADATA, "{}")
+    try:
+        found = json.loads(recorded)
+    except ValueError:
+        return {}
+    return {key: found[key] for key in RECORDED if key in found} if isinstance(found, dict) else {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from error
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    files = sorted(set(_read_json(index)["weight_map"].values()))
+    shards: list[dict[str, Tensor]] = [load_checkpoint(index.parent / file) for file in files]
+    return {name: tensor for shard in shards for name, tensor in shard.items()}
+
+
+def _find_state(content: Mapping[str, Any], model_key: str, source: str) -> dict[str, Tensor]:
+    """Finds the weights in a checkpoint: under the keys asked for, at the top level, or under another usual key."""
+    asked = [key for key in model_key.split("|") if key]
+    found: Any = next((content[key] for key in asked if isinstance(content.get(key), Mapping)), None)
+    if found is None:
+        flat: Any = {name: value for name, value in content.items() if _is_named_tensor(name, value)}
+        if not flat and not set(asked) <= set(STATE_KEYS[:3]):
+            raise InputError(f"{source} has nothing under {' or '.join(asked)!r}; it has {_some(content)}")
+        found = flat or next((content[key] for key in STATE_KEYS if isinstance(content.get(key), Mapping)), None)
+    if found is None:
+        raise InputError(f"{source} has no weights under {', '.join(STATE_KEYS)}; it has {_some(content)}")
+    nested = next((found[key] for key in STATE_KEYS if isinstance(found.get(key), Mapping)), None)
+    return {name: value for name, value in (nested or found).items() if _is_named_tensor(name, value)}
+
+
+def _is_named_tensor(name: Any, value: Any) -> bool:
+    return isinstance(name, str) and isinstance(value, Tensor)
+
+
+def _some(names: Iterable[Any]) -> str:
+    listed = [str(name) for name in names]
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
+
+
+def _recorded(content: Mapping[str, Any]) -> Metadata:
+    """Returns what a checkpoint of a run says about its images and classes, at the top level or in its settings.
+
+    What is not of the kind expected is passed over: other programs use the same names for other things.
+    """
+    args = content.get("args")
+    settings = dict(args if isinstance(args, Mapping) else getattr(args, "__dict__", {}))  # an argparse.Namespace
+    found: Metadata = {"args": settings} if settings else {}
+    if isinstance(flag := settings.get("imagenet_default_mean_and_std"), bool):
+        found |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if flag else {"mean": HALF, "std": HALF}
+    keywords = settings.get("model_kwargs")
+    heads = keywords.get("num_heads") if isinstance(keywords, Mapping) else None
+    in_settings = {key: settings.get(key) for key in RECORDED_BY_A_RUN}
+    in_settings |= {"image_size": settings.get("input_size", settings.get("crop_size")), "num_heads": heads}
+    for place in (in_settings, content):  # what stands at the top level counts more
+        for key, read in RECORDED.items():
+            if (value := read(place.get(key))) is not None:
+                found[key] = value
+    return found
+
+
+def _window_of_index(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """Reads the patch grid off an index buffer: along a row of patches the index grows by one, at its end by more."""
+    index = next((tensor for name, tensor in state.items() if name.endswith(INDEX)), None)
+    if index is None or index.ndim != 2 or len(index) < 2:
+        return None
+    steps = (index[1:, 1] - index[1, 1]).tolist()
+    width = next((patch for patch, step in enumerate(steps) if step != patch), len(steps))
+    return len(steps) // width, width
+
+
+def window_of(
+    weights: Mapping[str, Tensor], metadata: Mapping[str, Any], fallback: tuple[int, int] | None = None
+) -> tuple[int, int] | None:
+    """Returns the patch grid ``(h, w)`` that tables and positions were trained with; None where there are none.
+
+    Args:
+        weights: In official names.
+        metadata: From :func:`read_weights`.
+        fallback: A grid to take if it fits and nothing is recorded and no square fits.
+
+    Raises:
+        InputError: No grid that is known fits.
+    """
+    rows = next((len(tensor) for name, tensor in weights.items() if name.endswith(TABLE)), None)
+    positions = weights["pos_embed"].shape[1] - 1 if "pos_embed" in weights else None
+    if rows is None and positions is None:
+        return None
+    patch = weights["patch_embed.proj.weight"].shape[2:]
+    side = (math.isqrt(rows - 3) + 1) // 2 if rows is not None else math.isqrt(positions or 0)
+    candidates = [metadata.get("window"), (side, side), fallback]
+    if "image_size" in metadata:
+        height, width = metadata["image_size"]
+        candidates.insert(1, (height // patch[0], width // patch[1]))
+    for window in candidates:
+        if window is None or (positions is not None and window[0] * window[1] != positions):
+            continue
+        if rows is None or num_table_rows(window) == rows:
+            return window
+    held = f"a bias table of {rows} rows" if rows is not None else f"{positions} positions"
+    raise InputError(
+        f"{metadata.get('source', 'the checkpoint')} has {held}, which is no square, and does not say of which image "
+        "size: give the model the size it was trained with"
+    )
+
+
+def architecture_of(weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Architecture:
+    """Returns the model that weights in official names belong to; of a segmentor the backbone, without classes.
+
+    Raises:
+        InputError: The number of heads or the patch grid cannot be told, or a part is missing.
+    """
+    _check_parts(weights, str(metadata.get("source", "the checkpoint")))
+    # A classifier or segmentor of Hugging Face may keep the mask token of its pre-training.
+    segmentor = is_segmentor(weights)
+    classifier = segmentor or "head.weight" in weights or "fc_norm.weight" in weights
+    masked = "lm_head.weight" in weights or ("mask_token" in weights and not classifier)
+    embed_dim, in_chans, *patch = weights["patch_embed.proj.weight"].shape
+    table = next((tensor for name, tensor in weights.items() if name.endswith(TABLE)), None)
+    grid = window_of(weights, metadata)
+    if grid is None:
+        height, width = metadata.get("image_size", (224, 224))
+        grid = height // patch[0], width // patch[1]
+    heads = table.shape[1] if table is not None else metadata.get("num_heads")
+    if heads is None:
+        heads = embed_dim // HEAD_WIDTH
+        logger.info("%s does not say how many heads it has: taking %d", metadata.get("source"), heads)
+    if not heads or embed_dim % heads:
+        raise InputError(f"{metadata.get('source')} does not say into how many heads its {embed_dim} channels go")
+    arguments: dict[str, Any] = {
+        "img_size": (grid[0] * patch[0], grid[1] * patch[1]),
+        "patch_size": tuple(patch),
+        "in_chans": in_chans,
+        "embed_dim": embed_dim,
+        "depth": _depth(weights),
+        "num_heads": heads,
+        "mlp_ratio": _mlp_ratio(embed_dim, len(weights["blocks.0.mlp.fc1.weight"])),
+        "qkv_bias": "blocks.0.attn.q_bias" in weights,
+        "init_values": 0.1 if "blocks.0.gamma_1" in weights else None,
+        "use_abs_pos_emb": "pos_embed" in weights,
+        "use_rel_pos_bias": f"blocks.0.attn.{TABLE}" in weights,
+        "use_shared_rel_pos_bias": SHARED_TABLE in weights,
+    }
+    if masked:
+        head = weights.get("lm_head.weight")
+        return Architecture(True, arguments | {"vocab_size": 8192 if head is None else len(head)})
+    classes = len(weights["head.weight"]) if "head.weight" in weights else 0
+    mean_pooling = segmentor or "fc_norm.weight" in weights or "norm.weight" not in weights
+    return Architecture(False, arguments | {"num_classes": classes, "use_mean_pooling": mean_pooling})
+
+
+def _depth(weights: Mapping[str, Tensor]) -> int:
+    return 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+
+
+def _check_parts(weights: Mapping[str, Tensor], source: str) -> None:
+    """Makes sure of the tensors that a model's sizes are read off."""
+    for name, axes in (("patch_embed.proj.weight", 4), ("blocks.0.mlp.fc1.weight", 2)):
+        if name not in weights:
+            raise InputError(f"{source} is not a whole model: it lacks {name}")
+        if weights[name].ndim != axes:
+            raise InputError(f"{source} is no BEiT: it has a {name} of shape {tuple(weights[name].shape)}")
+
+
+def _mlp_ratio(embed_dim: int, hidden_dim: int) -> float:
+    """Returns a ratio of which ``int(embed_dim * ratio)`` is exactly ``hidden_dim``; the quotient can round below."""
+    ratio = hidden_dim / embed_dim
+    return ratio if int(embed_dim * ratio) == hidden_dim else (hidden_dim + 0.5) / embed_dim
+
+
+def taps_of(weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """Returns the blocks that a segmentor taps, from 0: as recorded, else as published, else the ends of four quarters.
+
+    Args:
+        weights: Of a segmentor, in official names.
+        metadata: From :func:`read_weights`.
+    """
+    if recorded := metadata.get("out_indices"):
+        return tuple(recorded)
+    depth = _depth(weights)
+    taps = PUBLISHED_TAPS.get(depth, tuple(depth * quarter // 4 - 1 for quarter in range(1, 5)))
+    logger.info(
+        "%s does not say which blocks it taps: taking %s", metadata.get("source"), ", ".join(str(tap) for tap in taps)
+    )
+    return taps
+
+
+def class_names(metadata: Mapping[str, Any], num_classes: int) -> tuple[str, ...] | None:
+    """Returns the names of the classes: the recorded ones, else ImageNet's where the number is ImageNet's.
+
+    Args:
+        metadata: From :func:`read_weights`.
+        num_classes: Classes of the head.
+    """
+    recorded = metadata.get("labels")
+    if recorded and len(recorded) == num_classes:
+        return tuple(map(str, recorded))
+    if num_classes not in (1000, 21841, 21843):
+        return None
+    from timm.data import ImageNetInfo, infer_imagenet_subset  # reads word lists of some megabytes
+
+    subset = infer_imagenet_subset({"num_classes": num_classes})
+    return tuple(ImageNetInfo(subset).label_descriptions()) if subset else None
+
+
+def as_float(tensor: Tensor) -> Tensor:
+    """Returns half precision as float32, in which tables are resized; other tensors as they are."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -1,0 +1,622 @@
+"""One loader for every file: the reference's numbers, where weights are found, what is refused and how."""
+
+import argparse
+import json
+import logging
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import beit
+from beit import storage
+from beit.checkpoints import released
+from beit.checkpoints.formats import DIALECTS, from_official
+from beit.checkpoints.load import (
+    RELEASED,
+    ReleasedCheckpoint,
+    class_names,
+    load_pretrained,
+    read_weights,
+    released_for,
+    resolve,
+)
+from beit.data.transforms import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+)
+from beit.errors import InputError
+from beit.modeling import VisionTransformer, VisionTransformerForMaskedImageModeling
+from beit.relative_position import relative_position_index
+from beit.storage import save_checkpoint
+from beit.zoo import create_model, get_model, list_models, open_model
+
+SIZES = {"img_size": 64, "patch_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 2, "init_values": 0.1}
+TABLES = {"use_abs_pos_emb": False, "use_rel_pos_bias": True}
+SHARED = {"use_abs_pos_emb": False, "use_shared_rel_pos_bias": True, "vocab_size": 8}
+
+
+def random_(model):
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def classifier(**options):
+    return random_(VisionTransformer(**{**SIZES, **TABLES, "num_classes": 3, **options}))
+
+
+def masked(**options):
+    return random_(VisionTransformerForMaskedImageModeling(**{**SIZES, **SHARED, **options}))
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """No test may touch the user's own cache."""
+    monkeypatch.setenv("BEIT_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("BEIT_OFFLINE", raising=False)
+    return tmp_path / "home"
+
+
+def save(folder, model, name="checkpoint.pth", key="model", **more):
+    save_checkpoint(folder / name, {key: model.state_dict(), **more})
+    return folder / name
+
+
+def same(model, weights, names=None):
+    own = model.state_dict()
+    return all(torch.equal(own[name], weights[name]) for name in names or own)
+
+
+# --------------------------------------------------------------------------------------------- the reference's numbers
+@pytest.mark.parametrize("case", ["D_mim64_to_80", "E_cls64_to_80_head_mismatch"])
+def test_loading_equals_the_official_code(golden, tmp_path, case):
+    # Breaks with another order of shared-table copy, resize and head removal, or another interpolation.
+    stored = torch.load(golden / "ckpt_transfer.pt", weights_only=True)
+    expected = stored["cases"][case]
+    weights = stored["sources"][expected["source"]]["state_dict"]
+    content = {expected["wrapper_key"]: weights} if expected["wrapper_key"] else weights
+    save_checkpoint(tmp_path / "source.pth", content)
+    model = VisionTransformer(**stored["base_config"], **expected["config"]).eval()
+    model.load_state_dict(expected["target_init"], strict=False)
+
+    report = load_pretrained(model, tmp_path / "source.pth")
+
+    own = model.state_dict()
+    assert set(report.loaded) == set(expected["loaded_keys"])
+    untouched = {key for key in expected["untouched_keys"] if not key.endswith("relative_position_index")}
+    assert set(report.missing) == untouched
+    assert set(report.resized) == set(expected["result_transformed"])
+    for name, tensor in expected["result_transformed"].items():
+        # Tables to the last bit; torch's bicubic, which resizes positions, differs in it between releases.
+        tolerance = 5e-6 if name == "pos_embed" else 0
+        torch.testing.assert_close(own[name], tensor, atol=tolerance, rtol=0)
+    assert all(torch.equal(own[name], weights[name]) for name in expected["copied_keys"])
+    assert all(torch.equal(own[name], tensor) for name, tensor in expected["target_init"].items())
+    with torch.no_grad():
+        torch.testing.assert_close(model(expected["input"]), expected["logits"], rtol=1e-5, atol=1e-5)
+    if case.startswith("D"):
+        assert report.expanded == 3
+        assert set(report.dropped) == {"mask_token", "lm_head.weight", "lm_head.bias", "norm.weight", "norm.bias"}
+    else:
+        assert set(report.dropped) == {"head.weight", "head.bias"}
+    assert report.unexpected == ()
+    assert "4 x 4 to 5 x 5 patches" in report.summary()
+
+
+def test_a_shared_table_stays_shared_where_the_model_shares_one(tmp_path):
+    source, target = masked(), masked(img_size=(80, 64))
+    report = load_pretrained(target, save(tmp_path, source))
+    assert report.expanded == 0
+    assert list(report.resized) == ["rel_pos_bias.relative_position_bias_table"]
+    assert report.missing == ()
+    source.set_input_size((80, 64))
+    assert same(target, source.state_dict())
+
+
+def test_non_square_targets_get_what_set_input_size_gives(tmp_path):
+    # Breaks when height and width are exchanged on the way, for tables or for positions.
+    source, target = classifier(use_abs_pos_emb=True), classifier(use_abs_pos_emb=True, img_size=(48, 96))
+    load_pretrained(target, save(tmp_path, source))
+    source.set_input_size((48, 96))
+    assert same(target, source.state_dict())
+
+
+@pytest.mark.parametrize("told", ["by the index buffers", "by the settings", "by the model"])
+def test_non_square_sources_are_read_at_their_own_size(tmp_path, told):
+    # 2 x 6 and 6 x 2 patches have tables of one length: only what is recorded tells them apart.
+    source = classifier(img_size=(32, 96))
+    weights, more = source.state_dict(), {}
+    if told == "by the index buffers":
+        weights = from_official(weights, "unilm", position_index=relative_position_index((2, 6)))
+    elif told == "by the settings":
+        more = {"args": {"input_size": [32, 96]}}
+    save_checkpoint(tmp_path / "a.pth", {"model": weights, **more})
+    if told == "by the model":
+        target = classifier(img_size=(32, 96))
+        assert load_pretrained(target, tmp_path / "a.pth").resized == {}
+        with pytest.raises(InputError, match="36 rows, which is no square"):
+            load_pretrained(classifier(), tmp_path / "a.pth")
+    else:
+        target = classifier(img_size=(64, 64))
+        load_pretrained(target, tmp_path / "a.pth")
+        source.set_input_size((64, 64))
+    assert same(target, source.state_dict())
+
+
+# ------------------------------------------------------------------------------------------------- finding the weights
+@pytest.mark.parametrize("key", ["model", "module", "state_dict", "model_ema"])
+@pytest.mark.parametrize("wrapper", ["", "module.", "backbone."])
+def test_weights_are_found_under_every_usual_key_and_prefix(tmp_path, key, wrapper):
+    source, target = classifier(), classifier()
+    weights = {wrapper + name: tensor for name, tensor in source.state_dict().items()}
+    save_checkpoint(tmp_path / "a.pth", {key: weights, "optimizer": {"state": {}}, "epoch": 3})
+    load_pretrained(target, tmp_path / "a.pth")
+    assert same(target, source.state_dict())
+
+
+def test_the_key_and_the_prefix_asked_for_count(tmp_path):
+    # Breaks when --model_key model_ema silently scores the raw weights.
+    plain, average, target = classifier(), classifier(), classifier()
+    student = {f"student.{name}": tensor for name, tensor in plain.state_dict().items()}
+    noise = {f"teacher.{name}": tensor + 1 for name, tensor in plain.state_dict().items()}
+    path = save(tmp_path, plain, model_ema=average.state_dict())
+    load_pretrained(target, path, model_key="model_ema|model")
+    assert same(target, average.state_dict())
+    save_checkpoint(tmp_path / "b.pth", {"model": {**noise, **student}})
+    load_pretrained(target, tmp_path / "b.pth", prefix="student.")
+    assert same(target, plain.state_dict())
+    with pytest.raises(InputError, match=r"no name in .* begins with 'pupil.'"):
+        load_pretrained(target, tmp_path / "b.pth", prefix="pupil.")
+    with pytest.raises(InputError, match="nothing under 'model_ema'; it has model"):
+        load_pretrained(target, tmp_path / "b.pth", model_key="model_ema")
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_every_dialect_loads(tmp_path, dialect):
+    source, target = classifier(), classifier()
+    translated = from_official(source.state_dict(), dialect, position_index=relative_position_index((4, 4)))
+    save_file({name: tensor.contiguous() for name, tensor in translated.items()}, tmp_path / "model.safetensors")
+    report = load_pretrained(target, tmp_path / "model.safetensors")
+    heads = ("head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias")
+    assert report.missing == (() if dialect != "mmsegmentation" else ("fc_norm.weight", "fc_norm.bias", *heads[:2]))
+    assert same(target, source.state_dict(), report.loaded)
+
+
+def test_folders_are_read_whole_or_in_shards(tmp_path):
+    source = classifier()
+    names = from_official(source.state_dict(), "huggingface")
+    first = dict(list(names.items())[:10])
+    rest = {name: tensor for name, tensor in names.items() if name not in first}
+    save_file(first, tmp_path / "model-00001-of-00002.safetensors")
+    save_file(rest, tmp_path / "model-00002-of-00002.safetensors")
+    index = dict.fromkeys(first, "model-00001-of-00002.safetensors")
+    index |= dict.fromkeys(rest, "model-00002-of-00002.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    assert same(get_model(tmp_path), source.state_dict())
+    (tmp_path / "old").mkdir()
+    torch.save(names, tmp_path / "old/pytorch_model.bin")
+    assert same(get_model(tmp_path / "old"), source.state_dict())
+    (tmp_path / "run").mkdir()
+    save(tmp_path / "run", source, "checkpoint-3.pth")
+    with pytest.raises(InputError, match=r"give one of its files: checkpoint-3.pth"):
+        get_model(tmp_path / "run")
+
+
+def test_half_precision_is_resized_in_float32(tmp_path):
+    source, target = classifier(), classifier(img_size=96)
+    save_checkpoint(tmp_path / "half.pth", {"module": {n: t.half() for n, t in source.state_dict().items()}})
+    load_pretrained(target, tmp_path / "half.pth")
+    source.half().float().set_input_size(96)
+    assert same(target, source.state_dict())
+
+
+# -------------------------------------------------------------------------------------------------- heads, other tasks
+def test_heads_are_kept_dropped_or_left_out(tmp_path):
+    source = classifier()
+    path = save(tmp_path, source)
+    other = classifier(num_classes=7)
+    before = other.head.weight.clone()
+    report = load_pretrained(other, path)
+    assert report.dropped["head.bias"] == "the head has 3 outputs, the model 7"
+    assert torch.equal(other.head.weight, before)
+    assert "head.weight" in load_pretrained(classifier(), path, drop_head=True).missing
+    assert load_pretrained(classifier(num_classes=0), path).dropped["head.weight"] == "of classification"
+    report = load_pretrained(masked(use_rel_pos_bias=True, use_shared_rel_pos_bias=False), path)
+    assert {"head.weight", "fc_norm.weight"} <= report.dropped.keys()
+    assert {"mask_token", "norm.weight", "lm_head.bias"} <= set(report.missing)
+
+
+def test_the_final_norm_of_pre_training_serves_a_class_token_classifier(tmp_path):
+    source, target = masked(), classifier(use_mean_pooling=False)
+    report = load_pretrained(target, save(tmp_path, source))
+    assert torch.equal(target.norm.weight, source.norm.weight)
+    assert set(report.missing) == {"head.weight", "head.bias"}
+
+
+def test_a_segmentation_checkpoint_gives_its_backbone(golden, tmp_path, caplog):
+    source = classifier()
+    weights = {f"backbone.{n}": t for n, t in source.state_dict().items() if not n.startswith(("head", "fc_norm"))}
+    parts = ("backbone.fpn1.0.weight", "decode_head.conv_seg.weight", "auxiliary_head.conv_seg.bias")
+    save_checkpoint(tmp_path / "a.pth", {"meta": {}, "state_dict": weights | dict.fromkeys(parts, torch.zeros(4))})
+    target = classifier()
+    with caplog.at_level(logging.INFO):
+        report = load_pretrained(target, tmp_path / "a.pth")
+    assert set(report.dropped.values()) == {"of segmentation"}
+    assert report.unexpected == ()
+    assert "dropped (of segmentation): fpn1.0.weight, decode_head.conv_seg.weight" in caplog.text
+    assert same(target, source.state_dict(), report.loaded)
+
+
+def test_relatives_are_loaded_or_refused_by_name(tmp_path):
+    source = masked()
+    v2 = {**source.state_dict(), "cls_pt_layers.0.norm1.weight": torch.zeros(16)}
+    save_checkpoint(tmp_path / "v2.pth", {"model": v2})
+    target = masked()
+    report = load_pretrained(target, tmp_path / "v2.pth")
+    assert report.dropped["lm_head.weight"] == "BEiT v2 predicts something else"
+    assert report.dropped["cls_pt_layers.0.norm1.weight"] == "of BEiT v2's pre-training"
+    assert same(target, source.state_dict(), report.loaded)
+    assert load_pretrained(classifier(), tmp_path / "v2.pth").expanded == 2
+    for name, key in (
+        ("BEiT-3", "beit3.vision_embed.proj.weight"),
+        ("EVA-02", "blocks.0.attn.q_proj.weight"),
+        ("a plain vision", "blocks.0.attn.qkv.bias"),
+    ):
+        save_checkpoint(tmp_path / "other.pth", {"model": {key: torch.zeros(2)}})
+        with pytest.raises(InputError, match=f"other.pth is {name}.*not BEiT"):
+            load_pretrained(target, tmp_path / "other.pth")
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"depth": 5}, "another model.* it looks like a classifier BEiT of 2 blocks, 16 channels"),
+        ({"depth": 3}, r"another model: .*blocks.2.gamma_1 absent in the file, \(16,\) in the model"),
+        ({"depth": 1}, "blocks.1.* in the file, absent in the model"),
+        ({"embed_dim": 32}, "of 33 tensors of the backbone 0 fit"),
+        ({"patch_size": 8}, "another model: 1 tensors differ .patch_embed.proj.weight"),
+        ({"init_values": None}, "has a LayerScale and the model has none: .*--layer_scale_init_value 0.1"),
+        ({"qkv_bias": False}, "another model: .*q_bias"),
+    ],
+)
+def test_another_model_is_refused(tmp_path, options, message):
+    # Breaks when a run starts from weights that are mostly noise.
+    path = save(tmp_path, classifier())
+    target = classifier(**options)
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    with pytest.raises(InputError, match=message) as refused:
+        load_pretrained(target, path)
+    assert "\n" not in str(refused.value)
+    assert same(target, before)
+
+
+def test_a_file_without_layer_scale_says_what_to_do(tmp_path):
+    with pytest.raises(InputError, match=r"no LayerScale and the model has one: .*--layer_scale_init_value 0\)"):
+        load_pretrained(classifier(), save(tmp_path, classifier(init_values=None)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"optimizer": {}, "epoch": 3}, "no weights under model, module, state_dict, model_ema; it has optimizer"),
+        ({"model": {"a": torch.zeros(1), "b": torch.zeros(1)}}, "holds no BEiT: its tensors are called a, b"),
+        ([torch.zeros(1)], "holds a list, not a dict of weights"),
+    ],
+)
+def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path, content, message):
+    save_checkpoint(tmp_path / "a.pth", content)
+    with pytest.raises(InputError, match=message):
+        load_pretrained(classifier(), tmp_path / "a.pth")
+
+
+def test_unexpected_tensors_are_a_warning(tmp_path, caplog):
+    save_checkpoint(tmp_path / "a.pth", {"model": {**classifier().state_dict(), "novelty": torch.zeros(1)}})
+    report = load_pretrained(classifier(), tmp_path / "a.pth")
+    assert report.unexpected == ("novelty",)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "no place in the model: novelty" in caplog.text
+
+
+# ------------------------------------------------------------------------------------------------- names and addresses
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Serves ``files``; remembers the paths it was asked for."""
+    monkeypatch.setattr(storage, "BACKOFF_SECONDS", 0.01)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.asked.append(self.path)
+            content = self.files.get(self.path, self.files.get(self.path.partition("?")[0]))
+            self.send_response(404 if content is None else 200)
+            self.send_header("Content-Length", str(len(content or b"")))
+            self.end_headers()
+            self.wfile.write(content or b"")
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        Handler.files, Handler.asked = {}, []
+        Handler.url = f"http://127.0.0.1:{http.server_address[1]}"
+        threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
+        yield Handler
+        http.shutdown()
+
+
+NAME = "beit_base_patch16_224_pt22k_ft1k"
+
+
+@pytest.fixture
+def served(server, tmp_path, monkeypatch):
+    """A released checkpoint whose first address is gone, and whose second is the server."""
+    row = ReleasedCheckpoint(
+        NAME, "beit_base_patch16_224", (f"{server.url}/gone/{NAME}.pth", f"{server.url}/{NAME}.pth"), 3, 64
+    )
+    monkeypatch.setitem(RELEASED, NAME, row)
+    model = classifier()
+    server.files[f"/{NAME}.pth"] = save(tmp_path, model, args=argparse.Namespace(nb_classes=3)).read_bytes()
+    return model
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        NAME,
+        f"{NAME}.pth",
+        f"https://unilm.blob.core.windows.net/beit/{NAME}.pth",
+        f"https://conversationhub.blob.core.windows.net/beit-share-public/beit/{NAME}.pth?sv=2021-10-04&sig=abc%3D",
+        f"https://github.com/addf400/files/releases/download/v1.0/{NAME}.pth",
+    ],
+)
+def test_names_and_dead_addresses_lead_to_the_file(served, server, home, source, monkeypatch):
+    model, metadata = open_model(source)
+    assert same(model, served.state_dict())
+    assert resolve(source) == home / "checkpoints" / f"{NAME}.pth"
+    assert server.asked == [f"/gone/{NAME}.pth", f"/{NAME}.pth"]  # fetched once, from the address that delivers
+    assert (home / "checkpoints" / f"{NAME}.pth.sha256").exists()
+    assert (metadata["crop_pct"], metadata["mean"]) == (0.875, (0.5, 0.5, 0.5))
+    assert metadata["args"] == {"nb_classes": 3}
+    monkeypatch.setenv("BEIT_OFFLINE", "1")
+    assert same(get_model(source), served.state_dict())
+
+
+def test_files_of_one_name_at_two_addresses_stay_apart(server, tmp_path):
+    # Breaks when runs/a/checkpoint-best.pth is taken for runs/b/checkpoint-best.pth.
+    for run in "ab":
+        server.files[f"/{run}/best.pth"] = save(tmp_path, classifier(), f"{run}.pth").read_bytes()
+    first, second = (resolve(f"{server.url}/{run}/best.pth?token={run}") for run in "ab")
+    assert first.read_bytes() == server.files["/a/best.pth"] != second.read_bytes()
+    assert resolve(f"{server.url}/a/best.pth?token=another") == first
+
+
+def test_files_told_apart_by_the_query_stay_apart(server, tmp_path):
+    # Breaks when all that follows "?" is taken for an access token: the wrong weights load.
+    for number in "12":
+        server.files[f"/download?id={number}"] = save(tmp_path, classifier(), f"{number}.pth").read_bytes()
+    first, second = (resolve(f"{server.url}/download?id={number}") for number in "12")
+    assert first.read_bytes() == server.files["/download?id=1"] != second.read_bytes()
+    signatures = "sv=2021&se=3&sp=r&sr=b&st=1&spr=https&sig=x&token=t&Expires=9&Signature=s&Key-Pair-Id=k&X-Amz-Date=7"
+    assert resolve(f"{server.url}/download?{signatures}&id=1") == first
+
+
+def test_a_damaged_download_is_refused_and_not_kept(server, home):
+    server.files["/a.pth"] = b"PK\x03\x04 and then the line went dead" + bytes(3000)
+    with pytest.raises(InputError, match="truncated download"):
+        resolve(f"{server.url}/a.pth")
+    assert not list(home.rglob("a.pth"))
+    server.files["/b.pth"] = b"<!DOCTYPE html><title>Sign in</title>"
+    with pytest.raises(InputError, match="HTML page"):
+        resolve(f"{server.url}/b.pth")
+
+
+def test_a_file_that_changed_in_the_cache_is_refused(served, home):
+    resolve(NAME)
+    with open(home / "checkpoints" / f"{NAME}.pth", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(InputError, match="has changed"):
+        resolve(NAME)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("", "no checkpoint is given"),
+        ("beit_base_patch16_224_pt22k_ft1", f"did you mean '{NAME}'"),
+        ("nowhere/checkpoint-best.pth", "there is no checkpoint nowhere/checkpoint-best.pth"),
+        ("http://", "names no file"),
+    ],
+)
+def test_mistaken_names_get_a_hint(source, message):
+    with pytest.raises(InputError, match=message):
+        resolve(source)
+
+
+def test_a_hub_id_is_fetched_and_told_apart_from_a_path(tmp_path, monkeypatch, home):
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    source = classifier()
+    folder = tmp_path / "snapshot"
+    folder.mkdir()
+    torch.save(from_official(source.state_dict(), "huggingface"), folder / "pytorch_model.bin")
+    calls = []
+
+    def fake(repository, name, *, cache_dir, local_files_only):
+        calls.append((repository, name, cache_dir, local_files_only))
+        if local_files_only:
+            raise LocalEntryNotFoundError("not cached")
+        if not (folder / name).exists():
+            raise EntryNotFoundError("no such entry")
+        return str(folder / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fake)
+    for name in ("microsoft/beit-base", "hf-hub:microsoft/beit-base"):
+        assert same(get_model(name), source.state_dict())
+    assert {call[::2] for call in calls} == {("microsoft/beit-base", home / "hub")}
+    monkeypatch.setenv("BEIT_OFFLINE", "1")
+    with pytest.raises(InputError, match="BEIT_OFFLINE is set and it is not in the cache"):
+        get_model("microsoft/beit-base")
+
+
+def test_a_hub_id_without_the_library_or_the_network_is_one_line(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    with pytest.raises(InputError, match=r"pip install beit\[hub\]"):
+        resolve("microsoft/beit-base")
+
+
+def test_means_are_those_of_the_transforms():
+    # The table of checkpoints is below the data in the order of imports, so the numbers stand twice.
+    assert (released.IMAGENET_MEAN, released.IMAGENET_STD) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    assert released.HALF == IMAGENET_INCEPTION_MEAN == IMAGENET_INCEPTION_STD
+
+
+def test_every_released_checkpoint_has_a_model_and_an_address():
+    assert len(RELEASED) == 14
+    for name, row in RELEASED.items():
+        assert row.urls[0] == f"https://github.com/addf400/files/releases/download/v1.0/{name}.pth"
+        with torch.device("meta"):
+            model = create_model(row.model, **row.arguments())
+        assert model.img_size == (row.input_size,) * 2
+        assert (row.num_classes is None) == hasattr(model, "lm_head")
+    assert {released_for(model).model for model in list_models("*_base_*")} == set(list_models("*_base_*"))
+    assert released_for("beit_base_patch16_224").name == "beit_base_patch16_224_pt22k_ft22kto1k"
+    with pytest.raises(InputError, match="no checkpoint of beit_tiny_patch16_224 was released"):
+        create_model("beit_tiny_patch16_224", pretrained=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- the API
+def test_a_model_is_created_with_weights(tmp_path, monkeypatch):
+    overrides = {**SIZES, "num_classes": 3}
+    path = save(tmp_path, classifier())
+    model = create_model("beit_tiny_patch16_224", pretrained=path, **overrides)
+    assert same(model, torch.load(path, weights_only=True)["model"])
+    monkeypatch.setattr(released, "resolve", None)
+    monkeypatch.setattr(
+        "beit.checkpoints.read.resolve", lambda source: {"beit_base_patch16_224_pt22k_ft22kto1k": path}[source]
+    )
+    model = beit.create_model("beit_base_patch16_224", pretrained=True, **{**overrides, "num_classes": 9})
+    assert model.head.out_features == 9
+    assert same(beit.get_model("beit_base_patch16_224"), torch.load(path, weights_only=True)["model"])
+
+
+def test_a_created_model_knows_what_its_checkpoint_records(tmp_path):
+    # Breaks when create_model forgets the metadata: inference_model would prepare images with mean 0.5 and number them.
+    recorded = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4), "labels": ["x", "y", "z"]}
+    path, image = save(tmp_path, classifier(), **recorded), torch.rand(3, 70, 80)
+    model = create_model("beit_tiny_patch16_224", pretrained=path, **SIZES, num_classes=3)
+    assert model.metadata["mean"] == recorded["mean"]
+    assert beit.inference_model(model, image) == beit.inference_model(get_model(path), image)
+    other = create_model("beit_tiny_patch16_224", pretrained=path, **SIZES, num_classes=2)
+    assert other.metadata["std"] == recorded["std"]
+    assert "labels" not in other.metadata
+    anew = classifier()
+    load_pretrained(anew, path, drop_head=True)
+    assert "labels" not in anew.metadata
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        classifier(),
+        classifier(img_size=(32, 96), use_abs_pos_emb=True, use_mean_pooling=False, init_values=None, qkv_bias=False),
+        classifier(patch_size=(8, 16), in_chans=1, mlp_ratio=2.5, num_classes=0),
+        classifier(embed_dim=88, mlp_ratio=109.5 / 88),  # 88 * (109 / 88) is below 109
+        masked(),
+        masked(use_abs_pos_emb=True, use_shared_rel_pos_bias=False, num_heads=1),
+    ],
+    ids=[
+        "classifier",
+        "positions, non-square",
+        "other patches",
+        "odd width",
+        "pre-training",
+        "pre-training, positions",
+    ],
+)
+def test_a_checkpoint_opens_as_the_model_it_is_of(model, tmp_path):
+    args = {"input_size": list(model.img_size), "model_kwargs": {"num_heads": model.num_heads}}
+    opened, metadata = open_model(save(tmp_path, model, args=args, labels=["x", "y", "z"]))
+    assert not opened.training
+    assert same(opened, model.state_dict())
+    assert metadata["labels"] == ("x", "y", "z")
+    images = torch.randn(1, model.patch_embed.proj.in_channels, *model.img_size)
+    torch.testing.assert_close(opened.forward_features(images), model.forward_features(images))
+
+
+def test_names_of_classes():
+    assert class_names({"labels": ["a", "b"]}, 2) == ("a", "b")
+    assert class_names({"labels": ["a", "b"]}, 3) is None
+    assert class_names({}, 1000)[207] == "golden retriever"
+    assert len(class_names({}, 21841)) == 21841
+
+
+def test_what_a_run_recorded_is_read(tmp_path):
+    args = {"imagenet_default_mean_and_std": True, "input_size": 64, "crop_pct": None}
+    path = save(tmp_path, classifier(), args=args, crop_pct=0.9)
+    _, metadata = read_weights(path)
+    assert metadata["mean"] == (0.485, 0.456, 0.406)
+    assert metadata["crop_pct"] == 0.9
+    assert metadata["image_size"] == (64, 64)
+    assert metadata["dialect"] == "unilm"
+    assert Path(metadata["source"]) == path
+
+
+WHOLE = dict(classifier().state_dict())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {name: tensor for name, tensor in WHOLE.items() if not name.startswith("patch_embed.")},
+            "is not a whole model: it lacks patch_embed.proj.weight",
+        ),
+        (
+            {name: tensor for name, tensor in WHOLE.items() if ".mlp." not in name},
+            "is not a whole model: it lacks blocks.0.mlp.fc1.weight",
+        ),
+        (WHOLE | {"patch_embed.proj.weight": torch.zeros(16, 768)}, r"patch_embed.proj.weight of shape \(16, 768\)"),
+        ({0: torch.zeros(1), 1: torch.zeros(2)}, "no weights under model, .*; it has 0, 1"),
+        ({"model": {0: torch.zeros(1)}}, "holds no BEiT"),
+    ],
+    ids=["no patches", "no MLP", "flat patches", "numbers", "numbers below"],
+)
+def test_what_is_no_whole_model_is_one_line(content, message, tmp_path):
+    save_checkpoint(tmp_path / "a.pth", content)
+    with pytest.raises(InputError, match=message) as refused:
+        get_model(tmp_path / "a.pth")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"args": "run.py --lr 1"},
+        {"args": ["--lr", "1"]},
+        {"args": {"model_kwargs": "a=1"}},
+        {"args": {"model_kwargs": {"num_heads": "two"}, "input_size": ["a", "b"]}},
+        {"args": {"labels": 3}},
+        {"args": {"interpolation": 3}},
+        {"interpolation": "cubic"},
+        {"mean": 0.5, "std": "0.5", "crop_pct": "most", "image_size": 0.5, "num_heads": 0, "layer_norm_eps": "small"},
+        {0: "a", "labels": {"x": 0}},
+    ],
+    ids=str,
+)
+def test_what_other_programs_record_is_passed_over(more, tmp_path):
+    # Breaks when a name that means something else elsewhere ends in a traceback, or in a wrong picture.
+    save_checkpoint(tmp_path / "a.pth", {"model": WHOLE, **more})
+    model = get_model(tmp_path / "a.pth")
+    assert model.metadata.keys() <= {"source", "dialect", "args"}
+    assert beit.inference_model(model, torch.rand(3, 64, 64))["name"].startswith("class ")
+
+
+def test_labels_by_number_are_taken_in_order(tmp_path):
+    path = save(tmp_path, classifier(), labels={2: "c", 0: "a", 1: "b"})
+    assert get_model(path).metadata["labels"] == ("a", "b", "c")

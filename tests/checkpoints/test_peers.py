@@ -1,0 +1,271 @@
+"""Files read and written by the libraries themselves: equal logits on random weights."""
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.models.beit import Beit
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BeitConfig,
+    BeitForImageClassification,
+    BeitForMaskedImageModeling,
+)
+
+from beit.checkpoints.read import read_weights
+from beit.commands.convert import convert
+from beit.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from beit.errors import InputError
+from beit.modeling import VisionTransformer
+from beit.storage import save_checkpoint
+from beit.zoo import create_model, get_model
+
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+MASK = torch.rand(2, 16, generator=torch.Generator().manual_seed(2)) < 0.4
+HF_SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 128,
+    "image_size": 64,
+    "patch_size": 16,
+}
+
+
+def outputs(model, images=IMAGES):
+    with torch.no_grad():
+        if hasattr(model, "lm_head"):
+            return model(images, MASK, return_all_tokens=True)
+        return model(images)
+
+
+def randomise(model):
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def saved(model, folder, **recorded):
+    save_checkpoint(folder / "source.pth", {"model": model.state_dict(), **recorded})
+    return folder / "source.pth"
+
+
+def test_transformers_opens_our_export_with_equal_logits(any_model, tmp_path):
+    # Breaks with a wrong name (the library fills it with noise), another eps, or a wrong flag in the config.
+    convert(saved(any_model, tmp_path, args={"model_kwargs": {"num_heads": 2}}), tmp_path / "hf", "huggingface")
+    masked = hasattr(any_model, "lm_head")
+    peer_class = BeitForMaskedImageModeling if masked else AutoModelForImageClassification
+    peer, info = peer_class.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    with torch.no_grad():
+        theirs = peer.eval()(IMAGES, bool_masked_pos=MASK) if masked else peer.eval()(IMAGES)
+    logits = theirs.logits[:, -16:] if masked else theirs.logits
+    torch.testing.assert_close(logits, outputs(any_model), rtol=1e-5, atol=1e-5)
+
+
+def test_our_export_has_the_names_of_the_librarys_own_files(any_model, tmp_path):
+    # The file names, not those in memory: a file that only the installed version opens would pass the test above.
+    convert(saved(any_model, tmp_path, args={"model_kwargs": {"num_heads": 2}}), tmp_path / "hf", "huggingface")
+    peer_class = BeitForMaskedImageModeling if hasattr(any_model, "lm_head") else BeitForImageClassification
+    peer_class(BeitConfig.from_pretrained(tmp_path / "hf")).save_pretrained(tmp_path / "theirs")
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "theirs"))
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_relative_position_bias": True, "num_labels": 5},
+        {"use_absolute_position_embeddings": True, "use_mean_pooling": False, "num_labels": 5},
+        {"use_relative_position_bias": True, "layer_scale_init_value": 0.0, "layer_norm_eps": 1e-6},
+    ],
+    ids=["tables", "positions, class token", "no LayerScale"],
+)
+def test_we_open_a_classifier_that_transformers_saved(options, tmp_path):
+    # Breaks with a wrong name, and when the library's default eps of 1e-12 in its config is not taken.
+    peer = randomise(BeitForImageClassification(BeitConfig(**HF_SIZES, **options)))
+    peer.save_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(outputs(get_model(tmp_path)), peer(IMAGES).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_we_open_a_pre_training_model_that_transformers_saved(tmp_path):
+    config = BeitConfig(**HF_SIZES, use_shared_relative_position_bias=True, use_mask_token=True, vocab_size=16)
+    peer = randomise(BeitForMaskedImageModeling(config))
+    peer.save_pretrained(tmp_path)
+    with torch.no_grad():
+        theirs = peer(IMAGES, bool_masked_pos=MASK).logits[:, -16:]
+    torch.testing.assert_close(outputs(get_model(tmp_path)), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_transformers_export_keeps_labels_and_preprocessing(small, tmp_path):
+    # Breaks predictions of an exported model: numbers for names, or images prepared in another way.
+    names = ["a cat", "a dog", "a bird", "a fish", "a horse"]
+    recorded = {"args": {"imagenet_default_mean_and_std": True, "input_size": 64}, "labels": names}
+    convert(saved(small("per-layer tables"), tmp_path, **recorded), tmp_path / "hf", "huggingface")
+    config = BeitConfig.from_pretrained(tmp_path / "hf")
+    assert [config.id2label[index] for index in range(5)] == names
+    assert config.label2id["a fish"] == 3
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "hf")
+    assert tuple(processor.image_mean) == IMAGENET_DEFAULT_MEAN
+    assert tuple(processor.image_std) == IMAGENET_DEFAULT_STD
+    pixels = processor(torch.zeros(3, 80, 120, dtype=torch.uint8), return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 64, 64)
+    black = [-m / s for m, s in zip(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, strict=True)]
+    torch.testing.assert_close(pixels[0, :, 0, 0], torch.tensor(black), rtol=1e-3, atol=1e-3)
+    assert json.loads((tmp_path / "hf/preprocessor_config.json").read_text())["size"] == {"shortest_edge": 73}
+
+
+def test_transformers_is_not_given_what_it_computes_otherwise(small, tmp_path):
+    # It reads the tables of a non-square grid transposed: an export would load and be wrong.
+    model = small("per-layer tables", img_size=(64, 96))
+    path = saved(model, tmp_path, args={"input_size": [64, 96]})
+    with pytest.raises(InputError, match="as those of a square"):
+        convert(path, tmp_path / "hf", "huggingface")
+    options = {**HF_SIZES, "image_size": [64, 96]}
+    peer = BeitForImageClassification(BeitConfig(**options, use_relative_position_bias=True, num_labels=5))
+    from beit.checkpoints.formats import from_official
+
+    translated = from_official(model.state_dict(), "huggingface")
+    peer.save_pretrained(tmp_path / "peer")
+    from safetensors.torch import save_file
+
+    save_file(translated, tmp_path / "peer/model.safetensors", metadata={"format": "pt"})
+    peer = BeitForImageClassification.from_pretrained(tmp_path / "peer").eval()
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        difference = (peer(images).logits - model(images)).abs().max()
+    assert difference > 1e-3, "transformers has learnt non-square tables: the refusal can go"
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 96)], ids=["square", "non-square"])
+@pytest.mark.parametrize("kind", ["per-layer tables", "positions, class token", "no LayerScale"])
+def test_timm_opens_our_export_with_equal_logits(small, kind, size, tmp_path):
+    model = small(kind, img_size=size)
+    path = saved(model, tmp_path, args={"input_size": list(size), "model_kwargs": {"num_heads": 2}})
+    convert(path, tmp_path / "timm.safetensors", "timm")
+    peer = Beit(
+        img_size=size,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        num_classes=5,
+        init_values=model.init_values,
+        use_abs_pos_emb=model.pos_embed is not None,
+        use_rel_pos_bias=model.blocks[0].attn.relative_position_bias_table is not None,
+        global_pool="avg" if model.fc_norm is not None else "token",
+    )
+    peer.load_state_dict(load_file(tmp_path / "timm.safetensors"))
+    images = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        torch.testing.assert_close(peer.eval()(images), model(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["per-layer tables", "positions, class token", "no LayerScale"])
+def test_timm_creates_the_model_from_our_folder(small, kind, tmp_path):
+    model = small(kind)
+    path = saved(model, tmp_path, labels=list("abcde"), args={"model_kwargs": {"num_heads": 2}})
+    convert(path, tmp_path / "timm", "timm")
+    peer = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(peer(IMAGES), model(IMAGES), rtol=1e-5, atol=1e-5)
+    assert peer.pretrained_cfg["crop_pct"] == 0.875
+    assert peer.pretrained_cfg["label_names"] == list("abcde")
+    torch.testing.assert_close(outputs(get_model(tmp_path / "timm")), outputs(model))
+
+
+def test_timm_takes_a_pre_training_model_as_features(small, tmp_path):
+    model = small("pre-training")
+    convert(saved(model, tmp_path), tmp_path / "timm", "timm")
+    name = f"local-dir:{tmp_path / 'timm'}"
+    peer = timm.create_model(name, pretrained=True, pretrained_strict=False, num_classes=0).eval()
+    with torch.no_grad():
+        theirs, ours = peer.forward_features(IMAGES), model.forward_features(IMAGES)
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
+
+
+def test_timm_creates_published_models_from_a_checkpoint_of_ours(tmp_path):
+    # The way its users know, with a registered name; a shallow one, for speed.
+    model = randomise(
+        VisionTransformer(
+            img_size=224, depth=1, num_classes=3, use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1
+        )
+    )
+    convert(saved(model, tmp_path), tmp_path / "timm.pth", "timm")
+    peer = timm.create_model(
+        "beit_base_patch16_224", checkpoint_path=str(tmp_path / "timm.pth"), depth=1, num_classes=3
+    ).eval()
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(peer(images), model(images), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 96)], ids=["square", "non-square"])
+def test_we_open_what_timm_saved(size, tmp_path):
+    peer = Beit(
+        img_size=size, embed_dim=32, depth=2, num_heads=2, num_classes=5, use_abs_pos_emb=False, use_rel_pos_bias=True
+    )
+    randomise(peer)
+    save_checkpoint(tmp_path / "timm.pth", {"state_dict": peer.state_dict(), "args": {"input_size": list(size)}})
+    images = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        torch.testing.assert_close(get_model(tmp_path / "timm.pth")(images), peer(images), rtol=1e-5, atol=1e-5)
+
+
+def test_a_classifier_that_kept_its_mask_token_opens_as_a_classifier(tmp_path, caplog):
+    # Breaks when a mask token alone makes a pre-training model: the classifier would be dropped.
+    config = BeitConfig(
+        **HF_SIZES, num_labels=5, use_mask_token=True, use_shared_relative_position_bias=True, layer_norm_eps=1e-12
+    )
+    peer = randomise(BeitForImageClassification(config))
+    peer.save_pretrained(tmp_path)
+    model = get_model(tmp_path)
+    assert isinstance(model, VisionTransformer)
+    torch.testing.assert_close(outputs(model), outputs(peer).logits, rtol=1e-4, atol=1e-4)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    convert(tmp_path, tmp_path / "converted.pth", "unilm")
+    torch.testing.assert_close(outputs(get_model(tmp_path / "converted.pth")), outputs(model))
+
+
+@pytest.mark.parametrize("to", ["unilm", "mmpretrain", "timm", "timm .safetensors", "timm folder"])
+def test_what_no_shape_tells_survives_a_conversion(to, tmp_path, caplog):
+    # Breaks when heads, eps, size or interpolation are lost: the file opens, and computes something else.
+    config = BeitConfig(
+        **{**HF_SIZES, "num_attention_heads": 4},
+        num_labels=5,
+        layer_norm_eps=1e-2,
+        use_absolute_position_embeddings=False,
+    )
+    peer = randomise(BeitForImageClassification(config))
+    peer.save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf/preprocessor_config.json").write_text('{"resample": 2, "image_mean": [0.4, 0.5, 0.6]}')
+    format_, _, kind = to.partition(" ")
+    path = tmp_path / f"converted{ {'folder': ''}.get(kind, kind or '.pth') }"
+    convert(tmp_path / "hf", path, format_)
+    assert ("timm computes with a layer_norm_eps of 1e-06" in caplog.text) == (format_ == "timm")
+    model = get_model(path)
+    assert (model.num_heads, model.img_size, model.metadata["layer_norm_eps"]) == (4, (64, 64), 1e-2)
+    assert (model.metadata["interpolation"], model.metadata["mean"]) == ("bilinear", (0.4, 0.5, 0.6))
+    torch.testing.assert_close(outputs(model), outputs(peer).logits, rtol=1e-4, atol=1e-4)
+
+    sizes = {"img_size": 64, "embed_dim": 32, "depth": 2, "num_classes": 5, "use_rel_pos_bias": False}
+    with pytest.raises(InputError, match="it has 4 heads and the model has 2; build it with num_heads=4"):
+        create_model("beit_tiny_patch16_224", pretrained=path, **sizes, num_heads=2)
+    create_model("beit_tiny_patch16_224", pretrained=path, **sizes, num_heads=4)
+    assert "was made with a layer_norm_eps of 0.01, the model has 1e-06" in caplog.text
+
+
+def test_the_crop_comes_back_from_transformers_as_it_was(small, tmp_path):
+    # Breaks when it is read off the sizes, which are whole pixels: 64 / 73 is not 0.875.
+    path = saved(small("per-layer tables"), tmp_path, crop_pct=0.875)
+    convert(path, tmp_path / "hf", "huggingface")
+    assert read_weights(tmp_path / "hf")[1]["crop_pct"] == 0.875
+    described = tmp_path / "hf" / "preprocessor_config.json"
+    described.write_text(described.read_text().replace('"shortest_edge": 73', '"shortest_edge": 80'))
+    assert read_weights(tmp_path / "hf")[1]["crop_pct"] == 0.8  # somebody changed the sizes, which count then
+    assert AutoImageProcessor.from_pretrained(tmp_path / "hf").size["shortest_edge"] == 80
