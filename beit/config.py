@@ -7,10 +7,11 @@ YAML file given with ``--config`` (or as the argument ``config``, where the clas
 
 import argparse
 import dataclasses
+import functools
 import logging
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -31,57 +32,57 @@ DEFAULTS_FOLLOW = "# The rest has its default."  # in a run's config.yaml
 
 @dataclasses.dataclass(frozen=True)
 class SettingsFiles:
-    """Where the settings files of some jobs are, and how their settings may be called in assignments.
+    """Where the settings files of some jobs are, and what assignments such as ``--options lr=1e-3`` may name.
 
     A configuration class has its own as the class variable ``SETTINGS``; without one they are the recipes of ``beit``.
 
     Args:
         folder: Folder of the files that come with the package; those that begin with ``_`` are there to build on.
-        overrides: The flags, without dashes, that take assignments ``KEY=VALUE``, stronger than a file.
-        aliases: Other names that assignments may use: that name -> the field, or ``field.key`` of a mapping.
-        without_effect: Keys that may be assigned but do nothing here -> why; said when they are.
-        passed_over: Keys that a file may hold for other jobs, where this one has no such field.
+        overrides: The flags, without dashes, that take assignments ``KEY=VALUE``, which override a file.
+        keys: Aliases of single keys of a mapping: that name -> ``field.key``.
+        without_effect: Keys that may be assigned but do nothing here -> why; logged when they are.
+        shared_with: Another job's configuration whose keys a file may hold as well; they are ignored.
     """
 
     folder: Path = Path(str(resources.files("beit"))) / "recipes"
     overrides: tuple[str, ...] = ()
-    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
     without_effect: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    passed_over: Collection[str] = ()
+    shared_with: type | None = None
 
 
 def option(
     default: Any,
     help: str,
     *,
+    aliases: Sequence[str] = (),
+    counts_batches: Sequence[str] = (),
+    within: str = "",
+    choices: Collection[str] | None = None,
     off: str | None = None,
-    choices: Sequence[str] | None = None,
     no_effect: str | None = None,
     positional: bool = False,
     short: str | None = None,
-    written_out: bool = False,
+    must_exist: bool = False,
 ) -> Any:
     """Declares a configuration field together with its flag.
 
     Args:
         default: The default value; its type is the field's annotation.
         help: What the flag does, with units.
+        aliases: Other names of the setting: official spellings, and those of earlier versions. Each is accepted as a
+            flag, as a YAML key, in assignments and in a checkpoint's ``args``. One with a dot is no flag.
+        counts_batches: Aliases whose values count batches, of which ``update_freq`` make one of this field's steps.
+        within: The interval that a number must be in, such as ``[0, 1)`` or ``(0, inf)``; never NaN or infinite. Of a
+            sequence, each number.
+        choices: The accepted values; read when the parser is built, so a table can grow until then.
         off: For a boolean, the flag that switches it off (``--no_<name>`` otherwise).
-        choices: The accepted values.
-        no_effect: Why a flag that the official scripts have does nothing here; said once when it is used.
-        positional: Whether the value stands on the command line without a flag; it must then be there.
+        no_effect: Why a flag that the official scripts have does nothing here; logged when it is used.
+        positional: Whether the value stands on the command line without a flag; it must then be given.
         short: A second flag, such as ``-o``.
-        written_out: For a boolean, whether the flag may take its value in words, as in ``--flag false``.
+        must_exist: Whether the value is the path of a file or folder that must be there.
     """
-    metadata = {
-        "help": help,
-        "off": off,
-        "choices": choices,
-        "no_effect": no_effect,
-        "positional": positional,
-        "short": short,
-        "written_out": written_out,
-    }
+    metadata = {key: value for key, value in locals().items() if key != "default"}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -112,20 +113,25 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     return key, _yaml_value(value)
 
 
+# Reading settings
+
+
 def read_command_line(config_class: type[ConfigT], argv: Sequence[str], prog: str, description: str) -> ConfigT:
     """Builds a configuration from command-line arguments and the YAML file that they name.
 
     Raises:
-        InputError: An unknown flag or key, or a value of the wrong type.
+        InputError: An unknown flag or key, a value of the wrong type or out of range, or a missing file.
     """
     parser = _build_parser(config_class, prog, description)
     flags = vars(parser.parse_args([_underscored(argument) for argument in argv]))
     yaml_name, assignments = flags.get("config"), flags.pop(_OVERRIDES, [])
     if "config" not in _fields(config_class):
         flags.pop("config", None)
-    values = read_yaml(config_class, yaml_name) if yaml_name else {}
-    config = config_class(**{**_override(config_class, values, assignments), **flags})
-    _announce_flags_without_effect(config)
+    values = _read_keys(config_class, yaml_name) if yaml_name else {}
+    values = {**_override(config_class, values, assignments), **flags}
+    config = config_class(**_in_steps(config_class, values))
+    check_settings(config)
+    _log_flags_without_effect(config)
     return config
 
 
@@ -137,16 +143,7 @@ def read_yaml(config_class: type, name: str) -> dict[str, Any]:
     Raises:
         InputError: No such file, not YAML, or a key that the job does not have.
     """
-    files, fields = _files_of(config_class), _fields(config_class)
-    values: dict[str, Any] = {}
-    for path, content in _read_layers(name, files.folder):
-        for key, value in content.items():
-            if key in RECIPE_KEYS or (key in files.passed_over and key not in fields):
-                continue
-            if key not in fields:
-                raise InputError(f"{path}: unknown key {key!r}{did_you_mean(str(key), fields)}")
-            values[key] = _convert(*fields[key], value, f"{path}: {key}")
-    return values
+    return _in_steps(config_class, _read_keys(config_class, name))
 
 
 def read_facts(name: str) -> dict[str, Any]:
@@ -162,7 +159,7 @@ def read_facts(name: str) -> dict[str, Any]:
         own = content.get("recipe") or {}
         if not isinstance(own, dict):
             raise InputError(f"{path}: recipe must hold 'key: value' lines, one for each fact")
-        facts.pop("note", None)  # what is to be said of one run
+        facts.pop("note", None)  # it is about one run
         facts.update(own)
     return facts
 
@@ -170,6 +167,118 @@ def read_facts(name: str) -> dict[str, Any]:
 def recipe_names() -> list[str]:
     """Returns the names of the recipes that come with the package, sorted."""
     return sorted(path.stem for path in SettingsFiles().folder.glob("[!_]*.yaml"))
+
+
+def read_run_settings(path: Path) -> tuple[dict[str, Any], set[str] | None]:
+    """Reads the ``config.yaml`` of any job's run folder.
+
+    Returns:
+        The settings as plain values, and the names of those that differ from their defaults, None if it does not say.
+
+    Raises:
+        InputError: It cannot be read, or is not YAML.
+    """
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    before, marker, _ = text.partition(DEFAULTS_FOLLOW.encode())
+    return _parse(text, path), set(_parse(before, path)) if marker else None
+
+
+def from_plain(config_class: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+    """Builds a configuration from a checkpoint's ``args``; settings that the job does not have are left out."""
+    known = {key: value for key, value in values.items() if key in _names(config_class)}
+    return config_class(**_in_steps(config_class, dict(_converted(config_class, known.items(), ""))))
+
+
+def check_settings(config: object) -> None:
+    """Makes sure that every setting is one of its choices, within its interval, and there if it must exist.
+
+    Raises:
+        InputError: The first one that is not.
+    """
+    for name, (field, _) in _fields(type(config)).items():
+        value, meta = getattr(config, name), field.metadata
+        if value is None:
+            continue
+        if meta["choices"] is not None and value not in meta["choices"]:
+            hint = did_you_mean(str(value), meta["choices"])
+            raise InputError(f"--{name} {value}: choose {', '.join(meta['choices'])}{hint}")
+        for number in value if isinstance(value, tuple | list) else (value,):
+            if meta["within"] and not _is_within(number, meta["within"]):
+                shown = " ".join(map(str, value)) if isinstance(value, tuple | list) else value
+                raise InputError(f"--{name} {shown}: must be {_in_words(meta['within'])}")
+        if meta["must_exist"] and value and not Path(value).expanduser().exists():
+            parent = Path(value).expanduser().parent
+            hint = did_you_mean(Path(value).name, (path.name for path in parent.iterdir())) if parent.is_dir() else ""
+            raise InputError(f"{name.replace('_', ' ')} {value}: no such file or folder{hint}")
+
+
+def _is_within(number: object, interval: str) -> bool:
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        return False
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = number >= low if interval[0] == "[" else number > low
+    return above and (number <= high if interval[-1] == "]" else number < high)
+
+
+def _in_words(interval: str) -> str:
+    low, high = interval[1:-1].replace(" ", "").split(",")
+    if high == "inf":
+        return f"above {low}" if interval[0] == "(" else "0 or more" if low == "0" else f"at least {low}"
+    if interval[0] == "[" and interval[-1] == "]":
+        return f"between {low} and {high}"
+    lower = f"at least {low}" if interval[0] == "[" else f"above {low}"
+    return f"{lower} and {'at most' if interval[-1] == ']' else 'below'} {high}"
+
+
+def _read_keys(config_class: type, name: str) -> dict[str, Any]:
+    """Reads a settings file and those it builds on, under the fields' own names."""
+    files = _files_of(config_class)
+    ignored = set(RECIPE_KEYS) | (set(_names(files.shared_with)) if files.shared_with else set())
+    values: dict[str, Any] = {}
+    for path, content in _read_layers(name, files.folder):
+        own = {key: value for key, value in content.items() if key in _names(config_class) or key not in ignored}
+        values.update(_converted(config_class, own.items(), f"{path}: "))
+    return values
+
+
+def _converted(config_class: type, items: Iterable[tuple[str, Any]], where: str) -> Iterator[tuple[str, Any]]:
+    """Yields fields and values of settings that may go by any of their names."""
+    names, fields, removed = _names(config_class), _fields(config_class), _removed(config_class)
+    for key, value in items:
+        if key in removed and value == removed[key][0]:  # the default, in a run's config.yaml
+            continue
+        if key in removed:
+            raise InputError(f"{where}{key} is gone: {removed[key][1]}")
+        if key not in names:
+            raise InputError(f"{where}unknown key {key!r}{did_you_mean(str(key), names)}")
+        field, reader = fields[names[key]]
+        value = _convert(field, reader, value, f"{where}{key}")
+        yield names[key], _Batches(value, key) if key in field.metadata["counts_batches"] else value
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batches:
+    """A duration in batches, given under an alias, until it is known how many batches make a step."""
+
+    count: int
+    name: str
+
+
+def _in_steps(config_class: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values with durations in optimizer steps, whatever they were given in."""
+    settled = dict(values)
+    for name, value in values.items():
+        if isinstance(value, _Batches):
+            batches = (
+                values["update_freq"] if "update_freq" in values else _fields(config_class)["update_freq"][0].default
+            )
+            if value.count % batches:
+                raise InputError(f"{value.name} {value.count}: must be a multiple of update_freq, {batches}")
+            settled[name] = value.count // batches
+    return settled
 
 
 def _read_layers(name: str, folder: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
@@ -196,38 +305,17 @@ def _parse(text: bytes, path: Path) -> dict[str, Any]:
     return content
 
 
-def read_run_settings(path: Path) -> tuple[dict[str, Any], set[str] | None]:
-    """Reads the ``config.yaml`` of any job's run folder.
-
-    Returns:
-        The settings as plain values, and the names of those that differ from their defaults, None if it does not say.
-
-    Raises:
-        InputError: It cannot be read, or is not YAML.
-    """
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    before, marker, _ = text.partition(DEFAULTS_FOLLOW.encode())
-    return _parse(text, path), set(_parse(before, path)) if marker else None
+# Writing settings
 
 
-def to_plain(config: Any) -> dict[str, Any]:
+def to_plain(config: object) -> dict[str, Any]:
     """Returns the settings as a dict of plain values, as they go into checkpoints and YAML files."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(config).items()}
 
 
-def from_plain(config_class: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
-    """Builds a configuration from a checkpoint's ``args``; settings that the job does not have are left out."""
-    fields = _fields(config_class)
-    known = {key: _convert(*fields[key], value, key) for key, value in values.items() if key in fields}
-    return config_class(**known)
-
-
-def dump_yaml(config: Any) -> str:
+def dump_yaml(config: object) -> str:
     """Returns the settings as a YAML text that ``--config`` reads back; first those that differ from their defaults."""
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    defaults = {name: field.default for name, (field, _) in _fields(type(config)).items()}
     given: dict[str, Any] = {}
     rest: dict[str, Any] = {}
     for key, value in to_plain(config).items():
@@ -236,7 +324,7 @@ def dump_yaml(config: Any) -> str:
     return f"{parts[0]}{DEFAULTS_FOLLOW}\n{parts[1]}"
 
 
-def to_flags(config: Any) -> list[str]:
+def to_flags(config: object) -> list[str]:
     """Returns the arguments that make this configuration of the defaults; the inverse of :func:`read_command_line`.
 
     A value that no flag can give (None, or nothing, where the default is something) is left out.
@@ -273,6 +361,9 @@ def _in_a_line(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("\n...")  # which YAML writes after a value that is no list
 
 
+# Assignments
+
+
 _OVERRIDES = "assignments to settings"  # where the parser keeps them: no field can be called so
 
 
@@ -294,6 +385,7 @@ def _override(config_class: type, values: Mapping[str, Any], assignments: Sequen
         if other != key and same != value:
             raise InputError(f"{where}: {other} has set {name} to {same!r} already; here they are one setting")
         given[f"{name}.{item}"] = key, value
+        value = _Batches(value, key) if key in field.metadata["counts_batches"] else value
         result[name] = {**(result.get(name) or {}), item: value} if item else value
     return result
 
@@ -302,9 +394,11 @@ def _find_setting(config_class: type, key: str, where: str) -> tuple[str, str, t
     """Returns the field that an assignment means, and the key where it means one of a mapping's."""
     files = _files_of(config_class)
     fields = {name: it for name, it in _fields(config_class).items() if not it[0].metadata["positional"]}
-    name, _, item = files.aliases.get(key, key).partition(".")
+    names = {key: name for key, name in _names(config_class).items() if name in fields}
+    name, _, item = (key, "", "") if key in names else files.keys.get(key, key).partition(".")
+    name = names.get(name, name)
     if name not in fields or (item and fields[name][1] is not _read_assignments):
-        hint = did_you_mean(key, {*fields, *files.aliases, *files.without_effect})
+        hint = did_you_mean(key, {*names, *files.keys, *files.without_effect})
         raise InputError(f"{where}: unknown key {key!r}{hint}")
     return name, item, fields[name]
 
@@ -317,7 +411,7 @@ def _from_text(text: str, field: dataclasses.Field, reader: Callable) -> Any:
         return {"true": True, "false": False}.get(text.lower(), text)
     if reader is _read_assignments:
         return _yaml_value(text)
-    if reader in (_read_floats, _read_ints, _read_strings, parse_size) and ("," in text or text[:1] in ("(", "[")):
+    if reader in (*_SEVERAL, parse_size) and ("," in text or text[:1] in ("(", "[")):
         return [item.strip(" '\"") for item in text.strip("()[] ").split(",") if item.strip()]
     return [text] if reader in (_read_floats, _read_ints) else text
 
@@ -329,8 +423,13 @@ def _yaml_value(text: str) -> Any:
         raise InputError(f"{text!r} is no value: {' '.join(str(error).split())}") from error
 
 
+# The parser
+
+
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are :class:`InputError`, with near matches for unknown flags."""
+
+    removed: Mapping[str, tuple[Any, str]] = {}
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see --help)")
@@ -338,8 +437,10 @@ class _Parser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            hint = did_you_mean(unknown[0].split("=")[0], self._option_string_actions)
-            self.error(f"unknown argument {unknown[0]}{hint}")
+            flag = unknown[0].split("=")[0]
+            if flag.removeprefix("--") in self.removed:
+                raise InputError(f"{flag} is gone: {self.removed[flag.removeprefix('--')][1]}")
+            self.error(f"unknown argument {unknown[0]}{did_you_mean(flag, self._option_string_actions)}")
         return parsed
 
 
@@ -351,45 +452,59 @@ def _build_parser(config_class: type, prog: str, description: str) -> argparse.A
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
+    parser.removed = _removed(config_class)
     fields, overrides = _fields(config_class), _files_of(config_class).overrides
     if "config" not in fields:
         parser.add_argument("--config", metavar="YAML", help="settings file or recipe name; flags override it")
     if overrides:
-        text = "settings, stronger than the file's and weaker than flags"
+        text = "settings that override the file and are overridden by flags"
         names = [f"--{name}" for name in overrides]
         parser.add_argument(*names, dest=_OVERRIDES, nargs="+", action="extend", metavar="KEY=VALUE", help=text)
+    in_words = not any(field.metadata["positional"] for field, _ in fields.values())
+    groups: dict[str, argparse._ArgumentGroup] = {}
     for name, (field, reader) in fields.items():
-        _add_flag(parser, name, field, reader)
+        title = _group(config_class, name)
+        if title and title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        _add_flag(groups[title] if title else parser, name, field, reader, in_words)
     return parser
 
 
-def _add_flag(parser: argparse.ArgumentParser, name: str, field: dataclasses.Field, reader: Callable) -> None:
-    meta, flag = field.metadata, f"--{name}"
+def _group(config_class: type, name: str) -> str:
+    """Returns the title that a flag stands under: ``GROUP`` of the class that declares the field first."""
+    owner = next(base for base in reversed(config_class.__mro__) if name in vars(base).get("__annotations__", ()))
+    return vars(owner).get("GROUP", "")
+
+
+def _add_flag(
+    parser: argparse._ActionsContainer, name: str, field: dataclasses.Field, reader: Callable, in_words: bool
+) -> None:
+    meta, several = field.metadata, {"nargs": "+", "action": _CollectTuple}
     if meta["positional"]:
-        several = {"nargs": "+", "action": _CollectTuple} if reader is _read_strings else {"type": reader}
-        parser.add_argument(name, help=meta["help"].replace("%", "%%"), metavar=name.upper(), **several)
+        how: dict[str, Any] = several if reader is _read_strings else {"type": reader}
+        parser.add_argument(name, help=meta["help"].replace("%", "%%"), metavar=name.upper(), **how)
         return
     text = f"{meta['help']} (default: {field.default})".replace("%", "%%")
+    aliases = [f"--{alias}" for alias in meta["aliases"] if "." not in alias]
+    flags = [*([meta["short"]] if meta["short"] else []), f"--{name}", *aliases]
+    arguments: dict[str, Any] = {"dest": name, "help": text}
     if reader is _read_bool:
-        in_words = {"nargs": "?", "const": True, "type": parse_bool, "metavar": "true|false"}
-        parser.add_argument(
-            flag, dest=name, help=text, **(in_words if meta["written_out"] else {"action": "store_true"})
-        )
-        off_help = f"switch {flag} off" if field.default or meta["off"] else argparse.SUPPRESS
+        in_words_too = {"nargs": "?", "const": True, "type": parse_bool, "metavar": "true|false"}
+        parser.add_argument(*flags, **arguments, **(in_words_too if in_words else {"action": "store_true"}))
+        off_help = f"turn --{name} off" if field.default or meta["off"] else argparse.SUPPRESS
         parser.add_argument(meta["off"] or f"--no_{name}", dest=name, action="store_false", help=off_help)
         return
-    arguments: dict[str, Any] = {"type": _named_reader(reader), "help": text, "metavar": name.upper()}
-    if meta["choices"]:
-        arguments |= {"choices": meta["choices"], "metavar": None}
-    if reader is _read_assignments:
+    if meta["choices"] is not None:
+        arguments |= {"choices": list(meta["choices"])}
+    elif reader is _read_assignments:
         arguments |= {"nargs": "+", "type": parse_assignment, "action": _CollectAssignments, "metavar": "KEY=VALUE"}
-    elif reader is _read_floats:
-        arguments |= {"nargs": "+", "type": float, "action": _CollectTuple}
-    elif reader is _read_ints:
-        arguments |= {"nargs": "+", "type": int, "action": _CollectTuple}
-    elif reader is _read_strings:
-        arguments |= {"nargs": "+", "type": str, "action": _CollectTuple}
-    parser.add_argument(*([meta["short"]] if meta["short"] else []), flag, dest=name, **arguments)
+    else:
+        arguments |= {"type": _SEVERAL.get(reader, _size if reader is parse_size else reader), "metavar": name.upper()}
+        arguments |= several if reader in _SEVERAL else {}
+    parser.add_argument(*flags, **arguments)
+    for alias in (alias for alias in meta["counts_batches"] if "." not in alias):
+        text = f"--{name} in batches, of which --update_freq make a step"
+        parser.add_argument(f"--{alias}", dest=name, type=int, action=_CollectBatches, metavar=alias.upper(), help=text)
 
 
 class _CollectAssignments(argparse.Action):
@@ -402,10 +517,32 @@ class _CollectTuple(argparse.Action):
         setattr(namespace, self.dest, tuple(values))
 
 
+class _CollectBatches(argparse.Action):
+    def __call__(self, _parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        setattr(namespace, self.dest, _Batches(values, str(option)))
+
+
+# Fields and how their values are read
+
+
+@functools.cache
 def _fields(config_class: type) -> dict[str, tuple[dataclasses.Field, Callable]]:
     """Returns each field of a configuration with the function that reads its value from a text or from YAML."""
     hints = typing.get_type_hints(config_class)
     return {field.name: (field, _reader(hints[field.name])) for field in dataclasses.fields(config_class)}
+
+
+@functools.cache
+def _names(config_class: type) -> dict[str, str]:
+    """Returns every name of every setting -> its field."""
+    fields = {name: field.metadata for name, (field, _) in _fields(config_class).items()}
+    aliases = {alias: name for name, meta in fields.items() for alias in (*meta["aliases"], *meta["counts_batches"])}
+    return {**aliases, **{name: name for name in fields}}
+
+
+def _removed(config_class: type) -> Mapping[str, tuple[Any, str]]:
+    """Returns the settings of earlier versions that are gone -> their default then, and what to use instead."""
+    return getattr(config_class, "REMOVED", {})
 
 
 def _files_of(config_class: type) -> SettingsFiles:
@@ -418,19 +555,18 @@ def _reader(annotation: Any) -> Callable[[Any], Any]:
         if tuple[int, int] in members:
             return parse_size
         (annotation,) = members - {types.NoneType}
-    if annotation is bool:
-        return _read_bool
-    if annotation == tuple[float, ...]:
-        return _read_floats
-    if annotation == tuple[int, ...]:
-        return _read_ints
-    if annotation == tuple[str, ...]:
-        return _read_strings
     if typing.get_origin(annotation) is dict:
         return _read_assignments
-    if annotation in (int, float, str):
-        return annotation
-    raise TypeError(f"no reader for a field of type {annotation}")
+    readers = {
+        bool: _read_bool,
+        tuple[float, ...]: _read_floats,
+        tuple[int, ...]: _read_ints,
+        tuple[str, ...]: _read_strings,
+        **{plain: plain for plain in (int, float, str)},
+    }
+    if annotation not in readers:
+        raise TypeError(f"no reader for a field of type {annotation}")
+    return readers[annotation]
 
 
 def _read_bool(value: Any) -> bool:
@@ -467,6 +603,16 @@ def _read_assignments(value: Any) -> dict[str, Any]:
     return dict(value)
 
 
+_SEVERAL: dict[Callable, type] = {_read_floats: float, _read_ints: int, _read_strings: str}  # and the type of each
+
+
+def _size(text: str) -> Size:
+    return parse_size(text)
+
+
+_size.__name__ = "size"  # which argparse shows in "invalid size value"
+
+
 def _convert(field: dataclasses.Field, reader: Callable, value: Any, where: str) -> Any:
     if value is None and types.NoneType in typing.get_args(field.type):
         return None
@@ -475,16 +621,11 @@ def _convert(field: dataclasses.Field, reader: Callable, value: Any, where: str)
             raise ValueError("a value expected")
         if reader is int:
             value = _read_int(value)
-        if field.metadata["choices"] and value not in field.metadata["choices"]:
+        if field.metadata["choices"] is not None and value not in field.metadata["choices"]:
             raise ValueError(f"choose {', '.join(field.metadata['choices'])}")
         return reader(value)
     except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{where}: cannot use {value!r}: {error}") from error
-
-
-def _named_reader(reader: Callable) -> Callable:
-    """Gives ``parse_size`` the name that argparse shows in "invalid … value"."""
-    return type("size", (), {"__new__": lambda _cls, text: parse_size(text)}) if reader is parse_size else reader
 
 
 def _underscored(argument: str) -> str:
@@ -509,8 +650,8 @@ def _find_yaml(name: str, folder: Path) -> Path:
     raise InputError(f"no settings file {name}{hint or '; the package has ' + ', '.join(shipped)}")
 
 
-def _announce_flags_without_effect(config: Any) -> None:
-    for field in dataclasses.fields(config):
+def _log_flags_without_effect(config: object) -> None:
+    for name, (field, _) in _fields(type(config)).items():
         reason = field.metadata["no_effect"]
-        if reason and getattr(config, field.name) != field.default:
-            logger.warning("--%s has no effect: %s", field.name, reason)
+        if reason and getattr(config, name) != field.default:
+            logger.warning("--%s has no effect: %s", name, reason)

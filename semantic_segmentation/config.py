@@ -33,7 +33,7 @@ EVAL_OPTIONS = ("imgfile_prefix", "to_label_id", "efficient_test")
 SETTINGS = SettingsFiles(
     folder=Path(__file__).parent / "configs" / "beit" / "upernet",
     overrides=("options", "cfg_options"),
-    aliases=OFFICIAL_KEYS,
+    keys=OFFICIAL_KEYS,
     without_effect=KEYS_WITHOUT_EFFECT,
 )
 _SPREAD = "mmsegmentation needs it; counts are added up over the processes here"
@@ -158,9 +158,7 @@ class TestConfig(SegmentationConfig):
     """The command line of ``tools/test.py``: mmsegmentation's flags, and every setting."""
 
     # A run's own config.yaml is good for testing it.
-    SETTINGS: ClassVar[SettingsFiles] = dataclasses.replace(
-        SETTINGS, passed_over=frozenset(field.name for field in dataclasses.fields(TrainConfig))
-    )
+    SETTINGS: ClassVar[SettingsFiles] = dataclasses.replace(SETTINGS, shared_with=TrainConfig)
     __test__: ClassVar[bool] = False  # its name would make pytest take it for a test
 
     amp_dtype: str = option("auto", "number format of the forward pass; auto is fp32 in testing", choices=AMP_CHOICES)

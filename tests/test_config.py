@@ -1,6 +1,7 @@
 """beit.config: dataclass <-> flags <-> YAML."""
 
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ from beit.config import (
     SettingsFiles,
     Size,
     dump_yaml,
+    from_plain,
     option,
     read_command_line,
     read_run_settings,
@@ -35,7 +37,7 @@ class Config:
     abs_pos_emb: bool = option(False, "absolute positions")
     amp_dtype: str = option("auto", "number format, 100 % of the time", choices=("auto", "fp16"))
     local_rank: int = option(-1, "rank")
-    amp_forward: bool = option(True, "mixed precision", written_out=True)
+    amp_forward: bool = option(True, "mixed precision")
     layers: tuple[int, ...] = option((), "blocks")
     warmup_lr: float = option(1e-6, "unused", no_effect="the warm-up starts at 0")
 
@@ -209,21 +211,97 @@ def test_help_shows_every_flag_and_its_default(capsys):
 
 
 @dataclass(frozen=True)
+class Other:
+    optimism: int = option(1, "what another job reads", aliases=("hope",))
+
+
+@dataclass(frozen=True)
 class Job(Config):
     config: str = option("", "settings file", positional=True)
     threshold: float | None = option(None, "a number, or none")
     SETTINGS: ClassVar[SettingsFiles] = SettingsFiles(
         folder=Path(__file__).parent / "nowhere",
         overrides=("options", "cfg_options"),
-        aliases={
+        keys={
             "optimizer.lr": "lr",
             "schedule.lr": "lr",
             "net.depth": "model_kwargs.depth",
             "net.size": "input_size",
         },
         without_effect={"fp16": "amp_dtype says it"},
-        passed_over={"optimism", "lr"},
+        shared_with=Other,
     )
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """A job whose settings had other names before."""
+
+    GROUP: ClassVar[str] = "run"
+    REMOVED: ClassVar[dict[str, tuple[Any, str]]] = {"stream": (False, "use --update_freq")}
+
+    update_freq: int = option(1, "batches per step", within="[1, inf)", aliases=("optimizer.update_interval",))
+    max_steps: int = option(100, "optimizer steps", within="[1, inf)", counts_batches=("max_iters", "runner.max_iters"))
+    batch_size: int = option(2, "images per process", within="[1, inf)", aliases=("samples_per_gpu",))
+    drop_path: float = option(0.1, "stochastic depth", within="[0, 1)")
+    ratios: tuple[float, ...] = option((1.0,), "factors", within="(0, inf)")
+    data: str = option("", "images", must_exist=True)
+
+
+def read_renamed(*argv):
+    return read_command_line(Renamed, argv, "prog", "text")
+
+
+def test_earlier_names_are_accepted_wherever_settings_are_given(tmp_path):
+    assert read_renamed("--samples_per_gpu", "4").batch_size == read_renamed("--samples-per-gpu=4").batch_size == 4
+    (tmp_path / "config.yaml").write_text("samples_per_gpu: 8\nmax_iters: 50\nstream: false\n")
+    config = read_renamed("--config", str(tmp_path / "config.yaml"))
+    assert (config.batch_size, config.max_steps) == (8, 50)
+    assert from_plain(Renamed, {"samples_per_gpu": 3, "max_iters": 40, "update_freq": 4, "gone": 1}).max_steps == 10
+
+
+def test_durations_in_batches_become_steps_once_update_freq_is_known(tmp_path):
+    # Breaks if a file's durations are converted before the command line's update_freq is known.
+    (tmp_path / "config.yaml").write_text("max_iters: 48\n")
+    assert read_renamed("--config", str(tmp_path / "config.yaml"), "--update_freq", "4").max_steps == 12
+    assert read_renamed("--max_iters", "48", "--update_freq", "4").max_steps == 12
+    assert read_renamed("--max_steps", "48", "--update_freq", "4").max_steps == 48
+    with pytest.raises(InputError, match=r"--max_iters 5: must be a multiple of update_freq, 2"):
+        read_renamed("--max_iters", "5", "--update_freq", "2")
+
+
+def test_a_setting_that_is_gone_names_its_replacement(tmp_path):
+    with pytest.raises(InputError, match=r"^--stream is gone: use --update_freq$"):
+        read_renamed("--stream")
+    (tmp_path / "config.yaml").write_text("stream: true\n")
+    with pytest.raises(InputError, match="stream is gone: use --update_freq"):
+        read_renamed("--config", str(tmp_path / "config.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
+        (["--drop_path", "1"], "--drop_path 1.0: must be at least 0 and below 1"),
+        (["--drop_path", "nan"], "--drop_path nan: must be at least 0 and below 1"),
+        (["--ratios", "1", "0"], "--ratios 1.0 0.0: must be above 0"),
+        (["--ratios", "inf"], "--ratios inf: must be above 0"),
+        (["--data", "test_confg.py"], "data test_confg.py: no such file or folder (did you mean 'test_config.py' or"),
+    ],
+)
+def test_values_out_of_range_and_missing_files_are_one_line(argv, message, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent)
+    with pytest.raises(InputError, match=re.escape(message)):
+        read_renamed(*argv)
+
+
+def test_help_groups_flags_and_shows_other_names_beside_them(capsys):
+    with pytest.raises(SystemExit):
+        read_renamed("--help")
+    text = capsys.readouterr().out
+    assert "\nrun:\n" in text
+    assert "--samples_per_gpu" in text
+    assert "optimizer.update_interval" not in text
 
 
 @pytest.fixture

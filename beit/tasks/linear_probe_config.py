@@ -35,7 +35,6 @@ class LinearProbeConfig(RunOptions):
     avgpool_patchtokens: bool = option(
         True,
         "features are the class token and the mean of the patch tokens, not the class token alone",
-        written_out=True,
     )
     pool: tuple[str, ...] = option((), "one head for each of these instead: cls, mean, cls_mean")
     layers: tuple[int, ...] = option((), "blocks to probe, from 0 on; all by default")
@@ -44,9 +43,7 @@ class LinearProbeConfig(RunOptions):
     data_path: str = option("/path/to/imagenet/", "folder of the data")
     eval_data_path: str | None = option(None, "folder of validation images, for --data_set image_folder")
     num_labels: int = option(OFFICIAL_NUM_LABELS, "classes that must be found; 0, and the default, take what is there")
-    imagenet_default_mean_and_std: bool = option(
-        False, "normalise with ImageNet's mean and std instead of 0.5", written_out=True
-    )
+    imagenet_default_mean_and_std: bool = option(False, "normalise with ImageNet's mean and std instead of 0.5")
     train_interpolation: str = option("bilinear", "interpolation of training images")
     crop_pct: float | None = option(None, "share of the shorter side shown at evaluation; 0.875, from 384 pixels on 1")
     max_unreadable: int | None = option(
@@ -62,7 +59,7 @@ class LinearProbeConfig(RunOptions):
     weight_decay: float | None = option(None, "weight decay of the heads; 1e-4 by default, with sgd 0")
     min_lr: float = option(0.0, "learning rate at the end of the cosine")
     val_freq: int = option(1, "epochs between two evaluations")
-    amp_forward: bool = option(True, "run the backbone in mixed precision (--amp_dtype), on a GPU", written_out=True)
+    amp_forward: bool = option(True, "run the backbone in mixed precision (--amp_dtype), on a GPU")
     output_dir: str = option(".", "folder for checkpoints and log.txt; empty writes nothing")
     local_rank: int = option(0, "GPU of this process, as old launchers pass it; LOCAL_RANK wins")
 
