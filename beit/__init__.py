@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from beit.inference import extract_feat, inference_model
     from beit.masking import BlockwiseMaskGenerator, RandomMaskGenerator
     from beit.modeling import VisionTransformer, VisionTransformerForMaskedImageModeling
-    from beit.tokenizers.base import VisualTokenizer, download_tokenizer, load_tokenizer
+    from beit.tokenizers.base import VisualTokenizer, load_tokenizer
+    from beit.tokenizers.dalle import download_tokenizer
     from beit.tokenizers.dvae import DiscreteVAE
     from beit.zoo import (
         beit_base_patch16_224,
@@ -79,7 +80,7 @@ _HOMES = {
     "KeyReport": "checkpoints.load",
     "load_pretrained": "checkpoints.load",
     "VisualTokenizer": "tokenizers.base",
-    "download_tokenizer": "tokenizers.base",
+    "download_tokenizer": "tokenizers.dalle",
     "load_tokenizer": "tokenizers.base",
 }
 

@@ -1,4 +1,8 @@
-"""Which patches the model does not see: blockwise masks (the method's) and random ones with an exact count."""
+"""Masks of patches: blockwise (the method's) and random with an exact count.
+
+:data:`beit.registry.MASK_STRATEGIES` lists them by name. A strategy is called with the arguments of
+:class:`BlockwiseMaskGenerator` up to ``max_num_patches`` and gives a :class:`MaskGenerator`.
+"""
 
 import math
 from typing import Protocol
@@ -13,7 +17,7 @@ _EMPTY_REDRAWS = 1000  # empty masks before a block that fits is placed outright
 
 
 class MaskGenerator(Protocol):
-    """Anything that draws a mask for one image; both generators of this module fit."""
+    """Draws the mask of an image."""
 
     grid_size: tuple[int, int]
     num_mask_patches: int
@@ -167,17 +171,25 @@ class BlockwiseMaskGenerator:
 
 
 class RandomMaskGenerator:
-    """Masks exactly ``num_mask_patches`` patches, every choice of them equally likely.
+    """Masks exactly ``num_mask_patches`` patches, chosen uniformly.
 
     Args:
         grid_size: Patches ``(H, W)`` of the image, or one number for a square grid.
         num_mask_patches: Patches masked in every image.
+        min_num_patches: Has no effect, as there are no blocks; all strategies take the same arguments.
+        max_num_patches: Likewise.
 
     Raises:
-        InputError: The target is not positive or more than the grid.
+        InputError: The count is not positive or exceeds the grid.
     """
 
-    def __init__(self, grid_size: int | tuple[int, int], num_mask_patches: int = 75) -> None:
+    def __init__(
+        self,
+        grid_size: int | tuple[int, int],
+        num_mask_patches: int = 75,
+        min_num_patches: int = 1,  # noqa: ARG002
+        max_num_patches: int | None = None,  # noqa: ARG002
+    ) -> None:
         self.grid_size = _checked_grid(grid_size, num_mask_patches)
         self.num_mask_patches = num_mask_patches
 

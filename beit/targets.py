@@ -1,13 +1,14 @@
-"""What pre-training predicts of a patch: its visual token, its pixels, or whatever else one small class says.
+"""What pre-training predicts for a patch: its visual token, its pixels, or whatever a subclass defines.
 
-A target reads a batch as the loader gives it, on the device: ``image``, the model's view, uint8 ``(B, 3, H, W)``;
-``mask``, bool ``(B, h, w)``; and, where ``second_view`` asks for it, ``token_image``, the same regions at another size,
-uint8 ``(B, 3, H2, W2)``. Patches are counted through the batch, image by image and row by row, so "patch ``i``" is
-place ``i`` of the flattened ``(B, h, w)``.
+A target reads a batch on the device: ``image``, the model's view, uint8 ``(B, 3, H, W)``; ``mask``, bool
+``(B, h, w)``; and, if ``second_view`` is set, ``token_image``, the same regions at another size, uint8
+``(B, 3, H2, W2)``. Patches are numbered through the batch: patch ``i`` is element ``i`` of the flattened ``(B, h, w)``.
+
+A target becomes a choice of ``--target`` by a line in :data:`beit.registry.TARGETS`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -24,72 +25,98 @@ VISUAL_TOKENS = "visual tokens"  # what a checkpoint that records no target was 
 
 
 class PredictionTarget(ABC):
-    """What the model has to say of a patch, and how far off an answer is.
+    """What the model predicts for a patch, and the loss.
 
-    A subclass gives ``name``, ``output_size``, :meth:`of` and :meth:`loss`; the other methods have defaults.
+    A subclass defines ``name``, ``output_size``, :meth:`compute` and :meth:`loss`; the other methods have defaults.
 
     Attributes:
-        second_view: Whether :meth:`of` reads ``token_image``; without it that view is not made.
-        name: Says what is predicted. It is recorded in checkpoints, and a run goes on only with the same target, so
-            it names every option that changes what the model's outputs mean.
-        output_size: Numbers that the model gives for each patch.
+        second_view: Whether :meth:`compute` reads ``token_image``; if not, that view is not made.
+        name: What is predicted, including every option that changes what the model's outputs mean. Checkpoints record
+            it, and a run resumes only with the same target.
+        output_size: Size of the model's output for each patch.
     """
 
     second_view: ClassVar[bool] = False
     name: str
     output_size: int
 
+    @classmethod
+    def build(
+        cls,
+        *,
+        tokenizer: Callable[[], VisualTokenizer],  # noqa: ARG003
+        patch_size: tuple[int, int],  # noqa: ARG003
+        mean: Sequence[float],  # noqa: ARG003
+        std: Sequence[float],  # noqa: ARG003
+        pixel_norm: bool,  # noqa: ARG003
+    ) -> "PredictionTarget":
+        """Creates the target for a run. The default passes no arguments to the constructor.
+
+        A subclass that overrides this names the keywords it uses and takes the others as ``**_``.
+
+        Args:
+            tokenizer: Loads the run's tokenizer; called only by a target that needs one.
+            patch_size: Height and width of the model's patches, in pixels.
+            mean: Mean of the model's input, per channel.
+            std: Standard deviation of the model's input, per channel.
+            pixel_norm: The run's ``--pixel_norm``.
+
+        Raises:
+            InputError: Something it needs is missing, such as the tokenizer.
+        """
+        return cls()
+
     @abstractmethod
-    def of(self, batch: Batch, index: Tensor) -> Tensor:
-        """Computes what is to be predicted, ``(M, …)``, of the patches ``index``, int64 ``(M,)``."""
+    def compute(self, batch: Batch, index: Tensor) -> Tensor:
+        """Computes the targets ``(M, …)`` of the patches ``index``, int64 ``(M,)``."""
 
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-        """Compares the model's outputs ``(M, output_size)`` with what :meth:`of` returned.
+        """Compares outputs with targets.
 
         Args:
-            outputs: In the number format of the step, which may be half precision.
-            targets: ``(M, …)``.
+            outputs: The model's, ``(M, output_size)``, possibly in half precision.
+            targets: What :meth:`compute` returned, ``(M, …)``.
             reduction: ``mean`` or ``sum`` over the patches.
         """
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
-        """Returns more numbers about a batch, for the log; the outputs carry no gradient."""
+        """Returns further metrics of a batch for the log; the outputs carry no gradient."""
         return {}
 
     def tally(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Returns sums over the patches of a batch; those of all batches and processes are added up for :meth:`scores`.
+        """Returns sums over the patches of a batch, to be added up over batches and processes for :meth:`scores`.
 
-        By default each metric times the number of patches.
+        The default is each metric times the number of patches.
         """
         return {name: value * len(outputs) for name, value in self.metrics(outputs, targets).items()}
 
     def scores(self, tally: Mapping[str, Tensor], patches: int) -> dict[str, float]:
-        """Returns the metrics of a whole evaluation, of so many patches; by default the means of :meth:`metrics`."""
+        """Returns the metrics of an evaluation over ``patches`` patches; by default the means of :meth:`metrics`."""
         return {name: total.item() / patches for name, total in tally.items()}
 
     def check(self, patch_grid: tuple[int, int], second_size: tuple[int, int]) -> None:  # noqa: B027
-        """Makes sure that the target fits the model's grid ``(h, w)`` and the second view's size ``(H2, W2)``.
+        """Checks the target against the model's patch grid ``(h, w)`` and the second view's size ``(H2, W2)``.
 
         Raises:
-            InputError: It does not.
+            InputError: They do not fit.
         """
 
     def pictures(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:  # noqa: ARG002
-        """Returns what predictions look like, if they look like anything: title → images ``(B, 3, H', W')`` in [0, 1].
+        """Returns pictures of the predictions, if there are any: title → images ``(B, 3, H', W')`` in [0, 1].
 
         Args:
             outputs: Of all patches, float32 ``(B, h · w, output_size)``.
-            batch: The views and masks.
+            batch: Its views and masks.
         """
         return {}
 
 
 class TokenTarget(PredictionTarget):
-    """The visual token of a patch, among those of a frozen tokenizer; the loss is the cross-entropy.
+    """The visual token of a patch, from a frozen tokenizer; the loss is the cross-entropy.
 
     Args:
-        tokenizer: Gives the tokens.
+        tokenizer: The tokenizer.
 
     Source: section 2.3 of arXiv 2106.08254.
     """
@@ -101,34 +128,39 @@ class TokenTarget(PredictionTarget):
         self.tokenizer = tokenizer
         self.output_size = tokenizer.vocab_size
 
-    def of(self, batch: Batch, index: Tensor) -> Tensor:
+    @classmethod
+    def build(cls, *, tokenizer: Callable[[], VisualTokenizer], **_: object) -> "TokenTarget":
+        """Loads the run's tokenizer."""
+        return cls(tokenizer())
+
+    def compute(self, batch: Batch, index: Tensor) -> Tensor:
         """Returns the tokens of patches, int64 ``(M,)``."""
-        return self.tokenizer.encode(to_unit_range(batch["token_image"]), index)
+        return self.tokenizer.encode(to_unit_range(batch["token_image"]), index=index)
 
     def loss(self, outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """Returns the cross-entropy of logits ``(M, vocab)`` and tokens ``(M,)``."""
         return F.cross_entropy(outputs.float(), targets, reduction=reduction)
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Returns the share of tokens predicted right, ``mlm_acc``."""
+        """Returns ``mlm_acc``, the token accuracy."""
         return {"mlm_acc": (outputs.argmax(dim=-1) == targets).float().mean()}
 
     def tally(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Returns how many were right, and how often each token occurred, int64 ``(vocab,)``."""
+        """Returns the number of right predictions, and of each token's occurrences, int64 ``(vocab,)``."""
         frequencies = torch.bincount(targets, minlength=self.output_size)
         return {"right": (outputs.argmax(dim=-1) == targets).sum(), "frequencies": frequencies}
 
     def scores(self, tally: Mapping[str, Tensor], patches: int) -> dict[str, float]:
-        """Returns ``mlm_acc``, and ``most_frequent_acc``: what always answering the most frequent token would score."""
+        """Returns ``mlm_acc``, and ``most_frequent_acc``: the accuracy of always predicting the most frequent token."""
         most = tally["frequencies"].max().item()
         return {"mlm_acc": tally["right"].item() / patches, "most_frequent_acc": most / patches}
 
     def check(self, patch_grid: tuple[int, int], second_size: tuple[int, int]) -> None:
-        """Makes sure that there is one token for each patch."""
+        """Checks that there is one token per patch."""
         self.tokenizer.check_grid(second_size, patch_grid)
 
     def pictures(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Returns the true tokens decoded, and the predicted ones among the true ones of visible patches."""
+        """Returns the decoded true tokens, and the same with predicted tokens at masked patches."""
         tokens = self.tokenizer.encode(to_unit_range(batch["token_image"]))  # (B, h, w)
         filled = torch.where(batch["mask"], outputs.argmax(dim=-1).view_as(tokens), tokens)
         return {
@@ -138,19 +170,19 @@ class TokenTarget(PredictionTarget):
 
 
 class PixelTarget(PredictionTarget):
-    """The pixels of a patch as the model reads them, ``(p1 p2 c)``: row by row, the colours of a pixel together.
+    """The normalised pixels of a patch in the order ``(p1 p2 c)``: row by row, with the channels of a pixel together.
 
     Args:
         patch_size: Height and width of a patch, in pixels.
         mean: Mean of the model's input, per channel.
         std: Standard deviation of the model's input, per channel.
-        normalised: Take from each patch its mean and divide by its standard deviation, over all its numbers.
+        normalised: Subtract each patch's mean and divide by its standard deviation, over all its values.
 
-    Source: "recover masked pixels", section 3.3 of arXiv 2106.08254, with raw pixels; the normalisation is that of
+    Source: "recover masked pixels", section 3.3 of arXiv 2106.08254, with raw pixels; normalising each patch is from
     masked autoencoders, section 4.1 of arXiv 2111.06377.
     """
 
-    EPS = 1e-6  # added to the variance, so that a patch of one colour becomes zeros
+    EPS = 1e-6  # added to the variance; a patch of one colour becomes zeros
 
     def __init__(
         self, patch_size: tuple[int, int], mean: Sequence[float], std: Sequence[float], normalised: bool = True
@@ -160,7 +192,20 @@ class PixelTarget(PredictionTarget):
         self.output_size = patch_size[0] * patch_size[1] * len(self._mean)
         self.name = "pixels normalised per patch" if normalised else "raw pixels"
 
-    def of(self, batch: Batch, index: Tensor) -> Tensor:
+    @classmethod
+    def build(
+        cls,
+        *,
+        patch_size: tuple[int, int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        pixel_norm: bool,
+        **_: object,
+    ) -> "PixelTarget":
+        """Takes patch size, mean and standard deviation from the run."""
+        return cls(patch_size, mean, std, pixel_norm)
+
+    def compute(self, batch: Batch, index: Tensor) -> Tensor:
         """Returns the pixels of patches, float32 ``(M, p1 · p2 · 3)``."""
         pixels = self._patches(batch).flatten(0, 1).index_select(0, index)
         if self.normalised:
@@ -169,16 +214,16 @@ class PixelTarget(PredictionTarget):
         return pixels
 
     def loss(self, outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-        """Returns the squared error, a mean over the numbers of a patch."""
-        of_patches = F.mse_loss(outputs.float(), targets, reduction="none").mean(dim=-1)  # (M,)
-        return of_patches.mean() if reduction == "mean" else of_patches.sum()
+        """Returns the mean squared error over the values of a patch."""
+        per_patch = F.mse_loss(outputs.float(), targets, reduction="none").mean(dim=-1)  # (M,)
+        return per_patch.mean() if reduction == "mean" else per_patch.sum()
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Returns ``r2``, the share of the variance that is explained: 1 is perfect, always answering the mean 0."""
+        """Returns ``r2``, the explained share of the variance: 1 if perfect, 0 for always predicting the mean."""
         return {"r2": _explained(self.tally(outputs, targets))}
 
     def tally(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Returns the sums that :meth:`scores` makes ``r2`` of."""
+        """Returns the sums from which :meth:`scores` computes ``r2``."""
         return {
             "error": (outputs.float() - targets).square().sum(),
             "sum": targets.sum(),
@@ -191,9 +236,9 @@ class PixelTarget(PredictionTarget):
         return {"r2": _explained(tally).item()}
 
     def pictures(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Returns the images with the masked patches as predicted.
+        """Returns the images with masked patches as predicted.
 
-        A normalised patch is shown with the mean and deviation of the true one, which the model cannot know.
+        Normalised patches are shown with the mean and deviation of the true ones, which the model cannot know.
         """
         truth = self._patches(batch)  # (B, N, p1 p2 c)
         if self.normalised:
@@ -217,6 +262,6 @@ class PixelTarget(PredictionTarget):
 
 
 def _explained(tally: Mapping[str, Tensor]) -> Tensor:
-    """Returns 1 - error / (squared deviations from the mean); 0 where there is nothing to explain."""
+    """Returns 1 - error / (squared deviations from the mean), or 0 without variation."""
     variation = tally["squares"] - tally["sum"].square() / tally["numbers"]
     return torch.where(variation > 0, 1 - tally["error"] / variation, torch.zeros_like(variation))

@@ -50,7 +50,8 @@ from beit.data.transforms import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from beit.masking import BlockwiseMaskGenerator
 from beit.targets import TokenTarget
 from beit.tasks.pretraining import MaskedPrediction, with_patch_index
-from beit.tokenizers.base import DallETokenizer, VisualTokenizer, load_tokenizer
+from beit.tokenizers.base import VisualTokenizer, load_tokenizer
+from beit.tokenizers.dalle import DallETokenizer
 from beit.training.optim import create_optimizer, parameter_groups
 from beit.training.precision import Precision
 from beit.zoo import create_model
@@ -245,8 +246,8 @@ class Ours:
         groups = parameter_groups(self.model, WEIGHT_DECAY, no_decay=self.model.no_weight_decay())
         self.optimizer = create_optimizer("adamw", groups, lr=LR, betas=BETAS, eps=EPS, fused=True)
         self.ids = torch.empty(0)
-        self._tokens_of, self._stages = target.of, Stages(device)
-        target.of = self._timed_tokens  # type: ignore[method-assign]
+        self._tokens_of, self._stages = target.compute, Stages(device)
+        target.compute = self._timed_tokens  # type: ignore[method-assign]
 
     def _timed_tokens(self, batch: Any, index: Tensor) -> Tensor:
         with self._stages("tokenizer"):

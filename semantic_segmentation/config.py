@@ -9,7 +9,6 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -233,8 +232,9 @@ def sizes(config: SegmentationConfig) -> dict[str, Any]:
     """
     if config.model not in zoo.list_models():
         raise InputError(f"model {config.model}: no such model{did_you_mean(config.model, zoo.list_models())}")
-    published = signature(getattr(zoo, config.model)).parameters
-    return {**{name: published[name].default for name in MODEL_SIZES}, **(config.model_kwargs or {})}
+    published = zoo.MODELS[config.model].arguments
+    sized = {name: published[name] for name in MODEL_SIZES if name in published}
+    return {"patch_size": 16, **sized, **(config.model_kwargs or {})}
 
 
 def segmentor_arguments(config: SegmentationConfig, num_classes: int) -> dict[str, Any]:

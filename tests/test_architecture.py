@@ -17,11 +17,13 @@ ROOT = Path(__file__).parents[1]
 EVERYBODY_MAY = ("beit.errors",)
 PARTS = (
     *("beit.modeling", "beit.zoo", "beit.inference", "beit.masking", "beit.targets", "beit.tokenizers.*"),
+    "beit.registry",
     *("beit.checkpoints.*", "beit.relative_position", "beit.storage", "beit.config", "beit.data.*"),
 )
 MAY_IMPORT = {
     # the ground floor: nothing else of ours
     "beit.errors": (),
+    "beit.registry": (),  # names what it lists as "module:object"
     "beit.relative_position": (),
     "beit.masking": (),
     "beit.storage": (),
@@ -31,13 +33,13 @@ MAY_IMPORT = {
     "beit.training.*": ("beit.training.*", "beit.storage", "beit.checkpoints.pieces"),
     # the parts of the method
     "beit.modeling": ("beit.relative_position",),
-    "beit.tokenizers.*": ("beit.tokenizers.*", "dall_e.*", "beit.storage"),
+    "beit.tokenizers.*": ("beit.tokenizers.*", "dall_e.*", "beit.storage", "beit.registry"),
     "beit.data.*": ("beit.data.*", "beit.masking", "beit.storage"),
     "beit.targets": ("beit.tokenizers.*", "beit.data.*"),
     # checkpoints of every dialect, and the models they are of
     "beit.checkpoints.formats.*": ("beit.checkpoints.formats.*",),
     "beit.checkpoints.*": ("beit.checkpoints.*", "beit.storage", "beit.relative_position", "beit.modeling"),
-    "beit.zoo": ("beit.modeling", "beit.checkpoints.*"),
+    "beit.zoo": ("beit.modeling", "beit.checkpoints.*", "beit.registry"),
     "beit.inference": ("beit.modeling", "beit.checkpoints.*", "beit.zoo", "beit.data.*"),
     # the jobs, their pictures, and the commands around them
     "beit.visualization.*": ("beit.visualization.*", *PARTS),

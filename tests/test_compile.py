@@ -12,8 +12,8 @@ from beit.masking import RandomMaskGenerator
 from beit.modeling import VisionTransformerForMaskedImageModeling
 from beit.targets import TokenTarget
 from beit.tasks.pretraining import MaskedPrediction, PretrainingConfig, tokenizer_dtype, with_patch_index
-from beit.tokenizers.base import CustomizedTokenizer, load_tokenizer, save_dvae
-from beit.tokenizers.dvae import DiscreteVAE
+from beit.tokenizers.base import load_tokenizer
+from beit.tokenizers.dvae import CustomizedTokenizer, DiscreteVAE, save_dvae
 
 GRID, MOST = (4, 4), 7
 HALF = ((0.5,) * 3, (0.5,) * 3)

@@ -14,8 +14,7 @@ from beit.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from beit.modeling import VisionTransformerForMaskedImageModeling
 from beit.targets import PixelTarget, PredictionTarget, TokenTarget
 from beit.tasks.pretraining import MaskedPrediction, with_patch_index
-from beit.tokenizers.base import CustomizedTokenizer
-from beit.tokenizers.dvae import DiscreteVAE
+from beit.tokenizers.dvae import CustomizedTokenizer, DiscreteVAE
 
 DOCS = Path(__file__).parents[1] / "docs" / "architecture.md"
 IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
@@ -100,12 +99,12 @@ class TestPixels:
 
     def test_a_patch_of_one_colour_has_a_finite_target(self, batch):
         batch["image"][0] = 77
-        targets = PixelTarget(PATCH, *((0.5,) * 3, (0.5,) * 3)).of(batch, torch.arange(24))
+        targets = PixelTarget(PATCH, *((0.5,) * 3, (0.5,) * 3)).compute(batch, torch.arange(24))
         torch.testing.assert_close(targets, torch.zeros(24, 96), atol=1e-3, rtol=0)
 
     def test_r2_is_one_minus_the_share_of_variance_that_is_left(self, batch):
         target = PixelTarget(PATCH, *IMAGENET, normalised=False)
-        truth = target.of(batch, torch.arange(72))
+        truth = target.compute(batch, torch.arange(72))
         outputs = truth + torch.randn(truth.shape, generator=torch.Generator().manual_seed(0))
         expected = 1 - ((outputs - truth).numpy() ** 2).mean() / truth.numpy().var()
         assert target.metrics(outputs, truth)["r2"].item() == pytest.approx(expected, rel=1e-4)
@@ -116,7 +115,7 @@ class TestPixels:
     @pytest.mark.parametrize("normalised", [True, False])
     def test_right_predictions_are_pictured_as_the_image(self, batch, normalised):
         target = PixelTarget(PATCH, *IMAGENET, normalised=normalised)
-        perfect = target.of(batch, torch.arange(72)).view(3, 24, -1)
+        perfect = target.compute(batch, torch.arange(72)).view(3, 24, -1)
         (picture,) = target.pictures(perfect, batch).values()
         torch.testing.assert_close(picture, batch["image"] / 255, atol=1e-5, rtol=0)
         (picture,) = target.pictures(perfect + 1, batch).values()
@@ -159,7 +158,7 @@ class MeanColour(PredictionTarget):
 
     name, output_size = "mean colours", 3
 
-    def of(self, batch, index):
+    def compute(self, batch, index):
         colours = F.adaptive_avg_pool2d(batch["image"] / 255, GRID)  # (B, 3, h, w)
         return colours.permute(0, 2, 3, 1).reshape(-1, 3)[index]
 
@@ -204,6 +203,6 @@ class TestFromOutside:
             loss.backward()
             assert loss.isfinite()
             assert loss > 0
-            assert target.of(batch, torch.arange(72)).shape == (72, target.output_size)
+            assert target.compute(batch, torch.arange(72)).shape == (72, target.output_size)
             total = target.loss(*objective.predict(model, with_patch_index(batch)), "sum")
             assert total.item() == pytest.approx(32 * loss.item(), rel=1e-4)

@@ -11,7 +11,7 @@ from beit.checkpoints.load import RELEASED
 from beit.config import option
 from beit.data.index import index_images
 from beit.errors import InputError, did_you_mean
-from beit.tokenizers.base import download_tokenizer
+from beit.tokenizers.dalle import download_tokenizer
 from beit.zoo import create_model, list_models
 
 

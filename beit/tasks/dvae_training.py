@@ -36,17 +36,17 @@ from beit.tasks.options import (
     session_of,
     share_out,
 )
-from beit.tokenizers.base import save_dvae
 from beit.tokenizers.dvae import (
     DiscreteVAE,
     codebook_statistics,
     count_codes,
-    denormalise_pixels,
     dvae_loss,
+    from_signed_range,
     kl_to_uniform,
-    normalise_pixels,
     reconstruction_loss,
     relaxed_codes,
+    save_dvae,
+    to_signed_range,
 )
 from beit.training import distributed
 from beit.training.checkpoint import RunFolder
@@ -218,7 +218,7 @@ class Reconstruction:
 
     def __call__(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss of an optimizer step, and what to log."""
-        images = normalise_pixels(to_unit_range(batch["image"]))
+        images = to_signed_range(to_unit_range(batch["image"]))
         temperature, kl_weight = self.temperature(step), self.kl_weight(step)
         logits, reconstructed = model(images, temperature)
         loss = dvae_loss(logits, reconstructed, images, kl_weight, self.kind)  # type: ignore[arg-type]
@@ -323,7 +323,7 @@ class HardTokenEvaluation:
             totals += torch.stack([loss, kl_to_uniform(logits), torch.ones_like(loss)]) * len(images)
             counts += count_codes(ids, self.vae.num_tokens)
             if number == 0:
-                self.picture = side_by_side(denormalise_pixels(images), denormalise_pixels(reconstructed))
+                self.picture = side_by_side(from_signed_range(images), from_signed_range(reconstructed))
         results = self._results(distributed.sum_over_ranks(totals).tolist(), distributed.sum_over_ranks(counts))
         if epoch + 1 >= COLLAPSE_COUNTS_FROM * self.epochs:
             warn_of_collapse(results)
@@ -331,7 +331,7 @@ class HardTokenEvaluation:
 
     def _batches(self) -> Iterator[Tensor]:
         for batch in self.loader.epoch(0):
-            yield normalise_pixels(to_unit_range(batch["image"].to(self.device, non_blocking=True)))
+            yield to_signed_range(to_unit_range(batch["image"].to(self.device, non_blocking=True)))
 
     def _results(self, totals: Sequence[float], counts: Tensor) -> dict[str, float]:
         loss, kl, images = totals

@@ -20,9 +20,10 @@ from beit.data.transforms import (
     size_pair,
 )
 from beit.errors import InputError
-from beit.masking import BlockwiseMaskGenerator, MaskGenerator, RandomMaskGenerator
+from beit.masking import MaskGenerator
 from beit.modeling import VisionTransformerForMaskedImageModeling
-from beit.targets import VISUAL_TOKENS, PixelTarget, PredictionTarget, TokenTarget
+from beit.registry import MASK_STRATEGIES, TARGETS, resolve
+from beit.targets import VISUAL_TOKENS, PredictionTarget, TokenTarget
 from beit.tasks.image_log import ImageLog, spread_samples
 from beit.tasks.options import (
     EVALUATION_WORKERS,
@@ -41,7 +42,7 @@ from beit.tasks.options import (
     trainer_class,
 )
 from beit.tasks.pretraining_config import PretrainingConfig, announce_flags_without_effect
-from beit.tasks.targets_ahead import TARGETS, TargetsAhead
+from beit.tasks.targets_ahead import COMPUTED, TargetsAhead
 from beit.tokenizers.base import VisualTokenizer, load_tokenizer
 from beit.training import distributed
 from beit.training.compilation import compile_for_training, uncompiled
@@ -122,11 +123,17 @@ def build_target(config: PretrainingConfig, device: torch.device) -> PredictionT
     Raises:
         InputError: The target cannot be had, such as a tokenizer that is not there.
     """
-    if config.target == "tokens":
-        return TokenTarget(build_tokenizer(config, device))
     with torch.device("meta"):  # takes no memory and draws no random number
         patch_size = build_model(config, 1).patch_embed.patch_size
-    return PixelTarget(patch_size, *normalization(config), normalised=config.pixel_norm)
+    mean, std = normalization(config)
+    target: PredictionTarget = resolve(TARGETS, config.target, "target").build(
+        tokenizer=partial(build_tokenizer, config, device),
+        patch_size=patch_size,
+        mean=mean,
+        std=std,
+        pixel_norm=config.pixel_norm,
+    )
+    return target
 
 
 def build_tokenizer(config: PretrainingConfig, device: torch.device) -> VisualTokenizer:
@@ -187,14 +194,13 @@ def build_model(config: PretrainingConfig, output_size: int) -> VisionTransforme
 
 def build_mask_generator(config: PretrainingConfig, grid_size: tuple[int, int]) -> MaskGenerator:
     """Creates the generator of the patches to mask, for a grid of patches ``(h, w)``."""
-    if config.mask_strategy == "random":
-        return RandomMaskGenerator(grid_size, config.num_mask_patches)
-    return BlockwiseMaskGenerator(
+    masks: MaskGenerator = resolve(MASK_STRATEGIES, config.mask_strategy, "mask strategy")(
         grid_size,
         num_mask_patches=config.num_mask_patches,
         min_num_patches=config.min_mask_patches_per_block,
         max_num_patches=config.max_mask_patches_per_block,
     )
+    return masks
 
 
 def build_loader(
@@ -250,7 +256,7 @@ class MaskedPrediction:
     def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns outputs ``(M, output_size)`` and targets ``(M, …)`` of the chosen patches of a batch."""
         index = batch["patch_index"]
-        targets = batch[TARGETS] if TARGETS in batch else self.target.of(batch, index)
+        targets = batch[COMPUTED] if COMPUTED in batch else self.target.compute(batch, index)
         images = normalize(batch["image"], self._mean, self._std)
         outputs = model(images, batch["mask"], masked_index=batch.get("padded_index", index))
         return outputs[: len(index)], targets  # what was predicted to fill the room counts for nothing

@@ -9,7 +9,7 @@ from beit.targets import PredictionTarget
 from beit.training.loop import Batch, Loader, to_device
 from beit.training.precision import Precision
 
-TARGETS = "targets"  # of the chosen patches of a batch
+COMPUTED = "targets"  # of the chosen patches of a batch
 
 
 class TargetsAhead:
@@ -61,7 +61,7 @@ class TargetsAhead:
         with aside, self.precision.autocast():
             device = self.precision.device
             batch = {name: to_device(tensor, device) for name, tensor in self.prepare(host_batch).items()}
-            batch[TARGETS] = self.target.of(batch, batch["patch_index"])
+            batch[COMPUTED] = self.target.compute(batch, batch["patch_index"])
         return batch, None if self._stream is None else self._stream.record_event()
 
     def _hand_over(self, batch: Batch, done: torch.cuda.Event | None) -> Batch:

@@ -1,4 +1,4 @@
-"""The trainable discrete VAE (the "customized" tokenizer) and the pieces of its loss.
+"""The trainable discrete VAE (the "customized" tokenizer): model, loss, and files.
 
 An encoder of strided convolutions gives, at every cell of a grid, logits over ``num_tokens`` codes; a decoder turns the
 codes' vectors back into the image. In training the choice of a code is relaxed with Gumbel noise, so that gradients
@@ -14,29 +14,39 @@ errors of normalised pixels are much smaller numbers and want about 0.3: without
 the posterior stays near the prior and the images stay blurred.
 """
 
+import json
 import math
+import os
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit.errors import InputError
+from beit.storage import atomic_write, load_checkpoint, require_file, save_checkpoint
+from beit.tokenizers.base import LogitTokenizer
 
-PIXEL_MEAN = 0.5
-PIXEL_STD = 0.5
+OFFICIAL_SIZES: dict[str, Any] = {
+    "image_size": 112,
+    "num_tokens": 8192,
+    "codebook_dim": 512,
+    "num_layers": 3,
+    "hidden_dim": 256,
+}
 ReconstructionKind = Literal["mse", "smooth_l1"]
 
 
-def normalise_pixels(images: Tensor) -> Tensor:
+def to_signed_range(images: Tensor) -> Tensor:
     """Maps images from [0, 1] to the model's range [-1, 1]."""
-    return (images - PIXEL_MEAN) / PIXEL_STD
+    return images * 2 - 1
 
 
-def denormalise_pixels(images: Tensor) -> Tensor:
-    """Maps images from the model's range back to [0, 1], clamped."""
-    return (images * PIXEL_STD + PIXEL_MEAN).clamp(0, 1)
+def from_signed_range(images: Tensor) -> Tensor:
+    """Maps images from the model's range [-1, 1] back to [0, 1], clamped."""
+    return (images * 0.5 + 0.5).clamp(0, 1)
 
 
 class ResidualBlock(nn.Module):
@@ -300,3 +310,113 @@ def codebook_statistics(counts: Tensor) -> CodebookStatistics:
     shares = counts[counts > 0].double() / counts.sum()
     perplexity = math.exp(-(shares * shares.log()).sum().item()) if used else 0.0
     return CodebookStatistics(perplexity, used, counts.numel() - used)
+
+
+class CustomizedTokenizer(LogitTokenizer):
+    """A discrete VAE of our own (or of the official "customized" format) as a tokenizer.
+
+    Args:
+        model: The VAE; it is frozen.
+        dtype: See :func:`beit.load_tokenizer`.
+        compiled: See :func:`beit.load_tokenizer`.
+    """
+
+    def __init__(self, model: DiscreteVAE, dtype: torch.dtype = torch.float32, compiled: bool = False) -> None:
+        super().__init__(model.num_tokens, model.downsampling, compiled)
+        self.dtype = dtype
+        self.model = model.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.train()
+
+    def features(self, images: Tensor) -> Tensor:
+        """Encodes images up to the head; see :meth:`VisualTokenizer.features`."""
+        half = self.dtype != torch.float32
+        with torch.autocast(images.device.type, dtype=self.dtype if half else None, enabled=half):
+            return self.model.features(to_signed_range(images))
+
+    def head(self) -> tuple[Tensor, Tensor]:
+        """Returns weight and bias of the last convolution."""
+        head = self.model.head
+        assert head.bias is not None
+        return head.weight, head.bias
+
+    def reconstruct(self, ids: Tensor) -> Tensor:
+        """Decodes ids; see :meth:`VisualTokenizer.reconstruct`."""
+        return from_signed_range(self.model.decode(ids))
+
+
+def open_customized(path: Path, dtype: torch.dtype, compiled: bool) -> CustomizedTokenizer:
+    """Opens a VAE's folder or file as a tokenizer; see :func:`beit.load_tokenizer`."""
+    return CustomizedTokenizer(load_dvae(path), dtype, compiled)
+
+
+def load_dvae(path: str | os.PathLike[str]) -> DiscreteVAE:
+    """Opens a discrete VAE with the sizes in ``config.json`` beside it, or the official ones if there is none.
+
+    Args:
+        path: A folder with ``pytorch_model.bin``, or the file.
+
+    Returns:
+        The model, trainable, on the CPU.
+
+    Raises:
+        InputError: The file is missing or something else, or its weights have other sizes.
+    """
+    file = Path(path)
+    if file.is_dir():
+        found = sorted(os.listdir(file))
+        if "pytorch_model.bin" not in found:
+            hint = "; set the kind to dall-e" if any(name.startswith("encoder.") for name in found) else ""
+            raise InputError(f"{file} has no pytorch_model.bin (found: {', '.join(found[:8]) or 'nothing'}){hint}")
+        file = file / "pytorch_model.bin"
+    require_file(file)
+    if file.suffix == ".pkl":
+        raise InputError(f"{file} looks like a part of the dall-e tokenizer: set the kind to dall-e")
+    checkpoint = load_checkpoint(file)
+    weights = checkpoint.get("weights", checkpoint) if isinstance(checkpoint, dict) else {}
+    if "codebook.weight" not in weights:
+        raise InputError(f"{file} holds no discrete VAE: it has no codebook.weight")
+    config = file.with_name("config.json")
+    try:
+        model = DiscreteVAE(**_read_sizes(config))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{config} does not describe a discrete VAE: {error}") from error
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    shapes = {name: tuple(getattr(value, "shape", ())) for name, value in weights.items()}
+    for name in [*expected, *shapes]:
+        if expected.get(name) != shapes.get(name):
+            source = str(config) if config.exists() else "the official sizes (there is no config.json beside it)"
+            raise InputError(
+                f"{file} does not fit {source}: {name} is {shapes.get(name, 'missing')}, "
+                f"where {expected.get(name, 'nothing')} is expected; write the sizes of the model into config.json"
+            )
+    model.load_state_dict({name: value.float() for name, value in weights.items()}, assign=True)
+    return model.requires_grad_(True)
+
+
+def _read_sizes(config: Path) -> dict[str, Any]:
+    """Returns the sizes in a ``config.json``; unknown keys, which other tools may write, are left out."""
+    try:
+        content = json.loads(config.read_text()) if config.exists() else {}
+        sizes = {name: content.get(name, value) for name, value in OFFICIAL_SIZES.items()}
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{config} is not a JSON object ({error})") from error
+    if isinstance(sizes["image_size"], list):
+        sizes["image_size"] = tuple(sizes["image_size"])
+    return sizes
+
+
+def save_dvae(folder: str | os.PathLike[str], model: DiscreteVAE) -> None:
+    """Writes ``pytorch_model.bin`` and ``config.json`` so that :func:`beit.load_tokenizer` opens the folder.
+
+    Args:
+        folder: Created if missing.
+        model: Its weights are saved as they are.
+
+    Raises:
+        InputError: The folder cannot be written.
+    """
+    folder = Path(folder)
+    with atomic_write(folder / "config.json") as file:
+        file.write((json.dumps(model.sizes(), indent=2) + "\n").encode())
+    weights = {name: value.cpu() for name, value in model.state_dict().items()}
+    save_checkpoint(folder / "pytorch_model.bin", {"weights": weights})

@@ -81,7 +81,7 @@ def reconstruct(
 def _scores(target: PredictionTarget, outputs: Tensor, batch: Batch, number: int) -> dict[str, float]:
     """Returns the target's scores over the masked patches of one image of a batch."""
     places = batch["mask"][number].flatten().nonzero().flatten()
-    truth = target.of(batch, places + number * outputs.shape[1])
+    truth = target.compute(batch, places + number * outputs.shape[1])
     return target.scores(target.tally(outputs[number, places], truth), len(places))
 
 

@@ -19,8 +19,7 @@ from beit.data.shards import add_member
 from beit.errors import InputError
 from beit.storage import save_checkpoint
 from beit.tasks.pretraining import PretrainingConfig, build_model
-from beit.tokenizers.base import save_dvae
-from beit.tokenizers.dvae import DiscreteVAE
+from beit.tokenizers.dvae import DiscreteVAE, save_dvae
 from beit.zoo import create_model
 from tests.shell import run
 

@@ -22,8 +22,7 @@ from beit.commands.visualize_inputs import image_files, open_viewer
 from beit.data.datasets import index_images
 from beit.errors import InputError
 from beit.storage import save_checkpoint
-from beit.tokenizers.base import save_dvae
-from beit.tokenizers.dvae import DiscreteVAE
+from beit.tokenizers.dvae import DiscreteVAE, save_dvae
 from beit.visualization.attention import mean_distances, patch_distances
 from beit.zoo import create_model
 from semantic_segmentation.modeling import build_segmentor

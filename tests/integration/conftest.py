@@ -7,8 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from beit.tokenizers.base import save_dvae
-from beit.tokenizers.dvae import DiscreteVAE
+from beit.tokenizers.dvae import DiscreteVAE, save_dvae
 
 # Sizes of a model that trains in seconds. 32 pixels in 8-pixel patches are a 4 x 4 grid, for model and tokenizer alike.
 SMALL_MODEL = (

@@ -32,8 +32,8 @@ from beit.tasks.pretraining import (
     main,
     with_patch_index,
 )
-from beit.tokenizers.base import load_tokenizer, save_dvae
-from beit.tokenizers.dvae import DiscreteVAE
+from beit.tokenizers.base import load_tokenizer
+from beit.tokenizers.dvae import DiscreteVAE, save_dvae
 from beit.training.precision import Precision
 from beit.zoo import create_model
 

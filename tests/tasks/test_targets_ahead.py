@@ -12,8 +12,7 @@ from beit.storage import load_checkpoint
 from beit.targets import PredictionTarget
 from beit.tasks.pretraining import PretrainingConfig, main
 from beit.tasks.targets_ahead import TargetsAhead
-from beit.tokenizers.base import save_dvae
-from beit.tokenizers.dvae import DiscreteVAE
+from beit.tokenizers.dvae import DiscreteVAE, save_dvae
 from beit.training.precision import Precision
 
 CPU = torch.device("cpu")
@@ -27,7 +26,7 @@ class Doubled(PredictionTarget):
     def __init__(self):
         self.asked = []
 
-    def of(self, batch, index):
+    def compute(self, batch, index):
         self.asked.append(int(batch["value"]))
         return 2 * batch["value"][index]
 

@@ -10,12 +10,12 @@ from beit.tokenizers.dvae import (
     DiscreteVAE,
     codebook_statistics,
     count_codes,
-    denormalise_pixels,
     dvae_loss,
+    from_signed_range,
     kl_to_uniform,
-    normalise_pixels,
     reconstruction_loss,
     relaxed_codes,
+    to_signed_range,
 )
 
 
@@ -75,9 +75,9 @@ def test_impossible_sizes_are_refused(sizes):
 
 def test_pixel_range_round_trip():
     images = torch.rand(2, 3, 4, 4)
-    assert normalise_pixels(torch.tensor([0.0, 0.5, 1.0])).tolist() == [-1, 0, 1]
-    assert torch.allclose(denormalise_pixels(normalise_pixels(images)), images, atol=1e-6)
-    assert denormalise_pixels(torch.tensor([-3.0, 3.0])).tolist() == [0, 1]
+    assert to_signed_range(torch.tensor([0.0, 0.5, 1.0])).tolist() == [-1, 0, 1]
+    assert torch.allclose(from_signed_range(to_signed_range(images)), images, atol=1e-6)
+    assert from_signed_range(torch.tensor([-3.0, 3.0])).tolist() == [0, 1]
 
 
 def test_relaxed_codes_are_distributions_whose_argmax_follows_the_posterior():

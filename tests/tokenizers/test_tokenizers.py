@@ -12,9 +12,12 @@ from torch import nn
 
 import beit.storage
 import beit.tokenizers.base
+import beit.tokenizers.dalle
 from beit.errors import InputError
-from beit.tokenizers.base import download_tokenizer, load_dvae, load_tokenizer, save_dvae
-from beit.tokenizers.dvae import DiscreteVAE
+from beit.registry import TOKENIZERS
+from beit.tokenizers.base import VisualTokenizer, load_tokenizer
+from beit.tokenizers.dalle import download_tokenizer
+from beit.tokenizers.dvae import DiscreteVAE, load_dvae, save_dvae
 from dall_e import load_model, save_model
 from dall_e.utils import Conv2d
 
@@ -73,7 +76,7 @@ def test_masked_encoding_equals_the_full_one(tokenizer):
         expected = full[mask]
         assert torch.equal(tokenizer.encode(images, mask), expected)
         assert torch.equal(tokenizer.encode(images, mask.flatten(1)), expected)
-        assert torch.equal(tokenizer.encode(images, mask.flatten().nonzero().squeeze(1)), expected)
+        assert torch.equal(tokenizer.encode(images, index=mask.flatten().nonzero().squeeze(1)), expected)
 
 
 def test_the_last_convolution_runs_at_masked_places_only(tokenizer, monkeypatch):
@@ -137,7 +140,7 @@ def test_half_precision_gives_nearly_the_same_ids(kind, dtype, golden, dvae_fold
     assert dtype in trunk
     assert (ids == expected).float().mean() >= 0.95
     places = (torch.rand(8, 8, 8) < 0.4).flatten().nonzero().squeeze(1)
-    assert torch.equal(half.encode(images, places), ids.flatten()[places])
+    assert torch.equal(half.encode(images, index=places), ids.flatten()[places])
     assert torch.equal(half.decode(expected), plain.decode(expected))
 
 
@@ -194,8 +197,39 @@ def test_wrong_images_masks_and_ids_are_refused(tokenizer):
     for bad in (torch.ones(2, 2, 2), torch.ones(2, 3, 2, dtype=torch.bool), torch.ones(1, 2, 2, dtype=torch.bool)):
         with pytest.raises(InputError, match="mask"):
             tokenizer.encode(images, bad)
+    for bad in (torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2)):
+        with pytest.raises(InputError, match="index must be int64"):
+            tokenizer.encode(images, index=bad)
     with pytest.raises(InputError, match="ids"):
         tokenizer.decode(torch.zeros(2, 4, dtype=torch.long))
+
+
+class NearestColour(VisualTokenizer):
+    """A tokenizer of another sort: the nearest of four greys to a cell's mean, and no decoder."""
+
+    def __init__(self):
+        super().__init__(vocab_size=4, downsampling=8)
+        self.register_buffer("codes", torch.linspace(0, 1, 4)[:, None].repeat(1, 3))
+
+    def features(self, images):
+        return nn.functional.avg_pool2d(images, 8)
+
+    def quantise(self, features):
+        return torch.cdist(features, self.codes).argmin(dim=1)
+
+
+def test_a_nearest_code_tokenizer_needs_two_methods(monkeypatch, tmp_path):
+    # Breaks when the interface assumes logits again.
+    monkeypatch.setitem(TOKENIZERS, "nearest", lambda _path, _dtype, _compiled: NearestColour())
+    tokenizer = load_tokenizer(tmp_path, "nearest")
+    images = torch.tensor([0.0, 0.3, 0.9]).view(3, 1, 1, 1).expand(3, 3, 16, 8)
+    ids = tokenizer.encode(images)
+    assert ids.tolist() == [[[0], [0]], [[1], [1]], [[3], [3]]]
+    mask = torch.tensor([[0, 1], [0, 0], [1, 1]], dtype=torch.bool)
+    assert tokenizer.encode(images, mask).tolist() == [0, 3, 3]
+    assert tokenizer.encode(images, index=torch.tensor([3, 0, 3])).tolist() == [1, 0, 1]
+    with pytest.raises(InputError, match="NearestColour has no decoder"):
+        tokenizer.decode(ids)
 
 
 def test_kinds_and_paths_that_cannot_work_are_named(golden, dvae_folder, tmp_path):
@@ -269,7 +303,7 @@ def test_dvae_sizes_come_from_the_config_or_are_the_official_ones(dvae_folder, t
     with pytest.raises(InputError, match=r"config\.json does not describe"):
         load_dvae(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(InputError, match=r"config\.json is no JSON"):
+    with pytest.raises(InputError, match=r"config\.json is not a JSON object"):
         load_dvae(tmp_path)
     torch.save({"weights": {"head.weight": torch.zeros(1)}}, path)
     with pytest.raises(InputError, match=r"no codebook\.weight"):
@@ -319,7 +353,7 @@ def test_download_fetches_once_records_the_hash_and_checks_it(server, tmp_path):
 def test_download_refuses_files_of_other_sizes_than_the_published(server, tmp_path, monkeypatch):
     # The stored files are small: at the default address they are not what was published, and nothing is kept.
     url, _ = server
-    monkeypatch.setattr(beit.tokenizers.base, "OPENAI_URL", url)
+    monkeypatch.setattr(beit.tokenizers.dalle, "OPENAI_URL", url)
     with pytest.raises(InputError, match="sizes of the published encoder"):
         download_tokenizer(tmp_path, url)
     assert list(tmp_path.iterdir()) == []
@@ -327,7 +361,7 @@ def test_download_refuses_files_of_other_sizes_than_the_published(server, tmp_pa
 
 def test_download_refuses_what_is_not_an_encoder(tmp_path, monkeypatch, server, golden):
     url, _ = server
-    monkeypatch.setattr(beit.tokenizers.base, "Encoder", beit.tokenizers.base.Decoder)
+    monkeypatch.setattr(beit.tokenizers.dalle, "Encoder", beit.tokenizers.dalle.Decoder)
     with pytest.raises(InputError, match="holds the encoder, not the decoder"):
         download_tokenizer(tmp_path, url)
     assert not (tmp_path / "encoder.pkl").exists()

@@ -1,0 +1,57 @@
+"""Everything that is chosen by name, in one table per kind; flags, error messages and documentation list its keys.
+
+A value is ``"module:object"``, imported when it is used, or the object itself. To add a choice, register it before the
+flags are parsed:
+
+    from beit.registry import MASK_STRATEGIES
+
+    MASK_STRATEGIES["stripes"] = "my_package.masks:StripeMasks"
+
+Models have a table of their own, :data:`beit.zoo.MODELS`, which also holds the arguments they are built with.
+"""
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+from beit.errors import InputError, did_you_mean
+
+Factory = Callable[..., Any]
+Table = dict[str, str | Factory]
+
+MASK_STRATEGIES: Table = {  # called like `beit.masking.BlockwiseMaskGenerator`
+    "block": "beit.masking:BlockwiseMaskGenerator",
+    "random": "beit.masking:RandomMaskGenerator",
+}
+TARGETS: Table = {  # subclasses of `beit.targets.PredictionTarget`; a run calls their `build`
+    "tokens": "beit.targets:TokenTarget",
+    "pixels": "beit.targets:PixelTarget",
+}
+TOKENIZERS: Table = {  # (path, dtype, compiled) -> `beit.tokenizers.base.VisualTokenizer`
+    "dall-e": "beit.tokenizers.dalle:open_dall_e",
+    "customized": "beit.tokenizers.dvae:open_customized",
+}
+
+
+def resolve(table: Mapping[str, str | Factory], name: str, kind: str) -> Any:
+    """Returns the object that a table has under a name.
+
+    Args:
+        table: One of the tables above.
+        name: The key.
+        kind: What the table lists, for the error message: "tokenizer kind".
+
+    Raises:
+        InputError: The table has no such name.
+    """
+    if name not in table:
+        raise InputError(f"unknown {kind} {name!r}{did_you_mean(name, table)}: choose from {', '.join(table)}")
+    return locate(table[name])
+
+
+def locate(entry: str | Factory) -> Any:
+    """Imports what ``"module:object"`` names; anything but a string is returned as it is."""
+    if not isinstance(entry, str):
+        return entry
+    module, _, attribute = entry.partition(":")
+    return getattr(import_module(module), attribute)
