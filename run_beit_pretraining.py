@@ -24,7 +24,7 @@ One H200, the published batch of 2048 on ImageNet-1k:
 import sys
 
 from beit.tasks.launch import launch
-from beit.tasks.pretraining import PretrainingConfig, main
+from beit.tasks.settings import PretrainingConfig
 
 if __name__ == "__main__":
-    sys.exit(launch(PretrainingConfig, main, __doc__))
+    sys.exit(launch(PretrainingConfig, "beit.tasks.pretraining:main", __doc__))

@@ -23,8 +23,8 @@ A run that was stopped goes on with the same command.
 
 import sys
 
-from beit.tasks.finetuning import FinetuningConfig, main
 from beit.tasks.launch import launch
+from beit.tasks.settings import FinetuningConfig
 
 if __name__ == "__main__":
-    sys.exit(launch(FinetuningConfig, main, __doc__))
+    sys.exit(launch(FinetuningConfig, "beit.tasks.finetuning:main", __doc__))

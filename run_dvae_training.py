@@ -23,8 +23,8 @@ same command.
 
 import sys
 
-from beit.tasks.dvae_training import DvaeConfig, main
 from beit.tasks.launch import launch
+from beit.tasks.settings import DvaeConfig
 
 if __name__ == "__main__":
-    sys.exit(launch(DvaeConfig, main, __doc__))
+    sys.exit(launch(DvaeConfig, "beit.tasks.dvae_training:main", __doc__))

@@ -23,8 +23,7 @@ Pre-training and fine-tuning checkpoints are read as they are. docs/linear_probe
 import sys
 
 from beit.tasks.launch import launch
-from beit.tasks.linear_probe import main
-from beit.tasks.linear_probe_config import LinearProbeConfig
+from beit.tasks.settings import LinearProbeConfig
 
 if __name__ == "__main__":
-    sys.exit(launch(LinearProbeConfig, main, __doc__))
+    sys.exit(launch(LinearProbeConfig, "beit.tasks.linear_probe:main", __doc__))

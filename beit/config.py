@@ -64,6 +64,7 @@ def option(
     positional: bool = False,
     short: str | None = None,
     must_exist: bool = False,
+    yields_to: str = "",
 ) -> Any:
     """Declares a configuration field together with its flag.
 
@@ -81,6 +82,7 @@ def option(
         positional: Whether the value stands on the command line without a flag; it must then be given.
         short: A second flag, such as ``-o``.
         must_exist: Whether the value is the path of a file or folder that must be there.
+        yields_to: A setting that, on the command line, takes the place of this one from a file.
     """
     metadata = {key: value for key, value in locals().items() if key != "default"}
     return dataclasses.field(default=default, metadata=metadata)
@@ -128,7 +130,11 @@ def read_command_line(config_class: type[ConfigT], argv: Sequence[str], prog: st
     if "config" not in _fields(config_class):
         flags.pop("config", None)
     values = _read_keys(config_class, yaml_name) if yaml_name else {}
+    given = {**_override(config_class, {}, assignments), **flags}
     values = {**_override(config_class, values, assignments), **flags}
+    for name, (field, _) in _fields(config_class).items():
+        if field.metadata["yields_to"] in given and name not in given:
+            values.pop(name, None)
     config = config_class(**_in_steps(config_class, values))
     check_settings(config)
     _log_flags_without_effect(config)
@@ -445,28 +451,31 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _build_parser(config_class: type, prog: str, description: str) -> argparse.ArgumentParser:
+    fields = _fields(config_class)
+    positionals = [name.upper() for name, (field, _) in fields.items() if field.metadata["positional"]]
     parser = _Parser(
         prog=prog,
+        usage=" ".join([prog, *positionals, "[--FLAG VALUE ...]"]),
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     parser.removed = _removed(config_class)
-    fields, overrides = _fields(config_class), _files_of(config_class).overrides
+    overrides = _files_of(config_class).overrides
     if "config" not in fields:
         parser.add_argument("--config", metavar="YAML", help="settings file or recipe name; flags override it")
     if overrides:
         text = "settings that override the file and are overridden by flags"
         names = [f"--{name}" for name in overrides]
         parser.add_argument(*names, dest=_OVERRIDES, nargs="+", action="extend", metavar="KEY=VALUE", help=text)
-    in_words = not any(field.metadata["positional"] for field, _ in fields.values())
-    groups: dict[str, argparse._ArgumentGroup] = {}
-    for name, (field, reader) in fields.items():
-        title = _group(config_class, name)
-        if title and title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        _add_flag(groups[title] if title else parser, name, field, reader, in_words)
+    groups: dict[str, list[str]] = {}
+    for name in fields:
+        groups.setdefault(_group(config_class, name), []).append(name)
+    for title, names in reversed(groups.items()):  # a job's own first
+        group = parser.add_argument_group(title) if title else parser
+        for name in names:
+            _add_flag(group, name, *fields[name], in_words=not positionals)
     return parser
 
 
@@ -484,7 +493,8 @@ def _add_flag(
         how: dict[str, Any] = several if reader is _read_strings else {"type": reader}
         parser.add_argument(name, help=meta["help"].replace("%", "%%"), metavar=name.upper(), **how)
         return
-    text = f"{meta['help']} (default: {field.default})".replace("%", "%%")
+    default = "" if field.default in (None, "", ()) else f" (default: {field.default})"
+    text = f"{meta['help']}{default}".replace("%", "%%")
     aliases = [f"--{alias}" for alias in meta["aliases"] if "." not in alias]
     flags = [*([meta["short"]] if meta["short"] else []), f"--{name}", *aliases]
     arguments: dict[str, Any] = {"dest": name, "help": text}

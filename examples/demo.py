@@ -26,9 +26,8 @@ from beit.storage import atomic_write
 from beit.tasks import dvae_training as dvae
 from beit.tasks import finetuning as classification
 from beit.tasks import pretraining as masked_image_modeling
-from beit.tasks.dvae_training import DvaeConfig
 from beit.tasks.finetuning import FinetuningConfig
-from beit.tasks.pretraining_config import PretrainingConfig
+from beit.tasks.settings import DvaeConfig, PretrainingConfig
 from beit.visualization.curves import Curve, diagrams, read_log
 from beit.visualization.figures import draw_panels
 from beit.visualization.plots import draw_curves

@@ -1,155 +1,285 @@
-"""The settings of segmentation: one flat dataclass, and the command lines of training and testing around it.
+"""The settings of segmentation, and the command lines of training and testing around them. Imports no torch.
 
-Settings have short names of our own; ``--options`` takes mmsegmentation's dotted ones too. An **iteration** is what it
-is there: one batch of every process, so that with ``update_freq`` 2 every second one ends in an optimizer step.
+Settings have the names that they have in every job; mmsegmentation's, and those of earlier versions, are aliases. Its
+iterations count batches: with ``update_freq`` 2, every second one ends in an optimizer step.
 """
 
 import dataclasses
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
-from beit import zoo
 from beit.config import SettingsFiles, Size, option, read_command_line
-from beit.data.transforms import size_pair
 from beit.errors import InputError, did_you_mean
-from beit.tasks.options import AMP_CHOICES, check_positive
-from beit.training import distributed
-from semantic_segmentation.inference import TEST_MODES
-from semantic_segmentation.official_keys import KEYS_WITHOUT_EFFECT, MODEL_SIZES, OFFICIAL_KEYS
+from beit.tasks.settings import AMP_CHOICES, BatchOptions, LoadingOptions, OptimizerOptions, RunOptions
+from beit.zoo import MODELS
+from semantic_segmentation.official_keys import KEYS_WITHOUT_EFFECT, MODEL_KEYS, MODEL_SIZES
 
 logger = logging.getLogger(f"beit.{__name__}")
 
-DECODE_HEADS = ("uper", "setr_pup")
-LOSS_AVERAGES = ("all", "valid")
-LAUNCHERS = ("none", "pytorch", "slurm", "mpi")
 METRICS = ("mIoU",)
 MULTI_SCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 EVAL_OPTIONS = ("imgfile_prefix", "to_label_id", "efficient_test")
+ANY_MODEL = "file, folder, released name, URL or hub id"
 SETTINGS = SettingsFiles(
     folder=Path(__file__).parent / "configs" / "beit" / "upernet",
     overrides=("options", "cfg_options"),
-    keys=OFFICIAL_KEYS,
+    keys=MODEL_KEYS,
     without_effect=KEYS_WITHOUT_EFFECT,
 )
-_SPREAD = "mmsegmentation needs it; counts are added up over the processes here"
-_PROCESSES = "the launcher says how many processes there are: tools/dist_train.sh CONFIG GPUS"
+_SPREAD = "mmsegmentation needs it; here counts are summed over the processes"
 
 
 @dataclass(frozen=True)
-class SegmentationConfig:
+class PairsOptions(LoadingOptions):
+    """Images and label maps."""
+
+    GROUP: ClassVar[str] = "data"
+
+    data_path: str = option(
+        "data/ade/ADEChallengeData2016",
+        "folder of the data",
+        aliases=("data_root", *(f"data.{split}.data_root" for split in ("train", "val", "test"))),
+    )
+    train_images: str = option("images/training", "training images, in data_path", aliases=("data.train.img_dir",))
+    train_annotations: str = option(
+        "annotations/training", "their label maps, in data_path", aliases=("data.train.ann_dir",)
+    )
+    val_images: str = option(
+        "images/validation", "validation images, in data_path", aliases=("data.val.img_dir", "data.test.img_dir")
+    )
+    val_annotations: str = option(
+        "annotations/validation", "their label maps, in data_path", aliases=("data.val.ann_dir", "data.test.ann_dir")
+    )
+    classes: str = option("", "file with one class per line; data_path/classes.txt or ADE20K's by default")
+    reduce_zero_label: bool = option(
+        True,
+        "label 0 is no class: 0 becomes ignored, k becomes k - 1",
+        aliases=tuple(f"data.{split}.reduce_zero_label" for split in ("train", "val", "test")),
+    )
+    num_workers: int = option(
+        4, "data-loading workers per process", within="[0, inf)", aliases=("data.workers_per_gpu",)
+    )
+    image_scale: tuple[int, ...] = option(
+        (2048, 512), "most pixels of the long and of the short side after resizing", within="[1, inf)"
+    )
+    ratio_range: tuple[float, ...] = option(
+        (0.5, 2.0), "smallest and largest factor on image_scale in training", within="(0, inf)"
+    )
+    crop_size: Size = option(
+        512,
+        "size of training crops and test windows, in pixels (HEIGHTxWIDTH or one number)",
+        aliases=("model.backbone.img_size", "model.test_cfg.crop_size"),
+    )
+    cat_max_ratio: float = option(0.75, "share of a crop that one class should stay below", within="(0, 1]")
+    flip: float = option(0.5, "probability of a horizontal flip", within="[0, 1]")
+    photometric_distortion: bool = option(True, "change brightness, contrast, saturation and hue")
+
+
+@dataclass(frozen=True)
+class SegmentorOptions:
+    """The backbone and the heads."""
+
+    GROUP: ClassVar[str] = "model"
+
+    model: str = option("beit_base_patch16_224", "model whose sizes the backbone has; `beit models` lists them")
+    model_kwargs: dict[str, Any] | None = option(
+        None, "further arguments of the backbone, such as patch_size=8 embed_dim=128"
+    )
+    init_from: str = option(
+        "",
+        f"segmentor or backbone to start from: {ANY_MODEL}",
+        aliases=("load_from", "pretrained", "model.pretrained"),
+    )
+    decode_head: str = option("uper", "head: UPerNet or SETR-PUP", choices=("uper", "setr_pup"))
+    out_indices: tuple[int, ...] = option(
+        (3, 5, 7, 11), "blocks that are tapped, from 0", aliases=("model.backbone.out_indices",)
+    )
+    head_channels: int = option(
+        768, "channels of the head's convolutions", within="[1, inf)", aliases=("model.decode_head.channels",)
+    )
+    head_dropout: float = option(
+        0.1,
+        "dropout before the classifiers of both heads",
+        within="[0, 1)",
+        aliases=("model.decode_head.dropout_ratio",),
+    )
+    auxiliary_channels: int = option(
+        256,
+        "channels of the auxiliary head; 0 for none",
+        within="[0, inf)",
+        aliases=("model.auxiliary_head.channels",),
+    )
+    auxiliary_index: int = option(
+        2, "tap that the auxiliary head reads, from 0", within="[0, inf)", aliases=("model.auxiliary_head.in_index",)
+    )
+    auxiliary_weight: float = option(
+        0.4,
+        "weight of the auxiliary loss",
+        within="[0, inf)",
+        aliases=("model.auxiliary_head.loss_decode.loss_weight",),
+    )
+    loss_average: str = option(
+        "all", "pixels of a process's batch that its loss averages over", choices=("all", "valid")
+    )
+    drop_path: float = option(
+        0.1,
+        "stochastic depth rate of the last block; grows linearly with depth",
+        within="[0, 1)",
+        aliases=("model.backbone.drop_path_rate",),
+    )
+    layer_scale_init_value: float = option(
+        0.1, "initial LayerScale; 0 for none", within="[0, inf)", aliases=("model.backbone.init_values",)
+    )
+    rel_pos_bias: bool = option(
+        True,
+        "relative position bias in every block",
+        off="--disable_rel_pos_bias",
+        aliases=("model.backbone.use_rel_pos_bias",),
+    )
+    abs_pos_emb: bool = option(
+        False, "learned absolute position embeddings", aliases=("model.backbone.use_abs_pos_emb",)
+    )
+    grad_checkpointing: bool = option(
+        False, "recompute activations in the backward pass, to save memory", aliases=("model.backbone.use_checkpoint",)
+    )
+
+
+@dataclass(frozen=True)
+class StepOptions(BatchOptions, OptimizerOptions):
+    """How long a run is, in optimizer steps, and the schedule of its learning rate."""
+
+    GROUP: ClassVar[str] = "schedule"
+
+    batch_size: int = option(
+        2, "images per process and batch", within="[1, inf)", aliases=("samples_per_gpu", "data.samples_per_gpu")
+    )
+    update_freq: int = option(
+        1,
+        "batches whose gradients are accumulated for one step",
+        within="[1, inf)",
+        aliases=("optimizer_config.update_interval",),
+    )
+    max_steps: int = option(
+        160000, "length of the run, in steps", within="[1, inf)", counts_batches=("max_iters", "runner.max_iters")
+    )
+    warmup_steps: int = option(
+        1500,
+        "steps of linear warm-up",
+        within="[0, inf)",
+        counts_batches=("warmup_iters", "lr_config.warmup_iters"),
+    )
+    warmup_ratio: float = option(
+        1e-6,
+        "share of the learning rate that the warm-up begins with",
+        within="[0, 1]",
+        aliases=("lr_config.warmup_ratio",),
+    )
+    power: float = option(1.0, "exponent of the learning rate's decay", within="[0, inf)", aliases=("lr_config.power",))
+    eval_freq: int = option(
+        16000,
+        "steps between evaluations",
+        within="[1, inf)",
+        counts_batches=("eval_interval", "evaluation.interval"),
+    )
+    save_ckpt_freq: int = option(
+        16000,
+        "steps between checkpoints that are kept",
+        within="[1, inf)",
+        counts_batches=("checkpoint_interval", "checkpoint_config.interval"),
+    )
+    opt: str = option("adamw", "optimizer: any name that timm knows, or fusedadamw", aliases=("optimizer.type",))
+    opt_eps: float = option(1e-8, "epsilon of Adam", within="[0, inf)", aliases=("optimizer.eps",))
+    opt_betas: tuple[float, ...] | None = option(
+        (0.9, 0.999), "decay rates of Adam", within="[0, 1)", aliases=("optimizer.betas",)
+    )
+    clip_grad: float | None = option(
+        None,
+        "largest gradient norm; no clipping by default",
+        within="(0, inf)",
+        aliases=("optimizer_config.grad_clip", "optimizer_config.grad_clip.max_norm"),
+    )
+    momentum: float = option(0.9, "momentum of SGD", within="[0, inf)", aliases=("optimizer.momentum",))
+    weight_decay: float = option(0.05, "weight decay", within="[0, inf)", aliases=("optimizer.weight_decay",))
+    lr: float = option(
+        7e-4,
+        "peak learning rate of the heads; never rescaled to the batch",
+        within="[0, inf)",
+        aliases=("optimizer.lr",),
+    )
+    layer_decay: float = option(
+        0.65,
+        "factor on the learning rate from one layer to the one below",
+        within="(0, 1]",
+        aliases=("optimizer.paramwise_cfg.layer_decay_rate",),
+    )
+    min_lr: float = option(0.0, "learning rate at the end", within="[0, inf)", aliases=("lr_config.min_lr",))
+
+
+@dataclass(frozen=True)
+class TestOptions:
+    """How images are tested."""
+
+    GROUP: ClassVar[str] = "test"
+    __test__: ClassVar[bool] = False  # its name would make pytest take it for a test
+
+    test_mode: str = option(
+        "slide",
+        "windows of the crop's size, or whole images",
+        choices=("slide", "whole"),
+        aliases=("model.test_cfg.mode",),
+    )
+    slide_stride: Size = option(
+        341, "from a window to the next, in pixels (DOWNxRIGHT or one number)", aliases=("model.test_cfg.stride",)
+    )
+    test_ratios: tuple[float, ...] = option(
+        (1.0,), "factors on image_scale whose results are averaged", within="(0, inf)"
+    )
+    test_flip: bool = option(False, "average over the mirrored image too")
+    test_short_at_least_crop: bool = option(False, "never resize the short side below the crop, whatever the ratio")
+    test_batch_size: int = option(4, "windows per batch; changes speed and memory, not the result", within="[1, inf)")
+
+
+@dataclass(frozen=True)
+class SegmentationConfig(TestOptions, PairsOptions, SegmentorOptions, StepOptions, RunOptions):
     """Data, model, training and test of a segmentor; every field is a flag and a key of the YAML files."""
 
     SETTINGS: ClassVar[SettingsFiles] = SETTINGS
+    REMOVED: ClassVar[dict[str, tuple[object, str]]] = {
+        "recipe_batch": (16, "--total_batch_size sets the images per step")
+    }
+    GROUP: ClassVar[str] = "run"
 
-    data_root: str = option("data/ade/ADEChallengeData2016", "folder of the data")
-    train_images: str = option("images/training", "training images, in data_root")
-    train_annotations: str = option("annotations/training", "their label maps, in data_root")
-    val_images: str = option("images/validation", "validation images, in data_root")
-    val_annotations: str = option("annotations/validation", "their label maps, in data_root")
-    classes: str = option("", "file with a class a line; data_root/classes.txt or ADE20K's by default")
-    reduce_zero_label: bool = option(True, "label 0 is no class: 0 becomes ignored, k becomes k - 1")
-    samples_per_gpu: int = option(2, "images per process and batch")
-    num_workers: int = option(4, "data-loading processes per process")
-
-    model: str = option("beit_base_patch16_224", "model whose sizes the backbone has; `beit models` lists them")
-    model_kwargs: dict[str, Any] | None = option(None, "more of the backbone, such as patch_size=8 embed_dim=128")
-    pretrained: str = option("", "backbone to start from: a path, a released name, a URL or a hub id")
-    decode_head: str = option("uper", "head: UPerNet or SETR-PUP", choices=DECODE_HEADS)
-    out_indices: tuple[int, ...] = option((3, 5, 7, 11), "blocks that are tapped, from 0")
-    head_channels: int = option(768, "channels of the head's convolutions")
-    head_dropout: float = option(0.1, "dropout before the classifiers of both heads")
-    auxiliary_channels: int = option(256, "channels of the auxiliary head; 0 for none")
-    auxiliary_index: int = option(2, "tap that the auxiliary head reads, from 0")
-    auxiliary_weight: float = option(0.4, "weight of the auxiliary loss")
-    drop_path: float = option(0.1, "stochastic depth rate of the last block; grows linearly with depth")
-    layer_scale_init_value: float = option(0.1, "initial LayerScale; 0 for none")
-    rel_pos_bias: bool = option(True, "relative position bias in every block", off="--disable_rel_pos_bias")
-    abs_pos_emb: bool = option(False, "learned absolute position embeddings")
-    grad_checkpointing: bool = option(False, "recompute activations in the backward pass, to save memory")
-
-    crop_size: Size = option(512, "size of training crops and test windows, in pixels (HEIGHTxWIDTH or one number)")
-    image_scale: tuple[int, ...] = option((2048, 512), "most pixels of the long and of the short side after resizing")
-    ratio_range: tuple[float, ...] = option((0.5, 2.0), "least and largest factor on image_scale in training")
-    cat_max_ratio: float = option(0.75, "share of a crop that one class should stay below")
-    flip: float = option(0.5, "probability of a horizontal flip")
-    photometric_distortion: bool = option(True, "change brightness, contrast, saturation and hue")
-
-    max_iters: int = option(160000, "iterations: batches of every process")
-    update_freq: int = option(1, "batches whose gradients are added up for one optimizer step")
-    lr: float = option(7e-4, "peak learning rate of the heads; never rescaled to the batch")
-    layer_decay: float = option(0.65, "factor on the learning rate from one layer to the one below")
-    weight_decay: float = option(0.05, "weight decay")
-    opt: str = option("adamw", "optimizer: any name that timm knows, or fusedadamw")
-    opt_eps: float = option(1e-8, "epsilon of Adam")
-    opt_betas: tuple[float, ...] = option((0.9, 0.999), "decay rates of Adam")
-    momentum: float = option(0.9, "momentum of SGD")
-    clip_grad: float | None = option(None, "largest gradient norm; no clipping by default")
-    warmup_iters: int = option(1500, "iterations of linear warm-up")
-    warmup_ratio: float = option(1e-6, "share of the learning rate that the warm-up begins with")
-    power: float = option(1.0, "exponent of the learning rate's decay")
-    min_lr: float = option(0.0, "learning rate at the end")
-    loss_average: str = option(
-        "all", "pixels of a process's batch that its loss is the mean of: all, or valid ones", choices=LOSS_AVERAGES
+    output_dir: str = option(
+        "", "folder of the run; work_dirs/<name of the config> for training by default", aliases=("work_dir",)
     )
-    recipe_batch: int = option(
-        16, "images of an optimizer step that lr is tuned for; another batch is said at the start"
+    keep_checkpoints: int = option(
+        0,
+        "newest numbered checkpoints to keep; 0 keeps all",
+        within="[0, inf)",
+        aliases=("checkpoint_config.max_keep_ckpts",),
     )
-    eval_interval: int = option(16000, "iterations between two evaluations")
-    checkpoint_interval: int = option(16000, "iterations between two checkpoints that are kept")
-    log_every: int = option(50, "optimizer steps between two console lines")
-
-    test_mode: str = option("slide", "windows of the crop's size, or whole images", choices=TEST_MODES)
-    slide_stride: Size = option(341, "from a window to the next, in pixels (DOWNxRIGHT or one number)")
-    test_ratios: tuple[float, ...] = option((1.0,), "factors on image_scale whose results are averaged")
-    test_flip: bool = option(False, "average over the mirrored image too")
-    test_short_at_least_crop: bool = option(False, "never resize the short side below the crop, whatever the ratio")
-    test_batch_size: int = option(4, "windows at once; changes speed and memory, not the result")
-
-    work_dir: str = option("", "folder of the run; work_dirs/<name of the config> for training by default")
-    log_dir: str | None = option(None, "folder for TensorBoard")
-    device: str = option("cuda", "cuda, cpu or mps; the CPU where there is no CUDA")
-    seed: int = option(0, "seed of everything random")
-    deterministic: bool = option(False, "deterministic GPU kernels where there are any (slower)")
-    amp_dtype: str = option("auto", "number format of forward and backward", choices=AMP_CHOICES)
-    pin_mem: bool = option(True, "page-locked host memory for faster transfers to a GPU", off="--no_pin_mem")
-    keep_checkpoints: int = option(0, "newest checkpoint-<steps>.pth to keep; 0 keeps all")
-    save_ckpt_steps: int = option(1000, "optimizer steps between two writes of checkpoint-last.pth; 0 for none")
-    launcher: str = option("none", "mpi for mpirun; any other launcher is found without it", choices=LAUNCHERS)
-    local_rank: int = option(-1, "GPU of this process, as old launchers pass it; LOCAL_RANK wins")
-    dist_url: str = option("env://", "where the processes meet")
-    dist_timeout: float = option(distributed.PATIENCE, "minutes that processes wait for one that does not answer")
-
-    @property
-    def output_dir(self) -> str:
-        """The run folder, under the name that the engine's options have for it."""
-        return self.work_dir
-
-    @property
-    def dist_on_itp(self) -> bool:
-        """Whether Open MPI's ``mpirun`` started the processes, under the name that the engine's options have for it."""
-        return self.launcher == "mpi"
+    log_every: int = option(50, "steps between console lines", within="[1, inf)", aliases=("log_config.interval",))
+    launcher: str = option(
+        "none", "mpi for mpirun; other launchers are detected", choices=("none", "pytorch", "slurm", "mpi")
+    )
 
 
 @dataclass(frozen=True)
 class TrainConfig(SegmentationConfig):
     """The command line of ``tools/train.py``: mmsegmentation's flags, and every setting."""
 
-    config: str = option("", "settings file: a path, or the name of one of the package's", positional=True)
-    load_from: str = option("", "segmentor to start from: weights only, a new run")
-    resume_from: str = option("", "checkpoint of a run to continue")
-    auto_resume: bool = option(True, "continue from the newest checkpoint in --work_dir", off="--no_auto_resume")
-    no_validate: bool = option(False, "do not evaluate, and need no validation images")
-    gpus: int | None = option(None, "number of GPUs", no_effect=_PROCESSES)
-    gpu_ids: tuple[int, ...] = option((), "GPUs to use", no_effect="CUDA_VISIBLE_DEVICES chooses them")
+    GROUP: ClassVar[str] = "training"
 
-    @property
-    def output_dir(self) -> str:
-        """The run folder."""
-        return self.work_dir or str(Path("work_dirs") / Path(self.config).stem)
+    config: str = option("", "settings file: a path, or the name of one of the package's", positional=True)
+    resume: str = option("", "checkpoint of a run to resume", aliases=("resume_from",))
+    disable_eval: bool = option(False, "do not evaluate, and need no validation images", aliases=("no_validate",))
+    gpus: int | None = option(
+        None, "number of GPUs", no_effect="the launcher sets the number of processes: tools/dist_train.sh CONFIG GPUS"
+    )
+    gpu_ids: tuple[int, ...] = option((), "GPUs to use", no_effect="CUDA_VISIBLE_DEVICES chooses them")
 
 
 @dataclass(frozen=True)
@@ -158,24 +288,26 @@ class TestConfig(SegmentationConfig):
 
     # A run's own config.yaml is good for testing it.
     SETTINGS: ClassVar[SettingsFiles] = dataclasses.replace(SETTINGS, shared_with=TrainConfig)
-    __test__: ClassVar[bool] = False  # its name would make pytest take it for a test
+    GROUP: ClassVar[str] = "testing"
 
     amp_dtype: str = option("auto", "number format of the forward pass; auto is fp32 in testing", choices=AMP_CHOICES)
-
     config: str = option("", "settings file: a path, or the name of one of the package's", positional=True)
-    checkpoint: str = option("", "segmentor: a path, a released name, a URL or a hub id", positional=True)
+    checkpoint: str = option("", f"segmentor: {ANY_MODEL}", positional=True)
     aug_test: bool = option(False, "average over six scales, 0.5 to 1.75, and the mirrored image")
     eval: tuple[str, ...] = option((), "metrics; they are measured too where nothing else is asked for")
     out: str = option("", "file for the scores and the confusion matrix, as JSON")
     format_only: bool = option(False, "write label maps for the ADE20K server, and measure nothing")
     show: bool = option(False, "show the results", no_effect="no window is opened; --show_dir writes the pictures")
     show_dir: str = option("", "folder for images with their segmentation painted over")
-    opacity: float = option(0.5, "of what is painted over, above 0 and at most 1")
+    opacity: float = option(0.5, "opacity of what is painted over", within="(0, 1]")
     gpu_collect: bool = option(False, "unused", no_effect=_SPREAD)
     tmpdir: str = option("", "unused", no_effect=_SPREAD)
     eval_options: dict[str, Any] | None = option(
-        None, "of --format_only: imgfile_prefix=FOLDER, to_label_id=False for classes from 0"
+        None, "for --format_only: imgfile_prefix=FOLDER, to_label_id=False for classes from 0"
     )
+
+
+ConfigT = TypeVar("ConfigT", bound=SegmentationConfig)
 
 
 def read_train(argv: Sequence[str], prog: str = "train.py", description: str = "") -> TrainConfig:
@@ -188,40 +320,30 @@ def read_test(argv: Sequence[str], prog: str = "test.py", description: str = "")
     return read_command_line(TestConfig, argv, prog, description)
 
 
-def intervals(config: SegmentationConfig) -> tuple[int, int]:
-    """Returns the iterations between evaluations and between checkpoints; a run shorter than these has one at its end.
-
-    Raises:
-        InputError: The last iteration would be without one, or one would fall between two optimizer steps.
-    """
-    if config.max_iters % config.update_freq:
-        raise InputError(
-            f"max_iters {config.max_iters}: must be a multiple of update_freq, {config.update_freq}, "
-            "or the last batches would change nothing"
-        )
-    for name in ("eval_interval", "checkpoint_interval"):
-        interval = min(getattr(config, name), config.max_iters)
-        if config.max_iters % interval:
-            raise InputError(f"{name} {interval}: max_iters, {config.max_iters}, must be a multiple of it")
-        if interval % config.update_freq:
-            raise InputError(f"{name} {interval}: must be a multiple of update_freq, {config.update_freq}")
-    return min(config.eval_interval, config.max_iters), min(config.checkpoint_interval, config.max_iters)
+def completed(config: ConfigT) -> ConfigT:
+    """Returns the settings with the default run folder of training, and the launcher in the engine's terms."""
+    output_dir = config.output_dir
+    if isinstance(config, TrainConfig):
+        output_dir = output_dir or str(Path("work_dirs") / Path(config.config).stem)
+    open_mpi = config.dist_on_itp or config.launcher == "mpi"
+    return dataclasses.replace(config, output_dir=output_dir, dist_on_itp=open_mpi)
 
 
 def scales(config: SegmentationConfig) -> tuple[tuple[float, ...], bool]:
-    """Returns the factors on the image's size at test, and whether the mirrored image counts too."""
+    """Returns the factors on the image's size in testing, and whether the mirrored image counts too."""
     augmented = isinstance(config, TestConfig) and config.aug_test
     return (MULTI_SCALE, True) if augmented else (config.test_ratios, config.test_flip)
 
 
 def label_map_folder(config: TestConfig) -> Path:
-    """Returns where ``--format-only`` writes: what ``--eval-options imgfile_prefix=…`` says, or ``format_results``."""
-    return Path((config.eval_options or {}).get("imgfile_prefix") or Path(config.work_dir) / "format_results")
+    """Returns where ``--format-only`` writes: ``--eval-options imgfile_prefix=…``, or ``format_results``."""
+    prefix = (config.eval_options or {}).get("imgfile_prefix")
+    return Path(prefix or Path(config.output_dir) / "format_results")
 
 
 def adds_one(config: TestConfig) -> bool:
     """Whether ``--format-only`` writes class 0 as 1, as ADE20K numbers it; ``to_label_id=False`` writes it as 0."""
-    return config.reduce_zero_label and (config.eval_options or {}).get("to_label_id", True)
+    return config.reduce_zero_label and bool((config.eval_options or {}).get("to_label_id", True))
 
 
 def sizes(config: SegmentationConfig) -> dict[str, Any]:
@@ -230,9 +352,9 @@ def sizes(config: SegmentationConfig) -> dict[str, Any]:
     Raises:
         InputError: There is no such model.
     """
-    if config.model not in zoo.list_models():
-        raise InputError(f"model {config.model}: no such model{did_you_mean(config.model, zoo.list_models())}")
-    published = zoo.MODELS[config.model].arguments
+    if config.model not in MODELS:
+        raise InputError(f"model {config.model}: no such model{did_you_mean(config.model, MODELS)}")
+    published = MODELS[config.model].arguments
     sized = {name: published[name] for name in MODEL_SIZES if name in published}
     return {"patch_size": 16, **sized, **(config.model_kwargs or {})}
 
@@ -260,50 +382,23 @@ def segmentor_arguments(config: SegmentationConfig, num_classes: int) -> dict[st
     }
 
 
-# What numbers have to be: the first row says "above 0 and at most 1".
-_RANGES: dict[str, tuple[tuple[str, ...], Any]] = {
-    "above 0 and at most 1": (("layer_decay", "cat_max_ratio", "opacity"), lambda value: 0 < value <= 1),
-    "from 0 to 1": (("flip", "warmup_ratio"), lambda value: 0 <= value <= 1),
-    "at least 0 and below 1": (("head_dropout", "drop_path"), lambda value: 0 <= value < 1),
-    "a number of 0 or more": (
-        (
-            *("lr", "min_lr", "weight_decay", "opt_eps", "momentum", "power", "auxiliary_weight"),
-            *("layer_scale_init_value", "warmup_iters", "num_workers", "auxiliary_channels", "auxiliary_index"),
-            *("seed", "keep_checkpoints", "save_ckpt_steps"),
-        ),
-        lambda value: math.isfinite(value) and value >= 0,
-    ),
-    "above 0; leave it out for no clipping": (("clip_grad",), lambda value: value is None or value > 0),
-    "two numbers from 0 to below 1": (
-        ("opt_betas",),
-        lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value),
-    ),
-    "two numbers of pixels, at least 1": (("image_scale",), lambda value: len(value) == 2 and min(value) >= 1),
-    "two factors above 0, the lower one first": (
-        ("ratio_range",),
-        lambda value: len(value) == 2 and 0 < value[0] <= value[1] < math.inf,
-    ),
-    "one or more factors above 0": (
-        ("test_ratios",),
-        lambda value: value and all(0 < ratio < math.inf for ratio in value),
-    ),
-}
-_COUNTS = ("samples_per_gpu", "head_channels", "max_iters", "update_freq", "recipe_batch", "eval_interval")
+def check(config: SegmentationConfig) -> None:
+    """Makes sure that the settings fit each other; each on its own is checked by its field.
 
-
-def check_settings(config: SegmentationConfig) -> None:
-    """Raises :class:`InputError` for the first setting that cannot be used."""
-    check_positive(config, *_COUNTS, "checkpoint_interval", "log_every", "test_batch_size")
-    for what, (names, holds) in _RANGES.items():
-        for name in names:
-            value = getattr(config, name, None)
-            if hasattr(config, name) and not holds(value):
-                shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-                raise InputError(f"--{name} {shown}: must be {what}")
+    Raises:
+        InputError: The first two that do not.
+    """
+    betas = config.opt_betas
+    if betas is not None and len(betas) != 2:
+        raise InputError(f"--opt_betas {_spaced(betas)}: must be two numbers")
+    if len(config.image_scale) != 2:
+        raise InputError(f"--image_scale {_spaced(config.image_scale)}: must be two numbers of pixels")
+    if len(config.ratio_range) != 2 or config.ratio_range[0] > config.ratio_range[1]:
+        raise InputError(f"--ratio_range {_spaced(config.ratio_range)}: must be two factors, the lower one first")
+    if not config.test_ratios:
+        raise InputError("--test_ratios: must be one or more factors")
     _check_model(config)
     _check_windows(config)
-    if isinstance(config, TrainConfig):
-        intervals(config)
     if isinstance(config, TestConfig):
         _check_test(config)
 
@@ -319,8 +414,7 @@ def _check_model(config: SegmentationConfig) -> None:
 
 
 def _check_windows(config: SegmentationConfig) -> None:
-    crop, stride = size_pair(config.crop_size), size_pair(config.slide_stride)
-    patch = size_pair(sizes(config)["patch_size"])
+    crop, stride, patch = map(_pair, (config.crop_size, config.slide_stride, sizes(config)["patch_size"]))
     if any(side % piece for side, piece in zip(crop, patch, strict=True)):
         raise InputError(
             f"--crop_size {config.crop_size}: must be a multiple of the model's patches, {_spaced(patch)} pixels"
@@ -346,6 +440,10 @@ def _check_test(config: TestConfig) -> None:
         raise InputError(f"--eval_options to_label_id={to_label_id}: must be True or False")
     if "efficient_test" in (config.eval_options or {}):
         logger.warning("--eval_options efficient_test has no effect: no results are kept but counts")
+
+
+def _pair(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _spaced(values: Sequence[object]) -> str:

@@ -1,58 +1,10 @@
-"""What mmsegmentation calls the settings: the keys that ``--options`` takes beside our own names."""
+"""mmsegmentation's keys that are no alias of a setting: those of the backbone's size, and those without effect."""
 
 MODEL_SIZES = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias")
+MODEL_KEYS = {f"model.backbone.{name}": f"model_kwargs.{name}" for name in MODEL_SIZES}
 
-# mmsegmentation's name of a setting -> ours. Where it has several for what is one setting here, all may be given, but
-# not different values.
-OFFICIAL_KEYS = {
-    "crop_size": "crop_size",
-    "data.samples_per_gpu": "samples_per_gpu",
-    "data.workers_per_gpu": "num_workers",
-    **{f"data.{split}.data_root": "data_root" for split in ("train", "val", "test")},
-    "data.train.img_dir": "train_images",
-    "data.train.ann_dir": "train_annotations",
-    **{f"data.{split}.img_dir": "val_images" for split in ("val", "test")},
-    **{f"data.{split}.ann_dir": "val_annotations" for split in ("val", "test")},
-    **{f"data.{split}.reduce_zero_label": "reduce_zero_label" for split in ("train", "val", "test")},
-    "model.pretrained": "pretrained",
-    **{f"model.backbone.{name}": f"model_kwargs.{name}" for name in MODEL_SIZES},
-    "model.backbone.img_size": "crop_size",
-    "model.backbone.drop_path_rate": "drop_path",
-    "model.backbone.init_values": "layer_scale_init_value",
-    "model.backbone.use_checkpoint": "grad_checkpointing",
-    "model.backbone.out_indices": "out_indices",
-    "model.backbone.use_rel_pos_bias": "rel_pos_bias",
-    "model.backbone.use_abs_pos_emb": "abs_pos_emb",
-    "model.decode_head.channels": "head_channels",
-    "model.decode_head.dropout_ratio": "head_dropout",
-    "model.auxiliary_head.channels": "auxiliary_channels",
-    "model.auxiliary_head.in_index": "auxiliary_index",
-    "model.auxiliary_head.loss_decode.loss_weight": "auxiliary_weight",
-    "model.test_cfg.mode": "test_mode",
-    "model.test_cfg.stride": "slide_stride",
-    "model.test_cfg.crop_size": "crop_size",
-    "optimizer.type": "opt",
-    "optimizer.lr": "lr",
-    "optimizer.betas": "opt_betas",
-    "optimizer.eps": "opt_eps",
-    "optimizer.momentum": "momentum",
-    "optimizer.weight_decay": "weight_decay",
-    "optimizer.paramwise_cfg.layer_decay_rate": "layer_decay",
-    "optimizer_config.update_interval": "update_freq",
-    "optimizer_config.grad_clip": "clip_grad",
-    "optimizer_config.grad_clip.max_norm": "clip_grad",
-    "lr_config.warmup_iters": "warmup_iters",
-    "lr_config.warmup_ratio": "warmup_ratio",
-    "lr_config.power": "power",
-    "lr_config.min_lr": "min_lr",
-    "runner.max_iters": "max_iters",
-    "checkpoint_config.interval": "checkpoint_interval",
-    "checkpoint_config.max_keep_ckpts": "keep_checkpoints",
-    "evaluation.interval": "eval_interval",
-    "log_config.interval": "log_every",
-}
-_PRECISION = "amp_dtype says the number format"
-_CLASSES = "the class list says how many there are (classes)"
+_PRECISION = "amp_dtype sets the number format"
+_CLASSES = "the number of classes follows from the class list (classes)"
 _WIDTH = "the heads are as wide as the model's blocks"
 _SCHEDULE = "the schedule is poly with a linear warm-up, by iterations"
 _NORM = "batch norm is synchronised where there are several processes"
@@ -71,7 +23,7 @@ KEYS_WITHOUT_EFFECT = {
     "model.auxiliary_head.norm_cfg.type": _NORM,
     "model.backbone.with_cp": "model.backbone.use_checkpoint saves memory",
     "optimizer.constructor": "learning rates decay from layer to layer (layer_decay)",
-    "optimizer.paramwise_cfg.num_layers": "the model says how many blocks it has",
+    "optimizer.paramwise_cfg.num_layers": "the number of blocks follows from the model",
     "lr_config.policy": _SCHEDULE,
     "lr_config.warmup": _SCHEDULE,
     "lr_config.by_epoch": _SCHEDULE,

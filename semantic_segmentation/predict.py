@@ -18,7 +18,7 @@ from beit.data.datasets import UnreadableImageError, read_image
 from beit.data.index import image_files
 from beit.data.transforms import size_pair
 from beit.errors import InputError
-from beit.tasks.options import AMP_CHOICES
+from beit.tasks.settings import AMP_CHOICES
 from beit.training.distributed import select_device
 from beit.training.precision import Precision, resolve_amp_dtype
 from semantic_segmentation.data import SegmentationClasses, ade20k_classes, named_classes, read_classes

@@ -1,9 +1,7 @@
-"""Training of a segmentor on a pre-trained backbone (arXiv 2106.08254, section 3.2), counted in iterations."""
+"""Training of a segmentor on a pre-trained backbone (arXiv 2106.08254, section 3.2), counted in optimizer steps."""
 
 import logging
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beit.checkpoints.load import load_pretrained, read_weights
-from beit.config import to_plain
-from beit.data.loaders import EpochLoader, RoundLoader
+from beit.checkpoints.load import load_weights, read_weights
+from beit.data.loaders import EpochLoader
 from beit.data.transforms import normalize, size_pair
-from beit.tasks.options import optimizer_for, session_of
-from beit.training import distributed
-from beit.training.loop import Batch, LoopSettings, Trainer
+from beit.tasks.base import Evaluation, Metrics, Schedule, Task, run
 from beit.training.optim import parameter_groups
-from beit.training.precision import Precision, resolve_amp_dtype
 from beit.training.schedules import WarmupPoly
-from beit.training.session import Session
+from beit.training.state import Batch, LoopSettings, Period, StepFunction
 from semantic_segmentation.batch_norm import synchronise_batch_norm
-from semantic_segmentation.config import TrainConfig, check_settings, intervals
-from semantic_segmentation.data import ImagePairs, SegmentationClasses, SegmentationDataset, find_classes, find_pairs
+from semantic_segmentation.config import TrainConfig, check, completed
+from semantic_segmentation.data import SegmentationDataset, find_classes, find_pairs
 from semantic_segmentation.heads import resize
 from semantic_segmentation.inference import Statistics
 from semantic_segmentation.metrics import IGNORED, scores
@@ -34,151 +28,149 @@ from semantic_segmentation.transforms import TrainTransform
 
 logger = logging.getLogger(f"beit.{__name__}")
 
-STATISTICS = Statistics()  # of every training, whatever the backbone learnt with
+STATISTICS = Statistics()  # of every training, whatever the backbone was trained with
 
 
 def main(config: TrainConfig) -> None:
     """Trains a segmentor as the settings say."""
-    check_settings(config)
-    with session_of(config) as session:
-        data = find_data(config)
-        # The pre-trained backbone below new heads; the lower a layer, the less it is to change.
-        segmentor = build_model(config, len(data.classes))
-        start_from_checkpoint(segmentor, config)
-        segmentor.to(session.device)
-        if session.world_size > 1:
+    run(Segmentation(completed(config)))
+
+
+class Segmentation(Task[TrainConfig]):
+    """A pre-trained backbone below new heads; the lower a layer, the lower its learning rate."""
+
+    best_metric = "mIoU"
+
+    def check(self) -> None:
+        """Makes sure that the settings fit each other."""
+        check(self.config)
+
+    def prepare(self) -> None:
+        """Finds images, label maps and classes."""
+        config, root = self.config, Path(self.config.data_path)
+        self.train = find_pairs(root / config.train_images, root / config.train_annotations)
+        self.val = None if config.disable_eval else find_pairs(root / config.val_images, root / config.val_annotations)
+        self.classes = find_classes(root, config.classes, config.reduce_zero_label)
+        check_data(config, [self.train, *([self.val] if self.val else [])], self.classes)
+
+    def build_model(self) -> Segmentor:
+        """Creates the segmentor and loads what it starts from: a whole segmentor, or a backbone."""
+        segmentor = build_model(self.config, len(self.classes))
+        start_from(segmentor, self.config.init_from)
+        if self.session.world_size > 1:
             synchronise_batch_norm(segmentor)
+        return segmentor
 
-        loader = build_loader(config, data, session)
-        precision = Precision(resolve_amp_dtype(config.amp_dtype, session.device), session.device)
-        trainer = Trainer(
-            segmentor,
-            PixelClassification(auxiliary_weight=config.auxiliary_weight, average=config.loss_average),
-            loader,
-            build_optimizer(config, segmentor, session.device),
-            precision,
-            loop_settings(config),
-            learning_rate(config),
-            folder=session.folder,
-            log_dir=config.log_dir,
-            config=to_plain(config),
-            extras=description(segmentor, data.classes),
-            evaluate=build_evaluation(config, data, session, precision),
+    def build_loader(self) -> EpochLoader:
+        """Creates the loader of training crops."""
+        config = self.config
+        transform = TrainTransform(
+            image_scale=(config.image_scale[0], config.image_scale[1]),
+            ratio_range=(config.ratio_range[0], config.ratio_range[1]),
+            crop_size=size_pair(config.crop_size),
+            cat_max_ratio=config.cat_max_ratio,
+            flip=config.flip,
+            photometric=config.photometric_distortion,
         )
-        session.resume(trainer, path=config.resume_from, auto=config.auto_resume, start_epoch=0)
-        log_summary(config, trainer, data)
-        trainer.fit()
+        reduce, classes = config.reduce_zero_label, len(self.classes)
+        return self.loader_of(
+            SegmentationDataset(self.train, transform, config.seed, num_classes=classes, reduce_zero_label=reduce)
+        )
+
+    def build_objective(self) -> StepFunction:
+        """Returns the loss of both heads."""
+        return PixelClassification(auxiliary_weight=self.config.auxiliary_weight, average=self.config.loss_average)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Returns the parameters with a learning rate of their own for each layer.
+
+        As in the official code, class token and position embedding decay here, although they do not elsewhere: it
+        compares their names without the prefix that they have in a segmentor.
+        """
+        segmentor = self.model
+        assert isinstance(segmentor, Segmentor)
+        return parameter_groups(
+            segmentor,
+            self.config.weight_decay,
+            layer_id=segmentor.layer_id,
+            num_layers=segmentor.get_num_layers(),
+            layer_decay=self.config.layer_decay,
+        )
+
+    def loop_settings(self) -> LoopSettings:
+        """Returns the durations, which are in steps already."""
+        config = self.config
+        return LoopSettings(
+            total_steps=config.max_steps,
+            period=Period("step"),
+            update_freq=config.update_freq,
+            clip_grad=config.clip_grad,
+            log_every=config.log_every,
+            save_every=config.save_ckpt_freq,
+            save_last_every=config.save_ckpt_steps,
+            evaluate_every=config.eval_freq,
+            best_metric=self.best_metric,
+            seed=config.seed,
+        )
+
+    def schedules(self, settings: LoopSettings) -> tuple[Schedule, None]:
+        """Returns the learning rate of the heads: that of the last of the batches of a step, as in mmsegmentation."""
+        config, batches = self.config, self.config.update_freq
+        total, warmup = settings.total_steps * batches, config.warmup_steps * batches
+        schedule = WarmupPoly(config.lr, config.min_lr, total, warmup, config.warmup_ratio, config.power)
+        return lambda step: schedule((step + 1) * batches - 1), None
+
+    def build_evaluation(self) -> Evaluation | None:
+        """Returns the evaluation on the validation images: mIoU, mAcc and aAcc, as fractions."""
+        if self.val is None:
+            return None
+        test = build_test(self.config, self.val, self.classes, self.session, self.precision, STATISTICS)
+
+        def evaluation(segmentor: nn.Module, _step: int) -> Metrics:
+            assert isinstance(segmentor, Segmentor)
+            results = scores(test(segmentor))
+            logger.info("%s", results.summary())
+            return {"mIoU": results.mIoU, "mAcc": results.mAcc, "aAcc": results.aAcc}
+
+        return evaluation
+
+    def extras(self) -> Mapping[str, object]:
+        """Records what a user of the model needs: classes, colours, taps, and how an image is preprocessed."""
+        segmentor = self.model
+        assert isinstance(segmentor, Segmentor)
+        return {
+            "labels": list(self.classes.names),
+            "palette": [list(colour) for colour in self.classes.colours],
+            "image_size": list(segmentor.img_size),
+            "num_heads": segmentor.backbone.num_heads,
+            "out_indices": list(segmentor.backbone.out_indices),
+            "mean": list(STATISTICS.mean),
+            "std": list(STATISTICS.std),
+        }
+
+    def summary(self) -> Iterator[str]:
+        """Yields the model and the data."""
+        config, val = self.config, "no" if self.val is None else len(self.val)
+        yield from super().summary()
+        yield f"{len(self.classes)} classes, {len(self.train)} training and {val} validation images"
+        yield f"lr {config.lr:g}, layer decay {config.layer_decay:g}"
 
 
-@dataclass(frozen=True)
-class Data:
-    """What is trained and evaluated on.
-
-    Args:
-        train: Images and label maps to train on.
-        val: Those to evaluate on; None for no evaluation.
-        classes: What the labels mean.
-    """
-
-    train: ImagePairs
-    val: ImagePairs | None
-    classes: SegmentationClasses
-
-
-def find_data(config: TrainConfig) -> Data:
-    """Finds images, label maps and classes.
+def start_from(segmentor: Segmentor, source: str) -> None:
+    """Loads a checkpoint: of a segmentor all of it, of any other model the backbone.
 
     Raises:
-        InputError: Some are missing, do not pair, or say nothing.
+        InputError: It cannot be read, or does not fit.
     """
-    root = Path(config.data_root)
-    train = find_pairs(root / config.train_images, root / config.train_annotations)
-    val = None if config.no_validate else find_pairs(root / config.val_images, root / config.val_annotations)
-    classes = find_classes(root, config.classes, config.reduce_zero_label)
-    check_data(config, [train] if val is None else [train, val], classes)
-    return Data(train, val, classes)
-
-
-def start_from_checkpoint(segmentor: Segmentor, config: TrainConfig) -> None:
-    """Loads a whole segmentor (``--load-from``), or a pre-trained backbone (``pretrained``), if there is to be one."""
-    if config.load_from:
-        load_segmentor(segmentor, *read_weights(config.load_from), config.load_from)
-    elif config.pretrained:
-        load_pretrained(segmentor.backbone, config.pretrained)
-    else:
-        logger.warning("neither pretrained nor --load-from is given: the backbone starts from scratch")
-
-
-def build_loader(config: TrainConfig, data: Data, session: Session) -> RoundLoader:
-    """Creates the loader of training crops; a round of it is what lies between two looks at the validation images."""
-    transform = TrainTransform(
-        image_scale=(config.image_scale[0], config.image_scale[1]),
-        ratio_range=(config.ratio_range[0], config.ratio_range[1]),
-        crop_size=size_pair(config.crop_size),
-        cat_max_ratio=config.cat_max_ratio,
-        flip=config.flip,
-        photometric=config.photometric_distortion,
-    )
-    dataset = SegmentationDataset(
-        data.train, transform, config.seed, num_classes=len(data.classes), reduce_zero_label=config.reduce_zero_label
-    )
-    loader = EpochLoader(
-        dataset,
-        config.samples_per_gpu,
-        seed=config.seed,
-        rank=session.rank,
-        world_size=session.world_size,
-        num_workers=config.num_workers,
-        pin_memory=config.pin_mem and session.device.type == "cuda",
-    )
-    return RoundLoader(loader, round_length(config))
-
-
-def round_length(config: TrainConfig) -> int:
-    """Returns the iterations of a round: evaluations and checkpoints fall on the ends of rounds."""
-    return math.gcd(*intervals(config))
-
-
-def loop_settings(config: TrainConfig) -> LoopSettings:
-    """Returns how long and how often, in rounds."""
-    evaluation, checkpoint = intervals(config)
-    length = round_length(config)
-    return LoopSettings(
-        epochs=config.max_iters // length,
-        update_freq=config.update_freq,
-        clip_grad=config.clip_grad,
-        log_every=config.log_every,
-        save_epochs=checkpoint // length,
-        save_steps=config.save_ckpt_steps,
-        evaluate_epochs=evaluation // length,
-        best_metric="mIoU",
-        count_steps=True,
-        seed=config.seed,
-    )
-
-
-def learning_rate(config: TrainConfig) -> Callable[[int], float]:
-    """Returns the learning rate of the heads at an optimizer step: that of the last of the iterations it is made of."""
-    schedule = WarmupPoly(
-        config.lr, config.min_lr, config.max_iters, config.warmup_iters, config.warmup_ratio, config.power
-    )
-    return lambda step: schedule((step + 1) * config.update_freq - 1)
-
-
-def build_optimizer(config: TrainConfig, segmentor: Segmentor, device: torch.device) -> torch.optim.Optimizer:
-    """Creates the optimizer, with a learning rate of its own for each layer.
-
-    As in the official code, class token and position embedding decay here, although they do not elsewhere: it compares
-    their names without the prefix that they have in a segmentor.
-    """
-    groups = parameter_groups(
-        segmentor,
-        config.weight_decay,
-        layer_id=segmentor.layer_id,
-        num_layers=segmentor.get_num_layers(),
-        layer_decay=config.layer_decay,
-    )
-    return optimizer_for(config, groups, device)
+    if not source:
+        logger.warning("no --init_from: the backbone is initialised from scratch")
+        return
+    weights, metadata = read_weights(source)
+    if metadata.get("segmentation"):
+        load_segmentor(segmentor, weights, metadata, source)
+        return
+    report = load_weights(segmentor.backbone, weights, metadata)
+    (logger.warning if report.unexpected else logger.info)("%s", report.summary())
 
 
 class PixelClassification:
@@ -235,76 +227,6 @@ def pixel_loss(logits: Tensor, labels: Tensor, average: str) -> Tensor:
 
 
 def pixel_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Returns the share of the labelled pixels whose class is the likeliest."""
+    """Returns the pixel accuracy over the labelled pixels."""
     right = (logits.argmax(dim=1) == labels).sum()
     return right / (labels != IGNORED).sum().clamp(min=1)
-
-
-def build_evaluation(
-    config: TrainConfig, data: Data, session: Session, precision: Precision
-) -> Callable[[nn.Module, int], dict[str, float]] | None:
-    """Returns the evaluation on the validation images: mIoU, mAcc and aAcc, as fractions."""
-    if data.val is None:
-        return None
-    run = build_test(config, data.val, data.classes, session, precision, STATISTICS)
-
-    def evaluation(segmentor: nn.Module, _round: int) -> dict[str, float]:
-        assert isinstance(segmentor, Segmentor)
-        results = scores(run(segmentor))
-        logger.info("%s", results.summary())
-        return {"mIoU": results.mIoU, "mAcc": results.mAcc, "aAcc": results.aAcc}
-
-    return evaluation
-
-
-def description(segmentor: Segmentor, classes: SegmentationClasses) -> dict[str, Any]:
-    """Returns what a checkpoint records for whoever uses its model without these settings."""
-    return {
-        "labels": list(classes.names),
-        "palette": [list(colour) for colour in classes.colours],
-        "image_size": list(segmentor.img_size),
-        "num_heads": segmentor.backbone.num_heads,
-        "out_indices": list(segmentor.backbone.out_indices),
-        "mean": list(STATISTICS.mean),
-        "std": list(STATISTICS.std),
-    }
-
-
-def log_summary(config: TrainConfig, trainer: Trainer, data: Data) -> None:
-    """Says what is about to run, and where it differs from what the recipe was tuned for."""
-    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    logger.info(
-        "%s parameters, %d classes, %d training and %s validation images, %s",
-        f"{parameters:,}",
-        len(data.classes),
-        len(data.train),
-        "no" if data.val is None else len(data.val),
-        trainer.precision.dtype,
-    )
-    batch = trainer.images_per_step
-    logger.info(
-        "batch %d = %d images x %d processes x %d batches an update; %d iterations; lr %g, layer decay %g",
-        batch,
-        config.samples_per_gpu,
-        distributed.world_size(),
-        config.update_freq,
-        config.max_iters,
-        config.lr,
-        config.layer_decay,
-    )
-    evaluation, checkpoint = intervals(config)
-    if 10 * (length := round_length(config)) < min(evaluation, checkpoint):
-        logger.warning(
-            "eval_interval %d and checkpoint_interval %d have only %d iterations in common, and each round of so few "
-            "ends with a line in the log and a wait: make one a multiple of the other",
-            evaluation,
-            checkpoint,
-            length,
-        )
-    if batch != config.recipe_batch:
-        logger.warning(
-            "the recipe's lr was tuned for a batch of %d and this run has %d: change samples_per_gpu, update_freq or "
-            "the number of processes, or scale lr yourself",
-            config.recipe_batch,
-            batch,
-        )

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from beit.checkpoints.load import read_weights
+from beit.config import check_settings
 from beit.data.loaders import EpochLoader
 from beit.data.transforms import size_pair
 from beit.errors import InputError
 from beit.storage import atomic_write
-from beit.tasks.options import EVALUATION_WORKERS, session_of
+from beit.tasks.base import EVALUATION_WORKERS, session_of
 from beit.training import distributed
 from beit.training.logging import Progress
 from beit.training.precision import Precision, resolve_amp_dtype
@@ -27,7 +28,8 @@ from semantic_segmentation.config import (
     SegmentationConfig,
     TestConfig,
     adds_one,
-    check_settings,
+    check,
+    completed,
     label_map_folder,
     scales,
     segmentor_arguments,
@@ -56,10 +58,12 @@ Visitor = Callable[[int, Tensor, Tensor, Tensor], None]
 
 def main(config: TestConfig) -> None:
     """Tests a checkpoint as the settings say."""
+    config = completed(config)
     check_settings(config)
+    check(config)
     with session_of(config, writes=False) as session:
         distributed.on_main(partial(check_outputs, config))
-        root = Path(config.data_root)
+        root = Path(config.data_path)
         annotations = None if config.format_only else root / config.val_annotations
         pairs = find_pairs(root / config.val_images, annotations)
         classes = find_classes(root, config.classes, config.reduce_zero_label)

@@ -5,8 +5,7 @@ import shlex
 import pytest
 
 from beit.config import read_command_line, read_facts, recipe_names
-from beit.tasks.finetuning_config import FinetuningConfig
-from beit.tasks.pretraining_config import PretrainingConfig
+from beit.tasks.settings import FinetuningConfig, PretrainingConfig
 
 # Typed from arXiv 2106.08254, tables 4 and 5: what differs from the reference, ImageNet top-1, and ADE20K mIoU with
 # SETR-PUP (table 4) and with UPerNet (table 5).

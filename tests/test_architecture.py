@@ -75,7 +75,7 @@ ONLY_IN = {
 DALL_E_NEEDS = {"torch", "safetensors"}
 
 LAUNCHER_VARIABLE = re.compile(r"((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|LOCAL_(WORLD_)?SIZE|(SLURM|OMPI)_\w*")
-READS_LAUNCHER_VARIABLES = "beit.training.distributed"
+READS_LAUNCHER_VARIABLES = "beit.training.placement"
 MAY_EXIT = (
     *("beit.__main__", "semantic_segmentation.__main__", "semantic_segmentation.tools.*", "run_*"),
     "beit.tasks.launch",  # for them, where threads of gloo would abort the process at its end

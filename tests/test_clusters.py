@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from beit.tasks.options import share_out
 from torch.distributed.run import get_args_parser
 
 from beit.commands.published import plan, read_recipe
 from beit.config import read_command_line
-from beit.tasks.options import share_out
-from beit.tasks.pretraining_config import PretrainingConfig
+from beit.tasks.settings import PretrainingConfig
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "clusters"

@@ -9,7 +9,7 @@ import pytest
 from beit.checkpoints.load import RELEASED
 from beit.config import read_command_line
 from beit.tasks.finetuning import build_eval_transform
-from beit.tasks.finetuning_config import FinetuningConfig
+from beit.tasks.settings import FinetuningConfig
 from tests.test_recipes import RECIPES, commanded, facts_of, settings_of
 
 PATHS = ("data_path", "output_dir", "finetune")

@@ -12,9 +12,7 @@ import yaml
 
 from beit.commands.published import command, plan, read_recipe
 from beit.config import read_command_line, read_facts, read_yaml, recipe_names
-from beit.tasks.finetuning_config import FinetuningConfig
-from beit.tasks.linear_probe_config import LinearProbeConfig
-from beit.tasks.pretraining_config import PretrainingConfig
+from beit.tasks.settings import FinetuningConfig, LinearProbeConfig, PretrainingConfig
 from semantic_segmentation.config import SETTINGS, check_settings, intervals, read_test, read_train
 
 ROOT = Path(__file__).parents[1]

@@ -23,9 +23,7 @@ def test_every_entry_names_something_that_can_be_called(name):
 
 
 def test_unknown_names_are_answered_with_the_known_ones():
-    with pytest.raises(
-        InputError, match=r"unknown target 'token' \(did you mean 'tokens'\?\): choose from tokens"
-    ):
+    with pytest.raises(InputError, match=r"unknown target 'token' \(did you mean 'tokens'\?\): choose from tokens"):
         resolve(TARGETS, "token", "target")
 
 

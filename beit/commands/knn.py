@@ -30,7 +30,7 @@ from beit.inference import Preprocessing, preprocessing_of
 from beit.modeling import Backbone
 from beit.storage import atomic_write
 from beit.tasks.features import Feature, FrozenFeatures
-from beit.tasks.options import AMP_CHOICES, check_positive
+from beit.tasks.settings import AMP_CHOICES
 from beit.training import distributed
 from beit.training.precision import Precision, resolve_amp_dtype
 from beit.training.session import Session, open_session
@@ -143,7 +143,6 @@ def evaluate(config: KnnConfig) -> list[Result]:
 
 def check_settings(config: KnnConfig) -> None:
     """Raises :class:`InputError` for the first setting that cannot be used."""
-    check_positive(config, "batch_size")
     if not config.data_path:
         raise InputError("--data_path is missing: the folder of the images, with train and val in it")
     if not config.k or min(config.k) < 1:

@@ -8,9 +8,7 @@ from typing import Any
 from beit.commands import memory
 from beit.config import read_command_line, read_facts, read_yaml, recipe_names
 from beit.errors import InputError, did_you_mean
-from beit.tasks.finetuning_config import FinetuningConfig, mixes
-from beit.tasks.linear_probe_config import LinearProbeConfig
-from beit.tasks.pretraining_config import PretrainingConfig
+from beit.tasks.settings import FinetuningConfig, LinearProbeConfig, PretrainingConfig, mixes
 
 RUN = "/path/to/run"
 SEGMENTATION, SEGMENTATION_TEST = "segmentation", "segmentation test"

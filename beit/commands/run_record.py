@@ -11,10 +11,7 @@ from typing import Any
 from beit.commands.published import SEGMENTATION, Recipe, read_recipe
 from beit.config import from_plain, read_run_settings, recipe_names, to_plain
 from beit.errors import InputError
-from beit.tasks.dvae_training import DvaeConfig
-from beit.tasks.finetuning_config import FinetuningConfig
-from beit.tasks.linear_probe_config import LinearProbeConfig
-from beit.tasks.pretraining_config import PretrainingConfig
+from beit.tasks.settings import DvaeConfig, FinetuningConfig, LinearProbeConfig, PretrainingConfig
 from beit.training.environment import ENVIRONMENT
 
 Entry = Mapping[str, Any]

@@ -15,7 +15,6 @@ from beit.data.index import ImageIndex, index_images
 from beit.data.shards import CLASS_NAMES_FILE, LABEL_EXTENSION, add_member
 from beit.errors import InputError
 from beit.storage import atomic_write
-from beit.tasks.options import check_positive
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +34,6 @@ def main(config: ShardsConfig) -> None:
     Raises:
         InputError: There are no images, there are shards already, or the folder cannot be written.
     """
-    check_positive(config, "images_per_shard")
     if not config.source or not config.destination:
         raise InputError("give the images and a folder for the shards: beit shards SOURCE DESTINATION")
     pattern = write_shards(index_images(config.source), config.destination, config.images_per_shard)

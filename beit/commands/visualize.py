@@ -14,7 +14,7 @@ from beit.errors import InputError
 from beit.modeling import VisionTransformerForMaskedImageModeling
 from beit.storage import load_checkpoint
 from beit.targets import PredictionTarget
-from beit.tasks.options import check_positive, normalization
+from beit.tasks.base import normalization
 from beit.tasks.pretraining import (
     MaskedPrediction,
     PretrainingConfig,
@@ -85,7 +85,6 @@ def reconstruct(config: ReconstructConfig) -> None:
     if not config.checkpoint or not config.images:
         raise InputError("--checkpoint and --images are needed: a pre-training checkpoint, and what to show it")
     check_picture_name(config.output)
-    check_positive(config, "limit")
     paths = image_files(config.images, config.limit)
     device = select_device(config.device, 0)
     pretraining, model, target = load_pretrained(config.checkpoint, config.tokenizer, device)
@@ -154,5 +153,5 @@ def reconstruct_files(
             samples.append(transform(image, rng))
     device = next(model.parameters()).device
     batch = {name: torch.stack([sample[name] for sample in samples]).to(device) for name in samples[0]}
-    outputs_of_all = MaskedPrediction(target, *normalization(config)).outputs_of_all
+    outputs_of_all = MaskedPrediction(target, *normalization(config.imagenet_default_mean_and_std)).outputs_of_all
     return reconstruct_tensors(model, outputs_of_all, target, batch)

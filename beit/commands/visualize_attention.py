@@ -17,7 +17,6 @@ from beit.data.transforms import normalize, to_unit_range
 from beit.errors import InputError
 from beit.masking import BlockwiseMaskGenerator
 from beit.modeling import Backbone
-from beit.tasks.options import check_positive
 from beit.visualization.attention import (
     Query,
     attention_by_block,
@@ -69,7 +68,6 @@ def attention(config: AttentionConfig) -> None:
         InputError: A block, head, patch, image or checkpoint that there is not.
     """
     check_picture_name(config.output)
-    check_positive(config, "limit")
     if config.mask_patches < 0:
         raise InputError(f"--mask_patches {config.mask_patches}: must be 0 or more")
     asked = [parse_query(text) for text in config.query]
@@ -216,7 +214,6 @@ def distance(config: DistanceConfig) -> None:
         InputError: A checkpoint or an image that there is not.
     """
     check_picture_name(config.output)
-    check_positive(config, "limit")
     paths = image_files(config.images, config.limit)
     viewer = open_viewer(config.checkpoint, config.size, config.device)
     found = distances_of(viewer, paths)

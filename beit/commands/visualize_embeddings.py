@@ -13,7 +13,7 @@ from beit.config import Size, option
 from beit.data.datasets import ImageIndex, UnreadableImageError, index_images, read_image
 from beit.errors import InputError
 from beit.tasks.features import FrozenFeatures
-from beit.tasks.options import AMP_CHOICES, check_positive
+from beit.tasks.settings import AMP_CHOICES
 from beit.training.precision import Precision, resolve_amp_dtype
 from beit.visualization.embeddings import METHODS, check_embedding, embed, group_by_class
 from beit.visualization.figures import check_picture_name
@@ -47,7 +47,6 @@ def embeddings(config: EmbeddingsConfig) -> None:
         InputError: A folder without classes, or a checkpoint or block that there is not.
     """
     check_picture_name(config.output)
-    check_positive(config, "limit", "batch_size")
     if not 0 <= config.seed < 2**32:  # scikit-learn takes no other
         raise InputError(f"--seed {config.seed}: must be from 0 to {2**32 - 1}")
     index = find_classes(config.data_path)

@@ -4,7 +4,6 @@ import atexit
 import contextlib
 import functools
 import gc
-import itertools
 import logging
 import multiprocessing.connection
 import signal
@@ -221,32 +220,6 @@ class EpochLoader:
         if size < ranks:
             return f"{what}: use fewer processes"
         return f"{what}: {size // ranks} is the most that works ({BATCH_FLAG})"
-
-
-class RoundLoader:
-    """Cuts the endless sequence of an :class:`EpochLoader`'s batches into rounds, for runs that count iterations.
-
-    Round ``r`` has the batches from ``r * batches_per_round`` on, wherever the epochs of the data end.
-
-    Args:
-        loader: The batches of each epoch.
-        batches_per_round: Length of a round.
-    """
-
-    def __init__(self, loader: EpochLoader, batches_per_round: int) -> None:
-        self.loader = loader
-        self.batch_size = loader.batch_size
-        self.batches_per_epoch = batches_per_round  # what takes an epoch's place in the training loop
-
-    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
-        """Iterates over the batches of round ``epoch``, from batch ``first_batch`` on."""
-        start, end = epoch * self.batches_per_epoch + first_batch, (epoch + 1) * self.batches_per_epoch
-        while start < end:
-            data_epoch, position = divmod(start, self.loader.batches_per_epoch)
-            with contextlib.closing(self.loader.epoch(data_epoch, position)) as batches:  # type: ignore[type-var]
-                for batch in itertools.islice(batches, end - start):
-                    yield batch
-                    start += 1
 
 
 Unreadable = Sequence[tuple[int, str]]

@@ -6,7 +6,6 @@ Source: BEiT (arXiv 2106.08254), section 2.1; DALL-E (arXiv 2102.12092), section
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,27 +14,13 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
-from beit.config import Size, option, to_plain
 from beit.data.datasets import ImageDataset
 from beit.data.loaders import EpochDataset, EpochLoader
 from beit.data.transforms import CenterCropTransform, RandomCropTransform, to_unit_range
 from beit.errors import InputError
 from beit.storage import atomic_write
-from beit.tasks.options import (
-    EVALUATION_WORKERS,
-    OptimizerOptions,
-    RunOptions,
-    check_positive,
-    check_training,
-    effective_batch,
-    epoch_loader,
-    find_together,
-    loop_settings,
-    optimizer_for,
-    schedules,
-    session_of,
-    share_out,
-)
+from beit.tasks.base import Evaluation, Metrics, Task, find_together, run
+from beit.tasks.settings import DvaeConfig
 from beit.tokenizers.dvae import (
     DiscreteVAE,
     codebook_statistics,
@@ -49,13 +34,11 @@ from beit.tokenizers.dvae import (
     to_signed_range,
 )
 from beit.training import distributed
-from beit.training.checkpoint import RunFolder
 from beit.training.logging import ScalarWriter
-from beit.training.loop import Batch, Trainer
-from beit.training.optim import parameter_groups
-from beit.training.precision import Precision, resolve_amp_dtype
 from beit.training.schedules import WarmupCosine
-from beit.training.session import Session
+from beit.training.state import Average, Batch, LoopSettings, StepFunction
+
+__all__ = ["DvaeConfig", "main"]
 
 logger = logging.getLogger(__name__)
 
@@ -66,112 +49,90 @@ PICTURE_IMAGES = 16
 PICTURE_COLUMNS = 8
 
 
-@dataclass(frozen=True)
-class DvaeConfig(RunOptions, OptimizerOptions):
-    """The flags of ``run_dvae_training.py``."""
-
-    data_path: str = option("", "folder of images, or a text file of paths")
-    eval_data_path: str | None = option(None, "held-out images to evaluate on; some training images by default")
-    eval_images: int = option(512, "training images to evaluate on where there is no --eval_data_path")
-    eval_freq: int = option(1, "epochs between two evaluations")
-    input_size: Size = option(112, "size of the training crops, in pixels (HEIGHTxWIDTH or one number)")
-    interpolation: str = option(
-        "lanczos", "interpolation of the crops, as that of the tokenizer's view in pre-training"
-    )
-    min_crop: float = option(0.08, "smallest crop, as a share of the image's area")
-    max_unreadable: int | None = option(
-        None, "unreadable images that end the run; 1 % of them, at least 10, by default"
-    )
-
-    num_tokens: int = option(8192, "size of the vocabulary")
-    codebook_dim: int = option(512, "length of a code's vector")
-    num_layers: int = option(3, "halvings of the resolution: 3 makes a token of 8 x 8 pixels")
-    hidden_dim: int = option(256, "channels inside the encoder and the decoder")
-
-    reconstruction: str = option("mse", "reconstruction loss", choices=("mse", "smooth_l1"))
-    kl_weight: float = option(0.1, "weight of the KL divergence to uniform codes; both are per pixel value")
-    kl_warmup_steps: int = option(-1, "optimizer steps from weight 0 to --kl_weight; wins over --kl_warmup_share")
-    kl_warmup_share: float = option(0.1, "the same as a share of the run")
-    temperature_start: float = option(1.0, "first temperature of the Gumbel-softmax")
-    temperature_end: float = option(1 / 16, "last temperature of the Gumbel-softmax")
-    temperature_steps: int = option(-1, "optimizer steps of its cosine; wins over --temperature_share when positive")
-    temperature_share: float = option(0.75, "the same as a share of the run")
-    ema_decay: float = option(0.999, "decay of the average of the weights, which is what the run is for; 0 for none")
-
-    batch_size: int = option(64, "images per process and batch")
-    epochs: int = option(20, "passes over the data")
-    save_ckpt_freq: int = option(1, "epochs between two checkpoint-<epoch>.pth")
-    keep_checkpoints: int = option(2, "newest checkpoint-<epoch>.pth to keep; 0 keeps all")
-    lr: float = option(5e-4, "peak learning rate; never rescaled to the batch")
-    min_lr: float = option(1e-5, "learning rate at the end of the cosine")
-    warmup_epochs: int = option(0, "epochs of linear warm-up")
-    warmup_steps: int = option(100, "optimizer steps of linear warm-up; wins over --warmup_epochs when positive")
-    weight_decay: float = option(1e-4, "weight decay")
-    clip_grad: float | None = option(1.0, "largest gradient norm")
-    opt_betas: tuple[float, ...] | None = option((0.9, 0.999), "decay rates of Adam")
-
-
 def main(config: DvaeConfig) -> None:
-    """Trains a discrete VAE as the flags say."""
-    check(config)
-    with session_of(config) as session:
-        config = share_out(config, session.world_size)
-        vae = DiscreteVAE(
-            config.input_size, config.num_tokens, config.codebook_dim, config.num_layers, config.hidden_dim
-        )
-        model = RelaxedAutoencoder(vae).to(session.device)
-        average = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True)
-
-        loader = build_loader(config, session)
-        steps_per_epoch = loader.batches_per_epoch // config.update_freq
-        lr, weight_decay = schedules(config, steps_per_epoch)
-        temperature, kl_weight = loss_schedules(config, config.epochs * steps_per_epoch)
-        evaluation = HardTokenEvaluation(average.module.vae, build_eval_loader(config, session), config, session.device)
-        trainer = Trainer(
-            model,
-            Reconstruction(temperature, kl_weight, config.reconstruction),
-            loader,
-            build_optimizer(config, model, session.device),
-            Precision(resolve_amp_dtype(config.amp_dtype, session.device), session.device),
-            loop_settings(config, evaluate_epochs=config.eval_freq),
-            lr,
-            weight_decay,
-            folder=session.folder,
-            log_dir=config.log_dir,
-            config=to_plain(config),
-            ema=average,
-            evaluate=evaluation,
-            on_epoch_end=lambda epoch, scalars: publish(average.module.vae, evaluation, session.folder, epoch, scalars),
-        )
-        session.resume(trainer, path=config.resume, auto=config.auto_resume, start_epoch=config.start_epoch)
-        log_summary(config, trainer, session)
-        trainer.fit()
-        if session.folder:  # once more: a kill between the last checkpoint and its tokenizer is made good here
-            save_dvae(session.folder.path, average.module.vae)
+    """Trains a discrete VAE as the settings say."""
+    run(DvaeTraining(config))
 
 
-def check(config: DvaeConfig) -> None:
-    """Refuses settings that cannot work.
+class DvaeTraining(Task[DvaeConfig]):
+    """A discrete VAE; the moving average of its weights is the tokenizer that is published after every epoch."""
 
-    Raises:
-        InputError: One of them; the message names the flag.
-    """
-    check_training(config)
-    check_positive(config, "eval_images", "eval_freq")
-    if not config.data_path:
-        raise InputError("--data_path is missing: give a folder of images, or a text file of paths")
-    if not 0 < config.temperature_end <= config.temperature_start:
-        raise InputError(
-            f"--temperature_end {config.temperature_end:g}: must be above 0 and at most --temperature_start "
-            f"{config.temperature_start:g}"
-        )
-    if config.kl_weight < 0:
-        raise InputError(f"--kl_weight {config.kl_weight:g}: must be 0 or more")
-    for name, low, high in (("kl_warmup_share", 0, 1), ("temperature_share", 0, 1), ("ema_decay", 0, 0.999999)):
-        if not low <= getattr(config, name) <= high:
-            raise InputError(f"--{name} {getattr(config, name):g}: must be between 0 and 1")
-    if not 0 < config.min_crop <= 1:
-        raise InputError(f"--min_crop {config.min_crop:g}: must be above 0 and at most 1")
+    def check(self) -> None:
+        """Makes sure that there are images and that the temperature falls."""
+        config = self.config
+        if not config.data_path:
+            raise InputError("--data_path is missing: give a folder of images, or a text file of paths")
+        if config.temperature_end > config.temperature_start:
+            raise InputError(
+                f"--temperature_end {config.temperature_end:g}: must be at most --temperature_start "
+                f"{config.temperature_start:g}"
+            )
+
+    def build_model(self) -> "RelaxedAutoencoder":
+        """Creates the dVAE with its relaxation."""
+        config = self.config
+        sizes = (config.num_tokens, config.codebook_dim, config.num_layers, config.hidden_dim)
+        return RelaxedAutoencoder(DiscreteVAE(config.input_size, *sizes))
+
+    def build_loader(self) -> EpochLoader:
+        """Creates the loader of random crops."""
+        config = self.config
+        scale = (config.min_crop, 1.0)
+        transform = RandomCropTransform(config.input_size, interpolation=config.interpolation, scale=scale)
+        return self.loader_of(ImageDataset(find_together(config.data_path), transform, config.seed))
+
+    def build_objective(self) -> StepFunction:
+        """Returns the loss with its schedules."""
+        return Reconstruction(*loss_schedules(self.config, self.loop_settings()), self.config.reconstruction)
+
+    def build_average(self) -> Average:
+        """Creates the moving average, which is what gets evaluated and published."""
+        self.average = ModelEmaV3(self.model, decay=self.config.ema_decay, use_warmup=True)
+        return self.average
+
+    def build_evaluation(self) -> Evaluation:
+        """Returns the evaluation with hard tokens on whole images, held-out ones or a fixed choice of training images.
+
+        They are shuffled, always in the same way, so that the picture of the first ones shows all classes.
+        """
+        config = self.config
+        transform = CenterCropTransform(config.input_size, interpolation=config.interpolation)
+        index = find_together(config.eval_data_path or config.data_path)
+        dataset: EpochDataset = ImageDataset(index, transform, config.seed)
+        if not config.eval_data_path and config.eval_images < len(dataset):
+            dataset = EvenlySpread(dataset, config.eval_images)
+        loader = self.loader_of(dataset, training=False, shuffle=True, num_workers=self.few_workers())
+        vae = self.average.module.vae
+        self.evaluation = HardTokenEvaluation(vae, loader, config.reconstruction, config.epochs, self.device)
+        return self.evaluation
+
+    def build_epoch_end(self) -> Callable[[int, ScalarWriter], None]:
+        """Returns what publishes the tokenizer and the newest picture."""
+        return self.publish
+
+    def publish(self, epoch: int, scalars: ScalarWriter) -> None:
+        """Puts the tokenizer and the newest picture where the user finds them, at the end of an epoch."""
+        folder, picture = self.session.folder, self.evaluation.picture
+        self.finish()
+        if picture is None:
+            return
+        scalars.write_image("reconstructions", picture, epoch)
+        if folder is not None:
+            pixels = (picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+            with atomic_write(folder.path / PICTURE) as file:
+                Image.fromarray(pixels).save(file, format="PNG")
+        self.evaluation.picture = None
+
+    def summary(self) -> Iterator[str]:
+        """Yields the sizes of model and tokens."""
+        yield from super().summary()
+        side = 2**self.config.num_layers
+        yield f"{self.config.num_tokens} tokens, each of {side} x {side} pixels; lr {self.config.lr:g}"
+
+    def finish(self) -> None:
+        """Writes the tokenizer; at the end of a run once more, after a kill between checkpoint and tokenizer."""
+        if self.session.folder:
+            save_dvae(self.session.folder.path, self.average.module.vae)
 
 
 class RelaxedAutoencoder(nn.Module):
@@ -187,21 +148,18 @@ class RelaxedAutoencoder(nn.Module):
         return logits, self.vae.decode_relaxed(relaxed_codes(logits, temperature))
 
 
-def loss_schedules(config: DvaeConfig, total_steps: int) -> tuple[WarmupCosine, WarmupCosine]:
+def loss_schedules(config: DvaeConfig, settings: LoopSettings) -> tuple[WarmupCosine, WarmupCosine]:
     """Returns the schedules of the temperature (a cosine, then constant) and of the KL weight (linear, then constant).
 
     The cosine matters: DALL-E's authors saw runs diverge with a temperature that falls linearly.
     """
-    annealing = _steps(config.temperature_steps, config.temperature_share, total_steps)
-    warmup = _steps(config.kl_warmup_steps, config.kl_warmup_share, total_steps)
+    total = settings.total_steps
+    annealing = config.temperature_steps if config.temperature_steps >= 0 else round(config.temperature_share * total)
+    warmup = config.kl_warmup_steps if config.kl_warmup_steps >= 0 else round(config.kl_warmup_share * total)
     return (
         WarmupCosine(config.temperature_start, config.temperature_end, annealing),
-        WarmupCosine(config.kl_weight, config.kl_weight, total_steps, warmup),
+        WarmupCosine(config.kl_weight, config.kl_weight, total, warmup),
     )
-
-
-def _steps(steps: int, share: float, total_steps: int) -> int:
-    return steps if steps >= 0 else round(share * total_steps)
 
 
 class Reconstruction:
@@ -240,39 +198,12 @@ def batch_perplexity(ids: Tensor, num_tokens: int) -> Tensor:
     return torch.special.entr(counts / len(ids)).sum().exp()
 
 
-def build_optimizer(config: DvaeConfig, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    """Creates the optimizer; biases get no weight decay."""
-    return optimizer_for(config, parameter_groups(model, config.weight_decay), device)
-
-
-def build_loader(config: DvaeConfig, session: Session) -> EpochLoader:
-    """Creates the loader of random crops."""
-    transform = RandomCropTransform(config.input_size, interpolation=config.interpolation, scale=(config.min_crop, 1.0))
-    dataset = ImageDataset(find_together(config.data_path), transform, config.seed)
-    return epoch_loader(dataset, config, session)
-
-
-def build_eval_loader(config: DvaeConfig, session: Session) -> EpochLoader:
-    """Creates the loader of whole images, held-out ones or a fixed choice of the training images.
-
-    It is shuffled, always in the same way, so that the picture of its first images shows something of all classes.
-    """
-    transform = CenterCropTransform(config.input_size, interpolation=config.interpolation)
-    dataset: EpochDataset = ImageDataset(
-        find_together(config.eval_data_path or config.data_path), transform, config.seed
-    )
-    if not config.eval_data_path and config.eval_images < len(dataset):
-        dataset = EvenlySpread(dataset, config.eval_images)
-    few = min(config.num_workers, EVALUATION_WORKERS)
-    return epoch_loader(dataset, config, session, num_workers=few, drop_last=False)
-
-
 class EvenlySpread:
     """``count`` samples of a data set at even distances, so that every class folder has its share.
 
     Args:
         dataset: What to choose from.
-        count: How many samples; at most ``len(dataset)``.
+        count: Number of samples; at most ``len(dataset)``.
     """
 
     def __init__(self, dataset: EpochDataset, count: int) -> None:
@@ -292,30 +223,32 @@ class EvenlySpread:
 
 
 class HardTokenEvaluation:
-    """What the tokenizer is worth in use: reconstructions from plain argmax tokens, and how evenly these are used.
+    """The tokenizer as it is used: reconstructions from plain argmax tokens, and how evenly these are used.
 
     Args:
         vae: The averaged weights.
         loader: The images; the same ones each time.
-        config: The run's settings.
+        kind: Reconstruction loss, ``mse`` or ``smooth_l1``.
+        epochs: Length of the run; early on no collapse is reported.
         device: Where the weights are.
 
     Attributes:
         picture: Some images above their reconstructions, ``(3, H', W')`` in [0, 1], of the last evaluation.
     """
 
-    def __init__(self, vae: DiscreteVAE, loader: EpochLoader, config: DvaeConfig, device: torch.device) -> None:
+    def __init__(self, vae: DiscreteVAE, loader: EpochLoader, kind: str, epochs: int, device: torch.device) -> None:
         self.vae, self.loader, self.device = vae, loader, device
-        self.kind, self.epochs = config.reconstruction, config.epochs
+        self.kind, self.epochs = kind, epochs
         self.picture: Tensor | None = None
 
     @torch.no_grad()
-    def __call__(self, _model: nn.Module, epoch: int) -> dict[str, float]:
+    def __call__(self, _model: nn.Module, epoch: int) -> Metrics:
         """Returns ``loss``, ``perplexity``, ``used_codes``, ``dead_codes``, ``kl_per_token`` (nats) and ``tokens``."""
         self.vae.eval()
         totals = torch.zeros(3, device=self.device)  # summed loss, summed KL, images
         counts = torch.zeros(self.vae.num_tokens, dtype=torch.int64, device=self.device)
-        for number, images in enumerate(self._batches()):
+        for number, batch in enumerate(self.loader.epoch(0)):
+            images = to_signed_range(to_unit_range(batch["image"].to(self.device, non_blocking=True)))
             logits = self.vae(images)
             ids = logits.argmax(dim=1)
             reconstructed = self.vae.decode(ids)
@@ -329,11 +262,7 @@ class HardTokenEvaluation:
             warn_of_collapse(results)
         return results
 
-    def _batches(self) -> Iterator[Tensor]:
-        for batch in self.loader.epoch(0):
-            yield to_signed_range(to_unit_range(batch["image"].to(self.device, non_blocking=True)))
-
-    def _results(self, totals: Sequence[float], counts: Tensor) -> dict[str, float]:
+    def _results(self, totals: Sequence[float], counts: Tensor) -> Metrics:
         loss, kl, images = totals
         tokens = int(counts.sum())
         statistics = codebook_statistics(counts)
@@ -361,7 +290,7 @@ def side_by_side(images: Tensor, reconstructed: Tensor) -> Tensor:
 
 
 def warn_of_collapse(results: Mapping[str, float]) -> None:
-    """Warns when few codes do all the work, and says what to change.
+    """Warns when few codes carry everything, and says what to change.
 
     Args:
         results: Of an evaluation. A small ``kl_per_token`` means that the encoder commits to no code.
@@ -378,41 +307,5 @@ def warn_of_collapse(results: Mapping[str, float]) -> None:
     )
     logger.warning(
         "the codebook has collapsed: perplexity %.1f of %d codes, %d in use; %s",
-        results["perplexity"],
-        vocabulary,
-        results["used_codes"],
-        remedy,
-    )
-
-
-def publish(
-    vae: DiscreteVAE, evaluation: HardTokenEvaluation, folder: RunFolder | None, epoch: int, scalars: ScalarWriter
-) -> None:
-    """Puts the tokenizer and the newest picture where the user finds them, at the end of an epoch."""
-    if folder is not None:
-        save_dvae(folder.path, vae)
-    if evaluation.picture is None:
-        return
-    scalars.write_image("reconstructions", evaluation.picture, epoch)
-    if folder is not None:
-        pixels = (evaluation.picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-        with atomic_write(folder.path / PICTURE) as file:
-            Image.fromarray(pixels).save(file, format="PNG")
-    evaluation.picture = None
-
-
-def log_summary(config: DvaeConfig, trainer: Trainer, session: Session) -> None:
-    """Says what is about to run."""
-    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    logger.info("dVAE: %s parameters, %s", f"{parameters:,}", trainer.precision.dtype)
-    logger.info("%d tokens, each of %d x %d pixels", config.num_tokens, 2**config.num_layers, 2**config.num_layers)
-    logger.info(
-        "batch %d = %d images x %d processes x %d batches an update; %d updates an epoch, %d epochs; lr %g",
-        effective_batch(config),
-        config.batch_size,
-        session.world_size,
-        config.update_freq,
-        trainer.steps_per_epoch,
-        config.epochs,
-        config.lr,
+        *(results["perplexity"], vocabulary, results["used_codes"], remedy),
     )

@@ -12,8 +12,8 @@ from beit.data.loaders import EpochDataset
 from beit.data.transforms import to_unit_range
 from beit.targets import PredictionTarget
 from beit.training.logging import ScalarWriter
-from beit.training.loop import Batch
 from beit.training.precision import Precision
+from beit.training.state import Batch
 from beit.visualization.reconstructions import hide_patches
 
 TAG = "reconstructions"

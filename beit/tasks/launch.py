@@ -1,4 +1,7 @@
-"""From a command line to an exit status: the one place that turns what went wrong into a line for the user."""
+"""From a command line to an exit status: the one place that turns an error into a line for the user.
+
+Imports no torch: flags are read, and mistakes in them reported, before anything heavy is loaded.
+"""
 
 import errno
 import logging
@@ -6,16 +9,14 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from itertools import pairwise
 from typing import TypeVar
 
-import torch
-
 from beit.config import read_command_line
 from beit.errors import InputError
-from beit.training import distributed
-from beit.training.logging import configure_console
-from beit.training.loop import NonFiniteLossError, Stopped
+from beit.training.console import configure_console
+from beit.training.placement import find_placement
 
 logger = logging.getLogger(__name__)
 
@@ -23,20 +24,18 @@ ConfigT = TypeVar("ConfigT")
 
 OK, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 OUT_OF_MEMORY = (
-    "out of memory on the {device}: lower --batch_size (for segmentation --samples_per_gpu) and raise --update_freq to "
-    "keep the effective batch; "
+    "out of memory on the {device}: lower --batch_size and raise --update_freq to keep the effective batch; "
     "--grad_checkpointing saves memory too, in jobs that have it"
 )
-
 LOST = (
-    "another process ended or cannot be reached, and its own message says why; the same command goes on from the last "
+    "another process ended or cannot be reached, see its own message; the same command resumes from the last "
     "checkpoint ({error})"
 )
 
 
 def launch(
     config_class: type[ConfigT],
-    main: Callable[[ConfigT], None],
+    main: Callable[[ConfigT], object] | str,
     description: str | None,
     argv: Sequence[str] | None = None,
     prog: str | None = None,
@@ -46,7 +45,7 @@ def launch(
 
     Args:
         config_class: The job's configuration.
-        main: The job.
+        main: The job; as ``"module:function"`` it is imported once the flags have been read.
         description: Text of ``--help``.
         argv: The arguments; the process's own by default.
         prog: The command's name in messages.
@@ -54,7 +53,7 @@ def launch(
             end by itself (:func:`end_at_once`); by default where it reads its own arguments.
 
     Returns:
-        0 when done, 2 for a mistake in the input, 1 for a run that could not go on (out of memory, a loss that is
+        0 when done, 2 for a mistake in the input, 1 for a run that could not continue (out of memory, a loss that is
         not finite), 143 after SIGTERM, 130 after Ctrl-C.
     """
     arguments = sys.argv[1:] if argv is None else argv
@@ -62,13 +61,28 @@ def launch(
     name = prog or sys.argv[0].rpartition("/")[2]
 
     def run() -> None:
-        configure_console(main_process=distributed.find_placement(use_open_mpi=open_mpi).rank == 0)
-        main(read_command_line(config_class, arguments, name, description or ""))
+        configure_console(main_process=find_placement(use_open_mpi=open_mpi).rank == 0)
+        config = read_command_line(config_class, arguments, name, description or "")
+        _located(main)(config)
 
     status = run_and_report(run, open_mpi)
-    if (argv is None if owns_process is None else owns_process) and distributed.threads_left():
+    if (argv is None if owns_process is None else owns_process) and _threads_left():
         end_at_once(status)
     return status
+
+
+def _located(main: Callable[..., object] | str) -> Callable[..., object]:
+    if not isinstance(main, str):
+        return main
+    module, _, function = main.partition(":")
+    found: Callable[..., object] = getattr(import_module(module), function)
+    return found
+
+
+def _threads_left() -> bool:
+    """Whether threads of gloo are left; without torch there are none."""
+    distributed = sys.modules.get("beit.training.distributed")
+    return distributed is not None and distributed.threads_left()
 
 
 def end_at_once(status: int) -> None:
@@ -90,30 +104,21 @@ def asks_for_open_mpi(arguments: Sequence[str]) -> bool:
 
 
 def run_and_report(run: Callable[[], None], open_mpi: bool = False) -> int:
-    """Runs a command; a mistake of the user's, or a shortage, becomes one line on standard error."""
+    """Runs a command; an expected error becomes one line on standard error.
+
+    Returns:
+        The exit status.
+    """
     try:
         run()
     except InputError as error:
         return _report(str(error), BAD_INPUT, open_mpi)
-    except NonFiniteLossError as error:
-        return _report(str(error), FAILED, open_mpi)
-    except Stopped as stopped:
-        logger.info("%s; the same command goes on from there", stopped)
-        return TERMINATED
     except KeyboardInterrupt:
         return _report("interrupted", INTERRUPTED, open_mpi)
-    except torch.OutOfMemoryError:
-        return _report(OUT_OF_MEMORY.format(device="GPU"), FAILED, open_mpi)
-    except MemoryError:
-        return _report(OUT_OF_MEMORY.format(device="CPU"), FAILED, open_mpi)
-    except RuntimeError as error:
-        if distributed.is_loss_of_another(error):
-            return _report(LOST.format(error=" ".join(str(error).split())), FAILED, open_mpi)
-        if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
-            raise
-        return _report(OUT_OF_MEMORY.format(device="CPU"), FAILED, open_mpi)
     except BrokenPipeError:
         return FAILED
+    except MemoryError:
+        return _report(OUT_OF_MEMORY.format(device="CPU"), FAILED, open_mpi)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -121,7 +126,32 @@ def run_and_report(run: Callable[[], None], open_mpi: bool = False) -> int:
         return _report(
             f"no space left on the disk ({where}): free some and run the same command again", FAILED, open_mpi
         )
+    except Exception as error:
+        if "torch" not in sys.modules:
+            raise
+        return _report_of_training(error, open_mpi)
     return OK
+
+
+def _report_of_training(error: Exception, open_mpi: bool) -> int:
+    """Reports an error that training may end with; raises any other."""
+    import torch
+
+    from beit.training import distributed
+    from beit.training.loop import NonFiniteLossError, Stopped
+
+    if isinstance(error, Stopped):
+        logger.info("%s; the same command resumes from there", error)
+        return TERMINATED
+    if isinstance(error, NonFiniteLossError):
+        return _report(str(error), FAILED, open_mpi)
+    if isinstance(error, torch.OutOfMemoryError):
+        return _report(OUT_OF_MEMORY.format(device="GPU"), FAILED, open_mpi)
+    if isinstance(error, RuntimeError) and distributed.is_loss_of_another(error):
+        return _report(LOST.format(error=" ".join(str(error).split())), FAILED, open_mpi)
+    if isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "not enough memory" in str(error)):
+        return _report(OUT_OF_MEMORY.format(device="CPU"), FAILED, open_mpi)
+    raise error
 
 
 def _report(message: str, status: int, open_mpi: bool) -> int:
@@ -136,6 +166,6 @@ def _report(message: str, status: int, open_mpi: bool) -> int:
 
 def _leads(open_mpi: bool) -> bool:
     try:
-        return distributed.find_placement(use_open_mpi=open_mpi).rank == 0
+        return find_placement(use_open_mpi=open_mpi).rank == 0
     except InputError:  # the launcher's variables are what is wrong
         return True

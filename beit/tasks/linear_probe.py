@@ -1,11 +1,11 @@
 """The linear probe: how well do linear classifiers read the features of a frozen backbone, block by block?
 
-One head for each block is trained, all side by side in one pass over augmented images; the best block is reported.
+One head per block is trained, all side by side in one pass over augmented images; the best block is reported.
 """
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,101 +13,152 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit.checkpoints.load import architecture_of, load_weights, read_weights
-from beit.config import to_plain
-from beit.data.classification import (
-    ClassificationEvalTransform,
-    ClassificationTransform,
-    LabelledImages,
-    check_classes,
-    find_images,
-    labelled_dataset,
-)
+from beit.data.classification import ClassificationEvalTransform, ClassificationTransform, labelled_dataset
 from beit.data.loaders import EpochLoader
 from beit.errors import InputError
 from beit.modeling import Backbone
+from beit.tasks.accuracy import count_correct, rates, zero_counts
+from beit.tasks.base import (
+    Evaluation,
+    Metrics,
+    Schedule,
+    Task,
+    find_labelled,
+    named_model,
+    normalization,
+    run,
+    to_device,
+)
 from beit.tasks.features import Feature, FrozenFeatures
-from beit.tasks.linear_probe_config import AUTO, OFFICIAL_NUM_LABELS, LinearProbeConfig, check_settings
-from beit.tasks.options import normalization, session_of
+from beit.tasks.settings import AUTO, OFFICIAL_NUM_LABELS, LinearProbeConfig
 from beit.training import distributed
-from beit.training.loop import Batch, LoopSettings, Trainer
 from beit.training.optim import create_optimizer
 from beit.training.precision import Precision, resolve_amp_dtype
 from beit.training.schedules import WarmupCosine
-from beit.training.session import Session
-from beit.zoo import build, create_model, list_models
+from beit.training.state import Batch, LoopSettings, StepFunction
+from beit.zoo import build
+
+__all__ = ["LinearProbeConfig", "main"]
 
 logger = logging.getLogger(__name__)
 
-BASE_BATCH = 256  # images, of which --base_lr is the learning rate
+BASE_BATCH = 256  # images per step that --base_lr is for
 WEIGHT_DECAY = {"sgd": 0.0, "adamw": 1e-4}
 HEAD_STD = 0.01
-TOP_K = 5
 
 
 def main(config: LinearProbeConfig) -> None:
-    """Probes a backbone as the flags say."""
-    check_settings(config)
-    with session_of(config) as session:
-        train, val, class_names = find_data(config)
-        # The backbone stays as it is; what is learnt is to read it.
-        backbone = build_backbone(config).to(session.device)
-        features = freeze(config, backbone, session)
-        heads = LinearHeads(features.features, len(class_names)).to(session.device)
+    """Probes a backbone as the settings say."""
+    run(LinearProbe(config))
 
-        loader = build_loader(config, train, backbone.img_size, session)
-        lr = peak_lr(config, session.world_size)
-        steps = config.epochs * (loader.batches_per_epoch // config.update_freq)
-        trainer = ProbeTrainer(
-            heads,
-            SideBySide(features),
-            loader,
-            build_optimizer(config, heads, lr),
-            Precision(torch.float32, session.device),  # of the heads
-            loop_settings(config),
-            WarmupCosine(lr, config.min_lr, steps),
-            folder=session.folder,
-            log_dir=config.log_dir,
-            config=to_plain(config),
-            extras={"labels": list(class_names), "backbone": fingerprint(backbone)},
-            evaluate=build_evaluation(config, val, features, session),
+
+class LinearProbe(Task[LinearProbeConfig]):
+    """Linear heads on a frozen backbone. Gradients are not clipped: their common norm would couple the heads."""
+
+    best_metric = "acc1"
+
+    def build_precision(self) -> Precision:
+        """Returns float32, the number format of the heads."""
+        return Precision(torch.float32, self.device)
+
+    def prepare(self) -> None:
+        """Finds the images, and loads the backbone."""
+        config = self.config
+        wanted = 0 if config.nb_classes == OFFICIAL_NUM_LABELS else config.nb_classes
+        self.train, val, self.class_names = find_labelled(config, wanted)
+        assert val is not None
+        self.val = val
+        if config.nb_classes == OFFICIAL_NUM_LABELS != len(self.class_names):
+            logger.info("%d classes, as in the data", len(self.class_names))
+        self.mean, self.std = normalization(config.imagenet_default_mean_and_std)
+        self.backbone = build_backbone(config).to(self.device)
+        dtype = resolve_amp_dtype(config.amp_dtype if config.amp_forward else "fp32", self.device)
+        self.features = FrozenFeatures(
+            self.backbone,
+            layers=config.layers,
+            pools=config.pool or (("cls_mean",) if config.avgpool_patchtokens else ("cls",)),
+            mean=self.mean,
+            std=self.std,
+            precision=Precision(dtype, self.device),
         )
-        session.resume(trainer, path=config.resume, auto=config.auto_resume, start_epoch=config.start_epoch)
-        log_summary(config, trainer, features, len(class_names), lr)
-        trainer.fit()
 
+    def build_model(self) -> "LinearHeads":
+        """Creates the heads."""
+        return LinearHeads(self.features.features, len(self.class_names))
 
-def find_data(config: LinearProbeConfig) -> tuple[LabelledImages, LabelledImages, tuple[str, ...]]:
-    """Finds the training images, the validation images and the names of their classes.
-
-    Raises:
-        InputError: Images are missing, or their classes are not as they should be.
-    """
-    train = find_images(config.data_set, config.data_path, config.eval_data_path, train=True)
-    val = find_images(config.data_set, config.data_path, config.eval_data_path, train=False)
-    class_names = check_classes([train, val])
-    if config.num_labels not in (0, OFFICIAL_NUM_LABELS, len(class_names)):
-        raise InputError(
-            f"--num_labels {config.num_labels}, but {train.root} has {len(class_names)} classes: give --num_labels "
-            f"{len(class_names)}, or 0 to take what is there"
+    def build_loader(self) -> EpochLoader:
+        """Creates the loader of training images: random crops, flipped half of the time."""
+        transform = ClassificationTransform(
+            self.backbone.img_size,
+            mean=self.mean,
+            std=self.std,
+            interpolation=self.config.train_interpolation,
+            auto_augment="none",
+            color_jitter=0.0,
+            erasing=0.0,
         )
-    if config.num_labels == OFFICIAL_NUM_LABELS != len(class_names):
-        logger.info("%d classes, as in the data", len(class_names))
-    return train, val, class_names
+        return self.loader_of(labelled_dataset(self.train, transform, self.config.seed))
+
+    def build_objective(self) -> StepFunction:
+        """Returns the sum of the heads' losses."""
+        return SideBySide(self.features)
+
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        """Creates the optimizer; all of a head has weight decay, its bias as well, as official."""
+        config, decay = self.config, self.config.weight_decay
+        if decay is None:
+            decay = WEIGHT_DECAY.get(config.opt.lower(), WEIGHT_DECAY["adamw"])
+        group = {"params": list(self.model.parameters()), "lr_scale": 1.0, "weight_decay": decay, "decays": True}
+        return create_optimizer(config.opt, [group], lr=peak_lr(config, self.session.world_size))
+
+    def schedules(self, settings: LoopSettings) -> tuple[Schedule, None]:
+        """Returns a cosine without warm-up."""
+        peak = peak_lr(self.config, self.session.world_size)
+        return WarmupCosine(peak, self.config.min_lr, settings.total_steps), None
+
+    def build_evaluation(self) -> Evaluation:
+        """Returns the evaluation of every head on the validation images."""
+        transform = ClassificationEvalTransform(self.backbone.img_size, crop_pct=self.config.crop_pct)
+        dataset = labelled_dataset(self.val, transform, self.config.seed, strict=True)
+        loader = self.loader_of(dataset, training=False)
+        return lambda model, _epoch: evaluate(model, self.features, loader)
+
+    def extras(self) -> Mapping[str, object]:
+        """Records the class names by id, and which backbone the heads read."""
+        return {"labels": list(self.class_names), "backbone": fingerprint(self.backbone)}
+
+    def accepts(self, checkpoint: Mapping[str, Any], source: str) -> None:
+        """Refuses heads that have been reading another backbone."""
+        own = fingerprint(self.backbone)
+        if checkpoint.get("backbone", own) != own:
+            raise InputError(
+                f"{source} probes another backbone than --checkpoint: give another --output_dir, or start over with "
+                "--no_auto_resume"
+            )
+
+    def summary(self) -> Iterator[str]:
+        """Yields the heads, the backbone and the learning rate."""
+        config, features = self.config, self.features.features
+        pools = ", ".join(dict.fromkeys(feature.pool for feature in features))
+        backbone = config.checkpoint or f"{config.model} (untrained)"
+        yield f"{len(features)} heads of {len(self.class_names)} classes on {pools}"
+        yield f"backbone {backbone}, frozen, {self.features.precision.dtype}"
+        yield f"lr {peak_lr(config, self.session.world_size):g}"
+        yield from super().summary()
 
 
-# ------------------------------------------------------------------------------------------------------ the backbone
 def build_backbone(config: LinearProbeConfig) -> Backbone:
     """Creates the backbone with its pre-trained or fine-tuned weights.
 
     Raises:
         InputError: The name is unknown, an option does not fit, or the checkpoint is of another model.
     """
-    if not config.pretrained_weights:
+    if not config.checkpoint:
         if config.model == AUTO:
-            raise InputError("--model auto reads the model off a checkpoint: give --pretrained_weights as well")
-        logger.warning("no --pretrained_weights: the backbone is untrained")
+            raise InputError("--model auto takes the architecture of a checkpoint: give --checkpoint as well")
+        logger.warning("no --checkpoint: the backbone is untrained")
         return _named_backbone(config)
-    weights, metadata = read_weights(config.pretrained_weights, config.checkpoint_key)
+    weights, metadata = read_weights(config.checkpoint, config.model_key, config.model_prefix)
     if config.model == AUTO:
         backbone = build(architecture_of(weights, metadata), metadata.get("layer_norm_eps"))
     else:
@@ -116,49 +167,19 @@ def build_backbone(config: LinearProbeConfig) -> Backbone:
     (logger.warning if report.unexpected else logger.info)("%s", report.summary())
     if config.model == AUTO and config.input_size is not None:
         backbone.set_input_size(config.input_size)
-    recorded = metadata.get("mean")
-    if recorded is not None and tuple(recorded) != normalization(config)[0]:
+    recorded, mean = metadata.get("mean"), normalization(config.imagenet_default_mean_and_std)[0]
+    if recorded is not None and tuple(recorded) != mean:
         logger.warning(
             "%s records that its images had mean %s, here they have %s: check --imagenet_default_mean_and_std",
-            config.pretrained_weights,
-            tuple(recorded),
-            normalization(config)[0],
+            *(config.checkpoint, tuple(recorded), mean),
         )
     return backbone
 
 
 def _named_backbone(config: LinearProbeConfig) -> Backbone:
-    arguments: dict[str, Any] = {
-        "num_classes": 0,
-        "patch_size": config.patch_size,
-        "init_values": config.layer_scale_init_value,
-        "use_rel_pos_bias": config.rel_pos_bias,
-        "use_abs_pos_emb": config.abs_pos_emb,
-    }
-    if config.input_size is not None:
-        arguments["img_size"] = config.input_size
-    if config.model in list_models("*_8k_vocab"):
-        raise InputError(
-            f"--model {config.model} is a pre-training model; its checkpoints are probed with --model "
-            f"{config.model[: -len('_8k_vocab')]}, or auto"
-        )
-    try:
-        return create_model(config.model, **{**arguments, **(config.model_kwargs or {})})
-    except TypeError as error:
-        raise InputError(f"--model {config.model} cannot be built: {error}") from error
-
-
-def freeze(config: LinearProbeConfig, backbone: Backbone, session: Session) -> FrozenFeatures:
-    """Returns what computes the features that the flags ask for."""
-    dtype = resolve_amp_dtype(config.amp_dtype if config.amp_forward else "fp32", session.device)
-    mean, std = normalization(config)
-    return FrozenFeatures(
-        backbone,
-        layers=config.layers,
-        pools=config.pool or (("cls_mean",) if config.avgpool_patchtokens else ("cls",)),
-        mean=mean,
-        std=std,
-        precision=Precision(dtype, session.device),
+    size = {} if config.input_size is None else {"img_size": config.input_size}
+    return named_model(
+        config, num_classes=0, patch_size=config.patch_size, use_rel_pos_bias=config.rel_pos_bias, **size
     )
 
 
@@ -171,9 +192,8 @@ def fingerprint(backbone: Backbone) -> str:
     return digest.hexdigest()
 
 
-# --------------------------------------------------------------------------------------------------------- the heads
 class LinearHeads(nn.Module):
-    """A linear classifier for each feature; they learn side by side and know nothing of each other.
+    """A linear classifier for each feature; they are trained side by side, independently of each other.
 
     Args:
         features: What they read.
@@ -204,173 +224,42 @@ class SideBySide:
         self.features = features
 
     def __call__(self, model: nn.Module, batch: Batch, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss of a batch, and over the heads the mean share classified right (``class_acc``)."""
+        """Returns the loss of a batch, and the accuracy averaged over the heads (``class_acc``)."""
         logits = model(self.features(batch["image"]))
         loss = torch.stack([F.cross_entropy(output, batch["label"]) for output in logits.values()]).sum()
         right = torch.stack([(output.detach().argmax(dim=-1) == batch["label"]) for output in logits.values()])
         return loss, {"class_acc": right.float().mean()}
 
 
-class ProbeTrainer(Trainer):
-    """The training loop; it goes on with heads only on the backbone that they have been reading."""
-
-    def resume(self, checkpoint: Mapping[str, Any], source: str) -> None:
-        """Takes heads, optimizer and position over from a checkpoint.
-
-        Raises:
-            InputError: It is of another model, or of another backbone.
-        """
-        if checkpoint.get("backbone", self.extras["backbone"]) != self.extras["backbone"]:
-            raise InputError(
-                f"{source} probes another backbone than --pretrained_weights: give another --output_dir, or start over "
-                "with --no_auto_resume"
-            )
-        super().resume(checkpoint, source)
-
-
 def peak_lr(config: LinearProbeConfig, world_size: int) -> float:
-    """Returns ``--lr``, or else ``--base_lr`` in proportion to the images of an optimizer step."""
+    """Returns ``--lr``, or else ``--base_lr`` scaled by the images per step."""
     if config.lr is not None:
         return config.lr
-    return config.base_lr * config.batch_size_per_gpu * config.update_freq * world_size / BASE_BATCH
-
-
-def build_optimizer(config: LinearProbeConfig, heads: LinearHeads, lr: float) -> torch.optim.Optimizer:
-    """Creates the optimizer; all of a head decays, its bias as well, as official."""
-    decay = config.weight_decay
-    if decay is None:
-        decay = WEIGHT_DECAY.get(config.optimizer.lower(), WEIGHT_DECAY["adamw"])
-    group = {"params": list(heads.parameters()), "lr_scale": 1.0, "weight_decay": decay, "decays": True}
-    return create_optimizer(config.optimizer, [group], lr=lr)
-
-
-def loop_settings(config: LinearProbeConfig) -> LoopSettings:
-    """Returns how long and how often. Gradients are not clipped: their common norm would tie the heads together."""
-    return LoopSettings(
-        epochs=config.epochs,
-        update_freq=config.update_freq,
-        log_every=config.log_every,
-        save_epochs=config.save_ckpt_freq,
-        save_steps=config.save_ckpt_steps,
-        evaluate_epochs=config.val_freq,
-        best_metric="acc1",
-        seed=config.seed,
-    )
-
-
-# ---------------------------------------------------------------------------------------------- images and evaluation
-def build_loader(
-    config: LinearProbeConfig, train: LabelledImages, img_size: tuple[int, int], session: Session
-) -> EpochLoader:
-    """Creates the loader of training images: random crops, flipped half of the time."""
-    mean, std = normalization(config)
-    transform = ClassificationTransform(
-        img_size,
-        mean=mean,
-        std=std,
-        interpolation=config.train_interpolation,
-        auto_augment="none",
-        color_jitter=0.0,
-        erasing=0.0,
-    )
-    return _loader(config, train, transform, session)
-
-
-def _loader(
-    config: LinearProbeConfig,
-    images: LabelledImages,
-    transform: ClassificationTransform | ClassificationEvalTransform,
-    session: Session,
-    strict: bool = False,
-    **options: Any,
-) -> EpochLoader:
-    return EpochLoader(
-        labelled_dataset(images, transform, config.seed, strict),
-        config.batch_size_per_gpu,
-        seed=config.seed,
-        rank=session.rank,
-        world_size=session.world_size,
-        num_workers=config.num_workers,
-        pin_memory=config.pin_mem and session.device.type == "cuda",
-        max_unreadable=config.max_unreadable,
-        **options,
-    )
-
-
-def build_evaluation(
-    config: LinearProbeConfig, val: LabelledImages, features: FrozenFeatures, session: Session
-) -> Callable[[nn.Module, int], dict[str, float]]:
-    """Returns the evaluation on the validation images."""
-    transform = ClassificationEvalTransform(features.model.img_size, crop_pct=config.crop_pct)
-    loader = _loader(config, val, transform, session, strict=True, shuffle=False, drop_last=False)
-    return lambda model, _epoch: evaluate(model, features, loader)
+    return config.base_lr * config.batch_size * config.update_freq * world_size / BASE_BATCH
 
 
 @torch.no_grad()
-def evaluate(heads: nn.Module, features: FrozenFeatures, loader: EpochLoader) -> dict[str, float]:
-    """Scores every head, each image once over all processes; those that cannot be read are left out.
+def evaluate(heads: nn.Module, features: FrozenFeatures, loader: EpochLoader) -> Metrics:
+    """Scores every head, each image once over all processes; unreadable images are skipped.
 
     Returns:
         ``acc1``, ``acc5`` (percent) and ``loss`` of the head with the highest ``acc1``, its ``best_layer``, and
         ``<name>_acc1`` and ``<name>_acc5`` of every head.
     """
     heads.eval()
-    device = features.device
     names = [feature.name for feature in features.features]
-    # One row a head: summed loss, right answers, right ones among the first five, images.
-    totals = torch.zeros(len(names), 4, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+    counts = zero_counts(features.device, len(names))
     for host_batch in loader.epoch(0):
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in host_batch.items()}
+        batch = to_device(host_batch, features.device)
         logits = heads(features(batch["image"]))
-        totals += torch.stack([_count(logits[name], batch["label"]) for name in names])
-    rows = dict(zip(names, distributed.sum_over_ranks(totals).tolist(), strict=True))
-    results = {
-        name: {"acc1": 100 * first / images, "acc5": 100 * among_first / images, "loss": loss / images}
-        for name, (loss, first, among_first, images) in rows.items()
-    }
-    return _report(results, features.features)
-
-
-def _count(logits: Tensor, labels: Tensor) -> Tensor:
-    logits, labels = logits[labels >= 0], labels[labels >= 0]
-    right = logits.topk(min(TOP_K, logits.shape[1])).indices == labels[:, None]  # (B, 5)
-    loss = F.cross_entropy(logits, labels, reduction="sum")
-    return torch.stack([loss, right[:, 0].sum(), right.sum(), torch.tensor(len(labels), device=loss.device)])
-
-
-def _report(results: Mapping[str, Mapping[str, float]], features: tuple[Feature, ...]) -> dict[str, float]:
+        counts += torch.stack([count_correct(logits[name], batch["label"]) for name in names])
+    results = dict(zip(names, map(rates, distributed.sum_over_ranks(counts)), strict=True))
     for name, found in results.items():
         logger.info("%s: Acc@1 %.3f Acc@5 %.3f loss %.3f", name, found["acc1"], found["acc5"], found["loss"])
-    best = max(features, key=lambda feature: results[feature.name]["acc1"])  # the first of equals
+    best = max(features.features, key=lambda feature: results[feature.name]["acc1"])  # the first of equals
     score = results[best.name]
     logger.info(
         "* Acc@1 %.3f Acc@5 %.3f loss %.3f (%s, the best)", score["acc1"], score["acc5"], score["loss"], best.name
     )
     each = {f"{name}_{key}": found[key] for name, found in results.items() for key in ("acc1", "acc5")}
     return {**score, "best_layer": best.layer, **each}
-
-
-def log_summary(
-    config: LinearProbeConfig, trainer: Trainer, features: FrozenFeatures, num_classes: int, lr: float
-) -> None:
-    """Says what is about to run."""
-    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    logger.info(
-        "%d heads of %d classes on %s, %s parameters; backbone %s, frozen, %s",
-        len(features.features),
-        num_classes,
-        ", ".join(dict.fromkeys(feature.pool for feature in features.features)),
-        f"{parameters:,}",
-        config.pretrained_weights or f"{config.model} (untrained)",
-        features.precision.dtype,
-    )
-    logger.info(
-        "batch %d = %d images x %d processes x %d batches an update; %d updates an epoch, %d epochs; lr %g",
-        trainer.images_per_step,
-        config.batch_size_per_gpu,
-        distributed.world_size(),
-        config.update_freq,
-        trainer.steps_per_epoch,
-        config.epochs,
-        lr,
-    )

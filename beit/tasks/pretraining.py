@@ -1,7 +1,7 @@
-"""BEiT pre-training: predict the visual tokens of masked patches (arXiv 2106.08254, section 2), or something else."""
+"""BEiT pre-training: predict the visual tokens of masked patches (arXiv 2106.08254, section 2), or another target."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit.checkpoints.load import load_weights, read_weights
-from beit.config import to_plain
 from beit.data.datasets import ImageDataset
 from beit.data.loaders import EpochLoader
 from beit.data.transforms import (
@@ -24,108 +23,139 @@ from beit.masking import MaskGenerator
 from beit.modeling import VisionTransformerForMaskedImageModeling
 from beit.registry import MASK_STRATEGIES, TARGETS, resolve
 from beit.targets import VISUAL_TOKENS, PredictionTarget, TokenTarget
+from beit.tasks.base import Evaluation, Metrics, Task, find_together, named_model, normalization, run, to_device
 from beit.tasks.image_log import ImageLog, spread_samples
-from beit.tasks.options import (
-    EVALUATION_WORKERS,
-    check_positive,
-    check_sharding,
-    check_training,
-    effective_batch,
-    epoch_loader,
-    find_together,
-    loop_settings,
-    normalization,
-    optimizer_for,
-    schedules,
-    session_of,
-    share_out,
-    trainer_class,
-)
-from beit.tasks.pretraining_config import PretrainingConfig, announce_flags_without_effect
-from beit.tasks.targets_ahead import COMPUTED, TargetsAhead
+from beit.tasks.settings import PretrainingConfig
 from beit.tokenizers.base import VisualTokenizer, load_tokenizer
 from beit.training import distributed
-from beit.training.compilation import compile_for_training, uncompiled
-from beit.training.loop import Batch, Loader, Trainer
+from beit.training.compilation import uncompiled
+from beit.training.logging import ScalarWriter
 from beit.training.optim import parameter_groups
 from beit.training.precision import AMP_DTYPES, Precision, resolve_amp_dtype
-from beit.training.session import Session
-from beit.zoo import create_model, list_models
+from beit.training.state import Batch, StepFunction
+
+__all__ = ["PretrainingConfig", "main"]
 
 logger = logging.getLogger(__name__)
 
 PUBLISHED_LR, PUBLISHED_BATCH = 1.5e-3, 2048
-TargetFactory = Callable[[PretrainingConfig, torch.device], PredictionTarget]
 
 
-def main(config: PretrainingConfig, make_target: TargetFactory | None = None) -> None:
-    """Pre-trains a model as the flags say.
+def main(config: PretrainingConfig) -> None:
+    """Pre-trains a model as the settings say."""
+    run(Pretraining(config))
 
-    Args:
-        config: The flags.
-        make_target: Makes the prediction target, in place of ``--target``.
-    """
-    check_training(config)
-    check_sharding(config)
-    check_positive(config, "num_mask_patches", "eval_freq")
-    with session_of(config) as session:
-        config = share_out(config, session.world_size)
-        # The target says what each patch shows; the model learns to say it of patches it does not see.
-        target = (make_target or build_target)(config, session.device)
-        model = build_model(config, target.output_size).to(session.device)
-        if config.compile:
-            compile_for_training(model, recomputes=config.grad_checkpointing)
-        target.check(model.patch_embed.grid_size, size_pair(config.second_input_size))
-        masks = build_mask_generator(config, model.patch_embed.grid_size)
 
-        loader: Loader = build_loader(config, target, masks, session)
-        objective = MaskedPrediction(target, *normalization(config))
-        optimizer = build_optimizer(config, model, session.device)
-        settings = loop_settings(config, evaluate_epochs=config.eval_freq)
-        precision = Precision(resolve_amp_dtype(config.amp_dtype, session.device), session.device)
-        lr, weight_decay = schedules(config, loader.batches_per_epoch // config.update_freq)
-        prepare = partial(
-            with_patch_index,
-            predict=config.predict,
-            room=config.batch_size * config.num_mask_patches if config.compile else 0,
-        )
-        if config.tokenizer_stream:
-            loader = TargetsAhead(loader, target, prepare, precision)
+class Pretraining(Task[PretrainingConfig]):
+    """Masked image modeling."""
+
+    def prepare(self) -> None:
+        """Builds the prediction target, which decides on the model's outputs, and the masks."""
+        self.target = build_target(self.config, self.device)
+        self.mean, self.std = normalization(self.config.imagenet_default_mean_and_std)
+        room = self.config.batch_size * self.config.num_mask_patches if self.config.compile else 0
+        self.prepare_batch = partial(with_patch_index, predict=self.config.predict, room=room)
+        self.objective = MaskedPrediction(self.target, self.mean, self.std)
+
+    def build_model(self) -> VisionTransformerForMaskedImageModeling:
+        """Creates the model with as many outputs per patch as the target needs."""
+        config = self.config
+        model = build_model(config, self.target.output_size)
+        self.target.check(model.patch_embed.grid_size, size_pair(config.second_input_size))
+        self.masks = build_mask_generator(config, model.patch_embed.grid_size)
         if config.init_from:
-            initialize_from(model, config.init_from, target.name)
-        trainer = trainer_class(config, layers=lambda model: model.blocks)(
-            model,
-            objective,
-            loader,
-            optimizer,
-            precision,
-            settings,
-            lr,
-            weight_decay,
-            prepare=None if config.tokenizer_stream else prepare,
-            folder=session.folder,
-            log_dir=config.log_dir,
-            config=to_plain(config),
-            extras={"target": target.name},
-            evaluate=build_evaluation(config, objective, masks, session, precision),
-            on_epoch_end=build_image_log(config, objective, masks, model, precision),
-            accepts=partial(check_target, target=target.name),
+            initialize_from(model, config.init_from, self.target.name, config.model_key, config.model_prefix)
+        return model
+
+    def build_loader(self) -> EpochLoader:
+        """Creates the loader of augmented images, in as many views as the target needs, with their masks."""
+        config = self.config
+        transform = MaskedImageModelingTransform(
+            config.input_size,
+            config.second_input_size if self.target.second_view else None,
+            interpolation=config.train_interpolation,
+            second_interpolation=config.second_interpolation,
+            color_jitter=config.color_jitter,
+            mask_generator=self.masks,
         )
-        session.resume(trainer, path=config.resume, auto=config.auto_resume, start_epoch=config.start_epoch)
-        announce_flags_without_effect(config, own_target=make_target is not None)
-        log_summary(config, trainer, target, session)
-        trainer.fit()
+        index = find_together(config.data_path)
+        return self.loader_of(ImageDataset(index, transform, config.seed, fast_decode=config.fast_decode))
+
+    def build_objective(self) -> StepFunction:
+        """Returns the loss of the masked patches."""
+        return self.objective
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Returns the official grouping: no weight decay on biases, norms and tokens but the mask token."""
+        no_decay = self.model.no_weight_decay()  # type: ignore[operator]
+        return parameter_groups(self.model, self.config.weight_decay, no_decay=no_decay)
+
+    def extras(self) -> Mapping[str, object]:
+        """Records what the outputs mean."""
+        return {"target": self.target.name}
+
+    def accepts(self, checkpoint: Mapping[str, Any], source: str) -> None:
+        """Refuses a checkpoint that predicts another target."""
+        check_target(checkpoint, source, self.target.name)
+
+    def build_evaluation(self) -> Evaluation | None:
+        """Returns the evaluation on held-out images, if there are any."""
+        config = self.config
+        if not config.eval_data_path:
+            return None
+        transform = evaluation_transform(config, self.target, self.masks)
+        dataset = ImageDataset(find_together(config.eval_data_path), transform, config.seed)
+        loader = self.loader_of(dataset, training=False, num_workers=self.few_workers())
+        return lambda model, _epoch: evaluate(model, self.objective, loader, self.precision)
+
+    def build_epoch_end(self) -> Callable[[int, ScalarWriter], None] | None:
+        """Returns what writes reconstructions to TensorBoard, if they are wanted."""
+        config = self.config
+        if config.log_images and not (config.log_dir and config.output_dir):
+            logger.warning("--log_images has no effect without --log_dir and --output_dir")
+        elif config.log_images:
+            transform = evaluation_transform(config, self.target, self.masks)
+            dataset = ImageDataset(find_together(config.eval_data_path or config.data_path), transform, config.seed)
+            built: list[ImageLog] = []
+
+            def build() -> None:
+                samples = spread_samples(dataset, config.log_images)
+                log = ImageLog(self.model, self.objective.outputs_of_all, self.target, samples, self.precision)
+                log.picture()  # what cannot be drawn, such as tokens without a decoder, is found now
+                built.append(log)
+
+            distributed.on_main(build)  # an error ends all processes
+            return built[0] if built else None
+        return None
+
+    def summary(self) -> Iterator[str]:
+        """Yields model and target; warns of flags without effect and of a learning rate far from the published one."""
+        config = self.config
+        log_flags_without_effect(config)
+        yield from super().summary()
+        if isinstance(self.target, TokenTarget):
+            yield f"tokenizer {config.discrete_vae_weight_path}: {self.target.output_size} tokens"
+        else:
+            yield f"predicting {self.target.name}: {self.target.output_size} numbers per patch"
+        batch = config.batch_size * config.update_freq * self.session.world_size
+        ratio = (config.lr / batch) / (PUBLISHED_LR / PUBLISHED_BATCH)
+        if not 0.5 <= ratio <= 2:
+            logger.warning(
+                "lr/batch is %.3g times the published one (%g for a batch of %d), which would be --lr %.2g for this "
+                "batch; the learning rate is left as given",
+                *(ratio, PUBLISHED_LR, PUBLISHED_BATCH, PUBLISHED_LR * batch / PUBLISHED_BATCH),
+            )
 
 
 def build_target(config: PretrainingConfig, device: torch.device) -> PredictionTarget:
-    """Creates what ``--target`` says.
+    """Creates the target that ``--target`` names.
 
     Raises:
-        InputError: The target cannot be had, such as a tokenizer that is not there.
+        InputError: Something it needs is missing, such as the tokenizer.
     """
     with torch.device("meta"):  # takes no memory and draws no random number
         patch_size = build_model(config, 1).patch_embed.patch_size
-    mean, std = normalization(config)
+    mean, std = normalization(config.imagenet_default_mean_and_std)
     target: PredictionTarget = resolve(TARGETS, config.target, "target").build(
         tokenizer=partial(build_tokenizer, config, device),
         patch_size=patch_size,
@@ -140,25 +170,24 @@ def build_tokenizer(config: PretrainingConfig, device: torch.device) -> VisualTo
     """Loads the frozen tokenizer.
 
     Raises:
-        InputError: No path was given, or what is there is no tokenizer.
+        InputError: No path was given, or it holds no tokenizer.
     """
-    if not config.discrete_vae_weight_path:
+    path = config.discrete_vae_weight_path
+    if not path:
         raise InputError(
             "--discrete_vae_weight_path is missing: give the tokenizer's folder. `beit download tokenizer DIR` fetches "
             "OpenAI's, run_dvae_training.py trains one on your images (--discrete_vae_type customized); --target "
             "pixels needs none"
         )
     dtype = tokenizer_dtype(config, device)
-    return load_tokenizer(
-        config.discrete_vae_weight_path, config.discrete_vae_type, device, dtype, config.tokenizer_compile
-    )
+    return load_tokenizer(path, config.discrete_vae_type, device, dtype, config.tokenizer_compile)
 
 
 def tokenizer_dtype(config: PretrainingConfig, device: torch.device) -> torch.dtype:
     """Returns the number format of the tokenizer's encoder.
 
-    ``auto`` goes with that of the run: float32 where the run is, else float16 on a GPU, as the published encoder was
-    made to run there, and bfloat16 elsewhere.
+    ``auto`` follows that of the run: float32 where the run is, else float16 on a GPU, as the published encoder was
+    meant to run there, and bfloat16 elsewhere.
     """
     if config.tokenizer_dtype != "auto":
         return AMP_DTYPES[config.tokenizer_dtype]
@@ -168,32 +197,26 @@ def tokenizer_dtype(config: PretrainingConfig, device: torch.device) -> torch.dt
 
 
 def build_model(config: PretrainingConfig, output_size: int) -> VisionTransformerForMaskedImageModeling:
-    """Creates the model with as many outputs a patch as the target needs, such as one for each token.
+    """Creates the model with ``output_size`` outputs per patch.
 
     Raises:
         InputError: The name is unknown or not a pre-training model, or an option does not fit.
     """
-    arguments = {
-        "img_size": config.input_size,
-        "vocab_size": output_size,
-        "drop_path_rate": config.drop_path,
-        "init_values": config.layer_scale_init_value,
-        "use_shared_rel_pos_bias": config.rel_pos_bias,
-        "use_abs_pos_emb": config.abs_pos_emb,
-    }
-    if config.model in set(list_models()) - set(list_models("*_8k_vocab")):
-        raise InputError(f"--model {config.model} is a classifier; pre-training needs {config.model}_8k_vocab")
-    try:
-        model = create_model(config.model, **{**arguments, **(config.model_kwargs or {})})
-    except TypeError as error:
-        raise InputError(f"--model {config.model} cannot be built: {error}") from error
+    model = named_model(
+        config,
+        masked=True,
+        img_size=config.input_size,
+        vocab_size=output_size,
+        drop_path_rate=config.drop_path,
+        use_shared_rel_pos_bias=config.rel_pos_bias,
+    )
     assert isinstance(model, VisionTransformerForMaskedImageModeling)
     model.set_grad_checkpointing(config.grad_checkpointing)
     return model
 
 
 def build_mask_generator(config: PretrainingConfig, grid_size: tuple[int, int]) -> MaskGenerator:
-    """Creates the generator of the patches to mask, for a grid of patches ``(h, w)``."""
+    """Creates the generator of masks for a grid of patches ``(h, w)``."""
     masks: MaskGenerator = resolve(MASK_STRATEGIES, config.mask_strategy, "mask strategy")(
         grid_size,
         num_mask_patches=config.num_mask_patches,
@@ -201,118 +224,6 @@ def build_mask_generator(config: PretrainingConfig, grid_size: tuple[int, int]) 
         max_num_patches=config.max_mask_patches_per_block,
     )
     return masks
-
-
-def build_loader(
-    config: PretrainingConfig, target: PredictionTarget, masks: MaskGenerator, session: Session
-) -> EpochLoader:
-    """Creates the loader of augmented images, in as many views as the target needs, with their masks."""
-    transform = MaskedImageModelingTransform(
-        config.input_size,
-        config.second_input_size if target.second_view else None,
-        interpolation=config.train_interpolation,
-        second_interpolation=config.second_interpolation,
-        color_jitter=config.color_jitter,
-        mask_generator=masks,
-    )
-    index = find_together(config.data_path)
-    return epoch_loader(ImageDataset(index, transform, config.seed, fast_decode=config.fast_decode), config, session)
-
-
-def with_patch_index(batch: Batch, predict: str = "masked", room: int = 0) -> dict[str, Tensor]:
-    """Adds the flat positions of the patches to predict, found on the host, where that makes no GPU wait.
-
-    Args:
-        batch: Holds ``mask``, bool ``(B, h, w)``.
-        predict: ``masked`` or ``all``.
-        room: Most masked patches that a batch can have. With it the model is given as many places in every batch, the
-            first patch again and again in those that are over: a compiled model wants the same shapes each time.
-
-    Returns:
-        The batch with ``patch_index``, int64 ``(M,)``, positions in the ``B * h * w`` patches; of masked ones with
-        ``room`` also ``padded_index``, int64 ``(room,)``.
-    """
-    mask = batch["mask"].flatten()
-    if predict != "masked":
-        return {**batch, "patch_index": torch.arange(len(mask))}
-    index = mask.nonzero().flatten()
-    padded = {"padded_index": F.pad(index, (0, max(0, room - len(index))))} if room else {}
-    return {**batch, "patch_index": index, **padded}
-
-
-class MaskedPrediction:
-    """The objective: of a masked image, what the target says of the chosen patches; the loss is their mean.
-
-    Args:
-        target: What is predicted.
-        mean: Mean of the model's input, per channel.
-        std: Standard deviation of the model's input, per channel.
-    """
-
-    def __init__(self, target: PredictionTarget, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        self.target = target
-        self._mean, self._std = mean, std
-
-    def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Returns outputs ``(M, output_size)`` and targets ``(M, …)`` of the chosen patches of a batch."""
-        index = batch["patch_index"]
-        targets = batch[COMPUTED] if COMPUTED in batch else self.target.compute(batch, index)
-        images = normalize(batch["image"], self._mean, self._std)
-        outputs = model(images, batch["mask"], masked_index=batch.get("padded_index", index))
-        return outputs[: len(index)], targets  # what was predicted to fill the room counts for nothing
-
-    def outputs_of_all(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Returns the outputs of all patches, ``(B, N, output_size)``; the masked ones are masked all the same."""
-        with uncompiled():
-            return model(normalize(batch["image"], self._mean, self._std), batch["mask"], return_all_tokens=True)
-
-    def __call__(self, model: nn.Module, batch: Batch, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss of a batch and the target's metrics."""
-        outputs, targets = self.predict(model, batch)
-        with torch.no_grad():
-            metrics = self.target.metrics(outputs.detach(), targets)
-        return self.target.loss(outputs, targets), metrics
-
-
-def check_target(checkpoint: Mapping[str, Any], source: str, target: str) -> None:
-    """Makes sure that a checkpoint has learned to predict what this run predicts.
-
-    Raises:
-        InputError: It has not.
-    """
-    theirs = checkpoint.get("target", VISUAL_TOKENS)
-    if theirs != target:
-        raise InputError(
-            f"{source} learned to predict {theirs}, this run predicts {target}: go on with the same --target and "
-            "--pixel_norm, or start from its weights with --init_from in another --output_dir"
-        )
-
-
-def build_optimizer(config: PretrainingConfig, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    """Creates the optimizer, with weight decay on what the official grouping gives it to."""
-    groups = parameter_groups(model, config.weight_decay, no_decay=model.no_weight_decay())  # type: ignore[operator]
-    return optimizer_for(config, groups, device)
-
-
-def initialize_from(model: VisionTransformerForMaskedImageModeling, source: str, target: str = VISUAL_TOKENS) -> None:
-    """Gives a model the weights of a checkpoint; a head for another vocabulary or target starts anew.
-
-    Args:
-        model: The model.
-        source: A file, folder, released name, address or hub id.
-        target: Name of what the model predicts.
-
-    Raises:
-        InputError: The checkpoint cannot be read or is of another model.
-    """
-    weights, metadata = read_weights(source, "model|module")
-    theirs = metadata.get("target", VISUAL_TOKENS)
-    report = load_weights(model, weights, metadata, drop_head=theirs != target)
-    (logger.warning if report.unexpected else logger.info)("%s", report.summary())
-    if theirs != target:
-        logger.info("%s learned to predict %s, this run predicts %s: the head starts anew", source, theirs, target)
-    elif "lm_head.weight" in report.missing:
-        logger.info("%s has another vocabulary or none: the prediction head starts anew", source)
 
 
 def evaluation_transform(
@@ -328,27 +239,107 @@ def evaluation_transform(
     )
 
 
-def build_evaluation(
-    config: PretrainingConfig,
-    objective: MaskedPrediction,
-    masks: MaskGenerator,
-    session: Session,
-    precision: Precision,
-) -> Callable[[nn.Module, int], dict[str, float]] | None:
-    """Returns the evaluation on held-out images, or None if there are none."""
-    if not config.eval_data_path:
-        return None
-    transform = evaluation_transform(config, objective.target, masks)
-    dataset = ImageDataset(find_together(config.eval_data_path), transform, config.seed)
-    few = min(config.num_workers, EVALUATION_WORKERS)
-    loader = epoch_loader(dataset, config, session, num_workers=few, shuffle=False, drop_last=False)
-    return lambda model, _epoch: evaluate(model, objective, loader, precision)
+def with_patch_index(batch: Batch, predict: str = "masked", room: int = 0) -> dict[str, Tensor]:
+    """Adds the flat positions of the patches to predict, computed on the host so that no GPU has to wait.
+
+    Args:
+        batch: Holds ``mask``, bool ``(B, h, w)``.
+        predict: ``masked`` or ``all``.
+        room: Most masked patches that a batch can have. With it the model gets that many positions in every batch,
+            padded with the first patch: a compiled model needs the same shapes each time.
+
+    Returns:
+        The batch with ``patch_index``, int64 ``(M,)``, positions in the ``B * h * w`` patches; of masked ones with
+        ``room`` also ``padded_index``, int64 ``(room,)``.
+    """
+    mask = batch["mask"].flatten()
+    if predict != "masked":
+        return {**batch, "patch_index": torch.arange(len(mask))}
+    index = mask.nonzero().flatten()
+    padded = {"padded_index": F.pad(index, (0, max(0, room - len(index))))} if room else {}
+    return {**batch, "patch_index": index, **padded}
+
+
+class MaskedPrediction:
+    """The objective: the target's loss on the chosen patches of masked images.
+
+    Args:
+        target: What is predicted.
+        mean: Mean of the model's input, per channel.
+        std: Standard deviation of the model's input, per channel.
+    """
+
+    def __init__(self, target: PredictionTarget, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        self.target = target
+        self._mean, self._std = mean, std
+
+    def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Returns outputs ``(M, output_size)`` and targets ``(M, …)`` of the chosen patches of a batch."""
+        index = batch["patch_index"]
+        targets = self.target.compute(batch, index)
+        images = normalize(batch["image"], self._mean, self._std)
+        outputs = model(images, batch["mask"], masked_index=batch.get("padded_index", index))
+        return outputs[: len(index)], targets  # without the predictions for padding
+
+    def outputs_of_all(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Returns the outputs of all patches, ``(B, N, output_size)``, masked or not."""
+        with uncompiled():
+            return model(normalize(batch["image"], self._mean, self._std), batch["mask"], return_all_tokens=True)
+
+    def __call__(self, model: nn.Module, batch: Batch, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss of a batch and the target's metrics."""
+        outputs, targets = self.predict(model, batch)
+        with torch.no_grad():
+            metrics = self.target.metrics(outputs.detach(), targets)
+        return self.target.loss(outputs, targets), metrics
+
+
+def check_target(checkpoint: Mapping[str, Any], source: str, target: str) -> None:
+    """Makes sure that a checkpoint predicts what this run predicts.
+
+    Raises:
+        InputError: It does not.
+    """
+    theirs = checkpoint.get("target", VISUAL_TOKENS)
+    if theirs != target:
+        raise InputError(
+            f"{source} learned to predict {theirs}, this run predicts {target}: resume with the same --target and "
+            "--pixel_norm, or start from its weights with --init_from in another --output_dir"
+        )
+
+
+def initialize_from(
+    model: VisionTransformerForMaskedImageModeling,
+    source: str,
+    target: str = VISUAL_TOKENS,
+    model_key: str = "model|module",
+    prefix: str = "",
+) -> None:
+    """Loads the weights of a checkpoint; the head of another vocabulary or target is initialised from scratch.
+
+    Args:
+        model: The model.
+        source: A file, folder, released name, address or hub id.
+        target: Name of what the model predicts.
+        model_key: Where the checkpoint has its weights; the first key found.
+        prefix: Prefix of the weights' names.
+
+    Raises:
+        InputError: The checkpoint cannot be read or is of another model.
+    """
+    weights, metadata = read_weights(source, model_key, prefix)
+    theirs = metadata.get("target", VISUAL_TOKENS)
+    report = load_weights(model, weights, metadata, drop_head=theirs != target)
+    (logger.warning if report.unexpected else logger.info)("%s", report.summary())
+    scratch = "the head is initialised from scratch"
+    if theirs != target:
+        logger.info("%s learned to predict %s, this run predicts %s: %s", source, theirs, target, scratch)
+    elif "lm_head.weight" in report.missing:
+        logger.info("%s has another vocabulary or none: %s", source, scratch)
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, objective: MaskedPrediction, loader: EpochLoader, precision: Precision
-) -> dict[str, float]:
+def evaluate(model: nn.Module, objective: MaskedPrediction, loader: EpochLoader, precision: Precision) -> Metrics:
     """Scores the prediction of masked patches over a data set, each image once with a fixed mask.
 
     Only masked patches count, whichever were trained on, so that all runs with one target can be compared.
@@ -360,13 +351,13 @@ def evaluate(
     target, device = objective.target, precision.device
     totals = {"loss": torch.zeros((), device=device), "patches": torch.zeros((), dtype=torch.int64, device=device)}
     for host_batch in loader.epoch(0):
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in with_patch_index(host_batch).items()}
+        batch = to_device(with_patch_index(host_batch), device)
         with precision.autocast(), uncompiled():
             outputs, targets = objective.predict(model, batch)
         sums = {"loss": target.loss(outputs, targets, "sum"), **target.tally(outputs, targets)}
         totals["patches"] += len(outputs)
         totals = {**totals, **{name: totals[name] + value if name in totals else value for name, value in sums.items()}}
-    # A process may have had no images, the main one always has; so it tells the others what there is to add up.
+    # A process may have had no images; the main one always has some, so it names what there is to add up.
     zeros = distributed.on_main(lambda: {name: torch.zeros_like(value, device="cpu") for name, value in totals.items()})
     totals = {
         name: distributed.sum_over_ranks(totals[name] if name in totals else zero.to(device))
@@ -376,66 +367,16 @@ def evaluate(
     return {"loss": loss / patches, **target.scores(totals, patches)}
 
 
-def build_image_log(
-    config: PretrainingConfig, objective: MaskedPrediction, masks: MaskGenerator, model: nn.Module, precision: Precision
-) -> ImageLog | None:
-    """Returns what writes reconstructions to TensorBoard after each epoch, on the main process, or None for none.
-
-    Raises:
-        InputError: The number of images is negative, or the pictures cannot be made.
-    """
-    if config.log_images < 0:
-        raise InputError(f"--log_images {config.log_images}: must be 0 or more")
-    if not config.log_images:
-        return None
-    if not (config.log_dir and config.output_dir):
-        logger.warning("--log_images has no effect without --log_dir and --output_dir")
-        return None
-    transform = evaluation_transform(config, objective.target, masks)
-    dataset = ImageDataset(find_together(config.eval_data_path or config.data_path), transform, config.seed)
-
-    def build() -> ImageLog:
-        samples = spread_samples(dataset, config.log_images)
-        log = ImageLog(model, objective.outputs_of_all, objective.target, samples, precision)
-        log.picture()  # what cannot be drawn, such as tokens without a decoder, is found now and not after an epoch
-        return log
-
-    return _on_main_only(build)
-
-
-def _on_main_only(build: Callable[[], ImageLog]) -> ImageLog | None:
-    """Builds something on the main process; what goes wrong there ends all processes."""
-    built: list[ImageLog] = []
-    distributed.on_main(lambda: built.append(build()))
-    return built[0] if built else None
-
-
-def log_summary(config: PretrainingConfig, trainer: Trainer, target: PredictionTarget, session: Session) -> None:
-    """Says what is about to run, and warns where the learning rate does not fit the batch."""
-    batch = effective_batch(config)
-    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    logger.info("model %s: %s parameters, %s", config.model, f"{parameters:,}", trainer.precision.dtype)
-    if isinstance(target, TokenTarget):
-        logger.info("tokenizer %s: %d tokens", config.discrete_vae_weight_path, target.output_size)
-    else:
-        logger.info("predicting %s: %d numbers a patch", target.name, target.output_size)
-    logger.info(
-        "batch %d = %d images x %d processes x %d batches an update; %d updates an epoch, %d epochs; lr %g",
-        batch,
-        config.batch_size,
-        session.world_size,
-        config.update_freq,
-        trainer.steps_per_epoch,
-        config.epochs,
-        config.lr,
-    )
-    ratio = (config.lr / batch) / (PUBLISHED_LR / PUBLISHED_BATCH)
-    if not 0.5 <= ratio <= 2:
-        logger.warning(
-            "lr/batch is %.3g times the published one (%g for a batch of %d); in proportion this batch would take "
-            "--lr %.2g. The lr stays as given",
-            ratio,
-            PUBLISHED_LR,
-            PUBLISHED_BATCH,
-            PUBLISHED_LR * batch / PUBLISHED_BATCH,
-        )
+def log_flags_without_effect(config: PretrainingConfig) -> None:
+    """Warns of flags that have no effect together with the others."""
+    tokenizer = ("discrete_vae_weight_path", "discrete_vae_type", "tokenizer_dtype", "tokenizer_compile")
+    unused = {
+        ("mask_strategy", "random"): ("min_mask_patches_per_block", "max_mask_patches_per_block"),
+        ("target", "tokens"): ("pixel_norm",),
+        ("target", "pixels"): (*tokenizer, "second_input_size", "second_interpolation"),
+    }
+    default = PretrainingConfig()
+    for (because, value), names in unused.items():
+        given = [f"--{name}" for name in names if getattr(config, name) != getattr(default, name)]
+        if given and getattr(config, because) == value:
+            logger.warning("no effect with --%s %s: %s", because, value, ", ".join(given))

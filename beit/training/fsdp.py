@@ -27,11 +27,11 @@ from beit.checkpoints.pieces import OPTIMIZER, WEIGHTS, read_optimizer, split_op
 from beit.errors import InputError
 from beit.training import distributed
 from beit.training.checkpoint import PIECES, folder_beside, load_exactly
-from beit.training.loop import Batch
 from beit.training.sharded import ShardedTrainer
+from beit.training.state import Batch
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FullyShardedTrainer(ShardedTrainer):
     """A trainer of which each process holds an equal part of everything that is as large as the model.
 
@@ -81,9 +81,9 @@ class FullyShardedTrainer(ShardedTrainer):
         norm = super()._update()
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def _evaluate(self, module: nn.Module, epoch: int) -> dict[str, float]:
+    def _evaluate(self, module: nn.Module, number: int) -> dict[str, float]:
         with _gathered(module):
-            return super()._evaluate(module, epoch)
+            return super()._evaluate(module, number)
 
     # Checkpoints
 

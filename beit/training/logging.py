@@ -20,23 +20,6 @@ from beit.training.distributed import is_main
 logger = logging.getLogger(__name__)
 
 
-class _AboveProgressBar(logging.StreamHandler):
-    """Writes log lines to standard error without tearing a progress bar apart."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
-        sys.stderr.flush()
-
-
-def configure_console(main_process: bool) -> None:
-    """Sends the library's log lines to standard error; processes other than the first report only errors."""
-    console = _AboveProgressBar()
-    console.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    library = logging.getLogger("beit")
-    library.handlers = [console]
-    library.setLevel(logging.INFO if main_process else logging.ERROR)
-
-
 class Averages:
     """Running means of named numbers over an epoch; values that are not finite are left out.
 
@@ -63,22 +46,23 @@ class Averages:
 
 
 class EpochLog:
-    """``log.txt``: one JSON object an epoch, each epoch once, also after a resume.
+    """``log.txt``: one JSON object per period, each period once, also after a resume.
 
     Args:
         path: The file.
-        first_epoch: The epoch the run starts with; lines from there on, which the run writes anew, are taken out.
-        fresh: Whether the run starts over instead of continuing; lines it would take out are then kept aside.
+        unit: What lines are numbered by: ``epoch``, from 0, or the ``step`` that ends them.
+        done: Periods done before the run; lines of later ones, which the run writes again, are removed.
+        fresh: Whether the run starts over instead of resuming; lines that it would remove are then set aside.
     """
 
-    def __init__(self, path: Path, first_epoch: int, fresh: bool) -> None:
+    def __init__(self, path: Path, unit: str, done: int, fresh: bool) -> None:
         self.path = path
         if not path.exists():
             return
         kept: list[str] = []
         dropped: list[str] = []
         for line in path.read_text(encoding="utf-8").splitlines():
-            (kept if _epoch_of(line) < first_epoch else dropped).append(line)
+            (kept if _end_of(line, unit) <= done else dropped).append(line)
         if not dropped:
             return
         if fresh:
@@ -96,10 +80,10 @@ class EpochLog:
             os.fsync(file.fileno())
 
 
-def _epoch_of(line: str) -> float:
-    """Returns the epoch of a line of ``log.txt``; a line cut off by a kill belongs to no epoch that is kept."""
+def _end_of(line: str, unit: str) -> float:
+    """Returns the periods done after a line of ``log.txt``; a line cut off by a kill belongs to none that is kept."""
     try:
-        return json.loads(line)["epoch"]
+        return json.loads(line)[unit] + (unit == "epoch")
     except (ValueError, KeyError, TypeError):
         return math.inf
 

@@ -14,9 +14,6 @@ from beit.errors import InputError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
-# Optimizers whose update of a tensor is the same in parts, or whose norms PyTorch takes over all parts.
-WORK_IN_PARTS = ("adamw", "adam", "nadamw", "sgd", "momentum", "lamb", "lion")
-
 
 def parameter_groups(
     model: nn.Module,

@@ -16,9 +16,10 @@ from beit.errors import InputError
 from beit.storage import atomic_write, load_checkpoint
 from beit.training import distributed
 from beit.training.checkpoint import RunFolder, position_of
+from beit.training.console import configure_console
 from beit.training.environment import ENVIRONMENT, describe_environment
-from beit.training.logging import configure_console
 from beit.training.loop import Trainer
+from beit.training.placement import PATIENCE, find_placement, may_follow_another
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +60,16 @@ class Session:
         source = own or path
         if source:
             trainer.resume(load_checkpoint(Path(source)), source)
-        elif not 0 <= start_epoch < trainer.settings.epochs:
-            raise InputError(f"--start_epoch {start_epoch}: must be between 0 and --epochs {trainer.settings.epochs}")
         else:
-            trainer.first_epoch = start_epoch
+            steps = trainer.settings.period.steps
+            if not 0 <= start_epoch * steps < trainer.settings.total_steps:
+                epochs = trainer.settings.total_steps // steps
+                raise InputError(f"--start_epoch {start_epoch}: must be between 0 and --epochs {epochs}")
+            trainer.first_step = start_epoch * steps
         if self.folder is not None:
             if not own:
-                self.folder.set_aside(trainer.checkpoint_number(trainer.first_epoch))
+                next_end = trainer.first_step + trainer.settings.period.steps
+                self.folder.set_aside(trainer.checkpoint_number(next_end))
             with atomic_write(self.folder.path / "config.yaml") as file:
                 file.write(self.settings.encode())
             with atomic_write(self.folder.path / ENVIRONMENT) as file:
@@ -95,7 +99,7 @@ def open_session(
     local_rank: int = -1,
     dist_url: str = "env://",
     use_open_mpi: bool = False,
-    patience: float = distributed.PATIENCE,
+    patience: float = PATIENCE,
 ) -> Iterator[Session]:
     """Opens a run: finds its place among the processes, its device and its folder, and seeds the generators.
 
@@ -114,7 +118,7 @@ def open_session(
     Raises:
         InputError: The folder cannot be used, or the launcher's environment is incomplete.
     """
-    placement = distributed.find_placement(local_rank=local_rank, init_method=dist_url, use_open_mpi=use_open_mpi)
+    placement = find_placement(local_rank=local_rank, init_method=dist_url, use_open_mpi=use_open_mpi)
     configure_console(main_process=placement.rank == 0)
     compute = distributed.select_device(device, placement.local_rank, placement.bound)
     if deterministic:
@@ -140,7 +144,7 @@ def _open_folder(output_dir: str | None, keep: int) -> RunFolder | None:
     opened: list[RunFolder] = []
 
     def open_it() -> None:
-        patience = PREDECESSOR_PATIENCE if distributed.may_follow_another() else 0.0
+        patience = PREDECESSOR_PATIENCE if may_follow_another() else 0.0
         opened.append(RunFolder(output_dir, keep, patience))
 
     distributed.on_main(open_it)

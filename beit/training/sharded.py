@@ -17,7 +17,7 @@ from beit.training.checkpoint import LAST
 from beit.training.loop import Trainer
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ShardedTrainer(Trainer):
     """A :class:`Trainer` whose checkpoints are folders of pieces. What a piece is, a subclass says."""
 
@@ -32,13 +32,13 @@ class ShardedTrainer(Trainer):
     def _write_pieces(self, folder: Path, state: Mapping[str, Any]) -> None:
         """Writes this process's piece; all processes call it, the main one with the checkpoint's state."""
 
-    def _save(self, name: str, epoch: int, done: int) -> None:
+    def _save(self, name: str, step: int, period_open: bool = False) -> None:
         if self._root:
             stem = Path(name).stem
             if name == LAST:  # the file that names it decides which one counts
-                stem = f"{stem}-{epoch * self.steps_per_epoch + done}"
+                stem = f"{stem}-{step}"
             folder = Path(self._root, distributed.on_main(lambda: _unused_name(Path(self._root), stem)))
-            state = self._state(epoch, done) if self._makes_checkpoints else {}
+            state = self._state(step, period_open) if self._makes_checkpoints else {}
             self._write_pieces(folder, state)
             distributed.barrier()
             self._write(name, {**state, self.names_folder: folder.name})

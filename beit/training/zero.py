@@ -18,8 +18,8 @@ from beit.errors import InputError
 from beit.storage import atomic_write
 from beit.training import distributed
 from beit.training.checkpoint import BEST, folder_beside, load_exactly, numbered_file
-from beit.training.loop import Batch
 from beit.training.sharded import ShardedTrainer
+from beit.training.state import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ ALLOWED_GLOBALS = {
 }
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DeepSpeedTrainer(ShardedTrainer):
     """A trainer whose steps DeepSpeed takes, and whose checkpoints are DeepSpeed's folders.
 

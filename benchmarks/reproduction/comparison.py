@@ -16,7 +16,7 @@ import torch
 from beit.config import option
 from beit.errors import InputError
 from beit.storage import atomic_write
-from beit.tasks.options import AMP_CHOICES
+from beit.tasks.settings import AMP_CHOICES
 
 from .jobs import Jobs, digest
 from .settings import COLUMNS, PRESETS, ROWS, Preset

@@ -17,10 +17,7 @@ from beit.tasks import dvae_training as dvae
 from beit.tasks import finetuning as classification
 from beit.tasks import linear_probe
 from beit.tasks import pretraining as masked_image_modeling
-from beit.tasks.dvae_training import DvaeConfig
-from beit.tasks.finetuning_config import FinetuningConfig
-from beit.tasks.linear_probe_config import LinearProbeConfig
-from beit.tasks.pretraining_config import PretrainingConfig
+from beit.tasks.settings import DvaeConfig, FinetuningConfig, LinearProbeConfig, PretrainingConfig
 from beit.visualization.curves import read_log
 from examples.toy_images import SHAPES, write_digits, write_photograph_crops, write_segmentation_scenes
 from semantic_segmentation import task as segmentation

@@ -16,7 +16,7 @@ from typing import Any
 
 from beit.config import option
 from beit.tasks.launch import launch
-from beit.tasks.options import AMP_CHOICES
+from beit.tasks.settings import AMP_CHOICES
 
 from .comparison import computed_in, machine, write_json
 from .jobs import Jobs, digest

@@ -32,6 +32,4 @@ from beit.tasks.launch import launch
 from semantic_segmentation.config import TestConfig
 
 if __name__ == "__main__":
-    from semantic_segmentation.testing import main
-
-    sys.exit(launch(TestConfig, main, __doc__))
+    sys.exit(launch(TestConfig, "semantic_segmentation.testing:main", __doc__))

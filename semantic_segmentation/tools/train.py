@@ -36,6 +36,4 @@ from beit.tasks.launch import launch
 from semantic_segmentation.config import TrainConfig
 
 if __name__ == "__main__":
-    from semantic_segmentation.task import main
-
-    sys.exit(launch(TrainConfig, main, __doc__))
+    sys.exit(launch(TrainConfig, "semantic_segmentation.task:main", __doc__))

@@ -18,10 +18,7 @@ from beit.commands.report_runs import command
 from beit.commands.run_record import read_run
 from beit.config import dump_yaml, read_command_line
 from beit.errors import InputError
-from beit.tasks.dvae_training import DvaeConfig
-from beit.tasks.finetuning_config import FinetuningConfig
-from beit.tasks.linear_probe_config import LinearProbeConfig
-from beit.tasks.pretraining_config import PretrainingConfig
+from beit.tasks.settings import DvaeConfig, FinetuningConfig, LinearProbeConfig, PretrainingConfig
 from tests.visualization.test_page import HOSTILE, Reader
 
 ENVIRONMENT = {"torch": "2.9.9+test", "device": "GPU of the test", "processes": 8}

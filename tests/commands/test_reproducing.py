@@ -13,8 +13,7 @@ from beit.checkpoints.load import RELEASED
 from beit.commands.published import command, plan, read_recipe
 from beit.commands.reproducing import document
 from beit.config import read_command_line, read_facts, recipe_names
-from beit.tasks.linear_probe_config import LinearProbeConfig
-from beit.tasks.pretraining_config import PretrainingConfig
+from beit.tasks.settings import LinearProbeConfig, PretrainingConfig
 
 ROOT = Path(__file__).parents[2]
 

@@ -20,7 +20,7 @@ import yaml
 
 from beit.config import read_command_line
 from beit.tasks.linear_probe import WEIGHT_DECAY
-from beit.tasks.linear_probe_config import LinearProbeConfig
+from beit.tasks.settings import LinearProbeConfig
 from tests.integration.conftest import SMALL_MODEL
 from tests.integration.test_finetuning import log_of, reported, write_data
 from tests.shell import run

@@ -12,7 +12,7 @@ import pytest
 from tests.tasks.test_report import finetuning_entry, make_run
 
 from beit.commands.report import ReportConfig, main
-from beit.tasks.finetuning_config import FinetuningConfig
+from beit.tasks.settings import FinetuningConfig
 from tests.conftest import NEEDS_BROWSER
 from tests.visualization.test_page import HOSTILE
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from beit.training import distributed
+from beit.training.placement import find_placement
 from semantic_segmentation.batch_norm import synchronise_batch_norm
 
 STEPS = 2
@@ -53,7 +54,7 @@ def train(model: nn.Module, part: slice, total: int, scale: float) -> dict:
 
 
 def main(folder: Path, counts: list[int]) -> None:
-    distributed.connect(distributed.find_placement(), torch.device("cpu"))
+    distributed.connect(find_placement(), torch.device("cpu"))
     rank, world = dist.get_rank(), dist.get_world_size()
     model = DistributedDataParallel(synchronise_batch_norm(network()))
     start = sum(counts[:rank])

@@ -29,8 +29,8 @@ from beit.tasks.finetuning import (
     find_data,
     main,
 )
-from beit.tasks.finetuning_config import FinetuningConfig
 from beit.tasks.launch import launch
+from beit.tasks.settings import FinetuningConfig
 from beit.training.loop import seed_step
 from beit.training.precision import Precision
 from tests.data.test_classification import write_cifar

@@ -20,7 +20,7 @@ from beit.tasks import linear_probe
 from beit.tasks.features import FrozenFeatures
 from beit.tasks.launch import launch
 from beit.tasks.linear_probe import LinearHeads, SideBySide, build_backbone, evaluate, main, peak_lr
-from beit.tasks.linear_probe_config import LinearProbeConfig
+from beit.tasks.settings import LinearProbeConfig
 from beit.training.precision import Precision
 from beit.zoo import create_model
 

@@ -5,12 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from beit.tasks.options import NOT_WITH_FSDP, check_sharding, optimizer_for, session_of, share_out, trainer_class
 
 from beit.errors import InputError
-from beit.tasks.finetuning_config import FinetuningConfig
-from beit.tasks.linear_probe_config import LinearProbeConfig
-from beit.tasks.options import NOT_WITH_FSDP, check_sharding, optimizer_for, session_of, share_out, trainer_class
-from beit.tasks.pretraining_config import PretrainingConfig
+from beit.tasks.settings import FinetuningConfig, LinearProbeConfig, PretrainingConfig
 from beit.training.fsdp import FullyShardedTrainer
 from beit.training.loop import Trainer
 from beit.training.optim import WORK_IN_PARTS

@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from beit.tasks.targets_ahead import TargetsAhead
 from PIL import Image
 
 from beit.config import read_command_line
 from beit.storage import load_checkpoint
 from beit.targets import PredictionTarget
 from beit.tasks.pretraining import PretrainingConfig, main
-from beit.tasks.targets_ahead import TargetsAhead
 from beit.tokenizers.dvae import DiscreteVAE, save_dvae
 from beit.training.precision import Precision
 

@@ -14,13 +14,15 @@ from torch.distributed.tensor import DTensor
 from beit.modeling import VisionTransformerForMaskedImageModeling
 from beit.storage import load_checkpoint, save_checkpoint
 from beit.tasks.launch import end_at_once
+from beit.tasks.settings import SHARDABLE_OPTIMIZERS
 from beit.training import distributed
 from beit.training.checkpoint import RunFolder
 from beit.training.fsdp import FullyShardedTrainer
-from beit.training.loop import LoopSettings, Trainer
-from beit.training.optim import WORK_IN_PARTS, create_optimizer, parameter_groups
+from beit.training.loop import Trainer
+from beit.training.optim import create_optimizer, parameter_groups
 from beit.training.precision import Precision
 from beit.training.session import open_session
+from beit.training.state import LoopSettings, Period
 
 CPU = torch.device("cpu")
 EPOCHS, STEPS, IMAGES = 3, 3, 8
@@ -31,7 +33,7 @@ CASES = {
     "bf16": {"dtype": torch.bfloat16},
     "overflow": {"dtype": torch.float16, "overflow_at": 4},
     "checkpointed": {"grad_checkpointing": True},
-    **{name: {"opt": name, "epochs": 1} for name in WORK_IN_PARTS[1:]},
+    **{name: {"opt": name, "epochs": 1} for name in SHARDABLE_OPTIMIZERS[1:]},
 }
 
 
@@ -94,13 +96,15 @@ def make_trainer(
     model = network(**options)
     optimizer = create_optimizer(opt, parameter_groups(model, 0.05), lr=LR, fused=True, in_parts=sharded)
     settings = LoopSettings(
-        epochs, update_freq, clip_grad=1.0, save_epochs=1, evaluate_average=True, best_metric="score"
-    )
+        total_steps=epochs * STEPS, period=Period("epoch", STEPS), update_freq=update_freq, clip_grad=1.0,
+        save_every=STEPS, evaluate_every=STEPS, evaluate_average=True, best_metric="score",
+    )  # fmt: skip
     precision = Precision(dtype, CPU)
     layers = {"layers": lambda model: model.blocks} if sharded else {}
     return (FullyShardedTrainer if sharded else Trainer)(
-        model, make_step(overflow_at), Images(update_freq), optimizer, precision, settings, lambda _: LR,
-        folder=folder, ema=ModelEmaV3(model, decay=0.5), evaluate=evaluate, **layers,
+        model=model, step=make_step(overflow_at), loader=Images(update_freq), optimizer=optimizer,
+        precision=precision, settings=settings, lr=lambda _: LR, folder=folder, ema=ModelEmaV3(model, decay=0.5),
+        evaluate=evaluate, **layers,
     )  # fmt: skip
 
 

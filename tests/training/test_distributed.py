@@ -8,15 +8,8 @@ import pytest
 import torch
 
 from beit.errors import InputError
-from beit.training.distributed import (
-    Placement,
-    find_placement,
-    first_slurm_host,
-    is_loss_of_another,
-    may_follow_another,
-    on_main,
-    select_device,
-)
+from beit.training.distributed import is_loss_of_another, on_main, select_device
+from beit.training.placement import Placement, find_placement, first_slurm_host, may_follow_another
 from tests.shell import run
 
 
@@ -156,10 +149,10 @@ def test_only_a_process_started_for_the_job_is_ended_at_once_where_threads_are_l
     # Breaks when a program that runs a job with arguments of its own is ended by it, as a test of many once was.
     code = f"""if True:
         import atexit, sys
-        from beit.tasks import launch, masked_image_modeling as job
-        launch.distributed.threads_left = lambda: True
+        from beit.tasks import launch, settings
+        launch._threads_left = lambda: True
         atexit.register(print, "the interpreter ended")
-        sys.exit(launch.launch(job.PretrainingConfig, job.main, "", {argv}, "prog"))
+        sys.exit(launch.launch(settings.PretrainingConfig, "", "", {argv}, "prog"))
     """
     done = subprocess.run([sys.executable, "-c", code, "--nonsense"], capture_output=True, text=True)
     assert done.returncode == 2

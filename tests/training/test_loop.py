@@ -13,10 +13,11 @@ from torch import nn
 from beit.errors import InputError
 from beit.storage import load_checkpoint, save_checkpoint
 from beit.training.checkpoint import BEST, BEST_EMA, LAST, RunFolder
-from beit.training.loop import LoopSettings, NonFiniteLossError, Stopped, Trainer
+from beit.training.loop import NonFiniteLossError, Stopped, Trainer
 from beit.training.optim import create_optimizer, parameter_groups
 from beit.training.precision import Precision, resolve_amp_dtype
 from beit.training.schedules import WarmupCosine
+from beit.training.state import LoopSettings, Period
 
 CPU = torch.device("cpu")
 SAMPLES, EPOCHS = 40, 3
@@ -53,16 +54,18 @@ def step(model, batch, _step):
 def make_trainer(folder, *, batch_size=4, update_freq=1, model=None, step=step, **settings):
     model = model or network()
     batches = Batches(batch_size)
-    steps = EPOCHS * (batches.batches_per_epoch // update_freq)
-    defaults = {"epochs": EPOCHS, "update_freq": update_freq, "clip_grad": 1.0, "log_every": 3, "save_epochs": 1}
+    epoch = batches.batches_per_epoch // update_freq
+    defaults = {"period": Period("epoch", epoch), "save_every": epoch, "evaluate_every": epoch, "log_every": 3}
     return Trainer(
-        model,
-        step,
-        batches,
-        create_optimizer("adamw", parameter_groups(model, 0.05), lr=1e-2),
-        Precision(torch.float32, CPU),
-        LoopSettings(**{**defaults, **settings}),
-        WarmupCosine(1e-2, 1e-4, steps, 5),
+        model=model,
+        step=step,
+        loader=batches,
+        optimizer=create_optimizer("adamw", parameter_groups(model, 0.05), lr=1e-2),
+        precision=Precision(torch.float32, CPU),
+        settings=LoopSettings(
+            total_steps=EPOCHS * epoch, update_freq=update_freq, clip_grad=1.0, **{**defaults, **settings}
+        ),
+        lr=WarmupCosine(1e-2, 1e-4, EPOCHS * epoch, 5),
         folder=RunFolder(folder) if folder else None,
         ema=ModelEmaV3(model, decay=0.9),
     )
@@ -107,11 +110,11 @@ def test_stopped_at_any_step_it_ends_with_the_same_bits_and_the_same_log(tmp_pat
             raise Interrupted
         return step(model, batch, global_step)
 
-    trainer = make_trainer(tmp_path, step=interrupted_step, save_steps=2)
+    trainer = make_trainer(tmp_path, step=interrupted_step, save_last_every=2)
     with pytest.raises(Interrupted):
         trainer.fit()
     trainer.folder.close()
-    trainer = continued(tmp_path, save_steps=2)
+    trainer = continued(tmp_path, save_last_every=2)
     trainer.fit()
     assert all(torch.equal(a, b) for a, b in zip(final_state(tmp_path), final_state(undisturbed), strict=True))
     assert log_lines(tmp_path) == log_lines(undisturbed)
@@ -149,7 +152,7 @@ def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_last_checkpoint(
         loss, metrics = step(model, batch, global_step)
         return (loss * math.nan if global_step == 17 else loss), metrics
 
-    trainer = make_trainer(tmp_path, step=bad_step, log_every=5, save_steps=1000)
+    trainer = make_trainer(tmp_path, step=bad_step, log_every=5, save_last_every=1000)
     with pytest.raises(NonFiniteLossError, match="nan at step 17"):
         trainer.fit()
     state = load_checkpoint(tmp_path / "checkpoint-0.pth")
@@ -164,7 +167,7 @@ def test_gradients_that_are_not_finite_end_the_run_before_it_is_saved(tmp_path):
         poison = (model[0].weight.sum() * 0.0).square().sqrt()  # its value is 0, its gradient 0 / 0
         return (loss + poison if global_step == 13 else loss), metrics
 
-    trainer = make_trainer(tmp_path, step=bad_step, save_steps=2)
+    trainer = make_trainer(tmp_path, step=bad_step, save_last_every=2)
     with pytest.raises(NonFiniteLossError, match="gradients are not finite at step 13"):
         trainer.fit()
     state = load_checkpoint(tmp_path / LAST)
@@ -186,7 +189,7 @@ def test_float16_may_skip_an_update_but_not_for_ever(monkeypatch):
 
 
 def test_another_optimizer_cannot_go_on_and_new_settings_count(tmp_path):
-    state = make_trainer(None)._state(1, 0)
+    state = make_trainer(None)._state(10)
     trainer = make_trainer(None)
     trainer.optimizer = create_optimizer("sgd", parameter_groups(trainer.model, 0.05), lr=1e-2)
     with pytest.raises(InputError, match=r"AdamW.*SGD"):
@@ -198,12 +201,11 @@ def test_another_optimizer_cannot_go_on_and_new_settings_count(tmp_path):
     assert trainer.optimizer.param_groups[0]["decays"] is True
 
 
-def test_a_smaller_data_set_goes_on_within_its_epoch(caplog):
-    trainer = make_trainer(None)
-    state = trainer._state(1, 9)
-    trainer.steps_per_epoch = 6
+def test_a_smaller_data_set_resumes_within_its_epoch(caplog):
+    state = make_trainer(None)._state(19)
+    trainer = make_trainer(None, period=Period("epoch", 6))
     trainer.resume(state, "a.pth")
-    assert (trainer.first_epoch, trainer.first_step) == (1, 6)
+    assert trainer.first_step == 12  # the end of the second epoch, which is not evaluated yet
     assert "steps_per_epoch went from 10 to 6" in caplog.text
 
 
@@ -246,22 +248,17 @@ def test_half_a_line_left_by_a_kill_is_dropped(tmp_path, undisturbed):
 
 def test_another_batch_goes_on_at_the_same_share_of_the_epoch(tmp_path, caplog):
     folder = RunFolder(tmp_path)
-    state = make_trainer(None)._state(1, 5)
+    state = make_trainer(None)._state(15)
     folder.save(LAST, state)
     folder.close()
     trainer = continued(tmp_path, batch_size=10)
-    assert (trainer.first_epoch, trainer.first_step) == (1, 2)  # 20 of 40 samples done
+    assert trainer.first_step == 4 + 2  # 20 of 40 samples of the second epoch done
     assert "images_per_step went from 4 to 10" in caplog.text
 
 
 def test_weights_alone_cannot_be_resumed():
     with pytest.raises(InputError, match="--init_from"):
         make_trainer(None).resume({"model": network().state_dict()}, "weights.pth")
-
-
-def test_less_than_one_optimizer_step_an_epoch():
-    with pytest.raises(InputError, match="--update_freq 11"):
-        make_trainer(None, update_freq=11)
 
 
 def test_tensorboard_gets_the_official_tags(tmp_path):
@@ -371,7 +368,7 @@ def test_killed_at_any_write_the_best_files_are_the_same(tmp_path, monkeypatch, 
 
 
 def test_a_run_that_saves_nothing_still_logs(tmp_path):
-    trainer = make_trainer(tmp_path, save=False, save_steps=2, **BEST_KEPT)
+    trainer = make_trainer(tmp_path, save=False, save_last_every=2, **BEST_KEPT)
     trainer.evaluate = evaluated(SCORES)
     trainer.fit()
     assert len(log_lines(tmp_path)) == 3
@@ -391,7 +388,7 @@ def test_an_average_switched_on_at_a_resume_begins_with_the_weights(tmp_path):
 def test_a_scaled_run_goes_on_with_its_loss_scale(tmp_path):
     # Breaks if the scaler's state is left out of the checkpoint: the scale would start again at 65536.
     def scaled_trainer(folder, step=step):
-        trainer = make_trainer(folder, step=step, save_steps=2)
+        trainer = make_trainer(folder, step=step, save_last_every=2)
         trainer.precision = Precision(torch.float16, CPU)
         trainer.precision.scaler.set_growth_interval(4)
         return trainer
@@ -421,18 +418,25 @@ def test_a_scaled_run_goes_on_with_its_loss_scale(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+BY_STEP = {"period": Period("step"), "save_every": 10, "evaluate_every": 10}
+
+
+def without_numbers(lines):
+    numbers = ("epoch", "step", "test_score")
+    return [{key: value for key, value in entry.items() if key not in numbers} for entry in lines]
+
+
 def test_a_run_that_counts_steps_numbers_its_files_by_them(tmp_path, undisturbed):
-    trainer = make_trainer(tmp_path, count_steps=True)
+    trainer = make_trainer(tmp_path, **BY_STEP)
     trainer.fit()
     trainer.folder.close()
-    # 10 steps an "epoch" of three; breaks if files are numbered by the epoch, or the newest is told by it.
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{n}.pth" for n in (10, 20, 30)}
     lines = log_lines(tmp_path)
-    assert [entry.pop("step") for entry in lines] == [10, 20, 30]
-    assert lines == log_lines(undisturbed)
+    assert [entry["step"] for entry in lines] == [10, 20, 30]
+    assert without_numbers(lines) == without_numbers(log_lines(undisturbed))
     (tmp_path / "checkpoint-30.pth").unlink()
-    trainer = continued(tmp_path, count_steps=True)
-    assert (trainer.first_epoch, trainer.first_step, trainer.checkpoint_number(2)) == (2, 0, 30)
+    trainer = continued(tmp_path, **BY_STEP)
+    assert (trainer.first_step, trainer.checkpoint_number(30)) == (20, 30)
     trainer.fit()
     trainer.folder.close()
     paths = tmp_path / "checkpoint-30.pth", undisturbed / "checkpoint-2.pth"
@@ -440,6 +444,38 @@ def test_a_run_that_counts_steps_numbers_its_files_by_them(tmp_path, undisturbed
     assert all(torch.equal(ours["model"][name], theirs["model"][name]) for name in theirs["model"])
     RunFolder(tmp_path).set_aside(20)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-10.pth"]
+
+
+@pytest.mark.parametrize("intervals", [(7, 30), (30, 4), (12, 9)])
+def test_a_run_that_counts_steps_can_be_resumed_with_other_intervals(tmp_path, undisturbed, intervals):
+    # Breaks if the position is counted in units that depend on the intervals.
+    first = make_trainer(tmp_path, **BY_STEP)
+    first.fit()
+    first.folder.close()
+    (tmp_path / "checkpoint-30.pth").unlink()
+    save_every, evaluate_every = intervals
+    second = continued(tmp_path, period=Period("step"), save_every=save_every, evaluate_every=evaluate_every)
+    second.evaluate = lambda _model, _step: {"score": 0.0}
+    assert second.first_step == 20
+    second.fit()
+    ends = {step for every in intervals for step in range(every, 31, every) if step > 20} | {30}
+    assert [entry["step"] for entry in log_lines(tmp_path)] == [10, 20, *sorted(ends)]
+    ours, theirs = (
+        load_checkpoint(path)["model"] for path in (tmp_path / "checkpoint-30.pth", undisturbed / "checkpoint-2.pth")
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_checkpoint_of_version_0_1_that_counted_rounds_resumes_at_its_step():
+    state = make_trainer(None, **BY_STEP)._state(15)
+    rounds = {"images_per_step": 4, "seed": 0, "global_step": 15}
+    for progress, is_open in (
+        ({"epoch": 1, "step": 5, "steps_per_epoch": 10}, False),
+        ({"epoch": 2, "step": 5, "steps_per_epoch": 5}, True),
+    ):
+        trainer = make_trainer(None, **BY_STEP)
+        trainer.resume({**state, "progress": {**rounds, **progress}}, "a.pth")
+        assert (trainer.first_step, trainer._period_open) == (15, is_open)
 
 
 def test_a_metric_of_nothing_is_no_best_and_no_broken_json(tmp_path):
@@ -453,24 +489,23 @@ def test_a_metric_of_nothing_is_no_best_and_no_broken_json(tmp_path):
     assert load_checkpoint(tmp_path / BEST)["best"] == {"score": 0.5}
 
 
-def test_a_round_is_saved_before_its_evaluation(tmp_path, undisturbed):
-    # Breaks if a kill during the evaluation, which may be longer than a scheduler waits, loses the round before it.
-    def killed(_model, epoch):
-        if epoch == 1:
+def test_what_was_trained_is_saved_before_a_long_evaluation(tmp_path, undisturbed):
+    # Breaks if a kill during the evaluation, which may be longer than a scheduler waits, loses the steps before it.
+    def killed(_model, step):
+        if step == 19:
             raise Interrupted
         return {"score": 0.0}
 
-    trainer = make_trainer(tmp_path, count_steps=True, save_steps=1000)
+    trainer = make_trainer(tmp_path, save_last_every=1000, **BY_STEP)
     trainer.evaluate = killed
     with pytest.raises(Interrupted):
         trainer.fit()
     trainer.folder.close()
-    trainer = continued(tmp_path, count_steps=True, save_steps=1000)
-    assert (trainer.first_epoch, trainer.first_step) == (1, 10)  # of 10 steps: the evaluation is next
-    trainer.evaluate = lambda _model, _epoch: {"score": 0.0}
+    trainer = continued(tmp_path, save_last_every=1000, **BY_STEP)
+    assert (trainer.first_step, trainer._period_open) == (20, True)  # the evaluation is next
+    trainer.evaluate = lambda _model, _step: {"score": 0.0}
     trainer.fit()
-    lines = [{k: v for k, v in entry.items() if k not in ("step", "test_score")} for entry in log_lines(tmp_path)]
-    assert lines == log_lines(undisturbed)
+    assert without_numbers(log_lines(tmp_path)) == without_numbers(log_lines(undisturbed))
     weights = load_checkpoint(tmp_path / "checkpoint-30.pth")["model"]
     theirs = load_checkpoint(undisturbed / "checkpoint-2.pth")["model"]
     assert all(torch.equal(weights[name], theirs[name]) for name in theirs)

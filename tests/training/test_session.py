@@ -23,13 +23,13 @@ def begin(folder, *, path="", auto=True, start_epoch=0, settings="lr: 1\n"):
     with open_session(device="cpu", output_dir=str(folder), settings=settings, seed=0) as session:
         trainer = make_trainer(None)
         session.resume(trainer, path=str(path), auto=auto, start_epoch=start_epoch)
-        return trainer.first_epoch, trainer.first_step
+        return divmod(trainer.first_step, trainer.settings.period.steps)
 
 
 def save(path, epoch, step):
     path.parent.mkdir(exist_ok=True)
     folder = RunFolder(path.parent)
-    folder.save(path.name, make_trainer(None)._state(epoch, step))
+    folder.save(path.name, make_trainer(None)._state(10 * epoch + step))
     folder.close()
 
 

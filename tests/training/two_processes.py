@@ -15,10 +15,11 @@ from torch import nn
 
 from beit.training import distributed
 from beit.training.checkpoint import RunFolder
-from beit.training.loop import LoopSettings, NonFiniteLossError, Stopped, Trainer
+from beit.training.loop import NonFiniteLossError, Stopped, Trainer
 from beit.training.optim import create_optimizer, parameter_groups
 from beit.training.precision import Precision
 from beit.training.session import open_session
+from beit.training.state import LoopSettings, Period
 
 
 class Batches:
@@ -56,8 +57,19 @@ def main(kind: str, folder: Path) -> None:
 
         optimizer = create_optimizer("sgd", parameter_groups(model, 0.0), lr=0.1)
         precision = Precision(torch.float32, session.device)
-        settings = LoopSettings(epochs=2, log_every=5)
-        trainer = Trainer(model, step, Batches(), optimizer, precision, settings, lambda _: 0.1, folder=session.folder)
+        settings = LoopSettings(
+            total_steps=60, period=Period("epoch", 30), save_every=30, evaluate_every=30, log_every=5
+        )
+        trainer = Trainer(
+            model=model,
+            step=step,
+            loader=Batches(),
+            optimizer=optimizer,
+            precision=precision,
+            settings=settings,
+            lr=lambda _: 0.1,
+            folder=session.folder,
+        )
         try:
             trainer.fit()
             outcome = "finished"

@@ -1,0 +1,478 @@
+"""How a training run goes. A job is a :class:`Task`, which holds what differs; :func:`run` is the same for all."""
+
+import dataclasses
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from beit.config import check_settings, dump_yaml, to_plain
+from beit.data.classification import LabelledImages, check_classes, find_images
+from beit.data.datasets import ImageIndex, index_images
+from beit.data.loaders import EpochDataset, EpochLoader
+from beit.data.transforms import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
+)
+from beit.errors import InputError
+from beit.modeling import Backbone, VisionTransformerForMaskedImageModeling
+from beit.registry import locate
+from beit.tasks.settings import (
+    BatchOptions,
+    CosineOptions,
+    EpochOptions,
+    LabelledDataOptions,
+    LoadingOptions,
+    ModelOptions,
+    OptimizerOptions,
+    RunOptions,
+    ShardingOptions,
+    check_sharding,
+)
+from beit.training import distributed
+from beit.training.compilation import compile_for_training
+from beit.training.logging import ScalarWriter
+from beit.training.loop import Trainer
+from beit.training.optim import create_optimizer, parameter_groups
+from beit.training.precision import Precision, resolve_amp_dtype
+from beit.training.schedules import WarmupCosine, duration_in_steps
+from beit.training.session import Session, open_session
+from beit.training.state import Average, Batch, LoopSettings, Period, StepFunction
+from beit.zoo import MODELS, create_model
+
+logger = logging.getLogger(__name__)
+
+ConfigT = TypeVar("ConfigT", bound=RunOptions)
+BatchT = TypeVar("BatchT", bound=BatchOptions)
+
+EVALUATION_WORKERS = 2  # at most, beside those of the training loader
+Metrics = dict[str, float]
+Evaluation = Callable[[nn.Module, int], Metrics]
+Schedule = Callable[[int], float]
+
+
+class Task(ABC, Generic[ConfigT]):
+    """A training job. A subclass says what is trained, on what, and to what end; the rest has defaults.
+
+    :func:`run` calls the methods in the order in which they stand here.
+
+    Args:
+        config: The job's settings; after :meth:`start` those with ``--total_batch_size`` resolved.
+
+    Attributes:
+        batch_multiple: What the images of a batch must be a multiple of.
+        best_metric: Metric of the evaluation, the larger the better, whose best checkpoint is kept; None for none.
+        evaluate_average: Whether the moving average of the weights is evaluated too.
+        prepare_batch: Applied to a batch on the host, before it goes to the device; None for nothing.
+        session: The processes, the device and the run folder.
+        precision: Number format of the step.
+        model: What :meth:`build_model` returned, on the device.
+        loader: What :meth:`build_loader` returned.
+    """
+
+    batch_multiple: int = 1
+    best_metric: ClassVar[str | None] = None
+    evaluate_average: ClassVar[bool] = False
+    prepare_batch: Callable[[Batch], Batch] | None = None
+    session: Session
+    precision: Precision
+    model: nn.Module
+    loader: EpochLoader
+
+    def __init__(self, config: ConfigT) -> None:
+        self.config = config
+
+    def check(self) -> None:
+        """Makes sure that the settings can work together; each on its own is checked already.
+
+        Raises:
+            InputError: They cannot.
+        """
+
+    def start(self, session: Session) -> None:
+        """Takes the session up, before anything is built."""
+        self.session, self.device = session, session.device
+        if isinstance(self.config, BatchOptions):
+            self.config = resolve_batch(self.config, session.world_size, self.batch_multiple)
+        self.precision = self.build_precision()
+        self.prepare()
+
+    def build_precision(self) -> Precision:
+        """Returns the number format of forward and backward."""
+        return Precision(resolve_amp_dtype(self.config.amp_dtype, self.device), self.device)
+
+    def prepare(self) -> None:
+        """Finds the data and builds what the model depends on, such as a frozen tokenizer."""
+
+    @abstractmethod
+    def build_model(self) -> nn.Module:
+        """Returns the model that is trained, with the weights that it starts from."""
+
+    @abstractmethod
+    def build_loader(self) -> EpochLoader:
+        """Returns the loader of training batches; see :meth:`loader_of`."""
+
+    @abstractmethod
+    def build_objective(self) -> StepFunction:
+        """Returns ``(model, batch, step) -> (loss, metrics)``: scalars on the device, means over the batch."""
+
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        """Returns the optimizer over :meth:`parameter_groups`."""
+        config = self.config
+        assert isinstance(config, OptimizerOptions)
+        return create_optimizer(
+            config.opt,
+            self.parameter_groups(),
+            lr=config.lr,
+            eps=config.opt_eps,
+            betas=config.opt_betas,
+            momentum=config.momentum,
+            fused=self.device.type in ("cuda", "cpu"),
+            in_parts=isinstance(config, ShardingOptions) and config.shard != "none",
+        )
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Returns the parameters in groups with their weight decay and learning-rate scale."""
+        assert isinstance(self.config, OptimizerOptions)
+        return parameter_groups(self.model, self.config.weight_decay)
+
+    def loop_settings(self) -> LoopSettings:
+        """Returns how long and how often, in optimizer steps; by default from epochs."""
+        config = self.config
+        assert isinstance(config, EpochOptions)
+        assert isinstance(config, BatchOptions)
+        steps = self.steps_per_epoch()
+        return LoopSettings(
+            total_steps=config.epochs * steps,
+            period=Period("epoch", steps),
+            update_freq=config.update_freq,
+            clip_grad=config.clip_grad if isinstance(config, OptimizerOptions) else None,
+            log_every=config.log_every,
+            save_every=config.save_ckpt_freq * steps,
+            save_last_every=config.save_ckpt_steps,
+            evaluate_every=config.eval_freq * steps,
+            evaluate_average=self.evaluate_average,
+            best_metric=self.best_metric,
+            seed=config.seed,
+        )
+
+    def schedules(self, settings: LoopSettings) -> tuple[Schedule, Schedule | None]:
+        """Returns the schedules of learning rate and weight decay, in optimizer steps."""
+        config = self.config
+        assert isinstance(config, CosineOptions)
+        total, warmup = settings.total_steps, config.warmup_steps
+        warmup = duration_in_steps(epochs=config.warmup_epochs, steps=warmup, steps_per_epoch=settings.period.steps)
+        end = config.weight_decay if config.weight_decay_end is None else config.weight_decay_end
+        return WarmupCosine(config.lr, config.min_lr, total, warmup), WarmupCosine(config.weight_decay, end, total)
+
+    def build_average(self) -> Average | None:
+        """Returns the moving average of the weights, if there is one."""
+        return None
+
+    def build_evaluation(self) -> Evaluation | None:
+        """Returns ``(model, period) -> metrics``, or None for no evaluation."""
+        return None
+
+    def build_epoch_end(self) -> Callable[[int, ScalarWriter], None] | None:
+        """Returns what the main process calls after each epoch is saved, ``(epoch, scalars)``, or None for nothing."""
+        return None
+
+    def extras(self) -> Mapping[str, object]:
+        """Returns what checkpoints record besides the training state."""
+        return {}
+
+    def resume_path(self) -> str:
+        """Returns the checkpoint that was named to resume from, if any."""
+        return self.config.resume
+
+    def accepts(self, checkpoint: Mapping[str, Any], source: str) -> None:
+        """Makes sure that a checkpoint can be resumed.
+
+        Raises:
+            InputError: It cannot; the message says why and what to do.
+        """
+
+    def sharded_layers(self, model: nn.Module) -> Iterable[nn.Module]:
+        """Returns the layers that ``--shard fsdp`` gathers one by one."""
+        return model.blocks  # type: ignore[return-value]
+
+    def summary(self) -> Iterator[str]:
+        """Yields lines about what is about to run; the batch and the schedule are logged after them."""
+        yield f"{sum(p.numel() for p in self.model.parameters()):,} parameters, {self.precision.dtype}"
+
+    def finish(self) -> None:
+        """Called at the end of a run that has trained to its last step."""
+
+    # What tasks build with
+
+    def steps_per_epoch(self) -> int:
+        """Returns the optimizer steps of a pass over the data.
+
+        Raises:
+            InputError: The data have too few batches for one.
+        """
+        assert isinstance(self.config, BatchOptions)
+        batches, update_freq = self.loader.batches_per_epoch, self.config.update_freq
+        if batches < update_freq:
+            raise InputError(
+                f"the data set has {batches} batches, less than one optimizer step of --update_freq {update_freq}: "
+                "lower --batch_size or --update_freq"
+            )
+        return batches // update_freq
+
+    def loader_of(self, dataset: EpochDataset, *, training: bool = True, **options: Any) -> EpochLoader:
+        """Returns a loader of this process's share of a data set, shuffled for training, in full for evaluation.
+
+        Args:
+            dataset: The samples.
+            training: Whether it is trained on.
+            **options: Arguments of :class:`EpochLoader` that differ.
+        """
+        config = self.config
+        assert isinstance(config, BatchOptions)
+        assert isinstance(config, LoadingOptions)
+        arguments: dict[str, Any] = {
+            "batch_size": config.batch_size,
+            "seed": config.seed,
+            "rank": self.session.rank,
+            "world_size": self.session.world_size,
+            "num_workers": config.num_workers,
+            "pin_memory": config.pin_mem and self.device.type == "cuda",
+            "max_unreadable": config.max_unreadable,
+            **({} if training else {"shuffle": False, "drop_last": False}),
+        }
+        return EpochLoader(dataset, **{**arguments, **options})
+
+    def few_workers(self) -> int:
+        """Returns the number of workers for a loader beside that of training."""
+        assert isinstance(self.config, LoadingOptions)
+        return min(self.config.num_workers, EVALUATION_WORKERS)
+
+
+TaskT = TypeVar("TaskT", bound="Task[Any]")
+
+
+def run(task: Task[Any]) -> None:
+    """Trains as a task says, from the settings to the last checkpoint.
+
+    Raises:
+        InputError: A setting, a file or a checkpoint cannot be used.
+    """
+    with opened(task) as session:
+        task.model = task.build_model().to(session.device)
+        if getattr(task.config, "compile", False):
+            compile_for_training(task.model, recomputes=task.config.grad_checkpointing)
+        task.loader = task.build_loader()
+        settings = task.loop_settings()
+        lr, weight_decay = task.schedules(settings)
+        trainer = trainer_class(task)(
+            model=task.model,
+            step=task.build_objective(),
+            loader=task.loader,
+            optimizer=task.build_optimizer(),
+            precision=task.precision,
+            settings=settings,
+            lr=lr,
+            weight_decay=weight_decay,
+            prepare=task.prepare_batch,
+            folder=session.folder,
+            log_dir=task.config.log_dir,
+            config=to_plain(task.config),
+            extras=task.extras(),
+            ema=task.build_average(),
+            evaluate=task.build_evaluation(),
+            on_epoch_end=task.build_epoch_end(),
+            accepts=task.accepts,
+        )
+        start_epoch = task.config.start_epoch if isinstance(task.config, EpochOptions) else 0
+        session.resume(trainer, path=task.resume_path(), auto=task.config.auto_resume, start_epoch=start_epoch)
+        for line in task.summary():
+            logger.info("%s", line)
+        log_plan(task.config, trainer)
+        trainer.fit()
+        task.finish()
+
+
+@contextmanager
+def opened(task: Task[Any], *, writes: bool = True) -> Iterator[Session]:
+    """Checks a task's settings and opens its session; a job that only looks leaves the run folder alone.
+
+    Raises:
+        InputError: A setting or the run folder cannot be used.
+    """
+    check_settings(task.config)
+    task.check()
+    if isinstance(task.config, ShardingOptions):
+        check_sharding(task.config, task.config.opt)
+    with session_of(task.config, writes=writes) as session:
+        task.start(session)
+        yield session
+
+
+def session_of(config: RunOptions, *, writes: bool = True) -> AbstractContextManager[Session]:
+    """Opens the session that a job's settings ask for.
+
+    Args:
+        config: The settings.
+        writes: Whether the job writes into its run folder.
+    """
+    return open_session(
+        device=config.device,
+        output_dir=config.output_dir if writes else None,
+        settings=dump_yaml(config),
+        seed=config.seed,
+        keep_checkpoints=config.keep_checkpoints,
+        deterministic=config.deterministic,
+        local_rank=config.local_rank,
+        dist_url=config.dist_url,
+        use_open_mpi=config.dist_on_itp,
+        patience=config.dist_timeout,
+    )
+
+
+def trainer_class(task: Task[Any]) -> Callable[..., Trainer]:
+    """Returns what trains: the plain loop, or one that shards the training state over the processes."""
+    config = task.config
+    if not isinstance(config, ShardingOptions):
+        return Trainer
+    if config.enable_deepspeed:
+        from beit.training.zero import DeepSpeedTrainer
+
+        return partial(DeepSpeedTrainer, zero_stage=config.zero_stage)
+    if config.shard == "none":
+        return Trainer
+    from beit.training.fsdp import FullyShardedTrainer  # what it imports takes a second
+
+    return partial(FullyShardedTrainer, layers=task.sharded_layers)
+
+
+def resolve_batch(config: BatchT, world_size: int, multiple: int = 1) -> BatchT:
+    """Returns the settings with ``--total_batch_size``, if given, split into batches; a step has as few as possible.
+
+    Args:
+        config: The settings.
+        world_size: Number of processes.
+        multiple: What the images of a batch must be a multiple of, such as 2 where they are mixed in pairs.
+
+    Raises:
+        InputError: The images cannot be split evenly.
+    """
+    total, unit = config.total_batch_size, world_size * multiple
+    if not total:
+        return config
+    if total % unit:
+        near = [count for count in (total // unit * unit, (total // unit + 1) * unit) if count]
+        pairs = f" in multiples of {multiple}" if multiple > 1 else ""
+        raise InputError(
+            f"--total_batch_size {total} cannot be split evenly over {world_size} processes{pairs}; "
+            f"{' or '.join(map(str, near))} can"
+        )
+    share = total // world_size
+    images = max(size for size in range(multiple, min(share, config.batch_size) + 1, multiple) if share % size == 0)
+    if 2 * images < min(share, config.batch_size):
+        logger.warning(
+            "--total_batch_size %d over %d processes: %d images per batch, as %d has no larger divisor up to "
+            "--batch_size %d",
+            *(total, world_size, images, share, config.batch_size),
+        )
+    return dataclasses.replace(config, batch_size=images, update_freq=share // images)
+
+
+def log_plan(config: BatchOptions, trainer: Trainer) -> None:
+    """Logs the batch, the length of the run and the peak learning rate."""
+    settings, epochs = trainer.settings, ""
+    if settings.period.name == "epoch":
+        epochs = f"{settings.total_steps // settings.period.steps} epochs of {settings.period.steps} steps, "
+    logger.info(
+        "batch %d = %d images x %d processes x %d batches per step; %s%d steps in all",
+        trainer.images_per_step,
+        config.batch_size,
+        distributed.world_size(),
+        config.update_freq,
+        epochs,
+        settings.total_steps,
+    )
+
+
+def find_together(path: str) -> ImageIndex:
+    """Lists the images of a folder or a file once for all processes, which then read the kept index.
+
+    Raises:
+        InputError: There are none, or the processes do not see the same ones.
+    """
+    distributed.on_main(lambda: len(index_images(path)))
+    index = index_images(path)
+    if not distributed.all_equal(len(index)):
+        raise InputError(f"{path} does not hold the same images on all machines: {len(index)} on this one")
+    return index
+
+
+def find_labelled(
+    config: LabelledDataOptions, nb_classes: int, *, evaluates: bool = True, download: bool = False
+) -> tuple[LabelledImages, LabelledImages | None, tuple[str, ...]]:
+    """Finds the training images, the validation images (or None) and the names of their classes.
+
+    Args:
+        config: Where they are.
+        nb_classes: Classes that must be found; 0 takes what is there.
+        evaluates: Whether validation images are needed.
+        download: Whether a missing CIFAR archive may be fetched.
+
+    Raises:
+        InputError: Images are missing, or their classes are not as they should be.
+    """
+
+    def find(train: bool) -> LabelledImages:
+        return find_images(config.data_set, config.data_path, config.eval_data_path, train=train, download=download)
+
+    if download:
+        distributed.on_main(lambda: find(train=True) and None)  # one process fetches for all
+    train = find(train=True)
+    val = find(train=False) if evaluates else None
+    return train, val, check_classes([train, val] if val else [train], nb_classes)
+
+
+def normalization(imagenet: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns mean and standard deviation of the model's input, per channel, for images in [0, 1].
+
+    Args:
+        imagenet: ImageNet's, instead of 0.5.
+    """
+    if imagenet:
+        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    return IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+
+
+def named_model(config: ModelOptions, *, masked: bool = False, **arguments: object) -> Backbone:
+    """Builds ``--model`` with ``--model_kwargs`` over the arguments.
+
+    Args:
+        config: The settings.
+        masked: Whether it must be a pre-training model, rather than a classifier.
+        **arguments: Keywords of its constructor.
+
+    Raises:
+        InputError: The name is unknown or of the other kind, or an argument does not fit.
+    """
+    name, builds = config.model, locate(MODELS[config.model].builds) if config.model in MODELS else None
+    if isinstance(builds, type) and issubclass(builds, VisionTransformerForMaskedImageModeling) != masked:
+        kind = "classifier" if masked else "pre-training model"
+        other = f"{name}_8k_vocab" if masked else name.removesuffix("_8k_vocab")
+        raise InputError(f"--model {name} is a {kind}; this job needs {other}")
+    shared = {"init_values": config.layer_scale_init_value, "use_abs_pos_emb": config.abs_pos_emb}
+    try:
+        return create_model(name, **{**shared, **arguments, **(config.model_kwargs or {})})
+    except TypeError as error:
+        raise InputError(f"--model {name} cannot be built: {error}") from error
+
+
+def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """Moves a batch to a device without waiting for the copies."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -1,0 +1,442 @@
+"""The settings of every training job of the package: flags, YAML keys and their defaults. Imports no torch.
+
+A job's dataclass is made of groups that jobs share, which are also the groups of ``--help``. Official names that
+differ, and those of earlier versions, are aliases of a field.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from beit.config import Size, option
+from beit.errors import InputError
+from beit.registry import MASK_STRATEGIES, TARGETS, TOKENIZERS
+from beit.training.placement import PATIENCE
+
+AMP_CHOICES = ("auto", "bf16", "fp16", "fp32")
+DATA_SETS = ("CIFAR", "IMNET", "image_folder", "CIFAR10")  # the first three have their official names
+IMAGENET_FOLDER = "/datasets01/imagenet_full_size/061417/"  # the official default
+AUTO = "auto"
+OFFICIAL_NUM_LABELS = 1000  # the official default of the probe, which stands for "as many as there are"
+
+# Optimizers whose step on a tensor can be taken in parts, or whose norms PyTorch takes over all parts.
+SHARDABLE_OPTIMIZERS = ("adamw", "adam", "nadamw", "sgd", "momentum", "lamb", "lion")
+NOT_WITH_FSDP = {  # flags that --shard fsdp cannot go with, and why
+    "enable_deepspeed": "both shard the training state",
+    "compile": "it makes one graph of what is gathered block by block",
+    "log_images": "the pictures are drawn by one process, which holds only a part of the model",
+    "model_ema_force_cpu": "the average is sharded like the weights",
+}
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where a run computes, what it writes and how it is resumed."""
+
+    GROUP: ClassVar[str] = "run"
+
+    output_dir: str = option("", "folder for checkpoints and log.txt; empty writes nothing")
+    log_dir: str | None = option(None, "folder for TensorBoard")
+    device: str = option("cuda", "cuda, cpu or mps; the CPU where there is no CUDA")
+    seed: int = option(0, "random seed", within="[0, inf)")
+    resume: str = option("", "checkpoint to resume from")
+    auto_resume: bool = option(True, "resume from the newest checkpoint in --output_dir", off="--no_auto_resume")
+    save_ckpt_steps: int = option(1000, "steps between writes of checkpoint-last.pth; 0 for never", within="[0, inf)")
+    keep_checkpoints: int = option(
+        0,
+        "newest numbered checkpoints to keep; 0 keeps all",
+        within="[0, inf)",
+    )
+    amp_dtype: str = option("auto", "number format of forward and backward", choices=AMP_CHOICES)
+    deterministic: bool = option(False, "deterministic GPU kernels where there are any (slower)")
+    log_every: int = option(10, "steps between console lines", within="[1, inf)")
+    world_size: int = option(1, "number of processes", no_effect="the launcher sets the number of processes")
+    local_rank: int = option(-1, "GPU of this process, as old launchers pass it; LOCAL_RANK wins")
+    dist_on_itp: bool = option(False, "the processes were started by Open MPI's mpirun")
+    dist_url: str = option("env://", "where the processes meet")
+    dist_timeout: float = option(PATIENCE, "minutes to wait for a process that does not answer", within="(0, inf)")
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """How many images make a step."""
+
+    GROUP: ClassVar[str] = "batch"
+
+    batch_size: int = option(64, "images per process and batch", within="[1, inf)")
+    update_freq: int = option(1, "batches whose gradients are accumulated for one step", within="[1, inf)")
+    total_batch_size: int = option(
+        0,
+        "images per step over all processes, however many there are: --update_freq follows from it, and --batch_size "
+        "is the most per process; 0 takes both as they are",
+        within="[0, inf)",
+        yields_to="update_freq",
+    )
+
+
+@dataclass(frozen=True)
+class EpochOptions:
+    """How long a run is, in passes over the data."""
+
+    GROUP: ClassVar[str] = "schedule"
+
+    epochs: int = option(300, "passes over the data", within="[1, inf)")
+    start_epoch: int = option(0, "epoch to start with when nothing is resumed, from 0")
+    eval_freq: int = option(1, "epochs between evaluations", within="[1, inf)")
+    save_ckpt_freq: int = option(20, "epochs between checkpoint-<epoch>.pth", within="[1, inf)")
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """The optimizer and the schedules of learning rate and weight decay."""
+
+    GROUP: ClassVar[str] = "optimizer"
+
+    opt: str = option("adamw", "optimizer: any name that timm knows, or fusedadamw")
+    opt_eps: float = option(1e-8, "epsilon of Adam", within="[0, inf)")
+    opt_betas: tuple[float, ...] | None = option(
+        None, "decay rates of Adam; the optimizer's own by default", within="[0, 1)"
+    )
+    clip_grad: float | None = option(None, "largest gradient norm; no clipping by default", within="(0, inf)")
+    momentum: float = option(0.9, "momentum of SGD", within="[0, inf)")
+    weight_decay: float = option(0.05, "weight decay", within="[0, inf)")
+    lr: float = option(5e-4, "peak learning rate; never rescaled to the batch", within="[0, inf)")
+    min_lr: float = option(1e-5, "learning rate at the end of the schedule", within="[0, inf)")
+
+
+@dataclass(frozen=True)
+class CosineOptions(OptimizerOptions):
+    """The schedules of jobs that count epochs."""
+
+    GROUP: ClassVar[str] = "optimizer"
+
+    weight_decay_end: float | None = option(None, "weight decay at the end of a cosine; constant by default")
+    warmup_lr: float = option(1e-6, "unused", no_effect="the warm-up starts at 0, as in the official schedule")
+    warmup_epochs: int = option(5, "epochs of linear warm-up", within="[0, inf)")
+    warmup_steps: int = option(-1, "steps of linear warm-up; overrides --warmup_epochs when positive")
+
+
+@dataclass(frozen=True)
+class ShardingOptions:
+    """How processes split the training state."""
+
+    GROUP: ClassVar[str] = "sharding"
+
+    shard: str = option(
+        "none",
+        "fsdp: each process holds a part of weights and optimizer state (and, with --update_freq 1, gradients), and "
+        "checkpoints are folders checkpoint-<epoch>/ that all processes must see; such a run can be resumed with any "
+        "number of processes, or without --shard",
+        choices=("none", "fsdp"),
+    )
+    enable_deepspeed: bool = option(False, "train with DeepSpeed (the extra deepspeed)")
+    zero_stage: int = option(0, "what DeepSpeed shards: 0 nothing, 1 optimizer state, 2 gradients too", within="[0, 2]")
+
+
+def check_sharding(config: ShardingOptions, opt: str) -> None:
+    """Raises :class:`InputError` for flags that do not go with ``--shard``."""
+    if config.shard == "none":
+        return
+    for name, reason in NOT_WITH_FSDP.items():
+        if getattr(config, name, False):
+            raise InputError(f"--{name} does not go with --shard fsdp: {reason}; leave one of them out")
+    if opt.lower().removeprefix("fused") not in SHARDABLE_OPTIMIZERS:
+        raise InputError(
+            f"--opt {opt} is not known to work in parts: with --shard {config.shard} choose one of "
+            f"{', '.join(SHARDABLE_OPTIMIZERS)}"
+        )
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The backbone."""
+
+    GROUP: ClassVar[str] = "model"
+
+    model: str = option("beit_base_patch16_224", "model name; `beit models` lists them")
+    model_kwargs: dict[str, Any] | None = option(
+        None, "further constructor arguments, such as patch_size=8 embed_dim=128"
+    )
+    model_key: str = option("model|module", "where a checkpoint has its weights; the first key found")
+    model_prefix: str = option("", "prefix of the names of a checkpoint's weights")
+    rel_pos_bias: bool = option(True, "relative position bias", off="--disable_rel_pos_bias")
+    abs_pos_emb: bool = option(False, "learned absolute position embeddings")
+    layer_scale_init_value: float = option(
+        0.1, "initial LayerScale: 0.1 for base, 1e-5 for large, 0 for none", within="[0, inf)"
+    )
+
+
+@dataclass(frozen=True)
+class TrainedModelOptions(ModelOptions):
+    """The backbone, where it is trained."""
+
+    GROUP: ClassVar[str] = "model"
+
+    init_from: str = option("", "checkpoint to start from: file, folder, released name, URL or hub id")
+    drop_path: float = option(
+        0.1, "stochastic depth rate of the last block; grows linearly with depth", within="[0, 1)"
+    )
+    grad_checkpointing: bool = option(False, "recompute activations in the backward pass, to save memory")
+
+
+@dataclass(frozen=True)
+class LoadingOptions:
+    """How images are read."""
+
+    GROUP: ClassVar[str] = "data"
+
+    num_workers: int = option(10, "data-loading workers per process", within="[0, inf)")
+    pin_mem: bool = option(True, "page-locked host memory for faster transfers to a GPU", off="--no_pin_mem")
+    max_unreadable: int | None = option(
+        None, "unreadable images that end the run; 1 % of them, at least 10, by default", within="[0, inf)"
+    )
+
+
+@dataclass(frozen=True)
+class DataOptions(LoadingOptions):
+    """Images."""
+
+    GROUP: ClassVar[str] = "data"
+
+    data_path: str = option(IMAGENET_FOLDER, "folder of images, text file of paths, or shards-{000..127}.tar")
+    eval_data_path: str | None = option(None, "held-out images to evaluate on")
+
+
+@dataclass(frozen=True)
+class LabelledDataOptions(DataOptions):
+    """Images with classes."""
+
+    GROUP: ClassVar[str] = "data"
+
+    data_path: str = option(IMAGENET_FOLDER, "folder of the data; for IMNET the one with train and val")
+    eval_data_path: str | None = option(None, "folder of validation images, for --data_set image_folder")
+    data_set: str = option("IMNET", "kind of data set; CIFAR is CIFAR-100", choices=DATA_SETS)
+    nb_classes: int = option(0, "classes that must be found; 0 takes what is there", within="[0, inf)")
+    imagenet_default_mean_and_std: bool = option(False, "normalise with ImageNet's mean and std instead of 0.5")
+    train_interpolation: str = option("bicubic", "interpolation of training images")
+    crop_pct: float | None = option(
+        None, "share of the shorter side shown at evaluation; by default 0.875, from 384 pixels on 1", within="(0, inf)"
+    )
+
+
+@dataclass(frozen=True)
+class MaskingOptions:
+    """Masks of patches."""
+
+    GROUP: ClassVar[str] = "masking"
+
+    mask_strategy: str = option("block", "how patches to mask are chosen", choices=MASK_STRATEGIES)
+    num_mask_patches: int = option(75, "most patches masked per image; exactly as many with random", within="[1, inf)")
+    max_mask_patches_per_block: int | None = option(None, "largest masked block, in patches; no limit by default")
+    min_mask_patches_per_block: int = option(16, "smallest masked block, in patches")
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """What is predicted of a patch."""
+
+    GROUP: ClassVar[str] = "target"
+
+    target: str = option("tokens", "what is predicted of a patch", choices=TARGETS)
+    pixel_norm: bool = option(True, "pixels: predict them normalised by their patch's mean and standard deviation")
+    predict: str = option("masked", "which patches are predicted in training", choices=("masked", "all"))
+    discrete_vae_weight_path: str | None = option(None, "folder of the tokenizer")
+    discrete_vae_type: str = option("dall-e", "kind of tokenizer", choices=TOKENIZERS)
+    second_input_size: Size = option(112, "size of the tokenizer's view, in pixels (HEIGHTxWIDTH or one number)")
+    second_interpolation: str = option("lanczos", "interpolation of the tokenizer's view")
+    tokenizer_dtype: str = option(
+        "auto", "number format of the tokenizer's encoder; its logits are always float32", choices=AMP_CHOICES
+    )
+    tokenizer_compile: bool = option(False, "compile the tokenizer's encoder; takes a minute at the start")
+
+
+@dataclass(frozen=True)
+class PretrainingConfig(
+    DataOptions,
+    MaskingOptions,
+    TargetOptions,
+    TrainedModelOptions,
+    BatchOptions,
+    EpochOptions,
+    CosineOptions,
+    ShardingOptions,
+    RunOptions,
+):
+    """The settings of ``run_beit_pretraining.py``: every official flag, with its official default."""
+
+    GROUP: ClassVar[str] = "pre-training"
+    REMOVED: ClassVar[dict[str, tuple[object, str]]] = {
+        "tokenizer_stream": (False, "the tokenizer always runs with the step; --tokenizer_compile makes it faster")
+    }
+
+    model: str = option("beit_base_patch16_224_8k_vocab", "model name; `beit models` lists them")
+    compile: bool = option(False, "compile the model for training; takes minutes at the start")
+    opt_betas: tuple[float, ...] | None = option((0.9, 0.999), "decay rates of Adam", within="[0, 1)")
+    input_size: Size = option(224, "size of the model's view, in pixels (HEIGHTxWIDTH or one number)")
+    train_interpolation: str = option("bicubic", "interpolation of the model's view")
+    color_jitter: float = option(0.4, "strength of brightness, contrast and saturation jitter", within="[0, inf)")
+    imagenet_default_mean_and_std: bool = option(False, "normalise with ImageNet's mean and std instead of 0.5")
+    fast_decode: bool = option(
+        False, "decode JPEG files at a reduced scale where the views show no more; changes pixels"
+    )
+    log_images: int = option(
+        0,
+        "images whose reconstructions go to --log_dir after each epoch: of --eval_data_path, else of --data_path",
+        within="[0, inf)",
+    )
+
+
+@dataclass(frozen=True)
+class FinetuningConfig(
+    LabelledDataOptions,
+    TrainedModelOptions,
+    BatchOptions,
+    EpochOptions,
+    CosineOptions,
+    ShardingOptions,
+    RunOptions,
+):
+    """The settings of ``run_class_finetuning.py``: every official flag, with its official default."""
+
+    GROUP: ClassVar[str] = "fine-tuning"
+
+    init_from: str = option(
+        "", "checkpoint to start from: file, folder, released name, URL or hub id", aliases=("finetune",)
+    )
+    input_size: Size = option(224, "size of the images, in pixels (HEIGHTxWIDTH or one number); sets the model's size")
+    drop: float = option(0.0, "dropout of tokens and branches", within="[0, 1)")
+    attn_drop_rate: float = option(0.0, "dropout of the attention probabilities", within="[0, 1)")
+    use_mean_pooling: bool = option(True, "classify the mean of the patch tokens, not the class token", off="--use_cls")
+    init_scale: float = option(0.001, "factor on the new head's initial weights", within="[0, inf)")
+    compile: bool = option(False, "compile the model for training; takes minutes at the start")
+    model_ema: bool = option(False, "keep a moving average of the weights, and evaluate it too")
+    model_ema_decay: float = option(0.9999, "decay of the moving average", within="[0, 1]")
+    model_ema_force_cpu: bool = option(False, "keep the moving average in host memory")
+
+    download_data: bool = option(False, "fetch CIFAR where it is missing")
+    epochs: int = option(30, "passes over the data", within="[1, inf)")
+    save_ckpt_freq: int = option(5, "epochs between checkpoint-<epoch>.pth", within="[1, inf)")
+    save_ckpt: bool = option(True, "write checkpoints", off="--no_save_ckpt")
+    min_lr: float = option(1e-6, "learning rate at the end of the cosine", within="[0, inf)")
+    layer_decay: float = option(0.9, "factor on the learning rate from one layer to the one below", within="(0, 1]")
+    disable_weight_decay_on_rel_pos_bias: bool = option(False, "no weight decay on relative position bias tables")
+
+    color_jitter: float = option(
+        0.4, "brightness, contrast and saturation jitter; only without --aa", within="[0, inf)"
+    )
+    aa: str = option("rand-m9-mstd0.5-inc1", "augmentation policy, by timm's name; none for none")
+    smoothing: float = option(0.1, "label smoothing", within="[0, 1)")
+    reprob: float = option(0.25, "probability of random erasing", within="[0, 1]")
+    remode: str = option("pixel", "what erased parts are filled with: pixel (noise), rand (a colour) or const")
+    recount: int = option(1, "most rectangles erased per image", within="[1, inf)")
+    resplit: bool = option(False, "unused", no_effect="random erasing has no clean split of a batch here")
+    mixup: float = option(0.0, "alpha of mixup; 0 for none", within="[0, inf)")
+    cutmix: float = option(0.0, "alpha of cutmix; 0 for none", within="[0, inf)")
+    cutmix_minmax: tuple[float, ...] | None = option(
+        None, "smallest and largest share of a side cut; overrides --cutmix", within="[0, 1]"
+    )
+    mixup_prob: float = option(1.0, "probability of mixing a batch, where there is mixup or cutmix", within="[0, 1]")
+    mixup_switch_prob: float = option(0.5, "probability of cutmix where there is mixup too", within="[0, 1]")
+    mixup_mode: str = option("batch", "what shares a mixing ratio", choices=("batch", "pair", "elem"))
+
+    disable_eval_during_finetuning: bool = option(False, "do not evaluate, and need no validation images")
+    eval: bool = option(False, "evaluate only: --resume, else the newest checkpoint in --output_dir")
+    dist_eval: bool = option(False, "unused", no_effect="evaluation is always distributed; each image counts once")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with each other."""
+        return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
+
+
+@dataclass(frozen=True)
+class LinearProbeConfig(LabelledDataOptions, ModelOptions, BatchOptions, EpochOptions, RunOptions):
+    """The settings of ``run_linear_eval.py``: every official flag, with its official default."""
+
+    GROUP: ClassVar[str] = "probe"
+
+    model: str = option("beit_base_patch16_224", "model name, or auto: the architecture of --checkpoint")
+    model_key: str = option(
+        "model|module|teacher",
+        "where the checkpoint has its weights; the first key found",
+        aliases=("checkpoint_key",),
+    )
+    checkpoint: str = option(
+        "",
+        "the backbone, pre-trained or fine-tuned: file, folder, released name, URL or hub id",
+        aliases=("pretrained_weights",),
+    )
+    patch_size: int = option(16, "size of a patch, in pixels", within="[1, inf)")
+    input_size: Size | None = option(
+        None, "size of the images, in pixels (HEIGHTxWIDTH or one number); the model's own"
+    )
+    avgpool_patchtokens: bool = option(
+        True, "features are the class token and the mean of the patch tokens, not the class token alone"
+    )
+    pool: tuple[str, ...] = option((), "one head for each of these instead: cls, mean, cls_mean")
+    layers: tuple[int, ...] = option((), "blocks to probe, from 0; all by default")
+    amp_forward: bool = option(True, "run the backbone in mixed precision (--amp_dtype), on a GPU")
+
+    data_path: str = option("/path/to/imagenet/", "folder of the data; for IMNET the one with train and val")
+    nb_classes: int = option(
+        OFFICIAL_NUM_LABELS,
+        "classes that must be found; 0, and the default, take what is there",
+        within="[0, inf)",
+        aliases=("num_labels",),
+    )
+    train_interpolation: str = option("bilinear", "interpolation of training images")
+    batch_size: int = option(128, "images per process and batch", within="[1, inf)", aliases=("batch_size_per_gpu",))
+    epochs: int = option(100, "passes over the data", within="[1, inf)")
+    eval_freq: int = option(1, "epochs between evaluations", within="[1, inf)", aliases=("val_freq",))
+    opt: str = option("adamw", "optimizer: any name that timm knows", aliases=("optimizer",))
+    lr: float | None = option(None, "peak learning rate; --base_lr scaled by the batch by default", within="[0, inf)")
+    base_lr: float = option(0.001, "learning rate for 256 images per step, over all processes", within="[0, inf)")
+    weight_decay: float | None = option(
+        None, "weight decay of the heads; 1e-4 by default, with sgd 0", within="[0, inf)"
+    )
+    min_lr: float = option(0.0, "learning rate at the end of the cosine", within="[0, inf)")
+    output_dir: str = option(".", "folder for checkpoints and log.txt; empty writes nothing")
+    local_rank: int = option(0, "GPU of this process, as old launchers pass it; LOCAL_RANK wins")
+
+
+@dataclass(frozen=True)
+class DvaeConfig(DataOptions, BatchOptions, EpochOptions, CosineOptions, RunOptions):
+    """The settings of ``run_dvae_training.py``."""
+
+    GROUP: ClassVar[str] = "tokenizer"
+
+    data_path: str = option("", "folder of images, text file of paths, or shards-{000..127}.tar")
+    eval_data_path: str | None = option(None, "held-out images to evaluate on; some training images by default")
+    eval_images: int = option(512, "training images to evaluate on without --eval_data_path", within="[1, inf)")
+    input_size: Size = option(112, "size of the training crops, in pixels (HEIGHTxWIDTH or one number)")
+    interpolation: str = option(
+        "lanczos", "interpolation of the crops, the same as of the tokenizer's view in pre-training"
+    )
+    min_crop: float = option(0.08, "smallest crop, as a share of the image's area", within="(0, 1]")
+
+    num_tokens: int = option(8192, "size of the vocabulary", within="[1, inf)")
+    codebook_dim: int = option(512, "length of a code's vector", within="[1, inf)")
+    num_layers: int = option(3, "times the resolution is halved: 3 makes tokens of 8 x 8 pixels", within="[1, inf)")
+    hidden_dim: int = option(256, "channels of the encoder and the decoder", within="[1, inf)")
+
+    reconstruction: str = option("mse", "reconstruction loss", choices=("mse", "smooth_l1"))
+    kl_weight: float = option(
+        0.1, "weight of the KL divergence to uniform codes; both are per pixel value", within="[0, inf)"
+    )
+    kl_warmup_steps: int = option(-1, "steps from weight 0 to --kl_weight; overrides --kl_warmup_share")
+    kl_warmup_share: float = option(0.1, "the same as a share of the run", within="[0, 1]")
+    temperature_start: float = option(1.0, "first temperature of the Gumbel-softmax", within="(0, inf)")
+    temperature_end: float = option(1 / 16, "last temperature of the Gumbel-softmax", within="(0, inf)")
+    temperature_steps: int = option(-1, "steps of its cosine; overrides --temperature_share when positive")
+    temperature_share: float = option(0.75, "the same as a share of the run", within="[0, 1]")
+    ema_decay: float = option(
+        0.999, "decay of the moving average of the weights, which is what gets published; 0 for none", within="[0, 1)"
+    )
+
+    epochs: int = option(20, "passes over the data", within="[1, inf)")
+    save_ckpt_freq: int = option(1, "epochs between checkpoint-<epoch>.pth", within="[1, inf)")
+    keep_checkpoints: int = option(2, "newest numbered checkpoints to keep; 0 keeps all", within="[0, inf)")
+    warmup_epochs: int = option(0, "epochs of linear warm-up", within="[0, inf)")
+    warmup_steps: int = option(100, "steps of linear warm-up; overrides --warmup_epochs when positive")
+    weight_decay: float = option(1e-4, "weight decay", within="[0, inf)")
+    clip_grad: float | None = option(1.0, "largest gradient norm", within="(0, inf)")
+    opt_betas: tuple[float, ...] | None = option((0.9, 0.999), "decay rates of Adam", within="[0, 1)")

@@ -1,0 +1,112 @@
+"""Which of how many processes this one is, from the environment of its launcher; imports no torch.
+
+Only this module reads the environment of launchers (torchrun, ``torch.distributed.launch``, SLURM, Open MPI).
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from beit.errors import InputError
+
+PATIENCE = 30.0  # minutes that processes wait for one another, if nothing else is said
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a process stands among the processes of a run.
+
+    Args:
+        rank: Number of the process among all.
+        world_size: How many processes there are.
+        local_rank: Number of the process on its machine, which is also the GPU it uses.
+        init_method: Where the processes meet: ``env://`` or ``tcp://host:port``.
+        bound: Whether a scheduler started it, which may show each process its own GPU alone.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    init_method: str = "env://"
+    bound: bool = False
+
+
+def find_placement(
+    environment: Mapping[str, str] | None = None,
+    *,
+    local_rank: int = -1,
+    init_method: str = "env://",
+    use_open_mpi: bool = False,
+) -> Placement:
+    """Reads from the environment who this process is.
+
+    torchrun and ``torch.distributed.launch`` set RANK, ``srun`` sets SLURM_PROCID, ``mpirun`` (asked for with
+    ``--dist_on_itp``) OMPI_COMM_WORLD_RANK. Without any of these the run has one process.
+
+    Args:
+        environment: The environment variables; the process's own by default.
+        local_rank: The ``--local_rank`` that old launchers pass; LOCAL_RANK wins.
+        init_method: The ``--dist_url``.
+        use_open_mpi: Whether to read Open MPI's variables.
+
+    Raises:
+        InputError: A variable that the launcher should have set is missing.
+    """
+    env = os.environ if environment is None else environment
+    try:
+        if use_open_mpi:
+            return _open_mpi_placement(env)
+        if "RANK" in env and "WORLD_SIZE" in env:
+            local = int(env.get("LOCAL_RANK", max(local_rank, 0)))
+            if int(env["WORLD_SIZE"]) > 1 and init_method == "env://":
+                _ = env["MASTER_ADDR"], env["MASTER_PORT"]
+            return Placement(int(env["RANK"]), int(env["WORLD_SIZE"]), local, init_method)
+        # SLURM_STEP_NUM_TASKS is there under srun only, so `python run_….py` inside an allocation stays one process.
+        if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+            return _slurm_placement(env)
+    except KeyError as missing:
+        raise InputError(f"the launcher did not set {missing.args[0]}; start the run with torchrun instead") from None
+    return Placement()
+
+
+def _open_mpi_placement(env: Mapping[str, str]) -> Placement:
+    meeting_point = f"tcp://{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
+    return Placement(
+        int(env["OMPI_COMM_WORLD_RANK"]),
+        int(env["OMPI_COMM_WORLD_SIZE"]),
+        int(env["OMPI_COMM_WORLD_LOCAL_RANK"]),
+        meeting_point,
+        bound=True,
+    )
+
+
+def _slurm_placement(env: Mapping[str, str]) -> Placement:
+    host = env.get("MASTER_ADDR") or first_slurm_host(env["SLURM_STEP_NODELIST"])
+    job = env.get("SLURM_JOB_ID", "0")
+    port = env.get("MASTER_PORT") or str(20000 + int(job) % 20000)  # the same on all ranks, another for another job
+    return Placement(
+        int(env["SLURM_PROCID"]),
+        int(env["SLURM_STEP_NUM_TASKS"]),
+        int(env["SLURM_LOCALID"]),
+        f"tcp://{host}:{port}",
+        bound=True,
+    )
+
+
+def first_slurm_host(node_list: str) -> str:
+    """Returns the first machine of a SLURM list such as ``gpu[03-07,11],login1``."""
+    match = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\]([^,]*))?", node_list)
+    if match is None:
+        raise InputError(f"SLURM_STEP_NODELIST={node_list!r} names no machine; set MASTER_ADDR")
+    prefix, number, suffix = match.groups()
+    return prefix + (number or "") + (suffix or "")
+
+
+def may_follow_another(environment: Mapping[str, str] | None = None) -> bool:
+    """Whether a launcher may have started this run again: torchrun with ``--max-restarts``, SLURM after a requeue.
+
+    What the run before it held, such as the lock of its folder, may then be let go a little later.
+    """
+    env = os.environ if environment is None else environment
+    return any(int(env.get(name) or 0) > 0 for name in ("TORCHELASTIC_MAX_RESTARTS", "SLURM_RESTART_COUNT"))

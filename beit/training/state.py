@@ -1,0 +1,260 @@
+"""What a run consists of and how it goes on: the state in a checkpoint, in both directions."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from beit.errors import InputError
+from beit.training import distributed
+from beit.training.checkpoint import PIECES, RunFolder, folder_beside, load_exactly, position_of, to_cpu
+from beit.training.logging import Averages, ScalarWriter
+from beit.training.optim import load_optimizer
+from beit.training.precision import Precision
+
+logger = logging.getLogger(__name__)
+
+Batch = Mapping[str, Tensor]
+StepFunction = Callable[[nn.Module, Batch, int], tuple[Tensor, dict[str, Tensor]]]
+
+
+class Loader(Protocol):
+    """What the loop needs of a data loader: epochs of batches that can be entered anywhere."""
+
+    batch_size: int
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches this process gets in a whole epoch."""
+
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
+        """Returns this process's batches of an epoch, from batch ``first_batch`` on."""
+
+
+class Average(Protocol):
+    """A moving average of the weights, such as timm's ``ModelEmaV3``."""
+
+    module: nn.Module
+
+    def update(self, model: nn.Module, step: int | None = None) -> None:
+        """Takes the weights after an optimizer step in."""
+
+
+@dataclass(frozen=True)
+class Period:
+    """The stretch of a run by which log lines and checkpoints are numbered.
+
+    Args:
+        name: ``epoch``: from 0, and the data start anew with each; ``step``: by the optimizer steps done, while the
+            data's epochs follow one another without a gap.
+        steps: Optimizer steps in it.
+    """
+
+    name: str = "epoch"
+    steps: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """How long and how to train; every duration is in optimizer steps.
+
+    Args:
+        total_steps: Length of the run.
+        period: What log lines and checkpoints are numbered by. Periods of several steps each get a line.
+        update_freq: Batches whose gradients are accumulated for one optimizer step.
+        clip_grad: Largest gradient norm; None to measure it only.
+        log_every: Steps between two looks at the device's numbers.
+        save_every: Steps between two numbered checkpoints.
+        save_last_every: Steps between two rolling checkpoints; 0 for none.
+        evaluate_every: Steps between two evaluations.
+        evaluate_average: Whether the moving average is evaluated too.
+        save: Whether to write checkpoints at all; without them ``log.txt`` alone is written.
+        best_metric: Metric of the evaluation, the larger the better, whose best checkpoint is kept; None for none.
+        seed: Seed of everything random in a step (dropout, stochastic depth, mixup).
+    """
+
+    total_steps: int
+    period: Period = Period()
+    update_freq: int = 1
+    clip_grad: float | None = None
+    log_every: int = 10
+    save_every: int = 20
+    save_last_every: int = 0
+    evaluate_every: int = 1
+    evaluate_average: bool = False
+    save: bool = True
+    best_metric: str | None = None
+    seed: int = 0
+
+
+@dataclass(kw_only=True)
+class TrainingState:
+    """Everything that a run trains with, and its position; :class:`beit.training.loop.Trainer` moves it on.
+
+    Args:
+        model: The module, on its device.
+        step: ``(model, batch, global_step) -> (loss, metrics)``; scalars on the device, means over the batch.
+        loader: Gives each epoch's batches.
+        optimizer: Over groups as :func:`beit.training.optim.parameter_groups` makes them.
+        precision: Number format of the step.
+        settings: Durations and frequencies.
+        lr: Learning rate at an optimizer step.
+        weight_decay: Weight decay at an optimizer step, or None to leave the groups' own.
+        prepare: Applied to a batch on the host, before it goes to the device.
+        folder: Where checkpoints and ``log.txt`` go; None to write nothing (and on all but the main process).
+        log_dir: TensorBoard's folder.
+        config: The run's settings as plain values, stored in checkpoints under ``args``.
+        extras: More that checkpoints hold, such as the model's architecture.
+        ema: A moving average of the weights.
+        evaluate: ``(model, period) -> metrics``, logged with the prefix ``test_``, and those of the moving average with
+            ``test_ema_``. The period is the number of the one that ends, from 0.
+        on_epoch_end: Called on the main process after a period is saved, if the run writes anything.
+        accepts: ``(checkpoint, source)``, raises :class:`InputError` for a checkpoint that the run cannot resume.
+    """
+
+    model: nn.Module
+    step: StepFunction
+    loader: Loader
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    settings: LoopSettings
+    lr: Callable[[int], float]
+    weight_decay: Callable[[int], float] | None = None
+    prepare: Callable[[Batch], Batch] | None = None
+    folder: RunFolder | None = None
+    log_dir: str | None = None
+    config: Mapping[str, object] = field(default_factory=dict)
+    extras: Mapping[str, object] = field(default_factory=dict)
+    ema: Average | None = None
+    evaluate: Callable[[nn.Module, int], dict[str, float]] | None = None
+    on_epoch_end: Callable[[int, ScalarWriter], None] | None = None
+    accepts: Callable[[Mapping[str, Any], str], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.images_per_step = self.loader.batch_size * self.settings.update_freq * distributed.world_size()
+        self.first_step = 0  # optimizer steps done
+        self._period_open = False  # the last of these ended a period that is not evaluated and logged yet
+        self._fresh = True
+        self._averages = Averages()
+        self._skipped_steps = 0
+        self._best: dict[str, float] = {}  # the best value so far of the metrics that decide what is kept
+
+    def resume(self, checkpoint: Mapping[str, Any], source: str) -> None:
+        """Takes weights, optimizer, scaler, averages and position over from a checkpoint.
+
+        Raises:
+            InputError: The checkpoint is of another model, or lacks the optimizer's state.
+        """
+        if self.accepts is not None:
+            self.accepts(checkpoint, source)
+        self._take_over(checkpoint, source)
+        if self.ema is not None:  # a run without an average begins one with its weights
+            average = checkpoint.get("model_ema") or checkpoint["model"]
+            self._load_weights(self.ema.module, average, f"{source} (model_ema)")
+        self._averages = Averages(checkpoint.get("averages"))
+        self._skipped_steps = checkpoint.get("skipped_steps", 0)
+        self._best = dict(checkpoint.get("best", {}))
+        self._set_position(checkpoint)
+        self._fresh = False
+        logger.info("resuming %s at %s", source, self._place(self.first_step))
+
+    def _take_over(self, checkpoint: Mapping[str, Any], source: str) -> None:
+        """Takes over weights, optimizer and scaler."""
+        if "model" not in checkpoint or not {"optimizer", PIECES} & checkpoint.keys():
+            remedy = (
+                "it was written by DeepSpeed, so add --enable_deepspeed"
+                if "deepspeed" in checkpoint
+                else "to start from its weights give it as --init_from"
+            )
+            raise InputError(f"{source} holds no training state to resume; {remedy}")
+        self._load_weights(self.model, checkpoint["model"], source)
+        optimizer = self._optimizer_state(checkpoint, source)
+        load_optimizer(self.optimizer, optimizer, checkpoint.get("optimizer_class"), source)
+        self.precision.load_state_dict(checkpoint.get("scaler") or {})
+
+    def _load_weights(self, module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+        load_exactly(module, weights, source)
+
+    def _optimizer_state(self, checkpoint: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+        """Returns the optimizer's state, which a run with ``--shard fsdp`` leaves in pieces."""
+        if PIECES in checkpoint:
+            from beit.checkpoints.pieces import read_optimizer  # seldom needed, and what it imports takes a second
+
+            return read_optimizer(folder_beside(source, checkpoint[PIECES]))
+        return checkpoint["optimizer"]
+
+    def _set_position(self, checkpoint: Mapping[str, Any]) -> None:
+        """Takes over the position; an epoch whose length has changed is entered at the same share."""
+        period, step = position_of(checkpoint)
+        then, now = checkpoint.get("progress", {}), self._surroundings()
+        changed = [name for name in now if then.get(name, now[name]) != now[name]]
+        by_step = self.settings.period.name == "step"
+        if by_step:
+            is_open = int(step > 0 and step == then.get("steps_per_epoch", 1))  # version 0.1 counted rounds of steps
+            period, step = then.get("global_step", period) - is_open, is_open
+        if changed and (step or by_step):
+            logger.warning(
+                "%s since the checkpoint: continuing at %s, with other samples",
+                ", ".join(f"{name} went from {then[name]} to {now[name]}" for name in changed),
+                f"step {period + step}" if by_step else f"the same share of epoch {period}",
+            )
+        if changed and step and not by_step:
+            images = then.get("images_per_step", self.images_per_step)
+            step = min(step * images // self.images_per_step, self.settings.period.steps)
+        self.first_step = period * self.settings.period.steps + step
+        self._period_open = step == self.settings.period.steps
+
+    def _surroundings(self) -> dict[str, int]:
+        """Returns what decides which samples a step sees."""
+        surroundings = {"images_per_step": self.images_per_step, "seed": self.settings.seed}
+        if self.settings.period.name == "epoch":
+            surroundings["steps_per_epoch"] = self.settings.period.steps
+        return surroundings
+
+    def _state(self, step: int, period_open: bool = False) -> dict[str, Any]:
+        """Returns what a checkpoint holds when ``step`` optimizer steps are done.
+
+        Args:
+            step: Optimizer steps done.
+            period_open: Whether the last of them ended a period whose evaluation and log line are still to come.
+        """
+        period, within = divmod(step, self.settings.period.steps)
+        if period_open:
+            period, within = period - 1, self.settings.period.steps
+        state = {
+            "model": self._weights(self.model),
+            "epoch": period - 1,  # the last whole epoch, as in official files
+            **self._training_state(),
+            "args": dict(self.config),
+            "progress": {"epoch": period, "step": within, "global_step": step, **self._surroundings()},
+            "averages": self._averages.state_dict(),
+            "skipped_steps": self._skipped_steps,
+            "best": dict(self._best),
+            **self.extras,
+        }
+        if self.ema is not None:
+            state["model_ema"] = self._weights(self.ema.module)
+        return to_cpu(state)
+
+    def _weights(self, module: nn.Module) -> dict[str, Tensor]:
+        return module.state_dict()
+
+    def _training_state(self) -> dict[str, Any]:
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "optimizer_class": type(self.optimizer).__name__,
+            "scaler": self.precision.state_dict(),
+        }
+
+    def _place(self, step: int) -> str:
+        """Names a position for the user."""
+        if self.settings.period.name == "step":
+            return f"step {step}"
+        return "epoch {}, step {}".format(*divmod(step, self.settings.period.steps))
+
+    def checkpoint_number(self, step: int) -> int:
+        """Returns the number in the name of the checkpoint after ``step`` optimizer steps."""
+        return step if self.settings.period.name == "step" else step // self.settings.period.steps - 1
