@@ -1,9 +1,9 @@
 import logging
 import os
+import shutil
 import tracemalloc
 from collections import Counter
 
-import numpy as np
 import pytest
 
 from beit.data import index as index_module
@@ -192,24 +192,27 @@ def test_two_folders_share_a_cache(tmp_path):
             assert paths(index_images(tmp_path / name, tmp_path / "cache"), tmp_path / name) == [file]
 
 
-@pytest.mark.parametrize("damage", ["cut short", "garbage", "empty", "a folder", "fields missing"])
-def test_a_damaged_cache_is_no_error(tmp_path, damage):
+@pytest.mark.parametrize("damage", ["cut short", "garbage", "empty", "missing", "a folder", "no folder", "no files"])
+def test_a_damaged_cache_is_no_error(tmp_path, listings, damage):
     data, cache = tmp_path / "data", tmp_path / "cache"
     touch(data, "a/1.jpg", "a/2.jpg")
     settle(data)
     index_images(data, cache)
-    (file,) = [path for path in cache.iterdir() if path.suffix == ".npz"]
+    (kept,) = cache.iterdir()
+    file = kept / "names.npy"
     content = file.read_bytes()
     file.unlink()
     if damage == "a folder":
         file.mkdir()
-    elif damage == "fields missing":
-        np.savez(file, version=np.int64(1))
-    else:
-        file.write_bytes(
-            {"cut short": content[: len(content) // 2], "garbage": b"\x80\x04x" * 50, "empty": b""}[damage]
-        )
-    assert paths(index_images(data, cache), data) == ["a/1.jpg", "a/2.jpg"]
+    elif damage in ("no folder", "no files"):
+        shutil.rmtree(kept)
+        kept.write_bytes(content) if damage == "no folder" else kept.mkdir()
+    elif damage != "missing":
+        file.write_bytes({"cut short": content[:-3], "garbage": b"\x80\x04x" * 50, "empty": b""}[damage])
+    for _ in range(2):  # the second time from the cache, which the first has repaired
+        assert paths(index_images(data, cache), data) == ["a/1.jpg", "a/2.jpg"]
+    assert listings["_list_folder"] == 2
+    assert [path.name for path in cache.iterdir()] == [kept.name]
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path):
@@ -223,7 +226,7 @@ def test_the_cache_is_below_beit_home(tmp_path, monkeypatch):
     touch(tmp_path / "data", "1.jpg")
     settle(tmp_path / "data")
     index_images(tmp_path / "data")
-    assert [path.suffix for path in (tmp_path / "home" / "index").iterdir()] == [".npz"]
+    assert list((tmp_path / "home" / "index").glob("*/names.npy"))
 
 
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch, caplog):

@@ -180,9 +180,9 @@ def test_ranges_lists_and_wildcards(tmp_path):
     assert names("a-*.tar") == ["a-0.tar", "a-1.tar", "a-10.tar"]
     assert names("{b,a}-1?.tar") == ["b-10.tar", "a-10.tar"]
     assert names("a-0.tar") == ["a-0.tar"]
-    with pytest.raises(InputError, match=r"a-2\.tar and 7 more is not there"):
+    with pytest.raises(InputError, match=r"no such file: \S*/a-2\.tar \(and 7 more\)"):
         names("a-{0..9}.tar")
-    with pytest.raises(InputError, match="no file fits"):
+    with pytest.raises(InputError, match="no file matches"):
         names("c-*.tar")
     with pytest.raises(InputError, match="goes down"):
         names("a-{9..0}.tar")
@@ -221,12 +221,12 @@ def overwritten(path):
     [
         (link, "1.jpg is a link"),
         (hard_link, "1.jpg is a link"),
-        (overwritten, "damaged: at byte 1536"),
+        (overwritten, "damaged: there is no valid header at byte 1536"),
         (lambda path: make_tar(path, [("../1.jpg", b"x")]), "is refused"),
         (lambda path: make_tar(path, [("/etc/1.jpg", b"x")]), "is refused"),
         (lambda path: make_tar(path, [("a\nb.jpg", b"x")]), "is refused"),
         (lambda path: make_tar(path, [("1.jpg", b"x")], format=tarfile.GNU_FORMAT).write_bytes(b""), "cut short"),
-        (lambda path: path.write_bytes(b"\x1f\x8b" + bytes(3000)), "is no tar file"),
+        (lambda path: path.write_bytes(b"\x1f\x8b" + bytes(3000)), "is not a tar file"),
         (lambda path: make_tar(path, [("1.txt", b"x"), ("2.json", b"")]), r"found 1 \.txt, 1 \.json"),
         (lambda path: make_tar(path, [("1.jpg", b"x"), ("1.cls", b"cat")]), "not the number of a class: b'cat'"),
         (lambda path: make_tar(path, [("1.jpg", b"x"), ("1.cls", b"-1")]), "not the number of a class"),
@@ -254,7 +254,7 @@ def test_a_shard_that_is_cut_short_is_named_wherever_it_is_cut(tmp_path):
 
 
 def test_compressed_shards_are_refused(tmp_path):
-    with pytest.raises(InputError, match="unpack it"):
+    with pytest.raises(InputError, match="decompress it"):
         index_images(tmp_path / "shard-{0..9}.tar.gz")
 
 
@@ -308,7 +308,7 @@ def test_shards_are_scanned_once_and_again_when_they_change(folder, tmp_path, sc
     paths[2].rename(tmp_path / "elsewhere")
     assert len(index_images(everything, tmp_path / "cache")) == 16
     assert len(scans) == 3
-    with pytest.raises(InputError, match="is not there"):
+    with pytest.raises(InputError, match="no such file"):
         index_images(pattern, tmp_path / "cache")
 
 
@@ -317,7 +317,7 @@ def test_a_bit_that_flipped_in_the_kept_index_is_noticed(folder, tmp_path, scans
     path = tmp_path / "out" / "shards-000000.tar"
     os.utime(path, LONG_AGO)
     index_images(path, tmp_path / "kept")
-    (kept,) = (tmp_path / "kept").glob("*.npz")
+    (kept,) = (tmp_path / "kept").glob("*/names.npy")
     content = bytearray(kept.read_bytes())
     content[content.index(b"00000000.jpeg") + 4] ^= 1
     kept.write_bytes(bytes(content))
