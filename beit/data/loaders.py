@@ -1,15 +1,16 @@
-"""Batches of an epoch: the same images, in the same order, whatever the number of ranks, workers and restarts."""
+"""Batches of an epoch: the same images in the same order, whatever the number of ranks, workers and restarts."""
 
 import atexit
 import contextlib
-import functools
 import gc
 import logging
 import multiprocessing.connection
 import signal
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from multiprocessing.process import BaseProcess
+from types import FrameType
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,51 +24,51 @@ from beit.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-Batch = dict[str, Tensor]
+Batch = Mapping[str, Tensor]
+Unreadable = Sequence[tuple[int, str]]  # (index, reason) of each image that could not be read
+Loaded = tuple[Batch, Unreadable | InputError]  # an error is returned: raised, it would reach us as a traceback's text
 
-BATCH_FLAG = "--batch_size (--samples_per_gpu in segmentation)"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class EpochDataset(Protocol, Sized):
-    """What a loader reads: samples addressed by ``(epoch, index)``; an ``ImageDataset`` is one."""
+    """What a loader reads: samples addressed by ``(epoch, index)``, as in an ``ImageDataset``."""
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
-        """Returns one sample: tensors, and under ``UNREADABLE`` what was replaced on the way, if anything."""
+        """Returns one sample: tensors and, under ``UNREADABLE``, the images that had to be replaced, if any."""
         ...
 
     def name(self, index: int) -> str:
-        """Returns what to call item ``index`` in a message, for files the path."""
+        """Returns what to call item ``index`` in a message; for files, the path."""
         ...
 
 
 class EpochLoader:
     """Iterates over the host batches of one rank, epoch by epoch, from any batch on.
 
-    The order of an epoch follows from ``(seed, epoch)`` alone. Global batch ``k`` is the ``k``-th slice of
-    ``batch_size * world_size`` images, and rank ``r`` reads the ``r``-th part of it. A sample follows from
+    The order of an epoch depends on ``(seed, epoch)`` alone. Global batch ``k`` is the ``k``-th slice of
+    ``batch_size * world_size`` images, and rank ``r`` reads the ``r``-th part of it. A sample depends on
     ``(seed, epoch, index)`` (see ``ImageDataset``), so neither ranks, workers nor a restart change what is seen.
 
-    Files that cannot be read are replaced by the data set; the loader logs each once and ends the run when there are
-    too many.
+    Unreadable files are replaced by the data set; the loader logs each once, and stops the run if there are too many.
 
     Args:
         dataset: Samples by ``(epoch, index)``.
         batch_size: Images per rank and batch.
-        seed: Decides the order.
+        seed: Determines the order.
         rank: This process.
         world_size: Number of processes.
         num_workers: Worker processes that load ahead, kept from epoch to epoch; 0 loads in this process.
         pin_memory: Put batches into page-locked memory, for asynchronous copies to a GPU.
-        shuffle: A new order every epoch; False is the data set's order.
-        drop_last: Leave out the incomplete global batch at the end. Without it every image is seen exactly once, and
-            ranks may get different numbers of batches.
-        max_unreadable: Unreadable files that are put up with; ``None`` is 1 % of the data set, at least 10.
+        shuffle: A new order every epoch; False keeps the data set's order.
+        drop_last: Drop the incomplete global batch at the end. Otherwise every image is seen exactly once, and ranks
+            may get different numbers of batches.
+        max_unreadable: Number of unreadable files tolerated; ``None`` is 1 % of the data set, at least 10.
         prefetch_factor: Batches each worker loads ahead.
-        multiprocessing_context: How workers start: fork, forkserver, spawn, or ``None`` for the platform's way.
+        multiprocessing_context: How workers start: fork, forkserver, spawn, or ``None`` for the platform's default.
 
     Raises:
-        InputError: The batch size is not positive, or (with ``drop_last``) more than the data set.
+        InputError: The batch size is not positive, or (with ``drop_last``) exceeds the data set.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class EpochLoader:
                 f"batch_size must be at least 1 and num_workers at least 0, got {batch_size}, {num_workers}"
             )
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} is not one of {world_size} ranks")
+            raise ValueError(f"rank {rank} is not below {world_size}, the number of ranks")
         self.dataset = dataset
         self.batch_size, self.seed = batch_size, seed
         self.rank, self.world_size = rank, world_size
@@ -102,13 +103,15 @@ class EpochLoader:
         self._prefetch_factor, self._context = prefetch_factor, multiprocessing_context
         if drop_last and len(dataset) < batch_size * world_size:
             raise InputError(self._too_small())
-        self._sampler = _KeySampler()
+        self._sampler = _Sampler()
         self._loader: DataLoader[Any] | None = None
-        self._turn = 0  # which call of epoch() the workers serve
+        self._iterator: Iterator[Loaded] = iter(())  # of the loader; held here only, as its workers end with it
+        self._workers: list[BaseProcess] = []
+        self._turn = 0  # number of calls of epoch(): only the epoch asked for last goes on
 
     @property
     def batches_per_epoch(self) -> int:
-        """Batches this rank gets in a whole epoch."""
+        """Number of batches of this rank in a whole epoch."""
         whole, rest = divmod(len(self.dataset), self.batch_size * self.world_size)
         return whole + int(not self.drop_last and rest > self.rank * self.batch_size)
 
@@ -123,11 +126,11 @@ class EpochLoader:
 
         Args:
             epoch: Counts from 0.
-            first_batch: Where to begin; what comes before is neither loaded nor decoded.
+            first_batch: Where to start; batches before it are neither loaded nor decoded.
 
         Returns:
-            An iterator over dicts of stacked tensors ``(B, ...)``. Calling ``epoch`` again ends it: batches the
-            workers have prepared for it are dropped.
+            An iterator over dicts of stacked tensors ``(B, ...)``. Calling ``epoch`` again ends it and drops what the
+            workers have prepared for it.
 
         Raises:
             InputError: Too many files cannot be read, or a worker process died.
@@ -138,29 +141,42 @@ class EpochLoader:
         return self._batches(epoch, first_batch, self._turn)
 
     def close(self) -> None:
-        """Ends the worker processes; a later epoch starts them anew."""
+        """Ends the worker processes; a later epoch starts new ones."""
         self._turn += 1
-        loader, self._loader = self._loader, None
-        _end_workers(getattr(loader, "_iterator", None))
+        iterator: Any = self._iterator
+        workers, self._workers = self._workers, []
+        self._loader, self._iterator = None, iter(())
+        if any(worker.exitcode is not None for worker in workers):
+            # One that was killed may have held the lock of the event that ends the others, so that setting it would
+            # wait forever: kill them, and give the iterator another event to set.
+            for worker in workers:
+                worker.kill()
+            for worker in workers:
+                worker.join()
+            iterator._workers_done_event = threading.Event()
+        if workers:
+            # As deleting the iterator does, but the traceback of an error may still hold it.
+            iterator._shutdown_workers()
 
     def _batches(self, epoch: int, first_batch: int, turn: int) -> Iterator[Batch]:
         self._require_turn(turn)
-        numbers = range(first_batch, self.batches_per_epoch)
-        # Bound without self: a circle of references would leave the workers to the garbage collector.
-        self._sampler.batches = functools.partial(
-            _rank_batches, epoch, self.order(epoch), numbers, self.batch_size, self.rank, self.world_size
-        )
+        # Local names, not self: a reference cycle would leave the workers to the garbage collector.
+        order, size, stride = self.order(epoch), self.batch_size, self.batch_size * self.world_size
+        starts = range(first_batch * stride + self.rank * size, self.batches_per_epoch * stride, stride)
+        self._sampler.batches = ([(epoch, i) for i in order[start : start + size].tolist()] for start in starts)
         for batch, unreadable in self._loaded():
             self._account(unreadable)
             yield batch
             self._require_turn(turn)
 
-    def _loaded(self) -> Iterator[tuple[Batch, "Unreadable | _Failure"]]:
+    def _loaded(self) -> Iterator[Loaded]:
         try:
-            yield from _begin(self._data_loader())
+            self._begin()
+            while (loaded := next(self._iterator, None)) is not None:
+                yield loaded
         except (RuntimeError, OSError, EOFError) as error:
-            # A dead worker shows as one of these; but so do exceptions inside a live one, which speak for themselves.
-            codes = _exit_codes(self._loader)
+            # A dead worker shows up as one of these, but so does an exception in a live one, which needs no comment.
+            codes = _exit_codes(self._workers)
             if not codes:
                 raise
             self.close()
@@ -169,45 +185,52 @@ class EpochLoader:
                 f"--num_workers (now {self.num_workers}) or the batch size, or give the machine more (shared) memory"
             ) from error
 
+    def _begin(self) -> None:
+        """Starts the iterator of an epoch and, the first time, the workers."""
+        if self._loader is None:
+            self._loader = self._data_loader()
+        before = set(multiprocessing.active_children())
+        with _signals_undisturbed():
+            self._iterator = iter(self._loader)
+        self._workers += set(multiprocessing.active_children()) - before
+
     def _require_turn(self, turn: int) -> None:
         if turn != self._turn:
-            raise RuntimeError("this epoch was left: another one has been started, or the loader was closed")
+            raise RuntimeError("this epoch has ended: another one was started, or the loader was closed")
 
     def _data_loader(self) -> "DataLoader[Any]":
-        if self._loader is None:
-            workers = self.num_workers > 0
-            if workers:
-                # A loader that has become garbage must end here; collected in a forked worker it would disturb that.
-                gc.collect()
-                atexit.register(_close_at_exit, weakref.ref(self))
-            self._loader = DataLoader(
-                _Batches(self.dataset),
-                batch_sampler=self._sampler,
-                collate_fn=_as_is,
-                num_workers=self.num_workers,
-                pin_memory=self.pin_memory,
-                persistent_workers=workers,
-                prefetch_factor=self._prefetch_factor if workers else None,
-                multiprocessing_context=self._context if workers else None,
-                worker_init_fn=_start_worker,
-                # A generator of its own: without one each epoch would take a number from the global generator, and
-                # stopping in the middle of an epoch would change what dropout draws afterwards.
-                generator=torch.Generator(),
-            )
-        return self._loader
+        workers = self.num_workers > 0
+        if workers:
+            # A loader that has become garbage must end here: collected in a forked worker, it would disturb that one.
+            gc.collect()
+            atexit.register(_close_at_exit, weakref.ref(self))
+        return DataLoader(
+            _Batches(self.dataset),
+            batch_sampler=self._sampler,
+            collate_fn=_as_is,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            persistent_workers=workers,
+            prefetch_factor=self._prefetch_factor if workers else None,
+            multiprocessing_context=self._context if workers else None,
+            worker_init_fn=_start_worker,
+            # Its own generator: otherwise each epoch would draw from the global one, and stopping in the middle of an
+            # epoch would change dropout afterwards.
+            generator=torch.Generator(),
+        )
 
-    def _account(self, unreadable: "Unreadable | _Failure") -> None:
-        if isinstance(unreadable, _Failure):
-            raise InputError(unreadable.message)
+    def _account(self, unreadable: Unreadable | InputError) -> None:
+        if isinstance(unreadable, InputError):
+            raise unreadable
         for index, reason in unreadable:
             if index not in self.unreadable:
                 self.unreadable[index] = reason
-                logger.error("unreadable image %s (%s): another takes its place", self.dataset.name(index), reason)
+                logger.error("unreadable image %s (%s): replaced by another", self.dataset.name(index), reason)
         if len(self.unreadable) > self.max_unreadable:
             index, reason = next(iter(self.unreadable.items()))
             raise InputError(
                 f"{len(self.unreadable)} of {len(self.dataset)} images cannot be read, more than the "
-                f"{self.max_unreadable} put up with; the first: {self.dataset.name(index)} ({reason}). "
+                f"{self.max_unreadable} tolerated; the first: {self.dataset.name(index)} ({reason}). "
                 "Repair or remove them, or raise --max_unreadable"
             )
 
@@ -215,61 +238,38 @@ class EpochLoader:
         size, ranks = len(self.dataset), self.world_size
         images = "1 image" if size == 1 else f"{size} images"
         if ranks == 1:
-            return f"batch size {self.batch_size} is more than the data set of {images}: lower {BATCH_FLAG}"
-        what = f"{ranks} processes x batch size {self.batch_size} is more than the data set of {images}"
-        if size < ranks:
-            return f"{what}: use fewer processes"
-        return f"{what}: {size // ranks} is the most that works ({BATCH_FLAG})"
+            return f"batch size {self.batch_size} exceeds the data set of {images}: lower --batch_size"
+        what = f"{ranks} processes x batch size {self.batch_size} exceed the data set of {images}"
+        return f"{what}: " + (
+            "use fewer processes" if size < ranks else f"lower --batch_size to at most {size // ranks}"
+        )
 
 
-Unreadable = Sequence[tuple[int, str]]
+class _Sampler:
+    """A batch sampler that gets its batches before each epoch, so that the data loader and its workers can stay."""
 
-
-class _KeySampler:
-    """A batch sampler whose batches are set before each epoch; the data loader and its workers stay."""
-
-    batches: Callable[[], Iterator[list[Key]]]
+    batches: Iterator[list[Key]]
 
     def __iter__(self) -> Iterator[list[Key]]:
-        return self.batches()
-
-
-def _rank_batches(
-    epoch: int, order: NDArray[np.int64], numbers: range, batch_size: int, rank: int, world_size: int
-) -> Iterator[list[Key]]:
-    """Yields the keys of one rank's share of the global batches ``numbers``."""
-    for number in numbers:
-        start = (number * world_size + rank) * batch_size
-        yield [(epoch, index) for index in order[start : start + batch_size].tolist()]
-
-
-class _Failure:
-    """An ``InputError`` on its way from a worker: raised there, it would arrive wrapped in a traceback as text."""
-
-    def __init__(self, message: str) -> None:
-        self.message = message
+        return self.batches
 
 
 class _Batches(Dataset[Any]):
-    """Makes whole batches where the samples are made, and keeps what was unreadable beside them."""
+    """Stacks samples into batches in the worker, and lists beside them what was unreadable."""
 
     def __init__(self, dataset: EpochDataset) -> None:
         self.dataset = dataset
 
-    def __getitems__(self, keys: list[Key]) -> tuple[Batch, Unreadable | _Failure]:
-        """Returns the stacked samples of ``keys`` and what could not be read on the way."""
+    def __getitems__(self, keys: list[Key]) -> Loaded:
+        """Returns the stacked samples of ``keys``, and what could not be read."""
+        several = getattr(self.dataset, "__getitems__", None)  # PyTorch's name for it; not every data set has it
         try:
-            samples = _samples(self.dataset, keys)
+            samples = [self.dataset[key] for key in keys] if several is None else several(keys)
         except InputError as error:
-            return {}, _Failure(str(error))
+            return {}, error
         unreadable = [entry for sample in samples for entry in sample.pop(UNREADABLE, ())]
         # A worker stacks straight into memory that the main process sees.
         return {name: default_collate([sample[name] for sample in samples]) for name in samples[0]}, unreadable
-
-
-def _samples(dataset: EpochDataset, keys: list[Key]) -> list[dict[str, Any]]:
-    several = getattr(dataset, "__getitems__", None)  # PyTorch's name for it; not every data set has it
-    return [dataset[key] for key in keys] if several is None else several(keys)
 
 
 def _as_is(loaded: Any) -> Any:
@@ -277,18 +277,18 @@ def _as_is(loaded: Any) -> Any:
 
 
 def _start_worker(_worker: int) -> None:
-    # Several workers with several threads each would fight for the cores.
+    # Several workers with several threads each would compete for the cores.
     torch.set_num_threads(1)
-    # A terminal and a scheduler signal all processes at once. When to stop is the main process's decision, which may
-    # need a few more batches to end well; the workers end with it. (A second SIGTERM is obeyed: a main process that
-    # ends in disorder sends it to workers it could not tell to stop.)
+    # A terminal or a scheduler signals all processes at once. The main process decides when to stop and may need a few
+    # more batches to end well; the workers end with it. (A second SIGTERM is obeyed: a main process that crashes sends
+    # it to workers that it could not tell to stop.)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _forgive_once)
+    signal.signal(signal.SIGTERM, _ignore_once)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
-def _forgive_once(_signal: int, _frame: Any) -> None:
+def _ignore_once(_signal: int, _frame: FrameType | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
@@ -298,55 +298,32 @@ def _close_at_exit(reference: "weakref.ref[EpochLoader]") -> None:
         loader.close()
 
 
-def _begin(loader: "DataLoader[Any]") -> Iterator[Any]:
-    """Returns the loader's iterator, without the signal handler that the first one with workers installs.
+@contextlib.contextmanager
+def _signals_undisturbed() -> Iterator[None]:
+    """Lets a data loader start its workers without changing how this process handles signals.
 
-    The handler raises an error for a dead worker wherever the main process happens to be: in the middle of an
-    optimizer step, or of the clean-up after that error. Without it the loader notices within 5 seconds, where batches
-    are asked for.
+    PyTorch installs a handler of SIGCHLD that raises an error for a dead worker wherever the main process happens to
+    be, such as in the middle of an optimizer step or a save. Without it the loader notices within 5 seconds, when a
+    batch is asked for. Signals to stop are held back, so that new workers get them once they have their own handlers.
     """
     if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
-        return iter(loader)
-    before = signal.getsignal(signal.SIGCHLD)
-    with _stop_signals_held():
-        batches = iter(loader)
-    if before is not None and signal.getsignal(signal.SIGCHLD) is not before:
-        signal.signal(signal.SIGCHLD, before)
-    return batches
-
-
-@contextlib.contextmanager
-def _stop_signals_held() -> Iterator[None]:
-    """Holds back signals that ask to stop: a worker that starts meanwhile gets them once it knows what to do."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        yield
+        return
+    handler, mask = signal.getsignal(signal.SIGCHLD), signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if handler is not None:
+            signal.signal(signal.SIGCHLD, handler)
 
 
-def _end_workers(batches: Any) -> None:
-    """Ends the workers of a loader's iterator, if it has any."""
-    processes = getattr(batches, "_workers", ())
-    if any(process.exitcode is not None for process in processes):
-        # One that was killed may have held a lock they share, and the orderly way would wait for it for ever: end
-        # the others the same way, and keep from the event that is behind the lock.
-        for process in processes:
-            process.kill()
-        for process in processes:
-            process.join()
-        batches._workers_done_event = threading.Event()
-    if processes:
-        # As deleting the iterator does; but an epoch that someone still holds would keep it.
-        batches._shutdown_workers()
-
-
-def _exit_codes(loader: "DataLoader[Any] | None") -> list[str]:
-    """Returns how the loader's workers ended, of those that did: signal names or exit statuses."""
-    workers = getattr(getattr(loader, "_iterator", None), "_workers", ())
-    # What a dying worker breaks is noticed before its end is: wait for it, and then for its exit status.
-    sentinels = {worker.sentinel: worker for worker in workers}
-    for sentinel in multiprocessing.connection.wait(list(sentinels), timeout=1) if sentinels else ():
-        sentinels[sentinel].join(timeout=5)
+def _exit_codes(workers: Sequence[BaseProcess]) -> list[str]:
+    """Returns how workers ended, for those that did: signal names or exit statuses."""
+    # What a dying worker breaks is noticed before its end is: wait for that, and then for its exit status.
+    ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1) if workers else []
+    for worker in workers:
+        if worker.sentinel in ended:
+            worker.join(timeout=5)
     codes = sorted({worker.exitcode for worker in workers if worker.exitcode is not None})
     return [signal.Signals(-code).name if code < 0 else f"exit status {code}" for code in codes]

@@ -189,7 +189,7 @@ def test_without_shuffling_the_order_is_the_data_sets():
     ("size", "batch", "ranks", "advice"),
     [
         (7, 8, 1, "lower --batch_size"),
-        (7, 4, 2, "3 is the most that works .--batch_size"),
+        (7, 4, 2, "lower --batch_size to at most 3"),
         (3, 1, 4, "fewer processes"),
     ],
 )
@@ -305,11 +305,11 @@ def test_an_epoch_that_is_left_leaves_nothing_behind():
     left = loader.epoch(0)
     next(left)  # by now the workers have prepared further batches of epoch 0
     assert keys(loader.epoch(1)) == [(1, i) for i in range(40)]
-    with pytest.raises(RuntimeError, match="was left"):
+    with pytest.raises(RuntimeError, match="has ended"):
         next(left)
     unborn = loader.epoch(2)
     loader.epoch(3)
-    with pytest.raises(RuntimeError, match="was left"):
+    with pytest.raises(RuntimeError, match="has ended"):
         next(unborn)
     loader.close()
 
