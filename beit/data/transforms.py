@@ -1,17 +1,19 @@
 """From a decoded image to the views a task trains on, as uint8 tensors; and to the numbers a network reads.
 
-A transform is called with an RGB image and the sample's own random generator. The image is Pillow's; those here, as
-``takes_pixels`` says of them, take it as a tensor too. Python's, NumPy's and PyTorch's global generators are seeded for
-the sample as well (see :class:`beit.data.datasets.ImageDataset`), so transforms of other libraries are as reproducible
-as these. Images stay uint8 until they are on the device: a quarter of the memory, and of the traffic, of float32.
+A transform is called with an RGB image and the sample's random generator. The image is Pillow's or, for transforms with
+a true attribute ``takes_pixels`` such as those here, a tensor. Python's, NumPy's and PyTorch's global generators are
+seeded for the sample too (see :class:`beit.data.datasets.ImageDataset`), so other libraries' transforms are just as
+reproducible. Images stay uint8 until they are on the device: a quarter of the memory and traffic of float32.
 
-What is thrown away is not computed: the region is cut out and resized before it is jittered and mirrored, so that
-only pixels of the views go through that. The plain order of operations is jitter, flip, crop, resize.
+The plain order is jitter, flip, crop, resize. Here the crop is cut out and resized first, so that only pixels of the
+views are jittered and flipped.
 """
 
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -22,28 +24,87 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from beit.data.jitter import ViewJitter
+from beit.data.preprocessing import IMAGENET_DEFAULT_MEAN as IMAGENET_DEFAULT_MEAN
+from beit.data.preprocessing import IMAGENET_DEFAULT_STD as IMAGENET_DEFAULT_STD
+from beit.data.preprocessing import IMAGENET_INCEPTION_MEAN as IMAGENET_INCEPTION_MEAN
+from beit.data.preprocessing import IMAGENET_INCEPTION_STD as IMAGENET_INCEPTION_STD
 from beit.errors import InputError, did_you_mean
 from beit.masking import MaskGenerator
 
-IMAGENET_DEFAULT_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_DEFAULT_STD = (0.229, 0.224, 0.225)
-IMAGENET_INCEPTION_MEAN = (0.5, 0.5, 0.5)
-IMAGENET_INCEPTION_STD = (0.5, 0.5, 0.5)
-
-INTERPOLATIONS = {
-    "bicubic": InterpolationMode.BICUBIC,
-    "bilinear": InterpolationMode.BILINEAR,
-    "nearest": InterpolationMode.NEAREST,
-    "lanczos": InterpolationMode.LANCZOS,
-}
+INTERPOLATIONS = {mode.value: mode for mode in map(InterpolationMode, ("bicubic", "bilinear", "nearest", "lanczos"))}
 RANDOM_CHOICES = ("bilinear", "bicubic")  # what "random" chooses from, anew for every image
 CROP_TRIES = 10
-REDUCTIONS = (8, 4, 2)  # what a JPEG decoder can divide the size by on the way
+REDUCTIONS = (8, 4, 2)  # factors by which a JPEG decoder can reduce an image while decoding
 
+Size = int | Sequence[int]  # (H, W), or one number for both
 Box = tuple[int, int, int, int]  # top, left, height, width, in pixels
 
 
-class MaskedImageModelingTransform:
+@dataclass(eq=False)
+class RandomCropTransform:
+    """One random crop, flipped half of the time, at one size or two: for training a tokenizer.
+
+    Args:
+        input_size: Size in pixels, ``(H, W)`` or one number.
+        second_input_size: Size of a second view of the crop, ``(H2, W2)`` or one number; None for no such view.
+        interpolation: How the crop is resized: bicubic, bilinear, nearest, lanczos, or random.
+        second_interpolation: How the second view is resized.
+        color_jitter: Brightness, contrast and saturation change by a factor in ``1 ± color_jitter``.
+        scale: Range of the crop's share of the image area.
+        ratio: Range of the crop's width over height.
+
+    Raises:
+        InputError: An interpolation is unknown, or a size or the jitter is not usable.
+    """
+
+    takes_pixels: ClassVar = True
+
+    input_size: Size
+    second_input_size: Size | None = None
+    _: KW_ONLY
+    interpolation: str = "lanczos"
+    second_interpolation: str = "lanczos"
+    color_jitter: float = 0.0
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+    def __post_init__(self) -> None:
+        if self.color_jitter < 0:
+            raise InputError(f"color_jitter must be 0 or more, got {self.color_jitter}")
+        self._jitter = ViewJitter(self.color_jitter) if self.color_jitter else None
+        self._views = _Views(self.input_size, self.second_input_size, self.interpolation, self.second_interpolation)
+
+    def __call__(
+        self, image: Image.Image | Tensor, rng: np.random.Generator, full_size: tuple[int, int] | None = None
+    ) -> dict[str, Tensor]:
+        """Returns ``image``, uint8 ``(3, H, W)``, and ``token_image``, uint8 ``(3, H2, W2)``, if it has a size.
+
+        Args:
+            image: RGB, Pillow's or uint8 ``(3, h, w)``.
+            rng: The sample's generator.
+            full_size: ``(width, height)`` of the image in its file, if it was decoded at a smaller scale.
+        """
+        pixels = as_pixels(image)
+        flipped, box = flip_and_box(full_size or size_of(pixels), self.scale, self.ratio, rng)
+        views = self._views(cut_out(pixels, box, full_size), rng)
+        if self._jitter is not None:
+            views = self._jitter(views, pixels)
+        return {name: view.flip(-1) for name, view in views.items()} if flipped else views
+
+    def reduction(self, full_size: tuple[int, int], rng: np.random.Generator) -> int:
+        """Returns the factor by which an image may be reduced before this transform would have to enlarge it.
+
+        Args:
+            full_size: ``(width, height)`` in pixels.
+            rng: A generator in the state of the one that the transform will be called with.
+        """
+        _, (_, _, height, width) = flip_and_box(full_size, self.scale, self.ratio, rng)
+        rows, columns = (max(sides) for sides in zip(*self._views.sizes.values(), strict=True))
+        return next((by for by in REDUCTIONS if height >= by * rows and width >= by * columns), 1)
+
+
+@dataclass(eq=False)
+class MaskedImageModelingTransform(RandomCropTransform):
     """Colour jitter, flip, one random crop seen by the model and by the tokenizer, and a mask.
 
     Both views show the same region, so that token (i, j) belongs to patch (i, j). The jitter is that of the whole
@@ -52,205 +113,98 @@ class MaskedImageModelingTransform:
     Source: section 3.1 of arXiv 2106.08254.
 
     Args:
-        input_size: Size of the model's view in pixels, ``(H, W)`` or one number.
-        second_input_size: Size of the tokenizer's view in pixels, ``(H2, W2)`` or one number; None for no such view.
-        interpolation: How the model's view is resized: bicubic, bilinear, nearest, lanczos, or random.
-        second_interpolation: How the tokenizer's view is resized.
-        color_jitter: Brightness, contrast and saturation change by a factor in ``1 ± color_jitter``.
-        scale: Range of the crop's share of the image area.
-        ratio: Range of the crop's width over height.
-        mask_generator: Draws the patches to mask.
+        mask_generator: Draws the patches to mask; for the other arguments see :class:`RandomCropTransform`.
 
     Raises:
         InputError: An interpolation is unknown, or a size or the jitter is not usable.
     """
 
-    takes_pixels = True
-
-    def __init__(
-        self,
-        input_size: int | Sequence[int] = 224,
-        second_input_size: int | Sequence[int] | None = 112,
-        *,
-        interpolation: str = "bicubic",
-        second_interpolation: str = "lanczos",
-        color_jitter: float = 0.4,
-        scale: tuple[float, float] = (0.08, 1.0),
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        mask_generator: MaskGenerator,
-    ) -> None:
-        self.views = _TwoViews(input_size, second_input_size, interpolation, second_interpolation)
-        self.scale, self.ratio = scale, ratio
-        if color_jitter < 0:
-            raise InputError(f"color_jitter must be 0 or more, got {color_jitter}")
-        self.jitter = ViewJitter(color_jitter) if color_jitter else None
-        self.mask_generator = mask_generator
+    input_size: Size = 224
+    second_input_size: Size | None = 112
+    _: KW_ONLY
+    interpolation: str = "bicubic"
+    color_jitter: float = 0.4
+    mask_generator: MaskGenerator
 
     def __call__(
         self, image: Image.Image | Tensor, rng: np.random.Generator, full_size: tuple[int, int] | None = None
     ) -> dict[str, Tensor]:
-        """Returns ``image`` uint8 ``(3, H, W)``, ``token_image`` uint8 ``(3, H2, W2)`` and ``mask`` bool ``(h, w)``.
-
-        Args:
-            image: RGB, by Pillow or as uint8 ``(3, h, w)``.
-            rng: The sample's generator.
-            full_size: ``(width, height)`` of the image in its file, where it was decoded at a smaller scale.
-        """
-        pixels = as_pixels(image)
-        flipped, box = self._draw(full_size or size_of(pixels), rng)
-        views = self.views(cut_out(pixels, box, full_size), rng)
-        if self.jitter is not None:
-            views = self.jitter(views, pixels)
-        if flipped:
-            views = {name: view.flip(-1) for name, view in views.items()}
-        return {**views, "mask": torch.from_numpy(self.mask_generator(rng))}
-
-    def reduction(self, full_size: tuple[int, int], rng: np.random.Generator) -> int:
-        """Returns by what an image may be reduced before this transform, called with the same randomness, enlarges.
-
-        Args:
-            full_size: ``(width, height)`` in pixels.
-            rng: A generator in the state of the one that the transform will be called with.
-        """
-        sizes = (self.views.size, self.views.second_size or self.views.size)
-        return reduction(self._draw(full_size, rng)[1], *sizes)
-
-    def _draw(self, size: tuple[int, int], rng: np.random.Generator) -> tuple[bool, Box]:
-        return flip_and_box(size, self.scale, self.ratio, rng)
+        """Returns what :class:`RandomCropTransform` does, and ``mask`` bool ``(h, w)``."""
+        return {**super().__call__(image, rng, full_size), "mask": torch.from_numpy(self.mask_generator(rng))}
 
 
-class MaskedImageModelingEvalTransform:
-    """The central crop, seen by the model and by the tokenizer, and a mask: for held-out images.
-
-    The mask is drawn from the sample's generator, so with the epoch fixed every evaluation asks the same questions.
-
-    Args:
-        input_size: Size of the model's view in pixels, ``(H, W)`` or one number.
-        second_input_size: Size of the tokenizer's view in pixels, ``(H2, W2)`` or one number; None for no such view.
-        interpolation: How the model's view is resized.
-        second_interpolation: How the tokenizer's view is resized.
-        crop_fraction: Side of the crop, as a share of the largest one that fits; 0.875 is 224 of 256 pixels.
-        mask_generator: Draws the patches to mask.
-
-    Raises:
-        InputError: An interpolation is unknown, or a size is not usable.
-    """
-
-    takes_pixels = True
-
-    def __init__(
-        self,
-        input_size: int | Sequence[int] = 224,
-        second_input_size: int | Sequence[int] | None = 112,
-        *,
-        interpolation: str = "bicubic",
-        second_interpolation: str = "lanczos",
-        crop_fraction: float = 0.875,
-        mask_generator: MaskGenerator,
-    ) -> None:
-        self.views = _TwoViews(input_size, second_input_size, interpolation, second_interpolation)
-        self.crop_fraction = crop_fraction
-        self.mask_generator = mask_generator
-
-    def __call__(self, image: Image.Image | Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Returns ``image`` uint8 ``(3, H, W)``, ``token_image`` uint8 ``(3, H2, W2)`` and ``mask`` bool ``(h, w)``."""
-        pixels = as_pixels(image)
-        region = cut_out(pixels, central_box(size_of(pixels), self.views.size, self.crop_fraction))
-        return {**self.views(region, rng), "mask": torch.from_numpy(self.mask_generator(rng))}
-
-
-class RandomCropTransform:
-    """One random crop, flipped half of the time: for training a tokenizer.
-
-    Args:
-        image_size: Size in pixels, ``(H, W)`` or one number.
-        interpolation: How the crop is resized.
-        scale: Range of the crop's share of the image area.
-        ratio: Range of the crop's width over height.
-
-    Raises:
-        InputError: The interpolation is unknown or the size not usable.
-    """
-
-    takes_pixels = True
-
-    def __init__(
-        self,
-        image_size: int | Sequence[int],
-        *,
-        interpolation: str = "lanczos",
-        scale: tuple[float, float] = (0.08, 1.0),
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    ) -> None:
-        self.size = size_pair(image_size)
-        self.interpolation = known_interpolation(interpolation)
-        self.scale, self.ratio = scale, ratio
-
-    def __call__(
-        self, image: Image.Image | Tensor, rng: np.random.Generator, full_size: tuple[int, int] | None = None
-    ) -> dict[str, Tensor]:
-        """Returns ``image``, uint8 ``(3, H, W)``; for ``full_size`` see :class:`MaskedImageModelingTransform`."""
-        pixels = as_pixels(image)
-        flipped, box = self._draw(full_size or size_of(pixels), rng)
-        shown = resized(cut_out(pixels, box, full_size), self.size, self.interpolation, rng)
-        return {"image": shown.flip(-1) if flipped else shown}
-
-    def reduction(self, full_size: tuple[int, int], rng: np.random.Generator) -> int:
-        """Returns by what an image may be reduced before; see :class:`MaskedImageModelingTransform`."""
-        return reduction(self._draw(full_size, rng)[1], self.size)
-
-    def _draw(self, size: tuple[int, int], rng: np.random.Generator) -> tuple[bool, Box]:
-        return flip_and_box(size, self.scale, self.ratio, rng)
-
-
+@dataclass(eq=False)
 class CenterCropTransform:
-    """The central crop alone: for evaluating a tokenizer.
+    """The central crop, at one size or two: for evaluating a tokenizer.
 
     Args:
-        image_size: Size in pixels, ``(H, W)`` or one number.
+        input_size: Size in pixels, ``(H, W)`` or one number.
+        second_input_size: Size of a second view of the crop, ``(H2, W2)`` or one number; None for no such view.
         interpolation: How the crop is resized.
+        second_interpolation: How the second view is resized.
         crop_fraction: Side of the crop, as a share of the largest one that fits.
 
     Raises:
-        InputError: The interpolation is unknown or the size not usable.
+        InputError: An interpolation is unknown or a size is not usable.
     """
 
-    takes_pixels = True
+    takes_pixels: ClassVar = True
 
-    def __init__(
-        self, image_size: int | Sequence[int], *, interpolation: str = "lanczos", crop_fraction: float = 1.0
-    ) -> None:
-        self.size = size_pair(image_size)
-        self.interpolation = known_interpolation(interpolation)
-        self.crop_fraction = crop_fraction
+    input_size: Size
+    second_input_size: Size | None = None
+    _: KW_ONLY
+    interpolation: str = "lanczos"
+    second_interpolation: str = "lanczos"
+    crop_fraction: float = 1.0
+
+    def __post_init__(self) -> None:
+        self._views = _Views(self.input_size, self.second_input_size, self.interpolation, self.second_interpolation)
 
     def __call__(self, image: Image.Image | Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Returns ``image``, uint8 ``(3, H, W)``."""
+        """Returns ``image``, uint8 ``(3, H, W)``, and ``token_image``, uint8 ``(3, H2, W2)``, if it has a size."""
         pixels = as_pixels(image)
-        region = cut_out(pixels, central_box(size_of(pixels), self.size, self.crop_fraction))
-        return {"image": resized(region, self.size, self.interpolation, rng)}
+        box = central_box(size_of(pixels), self._views.sizes["image"], self.crop_fraction)
+        return self._views(cut_out(pixels, box), rng)
 
 
-class _TwoViews:
-    """One region of an image at two sizes, or at one."""
+@dataclass(eq=False)
+class MaskedImageModelingEvalTransform(CenterCropTransform):
+    """The central crop, seen by the model and by the tokenizer, and a mask: for held-out images.
 
-    def __init__(
-        self,
-        size: int | Sequence[int],
-        second_size: int | Sequence[int] | None,
-        interpolation: str,
-        second_interpolation: str,
-    ) -> None:
-        self.size = size_pair(size)
-        self.second_size = None if second_size is None else size_pair(second_size)
-        self.interpolation = known_interpolation(interpolation)
-        self.second_interpolation = known_interpolation(second_interpolation)
+    The mask is drawn from the sample's generator, so with the epoch fixed every evaluation asks the same questions.
+    By default 0.875 of the side is shown: 224 of 256 pixels.
+
+    Args:
+        mask_generator: Draws the patches to mask; for the other arguments see :class:`CenterCropTransform`.
+
+    Raises:
+        InputError: An interpolation is unknown or a size is not usable.
+    """
+
+    input_size: Size = 224
+    second_input_size: Size | None = 112
+    _: KW_ONLY
+    interpolation: str = "bicubic"
+    crop_fraction: float = 0.875
+    mask_generator: MaskGenerator
+
+    def __call__(self, image: Image.Image | Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
+        """Returns what :class:`CenterCropTransform` does, and ``mask`` bool ``(h, w)``."""
+        return {**super().__call__(image, rng), "mask": torch.from_numpy(self.mask_generator(rng))}
+
+
+class _Views:
+    """One region of an image at one size or two."""
+
+    def __init__(self, size: Size, second_size: Size | None, interpolation: str, second_interpolation: str) -> None:
+        self.sizes = {"image": size_pair(size)}
+        if second_size is not None:
+            self.sizes["token_image"] = size_pair(second_size)
+        self.interpolations = known_interpolation(interpolation), known_interpolation(second_interpolation)
 
     def __call__(self, region: Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
-        views = {"image": resized(region, self.size, self.interpolation, rng)}
-        if self.second_size is not None:
-            views["token_image"] = resized(region, self.second_size, self.second_interpolation, rng)
-        return views
+        views = zip(self.sizes.items(), self.interpolations, strict=False)
+        return {name: resized(region, size, how, rng) for (name, size), how in views}
 
 
 def as_pixels(image: Image.Image | Tensor) -> Tensor:
@@ -259,17 +213,17 @@ def as_pixels(image: Image.Image | Tensor) -> Tensor:
 
 
 def size_of(pixels: Tensor) -> tuple[int, int]:
-    """Returns ``(width, height)`` of an image ``(3, h, w)``, in the order in which Pillow says it."""
+    """Returns ``(width, height)`` of an image ``(3, h, w)``, in Pillow's order."""
     return pixels.shape[2], pixels.shape[1]
 
 
 def cut_out(pixels: Tensor, box: Box, full_size: tuple[int, int] | None = None) -> Tensor:
-    """Returns the region ``box`` of an image, uint8 ``(3, h, w)``, pixel by pixel in memory.
+    """Returns the region ``box`` of an image, uint8 ``(3, h, w)``, channels last in memory.
 
     Args:
         pixels: The image, uint8 ``(3, h, w)``.
-        box: The region; in pixels of ``full_size``, if given, to the nearest whole pixel of the image.
-        full_size: ``(width, height)`` of the image that this one is a reduction of.
+        box: The region; if ``full_size`` is given, in pixels of that size, rounded to whole pixels of the image.
+        full_size: ``(width, height)`` of the image before it was reduced.
     """
     top, left, height, width = box
     rows, columns = pixels.shape[1:]
@@ -285,17 +239,11 @@ def _scaled(start: int, length: int, zoom: float, limit: int) -> tuple[int, int]
     return first, min(max(1, round((start + length) * zoom) - first), limit - first)
 
 
-def reduction(box: Box, *sizes: tuple[int, int]) -> int:
-    """Returns the largest of 1, 2, 4, 8 by which a region may be reduced and still has the sizes ``(H, W)``."""
-    height, width = max(size[0] for size in sizes), max(size[1] for size in sizes)
-    return next((by for by in REDUCTIONS if box[2] >= by * height and box[3] >= by * width), 1)
-
-
 def resized(pixels: Tensor, size: tuple[int, int], interpolation: str, rng: np.random.Generator) -> Tensor:
     """Returns an image at another size; ``random`` draws the interpolation.
 
-    PyTorch resizes 8-bit images that lie in memory pixel by pixel, as decoded ones do, several times faster than
-    Pillow, with the same filters to a rounding of the weights.
+    PyTorch resizes 8-bit channels-last images, as decoders give them, several times faster than Pillow, with the same
+    filters up to the rounding of their weights.
 
     Args:
         pixels: uint8 ``(3, h, w)``.
@@ -309,8 +257,7 @@ def resized(pixels: Tensor, size: tuple[int, int], interpolation: str, rng: np.r
     if interpolation == "random":
         interpolation = RANDOM_CHOICES[rng.integers(len(RANDOM_CHOICES))]
     if interpolation in ("bicubic", "bilinear") or (interpolation == "lanczos" and _torch_has_lanczos()):
-        # Not by torchvision, which asks for a result that lies pixel by pixel: batches lie channel by channel. So do
-        # the results of PyTorch here, and nothing is left to sort.
+        # Not torchvision's function, which returns channels last: batches are contiguous, as PyTorch's results are.
         return interpolate(pixels[None], size, mode=interpolation, antialias=True)[0].contiguous()
     return F.pil_to_tensor(F.resize(F.to_pil_image(pixels), list(size), INTERPOLATIONS[interpolation])).contiguous()
 
@@ -337,10 +284,10 @@ def crop_and_resize(
 def flip_and_box(
     image_size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
 ) -> tuple[bool, Box]:
-    """Draws whether an image is mirrored, and then the region of a random resized crop of what that leaves.
+    """Draws whether an image is mirrored, and the region of a random resized crop of the mirrored image.
 
     Returns:
-        Whether, and where the region lies in the image as it is.
+        Whether it is mirrored, and the region in the image as it is.
     """
     flipped = bool(rng.random() < 0.5)
     top, left, height, width = random_box(image_size, scale, ratio, rng)
@@ -353,7 +300,7 @@ def random_box(
     """Draws the region of a random resized crop, as torchvision's ``RandomResizedCrop`` does.
 
     Args:
-        image_size: ``(width, height)`` in pixels, as Pillow says it.
+        image_size: ``(width, height)`` in pixels.
         scale: Range of the region's share of the image area, uniform.
         ratio: Range of its width over height, log-uniform.
         rng: The sample's generator.
@@ -377,7 +324,7 @@ def central_box(image_size: tuple[int, int], size: tuple[int, int], fraction: fl
     """Returns the central region shaped like ``size`` = ``(H, W)`` that spans ``fraction`` of what fits.
 
     Args:
-        image_size: ``(width, height)`` in pixels, as Pillow says it.
+        image_size: ``(width, height)`` in pixels.
         size: The shape wanted, ``(H, W)``.
         fraction: In (0, 1].
     """
@@ -392,8 +339,8 @@ def _central(image_size: tuple[int, int], width: float, height: float) -> Box:
     return (image_size[1] - h) // 2, (image_size[0] - w) // 2, h, w
 
 
-def size_pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """Returns ``(H, W)`` of a size given as such or as one number.
+def size_pair(size: Size) -> tuple[int, int]:
+    """Returns a size as ``(H, W)``.
 
     Raises:
         InputError: It is not one or two positive numbers.
@@ -405,10 +352,10 @@ def size_pair(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def known_interpolation(name: str) -> str:
-    """Returns the name of an interpolation.
+    """Returns ``name`` if it is an interpolation.
 
     Raises:
-        InputError: There is no such interpolation.
+        InputError: It is not.
     """
     choices = (*INTERPOLATIONS, "random")
     if name not in choices:
@@ -417,16 +364,15 @@ def known_interpolation(name: str) -> str:
 
 
 def to_unit_range(images: Tensor) -> Tensor:
-    """Returns uint8 images ``(B, 3, H, W)`` as float32 in [0, 1], what a tokenizer reads.
+    """Returns uint8 images ``(B, 3, H, W)`` as float32 in [0, 1], as a tokenizer takes them.
 
-    However the images lie in memory, the result lies channel by channel: what is computed from it does not depend on
-    where it came from, to the bit.
+    The result is contiguous whatever the layout of the images, so that what is computed from it is the same to the bit.
     """
     return images.to(torch.float32, memory_format=torch.contiguous_format) / 255
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Returns uint8 images as the float32 numbers a backbone reads: ``(images / 255 - mean) / std``.
+    """Returns uint8 images as float32, normalised for a backbone: ``(images / 255 - mean) / std``.
 
     Args:
         images: ``(B, 3, H, W)`` or ``(3, H, W)``, uint8, on any device.
@@ -439,7 +385,7 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 @functools.lru_cache(maxsize=16)
 def _constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
-    # Kept: copying them to a GPU at every step would make the host wait for it. Not as inference tensors, which a
-    # later call that needs gradients could not use.
+    # Cached, as copying them to a GPU at every step would make the host wait for it. Not as inference tensors, which
+    # a later call that needs gradients could not use.
     with torch.inference_mode(False):
         return torch.tensor([mean, std], dtype=torch.float32, device=device).reshape(2, -1, 1, 1)

@@ -1,0 +1,14 @@
+"""What a published model expects of its images. Without torch, for commands that only describe a checkpoint."""
+
+IMAGENET_DEFAULT_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_DEFAULT_STD = (0.229, 0.224, 0.225)
+IMAGENET_INCEPTION_MEAN = (0.5, 0.5, 0.5)
+IMAGENET_INCEPTION_STD = (0.5, 0.5, 0.5)
+
+CROP_PCT = 224 / 256
+FULL_CROP_FROM = 384  # pixels
+
+
+def default_crop_pct(size: tuple[int, int]) -> float:
+    """Returns the share of the shorter side shown at evaluation: 224 of 256, and all of it from 384 pixels on."""
+    return CROP_PCT if min(size) < FULL_CROP_FROM else 1.0
