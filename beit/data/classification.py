@@ -1,36 +1,30 @@
-"""Images with classes: where they come from, whether their classes fit together, and how they are augmented."""
+"""Images with classes: where they come from, whether their classes match, and how they are augmented."""
 
 import logging
-import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from timm.data.auto_augment import (
-    AugmentOp,
-    augment_and_mix_transform,
-    auto_augment_transform,
-    rand_augment_transform,
-)
+from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 from timm.data.auto_augment import posterize as timm_posterize
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import str_to_pil_interp
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision import datasets
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from beit.data.datasets import LABEL, ImageDataset, ImageIndex, Key, Transform, index_images, sample_randomness
-from beit.data.loaders import EpochDataset
+from beit.data.datasets import ImageDataset, Transform
+from beit.data.index import ImageIndex, index_images
+from beit.data.preprocessing import default_crop_pct as default_crop_pct
 from beit.data.transforms import (
     INTERPOLATIONS,
+    Size,
     crop_and_resize,
     known_interpolation,
     normalize,
@@ -45,17 +39,14 @@ DATA_SETS = ("CIFAR", "IMNET", "image_folder", "CIFAR10")  # the first three hav
 CIFAR = {"CIFAR": datasets.CIFAR100, "CIFAR10": datasets.CIFAR10}
 ERASING_MODES = ("pixel", "rand", "const")
 
-NATIVE_SIZE = 32  # inputs up to this size are made of images that have it, not of crops (as official; CIFAR)
+NATIVE_SIZE = 32  # up to this input size, images that have it are neither zoomed nor cut (as official; for CIFAR)
 NATIVE_PADDING = 4
-FULL_CROP_FROM = 384  # inputs from this size on show the whole shorter side at evaluation
-CROP_PCT = 224 / 256
 _SHOWN_NAMES = 3
 
 
-# ------------------------------------------------------------------------------------------------------- the images
 @dataclass(frozen=True)
 class ArrayImages:
-    """Images that are held in memory.
+    """Images held in memory, with the methods of an ``ImageIndex``.
 
     Args:
         images: uint8 ``(N, H, W, 3)``.
@@ -72,47 +63,24 @@ class ArrayImages:
     def __len__(self) -> int:
         return len(self.images)
 
+    def path(self, i: int) -> str:
+        """Returns what to call image ``i`` in a message."""
+        return f"image {i} of {self.root}"
+
+    def file(self, i: int) -> Image.Image:
+        """Returns image ``i``."""
+        return Image.fromarray(self.images[i])
+
+    def class_id(self, i: int) -> int:
+        """Returns the class of image ``i``."""
+        return int(self.class_ids[i])
+
 
 LabelledImages = ImageIndex | ArrayImages
 
 
-class ArrayDataset(Dataset[dict[str, Any]]):
-    """What :class:`ImageDataset` is for files, for images in memory: addressed by ``(epoch, index)``, with labels.
-
-    Args:
-        source: The images.
-        transform: Called with an RGB image and a NumPy generator; returns a dict of tensors.
-        seed: Of the run.
-    """
-
-    def __init__(self, source: ArrayImages, transform: Transform, seed: int = 0) -> None:
-        self.source = source
-        self.transform = transform
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def name(self, index: int) -> str:
-        """Returns what to call image ``index`` in a message."""
-        return f"image {index} of {self.source.root}"
-
-    def __getitem__(self, key: Key) -> dict[str, Any]:
-        """Returns the sample ``(epoch, index)``."""
-        epoch, index = key
-        with sample_randomness(self.seed, epoch, index) as rng:
-            sample: dict[str, Any] = dict(self.transform(Image.fromarray(self.source.images[index]), rng))
-        sample[LABEL] = torch.tensor(int(self.source.class_ids[index]))
-        return sample
-
-
-def labelled_dataset(source: LabelledImages, transform: Transform, seed: int, strict: bool = False) -> EpochDataset:
-    """Returns the samples of images, each with its class under ``label``, for an ``EpochLoader``.
-
-    With ``strict`` the label of an image that cannot be read is -1; the picture is then another's.
-    """
-    if isinstance(source, ArrayImages):
-        return ArrayDataset(source, transform, seed)
+def labelled_dataset(source: LabelledImages, transform: Transform, seed: int, strict: bool = False) -> ImageDataset:
+    """Returns samples with their class under ``label``, for an ``EpochLoader``; see :class:`ImageDataset`."""
     return ImageDataset(source, transform, seed, labels=True, strict=strict)
 
 
@@ -126,28 +94,23 @@ def find_images(
             ``eval_data_path`` themselves; ``CIFAR`` (which is CIFAR-100) and ``CIFAR10``: torchvision's archives.
         data_path: The folder.
         eval_data_path: The validation images of an ``image_folder``.
-        train: Whether the training images are wanted.
-        download: Whether a missing CIFAR archive may be fetched.
+        train: Training images, or else validation images.
+        download: Whether a missing CIFAR archive may be downloaded.
 
     Raises:
-        InputError: The folder is missing, empty, not given, or without one folder for each class.
+        InputError: The folder is missing, empty, not given, or has images outside class folders.
     """
     if data_set in CIFAR:
         return _cifar(data_set, data_path, train, download)
     if data_set == "IMNET":
         folder = os.path.join(data_path, "train" if train else "val")
     elif not train and not eval_data_path:
-        raise InputError(
-            "--eval_data_path is missing: with --data_set image_folder it is the folder of validation images; to train "
-            "without them add --disable_eval_during_finetuning"
-        )
+        raise InputError("--eval_data_path is missing: --data_set image_folder needs a folder of validation images")
     else:
         folder = data_path if train else str(eval_data_path)
     index = index_images(folder)
     if not index.class_names:
-        raise InputError(
-            f"{folder} has images that are in no class: each class needs a folder of its own, {folder}/CLASS"
-        )
+        raise InputError(f"{folder} has images without a class: each class needs its own folder, {folder}/CLASS")
     return index
 
 
@@ -157,69 +120,61 @@ def _cifar(data_set: str, root: str, train: bool, download: bool) -> ArrayImages
     try:
         found = archive(root, train=train, download=download)
     except (RuntimeError, OSError) as error:
-        hint = "" if download else "; --download_data fetches it"
+        hint = "" if download else "; --download_data downloads it"
         reason = "damaged or of another version" if folder.exists() else "missing"
         raise InputError(f"--data_set {data_set}: {folder} is {reason}{hint}") from error
     return ArrayImages(found.data, np.asarray(found.targets, dtype=np.int64), tuple(found.classes), str(folder))
 
 
-# ------------------------------------------------------------------------------------------------------ the classes
 def check_classes(sources: Sequence[LabelledImages], nb_classes: int = 0) -> tuple[str, ...]:
-    """Returns the names of the classes, by id.
+    """Returns the class names, by id.
 
     Args:
         sources: What must have the same classes, such as the training and the validation images.
-        nb_classes: How many there should be; 0 takes as many as there are.
+        nb_classes: The number expected; 0 accepts any.
 
     Raises:
-        InputError: Another number of classes was found, or the sources do not have the same ones.
+        InputError: The number of classes differs, or the sources have different classes.
     """
     first, *others = sources
     names = first.class_names
     if nb_classes and nb_classes != len(names):
         raise InputError(
-            f"--nb_classes {nb_classes}, but {first.root} has {len(names)} classes ({_listed(names)}): "
-            f"give --nb_classes {len(names)}, or 0 to take what is there"
+            f"--nb_classes {nb_classes}, but {first.root} has {len(names)} classes ({_shown(names)}): "
+            f"give --nb_classes {len(names)}, or 0 to infer it"
         )
     for other in others:
-        _require_same(first, other)
+        pairs = ((source, than, _missing(source, than)) for source, than in ((first, other), (other, first)))
+        parts = [f"{len(m)} in {source.root} but not in {than.root} ({_shown(m)})" for source, than, m in pairs if m]
+        if parts:
+            raise InputError(f"training and validation images have different classes: {', '.join(parts)}")
     if len(names) == 1:
-        logger.warning("%s has one class, %s: every answer is right, and nothing can be learned", first.root, names[0])
+        logger.warning("%s has only one class, %s: there is nothing to learn", first.root, names[0])
     return names
 
 
-def _require_same(train: LabelledImages, val: LabelledImages) -> None:
-    only_train = [name for name in train.class_names if name not in set(val.class_names)]
-    only_val = [name for name in val.class_names if name not in set(train.class_names)]
-    if not only_train and not only_val:
-        return
-    parts = [
-        f"{len(names)} in {source.root} but not in {other.root} ({_listed(names)})"
-        for names, source, other in ((only_train, train, val), (only_val, val, train))
-        if names
-    ]
-    raise InputError(f"training and validation images have different classes: {', '.join(parts)}")
+def _missing(source: LabelledImages, other: LabelledImages) -> list[str]:
+    known = set(other.class_names)
+    return [name for name in source.class_names if name not in known]
 
 
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_SHOWN_NAMES])
-    return f"{shown}, …" if len(names) > _SHOWN_NAMES else shown
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN_NAMES]) + (", …" if len(names) > _SHOWN_NAMES else "")
 
 
-# --------------------------------------------------------------------------------------------------- the transforms
 class ClassificationTransform:
     """Training images: a random crop, flipped half of the time, augmented, and with parts erased.
 
     The crop and the flip come first, then the augmentation policy or, without one, colour jitter; then random erasing
-    of the normalised image. An image that has the input's size, of at most 32 pixels, is not zoomed into but shifted
-    by up to 4 pixels, as official.
+    of the normalised image. An image that already has the input's size, of at most 32 pixels, is shifted by up to 4
+    pixels instead of cropped, as in the official code.
 
     Source: the settings of BEiT (arXiv 2106.08254), appendix; RandAugment is arXiv 1909.13719, random erasing
     arXiv 1708.04896.
 
     Args:
         input_size: ``(H, W)`` or one number, in pixels.
-        mean: Per channel, for images in [0, 1]; the policy fills with it.
+        mean: Per channel, for images in [0, 1]; also the policy's fill colour.
         std: Per channel, for images in [0, 1].
         interpolation: How the crop is resized: bicubic, bilinear, nearest, lanczos, or random.
         auto_augment: timm's name of a policy, such as ``rand-m9-mstd0.5-inc1``; empty or ``none`` for none.
@@ -227,17 +182,17 @@ class ClassificationTransform:
             policy.
         erasing: Probability that parts of an image are erased.
         erasing_mode: ``pixel``: with normal noise, ``rand``: with one random colour, ``const``: with the mean.
-        erasing_count: Most rectangles erased in an image.
+        erasing_count: Most rectangles erased per image.
         scale: Range of the crop's share of the image area.
         ratio: Range of the crop's width over height.
 
     Raises:
-        InputError: A setting that cannot be used.
+        InputError: A setting is out of range or unknown.
     """
 
     def __init__(
         self,
-        input_size: int | Sequence[int] = 224,
+        input_size: Size = 224,
         *,
         mean: Sequence[float],
         std: Sequence[float],
@@ -255,7 +210,7 @@ class ClassificationTransform:
         self.interpolation = known_interpolation(interpolation)
         self.scale, self.ratio = scale, ratio
         if color_jitter < 0:
-            raise InputError(f"--color_jitter must be 0 or more, got {color_jitter}")
+            raise InputError(f"color_jitter must be 0 or more, got {color_jitter}")
         self.augment = build_policy(auto_augment, self.size, self.mean, self.interpolation)
         if self.augment is None and color_jitter:
             self.augment = v2.ColorJitter(color_jitter, color_jitter, color_jitter)
@@ -271,7 +226,7 @@ class ClassificationTransform:
         pixels = F.pil_to_tensor(image)
         if self.erase is None:
             return {"image": pixels}
-        # Noise of the normalised image has no place among 256 values, so such an image travels as float32.
+        # Normal noise does not fit into 8 bits, so such an image travels as float32.
         return {"image": self.erase(normalize(pixels, self.mean, self.std))}
 
     def _crop(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -283,24 +238,24 @@ class ClassificationTransform:
 
 
 class ClassificationEvalTransform:
-    """Validation images: the shorter side resized, then the centre cut out.
+    """Validation images: the shorter side resized, then a centre crop.
 
     Args:
         input_size: ``(H, W)`` or one number, in pixels.
         interpolation: How the image is resized.
-        crop_pct: Share of the resized image's shorter side that is cut out; None is 0.875, and 1 from 384 pixels on.
+        crop_pct: Share of the resized shorter side that is shown; None is 0.875, and 1 from 384 pixels on.
 
     Raises:
         InputError: A setting that cannot be used.
     """
 
     def __init__(
-        self, input_size: int | Sequence[int] = 224, *, interpolation: str = "bicubic", crop_pct: float | None = None
+        self, input_size: Size = 224, *, interpolation: str = "bicubic", crop_pct: float | None = None
     ) -> None:
         self.size = size_pair(input_size)
         if interpolation not in INTERPOLATIONS:
             known_interpolation(interpolation)
-            raise InputError(f"evaluation is not random: give one of {', '.join(INTERPOLATIONS)} as its interpolation")
+            raise InputError(f"evaluation cannot use a random interpolation: choose {', '.join(INTERPOLATIONS)}")
         self.interpolation = interpolation
         self.crop_pct = default_crop_pct(self.size) if crop_pct is None else crop_pct
         if not 0 < self.crop_pct <= 1:
@@ -317,26 +272,21 @@ class ClassificationEvalTransform:
         """Returns ``[H, W]`` that an image of ``(width, height)`` is resized to, in pixels."""
         width, height = image_size
         least_h, least_w = (int(side / self.crop_pct) for side in self.size)
-        if height * least_w <= width * least_h:  # the height is what is scarce
+        if height * least_w <= width * least_h:  # the height is the limit
             return [least_h, int(least_h * width / height)]
         return [int(least_w * height / width), least_w]
 
 
-def default_crop_pct(size: tuple[int, int]) -> float:
-    """Returns the share of the shorter side shown at evaluation: 224 of 256, all from 384 pixels on."""
-    return CROP_PCT if min(size) < FULL_CROP_FROM else 1.0
-
-
 def is_native(image: Image.Image, size: tuple[int, int]) -> bool:
-    """Whether an image is small and already has the input's size ``(H, W)``, so that it is neither zoomed nor cut."""
+    """Whether an image is small and has the input's size ``(H, W)``, so is not resized or cropped."""
     return max(size) <= NATIVE_SIZE and image.size == (size[1], size[0])
 
 
 def build_policy(name: str, size: tuple[int, int], mean: Sequence[float], interpolation: str) -> Any:
-    """Builds timm's augmentation policy of a name: RandAugment, AutoAugment or AugMix; None without a name.
+    """Builds timm's RandAugment, AutoAugment or AugMix policy by name; None without a name.
 
     Raises:
-        InputError: timm does not know it.
+        InputError: timm does not know the name.
     """
     if name in ("", "none"):
         return None
@@ -352,20 +302,13 @@ def build_policy(name: str, size: tuple[int, int], mean: Sequence[float], interp
         else:
             policy = auto_augment_transform(name, settings)
     except (AssertionError, KeyError, ValueError) as error:  # timm asserts what it does not know
-        raise InputError(
-            f"--aa {name!r} is no policy that timm knows, such as rand-m9-mstd0.5-inc1, augmix-m3-w3 or original"
-        ) from error
-    for operation in _operations(policy):
-        if operation.aug_fn is timm_posterize:
-            operation.aug_fn = posterize
+        known = "timm's are like rand-m9-mstd0.5-inc1, augmix-m3-w3 or original"
+        raise InputError(f"unknown augmentation policy {name!r}: {known}") from error
+    for entry in policy.ops if hasattr(policy, "ops") else policy.policy:
+        for operation in entry if isinstance(entry, list) else [entry]:
+            if operation.aug_fn is timm_posterize:
+                operation.aug_fn = posterize
     return policy
-
-
-def _operations(policy: Any) -> Iterator[AugmentOp]:
-    """Yields the operations of any of timm's policies."""
-    entries: Any = policy.ops if hasattr(policy, "ops") else policy.policy
-    for entry in entries:
-        yield from entry if isinstance(entry, list) else [entry]
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
@@ -382,14 +325,11 @@ def build_erasing(probability: float, mode: str, count: int) -> RandomErasing | 
     """Builds timm's random erasing; None where it never happens.
 
     Raises:
-        InputError: A setting that cannot be used.
+        InputError: A setting is out of range or unknown.
     """
-    if not 0 <= probability <= 1:
-        raise InputError(f"--reprob {probability}: a probability is between 0 and 1")
-    if mode not in ERASING_MODES:
-        raise InputError(f"--remode {mode}: choose {', '.join(ERASING_MODES)}")
-    if count < 1:
-        raise InputError(f"--recount {count}: must be at least 1")
-    if math.isclose(probability, 0):
-        return None
-    return RandomErasing(probability, mode=mode, max_count=count, device="cpu")
+    if not 0 <= probability <= 1 or count < 1 or mode not in ERASING_MODES:
+        raise InputError(
+            "random erasing takes a probability between 0 and 1, a count of at least 1 and a mode of "
+            f"{', '.join(ERASING_MODES)}; got {probability}, {count} and {mode!r}"
+        )
+    return RandomErasing(probability, mode=mode, max_count=count, device="cpu") if probability else None

@@ -3,9 +3,9 @@
 import contextlib
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextvars import ContextVar
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
@@ -15,11 +15,12 @@ from torch.utils.data import Dataset
 from torchvision.io import ImageReadMode
 from torchvision.transforms.v2 import functional as F
 
-from beit.data.index import EXTENSIONS, ImageIndex, index_images
+from beit.data.index import ImageIndex as ImageIndex
+from beit.data.index import index_images as index_images
 from beit.errors import InputError
 
 LABEL = "label"  # key of a sample's class id
-UNREADABLE = "unreadable"  # key of a sample that tells which images it had to do without
+UNREADABLE = "unreadable"  # key of a sample for the images that it had to replace
 REPLACEMENT_TRIES = 20
 EXIF_ORIENTATION = 0x0112
 
@@ -30,53 +31,51 @@ Reduction = Callable[[tuple[int, int]], int]
 
 _STREAMS = {"sample": 0, "order": 1, "replacement": 2}
 
-__all__ = [
-    "EXTENSIONS",
-    "LABEL",
-    "UNREADABLE",
-    "ImageDataset",
-    "ImageIndex",
-    "UnreadableImageError",
-    "index_images",
-    "kept_randomness",
-    "random_stream",
-    "read_image",
-    "read_pixels",
-    "sample_randomness",
-    "to_rgb",
-    "upright",
-]
-
 
 class UnreadableImageError(Exception):
-    """An image file that does not give an image; its text is the reason."""
+    """An image file that cannot be decoded; the message is the reason."""
+
+
+class Images(Protocol, Sized):
+    """Images by number, as an ``ImageIndex`` lists them."""
+
+    def path(self, i: int) -> str:
+        """Returns what to call image ``i`` in a message."""
+        ...
+
+    def file(self, i: int) -> str | IO[bytes] | Image.Image:
+        """Returns what to open for image ``i``, or the RGB image itself."""
+        ...
+
+    def class_id(self, i: int) -> int | None:
+        """Returns the class of image ``i``; None if there are no classes."""
+        ...
 
 
 class ImageDataset(Dataset[dict[str, Any]]):
-    """Transformed images, addressed by ``(epoch, index)``, each the same whoever asks and whatever came before.
+    """Transformed images, addressed by ``(epoch, index)``; a sample is the same whoever asks and whatever came before.
 
-    Every random choice about a sample follows from ``(seed, epoch, index)``: the transform gets a generator of its
-    own, and Python's, NumPy's and PyTorch's (CPU) global generators are seeded for it and restored after it.
+    Every random choice about a sample depends on ``(seed, epoch, index)``: the transform gets its own generator, and
+    Python's, NumPy's and PyTorch's (CPU) global generators are seeded for it and restored after it.
 
-    An image that cannot be read is replaced by another one, which also follows from ``(seed, epoch, index)``; the
-    sample then has a key ``UNREADABLE``: ``((index, reason), ...)``, for the loader to count.
+    An image that cannot be read is replaced by another one, also chosen by ``(seed, epoch, index)``. The sample then
+    has a key ``UNREADABLE`` for the loader to count: ``((index, reason), ...)``.
 
     Args:
         index: The images.
         transform: Called with an RGB image and a NumPy generator; returns a dict of tensors. The image is Pillow's, or
             uint8 ``(3, h, w)`` for a transform with a true attribute ``takes_pixels``.
         seed: Of the run.
-        labels: Whether samples have a key ``LABEL``: the class of the image that is shown, int64 ``()``.
-        strict: Whether the label of an image that another took the place of is -1, so that an evaluation can leave it
-            out.
-        fast_decode: Whether JPEG files are decoded at a half, a quarter or an eighth of their size where the transform
-            shows no more of them: see :func:`read_pixels`. The transform must take pixels and have a method
-            ``reduction``; it is called with a third argument, ``(width, height)`` of the file, for a reduced image.
+        labels: Add a key ``LABEL``: the class of the image that is shown, int64 ``()``.
+        strict: Label the replacement of an unreadable image -1, so that an evaluation can leave it out.
+        fast_decode: Decode JPEG files at a half, a quarter or an eighth of their size if the transform shows no more
+            pixels than that: see :func:`read_pixels`. The transform must take pixels and have a method ``reduction``;
+            for a reduced image it gets a third argument, ``(width, height)`` of the file.
     """
 
     def __init__(
         self,
-        index: ImageIndex,
+        index: Images,
         transform: Transform,
         seed: int = 0,
         labels: bool = False,
@@ -85,7 +84,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         fast_decode: bool = False,
     ) -> None:
         if fast_decode and not (hasattr(transform, "reduction") and getattr(transform, "takes_pixels", False)):
-            raise ValueError(f"{type(transform).__name__} cannot say how much of an image it shows")
+            raise ValueError(f"fast_decode needs a transform with a method reduction, not {type(transform).__name__}")
         self.index = index
         self.transform = transform
         self.seed = seed
@@ -97,7 +96,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return len(self.index)
 
     def name(self, index: int) -> str:
-        """Returns the path of image ``index``, for messages."""
+        """Returns what to call image ``index`` in a message."""
         return self.index.path(index)
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
@@ -139,23 +138,25 @@ class ImageDataset(Dataset[dict[str, Any]]):
         )
 
     def _read(self, number: int, epoch: int, index: int) -> Read:
-        """Decodes image ``number``, wherever it is, to be the sample ``(epoch, index)``."""
+        """Decodes image ``number`` for the sample ``(epoch, index)``."""
 
         def reduction(full_size: tuple[int, int]) -> int:
-            # Of a generator of its own in the state that the transform's will be in: nothing is drawn from that one.
+            # With another generator in the same state as the transform's, from which nothing must be drawn here.
             return self.transform.reduction(full_size, _sample_generator(self.seed, epoch, index))  # type: ignore[attr-defined,no-any-return]
 
         try:
             file = self.index.file(number)
         except OSError as error:
             raise UnreadableImageError((error.strerror or str(error)).lower()) from error
+        if isinstance(file, Image.Image):
+            return file, None
         if getattr(self.transform, "takes_pixels", False):
             return read_pixels(file, reduction if self.fast_decode else None)
         return read_image(file), None
 
 
 def random_stream(seed: int, *position: int, purpose: str) -> np.random.Generator:
-    """Returns the generator of one place in a run; places and purposes do not share numbers.
+    """Returns a generator for one place and purpose in a run; no two share numbers.
 
     Args:
         seed: Of the run.
@@ -166,7 +167,7 @@ def random_stream(seed: int, *position: int, purpose: str) -> np.random.Generato
 
 
 def _seed_sequence(seed: int, position: Sequence[int], purpose: str, *child: int) -> np.random.SeedSequence:
-    # The purpose stands apart from the entropy: (seed, epoch) and (seed, epoch, 0) would otherwise be the same.
+    # The purpose is not part of the entropy: (seed, epoch) and (seed, epoch, 0) would otherwise be the same.
     return np.random.SeedSequence((seed % 2**64, *position), spawn_key=(_STREAMS[purpose], *child))
 
 
@@ -194,10 +195,10 @@ _kept: ContextVar[bool] = ContextVar("_kept", default=False)
 def sample_randomness(seed: int, epoch: int, index: int) -> Iterator[np.random.Generator]:
     """Seeds the global generators (CPU only) from ``(seed, epoch, index)``, and restores them at the end.
 
-    Inside :func:`kept_randomness` that restores them: doing so for every sample takes longer than the seeding.
+    Inside :func:`kept_randomness` they are restored at the end of that block: it takes longer than seeding them.
 
     Yields:
-        A NumPy generator of the sample's own.
+        The sample's own NumPy generator.
     """
     sequence = _seed_sequence(seed, (epoch, index), "sample")
     for_python, for_numpy, for_torch = sequence.generate_state(3).tolist()
@@ -216,11 +217,10 @@ def _sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
 def read_image(path: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
     """Decodes an image file to 8-bit RGB.
 
-    Greys of more than 8 bits are scaled, not cut off at 255; transparent images are laid on white.
+    Greys of more than 8 bits are scaled, not clipped at 255; transparent images are put on white.
 
-    Deviation: a photograph whose EXIF data says that it lies on its side is turned upright, as every viewer shows it.
-    The official code takes the pixels as stored; in ImageNet that concerns a handful of images, in a folder of phone
-    pictures half of them.
+    Deviation: a photograph is turned upright if its EXIF data ask for it, as every viewer does. The official code takes
+    the pixels as stored; this affects a handful of images in ImageNet, and half of a folder of phone pictures.
 
     Args:
         path: The file, or one opened for reading.
@@ -238,15 +238,15 @@ def read_pixels(
 ) -> tuple[Tensor, tuple[int, int] | None]:
     """Decodes an image file as :func:`read_image` does, a JPEG file at a smaller scale where that is enough.
 
-    The decoder then computes only the lower frequencies. The views differ from those of the whole image, slightly: the
-    filter is another, and a region begins at a whole pixel of the reduced image, up to half a pixel of a view off.
+    The decoder then computes only the lower frequencies. The views differ slightly from those of the whole image: the
+    filter is another, and a region starts at a whole pixel of the reduced image, up to half a pixel of a view off.
 
     Args:
         path: The file, or one opened for reading.
-        reduction: Says of ``(width, height)`` in pixels by what an image may be reduced: 1, 2, 4 or 8; None for 1.
+        reduction: Maps an image size ``(width, height)`` to the allowed downscale factor (1, 2, 4 or 8); None for 1.
 
     Returns:
-        uint8 ``(3, h, w)``, pixel by pixel in memory; and ``(width, height)`` of the file where it was reduced.
+        uint8 ``(3, h, w)``, channels last in memory; and ``(width, height)`` of the file if it was reduced.
 
     Raises:
         UnreadableImageError: See :func:`read_image`.
@@ -259,13 +259,13 @@ def read_pixels(
 
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str] | IO[bytes]) -> Iterator[ImageFile.ImageFile]:
-    """Opens an image file; whatever fails in the block is an ``UnreadableImageError``, except for lack of memory."""
+    """Opens an image file; any error in the block becomes an ``UnreadableImageError``, except for lack of memory."""
     try:
         with Image.open(path) as image:
             yield image
     except (MemoryError, UnreadableImageError):
         raise
-    except Exception as error:  # Pillow's decoders fail on damaged files with whatever the damage leads to
+    except Exception as error:  # Pillow's decoders raise anything on damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, OSError) and error.strerror:
             reason = error.strerror.lower()
@@ -282,18 +282,17 @@ def _decoded(image: ImageFile.ImageFile) -> Image.Image:
 
 
 def _plain_jpeg(image: ImageFile.ImageFile) -> Tensor | None:
-    """Returns the pixels of an upright colour JPEG file; None for any other, and for one that is damaged.
+    """Returns the pixels of an upright colour JPEG file; None for any other file, and for a damaged one.
 
-    By torchvision's decoder, where there is one: the same library as Pillow's and the same pixels, but straight into a
-    tensor, a quarter faster. What it refuses is left to Pillow, which knows what can be done or how to say what is
-    wrong.
+    Uses torchvision's decoder, if it has one: the same library and pixels as Pillow's, but straight into a tensor, a
+    quarter faster. What it rejects is left to Pillow, which may still read it or has the better message.
     """
     if image.format != "JPEG" or image.mode != "RGB" or _orientation(image) != 1 or image.fp is None:
         return None
     image.fp.seek(0)
     data = torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)
     try:
-        # The operator, as the function around it warns that it will go: TorchCodec would be another dependency.
+        # The operator, as its wrapper is deprecated in favour of TorchCodec, which would be another dependency.
         pixels: Tensor = torch.ops.image.decode_jpeg(data, ImageReadMode.UNCHANGED.value, False)
     except (AttributeError, RuntimeError):
         return None
@@ -301,11 +300,7 @@ def _plain_jpeg(image: ImageFile.ImageFile) -> Tensor | None:
 
 
 def _reduce(image: ImageFile.ImageFile, reduction: Reduction) -> tuple[int, int] | None:
-    """Sets the scale at which a JPEG file will be decoded.
-
-    Returns:
-        ``(width, height)`` of the whole image, upright; None if it will not be reduced.
-    """
+    """Sets the scale at which to decode a JPEG file; returns its upright ``(width, height)``, None if not reduced."""
     size = image.size
     full_size = size[::-1] if _orientation(image) in range(5, 9) else size
     by = reduction(full_size)
@@ -315,7 +310,7 @@ def _reduce(image: ImageFile.ImageFile, reduction: Reduction) -> tuple[int, int]
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Turns a photograph upright whose EXIF data says that it lies on its side; see :func:`read_image`."""
+    """Turns a photograph upright if its EXIF data ask for it; see :func:`read_image`."""
     return ImageOps.exif_transpose(image) if _orientation(image) in range(2, 9) else image
 
 
@@ -337,7 +332,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_deep_grey(image: Image.Image) -> Image.Image:
-    """Scales greys of 16 or 32 bits or floating point to 8 bits, by the range the numbers were made for."""
+    """Scales greys of 16 or 32 bits or floating point to 8 bits, by the range that the numbers seem to have."""
     values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0)
     largest = float(values.max())
     if image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):

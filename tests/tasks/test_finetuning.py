@@ -432,7 +432,7 @@ MISTAKES = {
     "missing folder": ({"--data_path": "nowhere"}, ["nowhere/train"]),
     "wrong class count": ({"--nb_classes": 10}, ["--nb_classes 10", "6 classes", "class00", "--nb_classes 6"]),
     "negative class count": ({"--nb_classes": -1}, ["--nb_classes -1"]),
-    "no validation images": ({"--data_set": "image_folder"}, ["--eval_data_path", "--disable_eval_during_finetuning"]),
+    "no validation images": ({"--data_set": "image_folder"}, ["--eval_data_path is missing"]),
     "empty validation folder": (
         {"--data_set": "image_folder", "--data_path": "TRAIN", "--eval_data_path": "EMPTY"},
         ["EMPTY", "no images"],
@@ -453,7 +453,7 @@ MISTAKES = {
     "layer decay": ({"--layer_decay": 0.0}, ["--layer_decay 0.0"]),
     "unknown data set": ({"--data_set": "CIFAR1000"}, ["CIFAR", "IMNET", "image_folder"]),
     "missing archive": ({"--data_set": "CIFAR"}, ["cifar-100-python", "--download_data"]),
-    "unknown policy": ({"--aa": "rant-m9"}, ["--aa 'rant-m9'"]),
+    "unknown policy": ({"--aa": "rant-m9"}, ["policy 'rant-m9'"]),
     "unknown model": ({"--model": "beit_tiny_patch16_244"}, ["did you mean 'beit_tiny_patch16_224'"]),
     "a pre-training model": ({"--model": "beit_tiny_patch16_224_8k_vocab"}, ["pre-training", "beit_tiny_patch16_224"]),
     "unknown constructor argument": ({"--model_kwargs": ["embed_dims=3"]}, ["embed_dims"]),
