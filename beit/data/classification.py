@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +162,7 @@ def _shown(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN_NAMES]) + (", …" if len(names) > _SHOWN_NAMES else "")
 
 
+@dataclass(eq=False)
 class ClassificationTransform:
     """Training images: a random crop, flipped half of the time, augmented, and with parts erased.
 
@@ -190,31 +191,28 @@ class ClassificationTransform:
         InputError: A setting is out of range or unknown.
     """
 
-    def __init__(
-        self,
-        input_size: Size = 224,
-        *,
-        mean: Sequence[float],
-        std: Sequence[float],
-        interpolation: str = "bicubic",
-        auto_augment: str = "rand-m9-mstd0.5-inc1",
-        color_jitter: float = 0.4,
-        erasing: float = 0.25,
-        erasing_mode: str = "pixel",
-        erasing_count: int = 1,
-        scale: tuple[float, float] = (0.08, 1.0),
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    ) -> None:
-        self.size = size_pair(input_size)
-        self.mean, self.std = tuple(mean), tuple(std)
-        self.interpolation = known_interpolation(interpolation)
-        self.scale, self.ratio = scale, ratio
-        if color_jitter < 0:
-            raise InputError(f"color_jitter must be 0 or more, got {color_jitter}")
-        self.augment = build_policy(auto_augment, self.size, self.mean, self.interpolation)
-        if self.augment is None and color_jitter:
-            self.augment = v2.ColorJitter(color_jitter, color_jitter, color_jitter)
-        self.erase = build_erasing(erasing, erasing_mode, erasing_count)
+    input_size: Size = 224
+    _: KW_ONLY
+    mean: Sequence[float]
+    std: Sequence[float]
+    interpolation: str = "bicubic"
+    auto_augment: str = "rand-m9-mstd0.5-inc1"
+    color_jitter: float = 0.4
+    erasing: float = 0.25
+    erasing_mode: str = "pixel"
+    erasing_count: int = 1
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+    def __post_init__(self) -> None:
+        self.size = size_pair(self.input_size)
+        known_interpolation(self.interpolation)
+        if self.color_jitter < 0:
+            raise InputError(f"color_jitter must be 0 or more, got {self.color_jitter}")
+        self.augment = build_policy(self.auto_augment, self.size, self.mean, self.interpolation)
+        if self.augment is None and self.color_jitter:
+            self.augment = v2.ColorJitter(*[self.color_jitter] * 3)
+        self.erase = build_erasing(self.erasing, self.erasing_mode, self.erasing_count)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, Tensor]:
         """Returns ``image``: uint8 ``(3, H, W)``, or float32 and normalised where parts may be erased with noise."""

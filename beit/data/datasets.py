@@ -5,6 +5,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import IO, Any, Protocol
 
 import numpy as np
@@ -52,6 +53,7 @@ class Images(Protocol, Sized):
         ...
 
 
+@dataclass(eq=False)
 class ImageDataset(Dataset[dict[str, Any]]):
     """Transformed images, addressed by ``(epoch, index)``; a sample is the same whoever asks and whatever came before.
 
@@ -73,24 +75,17 @@ class ImageDataset(Dataset[dict[str, Any]]):
             for a reduced image it gets a third argument, ``(width, height)`` of the file.
     """
 
-    def __init__(
-        self,
-        index: Images,
-        transform: Transform,
-        seed: int = 0,
-        labels: bool = False,
-        strict: bool = False,
-        *,
-        fast_decode: bool = False,
-    ) -> None:
-        if fast_decode and not (hasattr(transform, "reduction") and getattr(transform, "takes_pixels", False)):
-            raise ValueError(f"fast_decode needs a transform with a method reduction, not {type(transform).__name__}")
-        self.index = index
-        self.transform = transform
-        self.seed = seed
-        self.labels = labels
-        self.strict = strict
-        self.fast_decode = fast_decode
+    index: Images
+    transform: Transform
+    seed: int = 0
+    labels: bool = False
+    strict: bool = False
+    fast_decode: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        kind = type(self.transform)
+        if self.fast_decode and not (hasattr(kind, "reduction") and getattr(kind, "takes_pixels", False)):
+            raise ValueError(f"fast_decode needs a transform with a method reduction, not {kind.__name__}")
 
     def __len__(self) -> int:
         return len(self.index)

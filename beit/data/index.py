@@ -76,13 +76,6 @@ class ImageIndex:
             return None
         return int(self._class_of_folder[self._folder_of[i]] if self._members is None else self._members.labels[i])
 
-    @property
-    def bytes_held(self) -> int:
-        """The size of the index in bytes."""
-        parts = [self._folders, self._names, *([] if self._members is None else [self._members])]
-        arrays = [self._class_of_folder, self._folder_of, *(values for part in parts for values in vars(part).values())]
-        return sum(values.nbytes for values in arrays)
-
 
 def image_files(given: Iterable[str]) -> list[str]:
     """Returns the given image files, with each folder replaced by the images in and below it.

@@ -9,6 +9,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence, Sized
+from dataclasses import KW_ONLY, dataclass
 from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any, Protocol
@@ -43,6 +44,7 @@ class EpochDataset(Protocol, Sized):
         ...
 
 
+@dataclass(eq=False)
 class EpochLoader:
     """Iterates over the host batches of one rank, epoch by epoch, from any batch on.
 
@@ -71,38 +73,35 @@ class EpochLoader:
         InputError: The batch size is not positive, or (with ``drop_last``) exceeds the data set.
     """
 
-    def __init__(
-        self,
-        dataset: EpochDataset,
-        batch_size: int,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-        shuffle: bool = True,
-        drop_last: bool = True,
-        *,
-        max_unreadable: int | None = None,
-        prefetch_factor: int = 2,
-        multiprocessing_context: str | None = None,
-    ) -> None:
-        if batch_size < 1 or num_workers < 0:
+    dataset: EpochDataset
+    batch_size: int
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    num_workers: int = 0
+    pin_memory: bool = False
+    shuffle: bool = True
+    drop_last: bool = True
+    _: KW_ONLY
+    max_unreadable: int | None = None
+    prefetch_factor: int = 2
+    multiprocessing_context: str | None = None
+
+    def __post_init__(self) -> None:
+        size, ranks = len(self.dataset), self.world_size
+        if self.batch_size < 1 or self.num_workers < 0:
             raise InputError(
-                f"batch_size must be at least 1 and num_workers at least 0, got {batch_size}, {num_workers}"
+                f"batch_size must be at least 1 and num_workers at least 0, got {self.batch_size}, {self.num_workers}"
             )
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} is not below {world_size}, the number of ranks")
-        self.dataset = dataset
-        self.batch_size, self.seed = batch_size, seed
-        self.rank, self.world_size = rank, world_size
-        self.shuffle, self.drop_last = shuffle, drop_last
-        self.num_workers, self.pin_memory = num_workers, pin_memory
-        self.max_unreadable = max(10, len(dataset) // 100) if max_unreadable is None else max_unreadable
+        if not 0 <= self.rank < ranks:
+            raise ValueError(f"rank {self.rank} is not below {ranks}, the number of ranks")
+        if self.drop_last and size < self.batch_size * ranks:
+            advice = f"lower --batch_size to at most {size // ranks}" if size >= ranks else "use fewer processes"
+            batch = f"batch size {self.batch_size} on {ranks} process{'es' * (ranks > 1)}"
+            raise InputError(f"{batch} exceeds the data set of {size} image{'s' * (size != 1)}: {advice}")
+        if self.max_unreadable is None:
+            self.max_unreadable = max(10, size // 100)
         self.unreadable: dict[int, str] = {}  # index -> reason, every bad file once
-        self._prefetch_factor, self._context = prefetch_factor, multiprocessing_context
-        if drop_last and len(dataset) < batch_size * world_size:
-            raise InputError(self._too_small())
         self._sampler = _Sampler()
         self._loader: DataLoader[Any] | None = None
         self._iterator: Iterator[Loaded] = iter(())  # of the loader; held here only, as its workers end with it
@@ -211,8 +210,8 @@ class EpochLoader:
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             persistent_workers=workers,
-            prefetch_factor=self._prefetch_factor if workers else None,
-            multiprocessing_context=self._context if workers else None,
+            prefetch_factor=self.prefetch_factor if workers else None,
+            multiprocessing_context=self.multiprocessing_context if workers else None,
             worker_init_fn=_start_worker,
             # Its own generator: otherwise each epoch would draw from the global one, and stopping in the middle of an
             # epoch would change dropout afterwards.
@@ -226,23 +225,13 @@ class EpochLoader:
             if index not in self.unreadable:
                 self.unreadable[index] = reason
                 logger.error("unreadable image %s (%s): replaced by another", self.dataset.name(index), reason)
-        if len(self.unreadable) > self.max_unreadable:
+        if self.max_unreadable is not None and len(self.unreadable) > self.max_unreadable:
             index, reason = next(iter(self.unreadable.items()))
             raise InputError(
                 f"{len(self.unreadable)} of {len(self.dataset)} images cannot be read, more than the "
                 f"{self.max_unreadable} tolerated; the first: {self.dataset.name(index)} ({reason}). "
                 "Repair or remove them, or raise --max_unreadable"
             )
-
-    def _too_small(self) -> str:
-        size, ranks = len(self.dataset), self.world_size
-        images = "1 image" if size == 1 else f"{size} images"
-        if ranks == 1:
-            return f"batch size {self.batch_size} exceeds the data set of {images}: lower --batch_size"
-        what = f"{ranks} processes x batch size {self.batch_size} exceed the data set of {images}"
-        return f"{what}: " + (
-            "use fewer processes" if size < ranks else f"lower --batch_size to at most {size // ranks}"
-        )
 
 
 class _Sampler:

@@ -188,7 +188,7 @@ def test_without_shuffling_the_order_is_the_data_sets():
 @pytest.mark.parametrize(
     ("size", "batch", "ranks", "advice"),
     [
-        (7, 8, 1, "lower --batch_size"),
+        (7, 8, 1, "batch size 8 on 1 process exceeds .* lower --batch_size"),
         (7, 4, 2, "lower --batch_size to at most 3"),
         (3, 1, 4, "fewer processes"),
     ],
