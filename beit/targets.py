@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from beit.data.loaders import Batch
 from beit.data.transforms import normalize, to_unit_range
 from beit.tokenizers.base import VisualTokenizer
-
-Batch = Mapping[str, Tensor]
 
 VISUAL_TOKENS = "visual tokens"  # what a checkpoint that records no target was trained to predict
 

@@ -29,7 +29,7 @@ class ShardsConfig:
 
 
 def main(config: ShardsConfig) -> None:
-    """Writes shards and says how to read them.
+    """Writes shards and prints the ``--data_path`` that reads them.
 
     Raises:
         InputError: There are no images, there are shards already, or the folder cannot be written.
@@ -41,19 +41,19 @@ def main(config: ShardsConfig) -> None:
 
 
 def write_shards(index: ImageIndex, destination: str | os.PathLike[str], images_per_shard: int = 10_000) -> str:
-    """Packs images into shards, byte by byte as they are and in their order, so that a run sees the same samples.
+    """Packs images into shards, byte by byte and in order, so that a run sees the same samples.
 
-    Image 12 is ``00000012.jpg``, its class, where there are classes, ``00000012.cls``; ``classes.txt`` beside the
-    shards has their names. A file that cannot be read keeps its place, empty, and is as unreadable in the shard. Each
-    shard is there whole or not at all.
+    Image 12 is ``00000012.jpg`` and its class, if there are classes, ``00000012.cls``; ``classes.txt`` beside the
+    shards has the class names. An unreadable file keeps its place as an empty one, so it is unreadable in the shard
+    too. Each shard is written whole or not at all.
 
     Args:
         index: The images.
         destination: The folder.
-        images_per_shard: Images in each shard but the last.
+        images_per_shard: Images per shard; the last may have fewer.
 
     Returns:
-        What to give as ``--data_path``.
+        The ``--data_path`` that reads them.
 
     Raises:
         InputError: There are shards already, or the folder cannot be written.
@@ -61,10 +61,10 @@ def write_shards(index: ImageIndex, destination: str | os.PathLike[str], images_
     folder = Path(os.path.abspath(os.path.expanduser(destination)))
     present = next(iter(sorted(folder.glob("shards-*.tar"))), None)
     if present is not None:
-        raise InputError(f"{present} is there already: give another folder, or remove its shards first")
+        raise InputError(f"{present} exists already: give another folder, or remove its shards first")
     starts = range(0, len(index), images_per_shard)
     missing = 0
-    # Hidden where nobody watches, as in a log file.
+    # No progress bar in log files.
     for number, start in enumerate(tqdm(starts, unit="shard", disable=None)):
         images = range(start, min(start + images_per_shard, len(index)))
         with (
@@ -76,7 +76,7 @@ def write_shards(index: ImageIndex, destination: str | os.PathLike[str], images_
         with atomic_write(folder / CLASS_NAMES_FILE) as file:
             file.write("".join(f"{name}\n" for name in index.class_names).encode("utf-8", "surrogateescape"))
     if missing:
-        logger.warning("%d of %d files could not be read; their places in the shards are empty", missing, len(index))
+        logger.warning("%d of %d files could not be read; they are empty in the shards", missing, len(index))
     name = f"{{000000..{len(starts) - 1:06d}}}" if len(starts) > 1 else "000000"
     return str(folder / f"shards-{name}.tar")
 
@@ -88,7 +88,6 @@ def _add(archive: tarfile.TarFile, index: ImageIndex, number: int) -> bool:
     except OSError as error:
         logger.warning("cannot read %s: %s", index.path(number), error.strerror)
         content = b""
-    # An empty file is unreadable anyhow.
     extension = os.path.splitext(index.path(number))[1].lower()
     add_member(archive, f"{number:08d}{extension}", content)
     label = index.class_id(number)

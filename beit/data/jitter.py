@@ -1,4 +1,4 @@
-"""Colour jitter of the views of an image, as if the whole image had been jittered before they were cut out of it."""
+"""Colour jitter of an image's views, as if the whole image had been jittered before they were cropped."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,27 +7,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CONTRAST_PIXELS = 1 << 12  # enough of an image to know its mean grey to half a level
+CONTRAST_PIXELS = 1 << 12  # enough to know an image's mean grey to half a level
 
 _STEPS = ("brightness", "contrast", "saturation", "hue")  # in the numbering of torchvision's ColorJitter
 _GREY = (0.299, 0.587, 0.114)  # of red, green and blue, as Pillow converts to "L"
-# Pillow cuts values off after each step, half a level on average. The conversion of the result does it once; contrast
-# and saturation subtract it for the two others.
+# Pillow truncates values after each step, by half a level on average. The conversion of the result does it once;
+# contrast and saturation subtract it for the two other times.
 _CUT_OFF = 0.5
 
 Step = tuple[str, float]
 
 
 class ViewJitter:
-    """Brightness, contrast and saturation of an image's views, changed as if those of the whole image were.
+    """Changes brightness, contrast and saturation of an image's views, as if those of the whole image were changed.
 
-    Random factors in a random order, drawn from PyTorch's global generator as by torchvision's ``ColorJitter``. All
-    three act on single pixels, so views are jittered after they are resized, all their pixels in one go. But contrast
-    pulls towards the mean grey of the image that the steps before it have left: that is taken of the whole image, from
-    a regular part of it where it is large.
+    Random factors in a random order, drawn from PyTorch's global generator as in torchvision's ``ColorJitter``. All
+    three act on single pixels, so views are jittered after they are resized, all their pixels at once. But contrast
+    pulls towards the mean grey of the image as the steps before left it; that is computed from the whole image, or
+    from a regular grid of its pixels if it is large.
 
-    The official order resizes what is jittered and cut off at black and white; here, what is resized is jittered. The
-    views are the same within a level on average.
+    The official order jitters and clips first, then resizes; here it is the other way round. The views are the same
+    within a level on average.
 
     Args:
         strength: Each factor is in ``1 ± strength``, and 0 or more.
@@ -41,13 +41,13 @@ class ViewJitter:
 
         Args:
             views: uint8 ``(3, H, W)`` each, of any sizes.
-            whole: The image they are of, uint8 ``(3, h, w)``.
+            whole: The image that they show, uint8 ``(3, h, w)``.
         """
         steps = self._draw()
         before = steps[: [name for name, _ in steps].index("contrast")]
         grey = _mean_grey(_adjusted(_thinned(whole), before))
         pixels = torch.cat([view.flatten(1) for view in views.values()], dim=1)
-        # By way of 16 bits: PyTorch converts float32 to 8 bits several times slower.
+        # Through 16 bits: PyTorch converts float32 directly to 8 bits several times slower.
         jittered = _adjusted(pixels, steps, grey).to(torch.int16).to(torch.uint8)
         parts = jittered.split([view[0].numel() for view in views.values()], dim=1)
         return {name: part.reshape(view.shape) for (name, view), part in zip(views.items(), parts, strict=True)}
@@ -59,7 +59,7 @@ class ViewJitter:
 
 
 class _Curve(NamedTuple):
-    """What brightness and contrast make of a value: ``scale * value + shift``, cut off at ``low`` and ``high``."""
+    """Brightness and contrast as a function of a value: ``scale * value + shift``, clipped to ``low`` and ``high``."""
 
     scale: float = 1.0
     shift: float = 0.0
@@ -67,13 +67,13 @@ class _Curve(NamedTuple):
     high: float = 255.0
 
     def then(self, factor: float, towards: float) -> "_Curve":
-        """Returns this curve and then ``factor * value + towards``, cut off at 0 and 255: again such a curve."""
+        """Returns this curve followed by ``factor * value + towards``, clipped to [0, 255]: again such a curve."""
         low, high = (min(max(factor * end + towards, 0.0), 255.0) for end in (self.low, self.high))
         return _Curve(factor * self.scale, factor * self.shift + towards, low, high)
 
 
 def _adjusted(pixels: Tensor, steps: Sequence[Step], grey: float = 0.0) -> Tensor:
-    """Returns uint8 pixels ``(3, n)`` after the steps, float32 in [0, 255]; ``grey`` is what contrast pulls towards."""
+    """Returns uint8 pixels ``(3, n)`` after the steps as float32 in [0, 255]; contrast pulls towards ``grey``."""
     values = pixels.to(torch.float32)
     curve = _Curve()
     for name, factor in steps:
@@ -91,11 +91,11 @@ def _adjusted(pixels: Tensor, steps: Sequence[Step], grey: float = 0.0) -> Tenso
 
 
 def _thinned(image: Tensor) -> Tensor:
-    """Returns pixels from all over an image, uint8 ``(3, n)``."""
+    """Returns pixels on a regular grid over an image, uint8 ``(3, n)``."""
     every = max(1, math.isqrt(image[0].numel() // CONTRAST_PIXELS))
     return image[:, ::every, ::every].flatten(1)
 
 
 def _mean_grey(values: Tensor) -> int:
     red, green, blue = values.mean(dim=1).tolist()
-    return round(_GREY[0] * red + _GREY[1] * green + _GREY[2] * blue)  # Pillow's is a whole number, too
+    return round(_GREY[0] * red + _GREY[1] * green + _GREY[2] * blue)  # Pillow's is an integer, too

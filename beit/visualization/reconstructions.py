@@ -7,12 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from beit.data.loaders import Batch
 from beit.data.transforms import to_unit_range
 from beit.targets import PredictionTarget
 
 MASK_GREY = 0.5
-
-Batch = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)

@@ -385,7 +385,7 @@ def test_the_command_writes_shards_and_says_how_to_read_them(folder, tmp_path, c
     again = write_shards(index_images(folder, tmp_path / "cache"), tmp_path / "again", 10)
     assert [p.read_bytes() for p in sorted((tmp_path / "again").glob("*.tar"))] == before
     assert beit_main(["shards", again, str(out)]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
     assert beit_main(["shards", again]) == 2
 
 
