@@ -83,9 +83,9 @@ class ImageDataset(Dataset[dict[str, Any]]):
     fast_decode: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        kind = type(self.transform)
-        if self.fast_decode and not (hasattr(kind, "reduction") and getattr(kind, "takes_pixels", False)):
-            raise ValueError(f"fast_decode needs a transform with a method reduction, not {kind.__name__}")
+        transform = self.transform
+        if self.fast_decode and not (hasattr(transform, "reduction") and getattr(transform, "takes_pixels", False)):
+            raise ValueError(f"fast_decode needs a transform with a method reduction, not {type(transform).__name__}")
 
     def __len__(self) -> int:
         return len(self.index)
@@ -111,26 +111,24 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return sample
 
     def __getitems__(self, keys: Sequence[Key]) -> list[dict[str, Any]]:
-        """Returns several samples; the global generators are restored after the last one."""
+        """Returns several samples, restoring the global generators after the last one."""
         with kept_randomness():
             return [self[key] for key in keys]
 
     def _readable(self, epoch: int, index: int) -> tuple[Read, int, tuple[tuple[int, str], ...]]:
         unreadable: list[tuple[int, str]] = []
         for attempt in range(REPLACEMENT_TRIES + 1):
+            candidate = index
             if attempt:
                 stream = random_stream(self.seed, epoch, index, attempt, purpose="replacement")
                 candidate = int(stream.integers(len(self)))
-            else:
-                candidate = index
             try:
                 return self._read(candidate, epoch, index), candidate, tuple(unreadable)
             except UnreadableImageError as error:
                 unreadable.append((candidate, str(error)))
         first, reason = unreadable[0]
-        raise InputError(
-            f"{len(unreadable)} images in a row cannot be read, the first: {self.index.path(first)} ({reason})"
-        )
+        count = len(unreadable)
+        raise InputError(f"{count} images in a row cannot be read, the first: {self.index.path(first)} ({reason})")
 
     def _read(self, number: int, epoch: int, index: int) -> Read:
         """Decodes image ``number`` for the sample ``(epoch, index)``."""

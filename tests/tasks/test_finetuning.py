@@ -441,7 +441,7 @@ MISTAKES = {
         {"--data_set": "image_folder", "--data_path": "TRAIN", "--eval_data_path": "OTHER"},
         ["different classes", "class03", "OTHER"],
     ),
-    "images without classes": ({"--data_set": "image_folder", "--data_path": "LOOSE"}, ["LOOSE", "no class"]),
+    "images without classes": ({"--data_set": "image_folder", "--data_path": "LOOSE"}, ["LOOSE", "without a class"]),
     "mixup with one class": (
         {"--data_set": "image_folder", "--data_path": "ONE", "--eval_data_path": "ONE", "--mixup": 0.8},
         ["two classes", "has 1"],
