@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from beit.data.datasets import ImageDataset, index_images
-from beit.data.loaders import EpochLoader, RoundLoader, _Batches, _start_worker
+from beit.data.loaders import EpochLoader, _Batches, _start_worker
 from beit.data.transforms import (
     MaskedImageModelingEvalTransform,
     MaskedImageModelingTransform,
@@ -421,22 +421,3 @@ def alive(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-# Rounds of iterations
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_rounds_follow_each_other_across_the_epochs_of_the_data(workers):
-    loader = EpochLoader(Numbers(10), 3, seed=1, num_workers=workers)  # three batches an epoch
-    rounds = RoundLoader(loader, 4)
-    endless = [keys(loader.epoch(epoch)) for epoch in range(5)]
-    expected = [key for epoch in endless for key in epoch]
-    got = [keys(rounds.epoch(number)) for number in range(3)]
-    # Breaks if a round starts at an epoch of the data, or its last batches are lost.
-    assert [key for part in got for key in part] == expected[:36]
-    assert all(len(part) == 12 for part in got)
-    assert rounds.batches_per_epoch == 4
-    for first in range(4):
-        assert keys(rounds.epoch(1, first)) == got[1][3 * first :]
-    loader.close()
