@@ -130,8 +130,8 @@ def read_command_line(config_class: type[ConfigT], argv: Sequence[str], prog: st
     if "config" not in _fields(config_class):
         flags.pop("config", None)
     values = _read_keys(config_class, yaml_name) if yaml_name else {}
-    given = {**_override(config_class, {}, assignments), **flags}
-    values = {**_override(config_class, values, assignments), **flags}
+    values, assigned = _override(config_class, values, assignments)
+    values, given = {**values, **flags}, {*assigned, *flags}
     for name, (field, _) in _fields(config_class).items():
         if field.metadata["yields_to"] in given and name not in given:
             values.pop(name, None)
@@ -373,8 +373,10 @@ def _in_a_line(value: Any) -> str:
 _OVERRIDES = "assignments to settings"  # where the parser keeps them: no field can be called so
 
 
-def _override(config_class: type, values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
-    """Returns the values with ``KEY=VALUE`` assignments applied; the last one of a key counts."""
+def _override(
+    config_class: type, values: Mapping[str, Any], assignments: Sequence[str]
+) -> tuple[dict[str, Any], set[str]]:
+    """Returns the values with ``KEY=VALUE`` assignments applied, the last one of a key, and the names of those."""
     files, result = _files_of(config_class), dict(values)
     given: dict[str, tuple[str, Any]] = {}
     for text in assignments:
@@ -393,7 +395,7 @@ def _override(config_class: type, values: Mapping[str, Any], assignments: Sequen
         given[f"{name}.{item}"] = key, value
         value = _Batches(value, key) if key in field.metadata["counts_batches"] else value
         result[name] = {**(result.get(name) or {}), item: value} if item else value
-    return result
+    return result, {name.partition(".")[0] for name in given}
 
 
 def _find_setting(config_class: type, key: str, where: str) -> tuple[str, str, tuple[dataclasses.Field, Callable]]:

@@ -11,10 +11,10 @@ from PIL import Image
 from beit.errors import InputError
 from examples.toy_images import SHAPES, write_segmentation_scenes
 from semantic_segmentation import testing
-from semantic_segmentation.config import adds_one, check_settings, read_test, read_train
+from semantic_segmentation.config import adds_one, check, read_test, read_train
 from semantic_segmentation.data import find_classes, find_pairs
 from semantic_segmentation.inference import statistics_of
-from semantic_segmentation.task import find_data
+from semantic_segmentation.task import Segmentation
 
 TINY = "upernet_beit_tiny_64_slide_ade20k"
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -153,10 +153,10 @@ def test_label_maps_count_from_where_they_are_told(tested, tmp_path, monkeypatch
 
 
 def test_options_that_do_nothing_or_make_no_sense_are_said(caplog):
-    check_settings(read_test([TINY, "x.pth", "--eval-options", "efficient_test=True"]))
+    check(read_test([TINY, "x.pth", "--eval-options", "efficient_test=True"]))
     assert "efficient_test has no effect" in caplog.text
     with pytest.raises(InputError, match="to_label_id=perhaps: must be True or False"):
-        check_settings(read_test([TINY, "x.pth", "--eval-options", "to_label_id=perhaps"]))
+        check(read_test([TINY, "x.pth", "--eval-options", "to_label_id=perhaps"]))
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_processes_that_see_different_data_stop(scenes, monkeypatch):
     monkeypatch.setattr(testing.distributed, "all_equal", lambda value: seen.append(value))
     config = read_train([TINY, "--data_root", str(scenes)])
     with pytest.raises(InputError, match=r"see different data; process 0 sees 3 images in .*training and 2 images in"):
-        find_data(config)
+        Segmentation(config).prepare()
     pairs, classes = find_pairs(scenes / "images/training", scenes / "annotations/training"), find_classes(scenes)
     fewer = type(pairs)(pairs.images[1:], pairs.labels[1:], pairs.root)
     renamed = type(pairs)((pairs.root / "another.jpg", *pairs.images[1:]), pairs.labels, pairs.root)
@@ -221,6 +221,6 @@ def test_label_maps_without_labels_are_seen_in_training_and_testing(tested, tmp_
             Image.fromarray(np.tile(np.uint8([0, 255]), (64, 36))).save(mask)
     (tmp_path / "classes.txt").write_text("\n".join(SHAPES))
     with pytest.raises(InputError, match=r"no pixel has a label in .*training.*: there is only 0 and 255"):
-        find_data(read_train([TINY, "--data_root", str(tmp_path)]))
+        Segmentation(read_train([TINY, "--data_root", str(tmp_path)])).prepare()
     with pytest.raises(InputError, match=r"no pixel has a label in .*validation.*: there is only 0 and 255"):
         testing.main(tested("--data_root", tmp_path))
