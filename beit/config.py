@@ -7,7 +7,6 @@ YAML file given with ``--config`` (or as the argument ``config``, where the clas
 
 import argparse
 import dataclasses
-import functools
 import logging
 import types
 import typing
@@ -537,19 +536,17 @@ class _CollectBatches(argparse.Action):
 # Fields and how their values are read
 
 
-@functools.cache
 def _fields(config_class: type) -> dict[str, tuple[dataclasses.Field, Callable]]:
     """Returns each field of a configuration with the function that reads its value from a text or from YAML."""
     hints = typing.get_type_hints(config_class)
     return {field.name: (field, _reader(hints[field.name])) for field in dataclasses.fields(config_class)}
 
 
-@functools.cache
 def _names(config_class: type) -> dict[str, str]:
     """Returns every name of every setting -> its field."""
     fields = {name: field.metadata for name, (field, _) in _fields(config_class).items()}
-    aliases = {alias: name for name, meta in fields.items() for alias in (*meta["aliases"], *meta["counts_batches"])}
-    return {**aliases, **{name: name for name in fields}}
+    names = {alias: name for name, meta in fields.items() for alias in (*meta["aliases"], *meta["counts_batches"])}
+    return names | {name: name for name in fields}
 
 
 def _removed(config_class: type) -> Mapping[str, tuple[Any, str]]:

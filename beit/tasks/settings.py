@@ -16,6 +16,7 @@ AMP_CHOICES = ("auto", "bf16", "fp16", "fp32")
 DATA_SETS = ("CIFAR", "IMNET", "image_folder", "CIFAR10")  # the first three have their official names
 IMAGENET_FOLDER = "/datasets01/imagenet_full_size/061417/"  # the official default
 AUTO = "auto"
+ANY_MODEL = "file, folder, released name, URL or hub id"
 OFFICIAL_NUM_LABELS = 1000  # the official default of the probe, which stands for "as many as there are"
 
 # Optimizers whose step on a tensor can be taken in parts, or whose norms PyTorch takes over all parts.
@@ -43,7 +44,7 @@ class RunOptions:
     save_ckpt_steps: int = option(1000, "steps between writes of checkpoint-last.pth; 0 for never", within="[0, inf)")
     keep_checkpoints: int = option(
         0,
-        "newest numbered checkpoints to keep; 0 keeps all",
+        "numbered checkpoints to keep; 0 keeps all",
         within="[0, inf)",
     )
     amp_dtype: str = option("auto", "number format of forward and backward", choices=AMP_CHOICES)
@@ -93,9 +94,7 @@ class OptimizerOptions:
 
     opt: str = option("adamw", "optimizer: any name that timm knows, or fusedadamw")
     opt_eps: float = option(1e-8, "epsilon of Adam", within="[0, inf)")
-    opt_betas: tuple[float, ...] | None = option(
-        None, "decay rates of Adam; the optimizer's own by default", within="[0, 1)"
-    )
+    opt_betas: tuple[float, ...] | None = option(None, "decay rates of Adam", within="[0, 1)")
     clip_grad: float | None = option(None, "largest gradient norm; no clipping by default", within="(0, inf)")
     momentum: float = option(0.9, "momentum of SGD", within="[0, inf)")
     weight_decay: float = option(0.05, "weight decay", within="[0, inf)")
@@ -123,9 +122,8 @@ class ShardingOptions:
 
     shard: str = option(
         "none",
-        "fsdp: each process holds a part of weights and optimizer state (and, with --update_freq 1, gradients), and "
-        "checkpoints are folders checkpoint-<epoch>/ that all processes must see; such a run can be resumed with any "
-        "number of processes, or without --shard",
+        "fsdp: each process holds a part of weights, gradients (with --update_freq 1) and optimizer state; checkpoints "
+        "are folders that all processes must see, and any number of processes, or none with --shard, can resume them",
         choices=("none", "fsdp"),
     )
     enable_deepspeed: bool = option(False, "train with DeepSpeed (the extra deepspeed)")
@@ -153,15 +151,13 @@ class ModelOptions:
     GROUP: ClassVar[str] = "model"
 
     model: str = option("beit_base_patch16_224", "model name; `beit models` lists them")
-    model_kwargs: dict[str, Any] | None = option(
-        None, "further constructor arguments, such as patch_size=8 embed_dim=128"
-    )
+    model_kwargs: dict[str, Any] | None = option(None, "more of its arguments, such as patch_size=8 embed_dim=128")
     model_key: str = option("model|module", "where a checkpoint has its weights; the first key found")
     model_prefix: str = option("", "prefix of the names of a checkpoint's weights")
     rel_pos_bias: bool = option(True, "relative position bias", off="--disable_rel_pos_bias")
     abs_pos_emb: bool = option(False, "learned absolute position embeddings")
     layer_scale_init_value: float = option(
-        0.1, "initial LayerScale: 0.1 for base, 1e-5 for large, 0 for none", within="[0, inf)"
+        0.1, "LayerScale: 0.1 for base, 1e-5 for large, 0 for none", within="[0, inf)"
     )
 
 
@@ -171,10 +167,8 @@ class TrainedModelOptions(ModelOptions):
 
     GROUP: ClassVar[str] = "model"
 
-    init_from: str = option("", "checkpoint to start from: file, folder, released name, URL or hub id")
-    drop_path: float = option(
-        0.1, "stochastic depth rate of the last block; grows linearly with depth", within="[0, 1)"
-    )
+    init_from: str = option("", f"checkpoint to start from: {ANY_MODEL}")
+    drop_path: float = option(0.1, "stochastic depth rate of the last block, linear in depth", within="[0, 1)")
     grad_checkpointing: bool = option(False, "recompute activations in the backward pass, to save memory")
 
 
@@ -186,9 +180,7 @@ class LoadingOptions:
 
     num_workers: int = option(10, "data-loading workers per process", within="[0, inf)")
     pin_mem: bool = option(True, "page-locked host memory for faster transfers to a GPU", off="--no_pin_mem")
-    max_unreadable: int | None = option(
-        None, "unreadable images that end the run; 1 % of them, at least 10, by default", within="[0, inf)"
-    )
+    max_unreadable: int | None = option(None, "unreadable images to tolerate; 1 %, at least 10", within="[0, inf)")
 
 
 @dataclass(frozen=True)
@@ -213,9 +205,7 @@ class LabelledDataOptions(DataOptions):
     nb_classes: int = option(0, "classes that must be found; 0 takes what is there", within="[0, inf)")
     imagenet_default_mean_and_std: bool = option(False, "normalise with ImageNet's mean and std instead of 0.5")
     train_interpolation: str = option("bicubic", "interpolation of training images")
-    crop_pct: float | None = option(
-        None, "share of the shorter side shown at evaluation; by default 0.875, from 384 pixels on 1", within="(0, inf)"
-    )
+    crop_pct: float | None = option(None, "crop at evaluation; 0.875 by default, 1 from 384 pixels", within="(0, inf)")
 
 
 @dataclass(frozen=True)
@@ -243,9 +233,7 @@ class TargetOptions:
     discrete_vae_type: str = option("dall-e", "kind of tokenizer", choices=TOKENIZERS)
     second_input_size: Size = option(112, "size of the tokenizer's view, in pixels (HEIGHTxWIDTH or one number)")
     second_interpolation: str = option("lanczos", "interpolation of the tokenizer's view")
-    tokenizer_dtype: str = option(
-        "auto", "number format of the tokenizer's encoder; its logits are always float32", choices=AMP_CHOICES
-    )
+    tokenizer_dtype: str = option("auto", "number format of the tokenizer's encoder", choices=AMP_CHOICES)
     tokenizer_compile: bool = option(False, "compile the tokenizer's encoder; takes a minute at the start")
 
 
@@ -275,14 +263,8 @@ class PretrainingConfig(
     train_interpolation: str = option("bicubic", "interpolation of the model's view")
     color_jitter: float = option(0.4, "strength of brightness, contrast and saturation jitter", within="[0, inf)")
     imagenet_default_mean_and_std: bool = option(False, "normalise with ImageNet's mean and std instead of 0.5")
-    fast_decode: bool = option(
-        False, "decode JPEG files at a reduced scale where the views show no more; changes pixels"
-    )
-    log_images: int = option(
-        0,
-        "images whose reconstructions go to --log_dir after each epoch: of --eval_data_path, else of --data_path",
-        within="[0, inf)",
-    )
+    fast_decode: bool = option(False, "decode JPEG files at a reduced scale where that is enough; changes pixels")
+    log_images: int = option(0, "reconstructions in --log_dir per epoch, of held-out images if any", within="[0, inf)")
 
 
 @dataclass(frozen=True)
@@ -299,9 +281,7 @@ class FinetuningConfig(
 
     GROUP: ClassVar[str] = "fine-tuning"
 
-    init_from: str = option(
-        "", "checkpoint to start from: file, folder, released name, URL or hub id", aliases=("finetune",)
-    )
+    init_from: str = option("", f"checkpoint to start from: {ANY_MODEL}", aliases=("finetune",))
     input_size: Size = option(224, "size of the images, in pixels (HEIGHTxWIDTH or one number); sets the model's size")
     drop: float = option(0.0, "dropout of tokens and branches", within="[0, 1)")
     attn_drop_rate: float = option(0.0, "dropout of the attention probabilities", within="[0, 1)")
@@ -331,9 +311,7 @@ class FinetuningConfig(
     resplit: bool = option(False, "unused", no_effect="random erasing has no clean split of a batch here")
     mixup: float = option(0.0, "alpha of mixup; 0 for none", within="[0, inf)")
     cutmix: float = option(0.0, "alpha of cutmix; 0 for none", within="[0, inf)")
-    cutmix_minmax: tuple[float, ...] | None = option(
-        None, "smallest and largest share of a side cut; overrides --cutmix", within="[0, 1]"
-    )
+    cutmix_minmax: tuple[float, ...] | None = option(None, "range of the share of a side cut", within="[0, 1]")
     mixup_prob: float = option(1.0, "probability of mixing a batch, where there is mixup or cutmix", within="[0, 1]")
     mixup_switch_prob: float = option(0.5, "probability of cutmix where there is mixup too", within="[0, 1]")
     mixup_mode: str = option("batch", "what shares a mixing ratio", choices=("batch", "pair", "elem"))
@@ -355,33 +333,20 @@ class LinearProbeConfig(LabelledDataOptions, ModelOptions, BatchOptions, EpochOp
     GROUP: ClassVar[str] = "probe"
 
     model: str = option("beit_base_patch16_224", "model name, or auto: the architecture of --checkpoint")
-    model_key: str = option(
-        "model|module|teacher",
-        "where the checkpoint has its weights; the first key found",
-        aliases=("checkpoint_key",),
-    )
-    checkpoint: str = option(
-        "",
-        "the backbone, pre-trained or fine-tuned: file, folder, released name, URL or hub id",
-        aliases=("pretrained_weights",),
-    )
+    model_key: str = option("model|module|teacher", "where it has its weights", aliases=("checkpoint_key",))
+    checkpoint: str = option("", f"backbone to probe: {ANY_MODEL}", aliases=("pretrained_weights",))
     patch_size: int = option(16, "size of a patch, in pixels", within="[1, inf)")
     input_size: Size | None = option(
         None, "size of the images, in pixels (HEIGHTxWIDTH or one number); the model's own"
     )
-    avgpool_patchtokens: bool = option(
-        True, "features are the class token and the mean of the patch tokens, not the class token alone"
-    )
+    avgpool_patchtokens: bool = option(True, "features: the class token and the mean of the patch tokens, not it alone")
     pool: tuple[str, ...] = option((), "one head for each of these instead: cls, mean, cls_mean")
     layers: tuple[int, ...] = option((), "blocks to probe, from 0; all by default")
     amp_forward: bool = option(True, "run the backbone in mixed precision (--amp_dtype), on a GPU")
 
     data_path: str = option("/path/to/imagenet/", "folder of the data; for IMNET the one with train and val")
     nb_classes: int = option(
-        OFFICIAL_NUM_LABELS,
-        "classes that must be found; 0, and the default, take what is there",
-        within="[0, inf)",
-        aliases=("num_labels",),
+        OFFICIAL_NUM_LABELS, "classes; 0 and the default take what is there", within="[0, inf)", aliases=("num_labels",)
     )
     train_interpolation: str = option("bilinear", "interpolation of training images")
     batch_size: int = option(128, "images per process and batch", within="[1, inf)", aliases=("batch_size_per_gpu",))
@@ -390,9 +355,7 @@ class LinearProbeConfig(LabelledDataOptions, ModelOptions, BatchOptions, EpochOp
     opt: str = option("adamw", "optimizer: any name that timm knows", aliases=("optimizer",))
     lr: float | None = option(None, "peak learning rate; --base_lr scaled by the batch by default", within="[0, inf)")
     base_lr: float = option(0.001, "learning rate for 256 images per step, over all processes", within="[0, inf)")
-    weight_decay: float | None = option(
-        None, "weight decay of the heads; 1e-4 by default, with sgd 0", within="[0, inf)"
-    )
+    weight_decay: float | None = option(None, "weight decay of the heads; 1e-4, with sgd 0", within="[0, inf)")
     min_lr: float = option(0.0, "learning rate at the end of the cosine", within="[0, inf)")
     output_dir: str = option(".", "folder for checkpoints and log.txt; empty writes nothing")
     local_rank: int = option(0, "GPU of this process, as old launchers pass it; LOCAL_RANK wins")
@@ -408,9 +371,7 @@ class DvaeConfig(DataOptions, BatchOptions, EpochOptions, CosineOptions, RunOpti
     eval_data_path: str | None = option(None, "held-out images to evaluate on; some training images by default")
     eval_images: int = option(512, "training images to evaluate on without --eval_data_path", within="[1, inf)")
     input_size: Size = option(112, "size of the training crops, in pixels (HEIGHTxWIDTH or one number)")
-    interpolation: str = option(
-        "lanczos", "interpolation of the crops, the same as of the tokenizer's view in pre-training"
-    )
+    interpolation: str = option("lanczos", "interpolation of the crops, as of the tokenizer's view in pre-training")
     min_crop: float = option(0.08, "smallest crop, as a share of the image's area", within="(0, 1]")
 
     num_tokens: int = option(8192, "size of the vocabulary", within="[1, inf)")
@@ -419,22 +380,18 @@ class DvaeConfig(DataOptions, BatchOptions, EpochOptions, CosineOptions, RunOpti
     hidden_dim: int = option(256, "channels of the encoder and the decoder", within="[1, inf)")
 
     reconstruction: str = option("mse", "reconstruction loss", choices=("mse", "smooth_l1"))
-    kl_weight: float = option(
-        0.1, "weight of the KL divergence to uniform codes; both are per pixel value", within="[0, inf)"
-    )
+    kl_weight: float = option(0.1, "weight of the KL divergence to uniform codes, per pixel value", within="[0, inf)")
     kl_warmup_steps: int = option(-1, "steps from weight 0 to --kl_weight; overrides --kl_warmup_share")
     kl_warmup_share: float = option(0.1, "the same as a share of the run", within="[0, 1]")
     temperature_start: float = option(1.0, "first temperature of the Gumbel-softmax", within="(0, inf)")
     temperature_end: float = option(1 / 16, "last temperature of the Gumbel-softmax", within="(0, inf)")
     temperature_steps: int = option(-1, "steps of its cosine; overrides --temperature_share when positive")
     temperature_share: float = option(0.75, "the same as a share of the run", within="[0, 1]")
-    ema_decay: float = option(
-        0.999, "decay of the moving average of the weights, which is what gets published; 0 for none", within="[0, 1)"
-    )
+    ema_decay: float = option(0.999, "decay of the average of the weights, which is published", within="[0, 1)")
 
     epochs: int = option(20, "passes over the data", within="[1, inf)")
     save_ckpt_freq: int = option(1, "epochs between checkpoint-<epoch>.pth", within="[1, inf)")
-    keep_checkpoints: int = option(2, "newest numbered checkpoints to keep; 0 keeps all", within="[0, inf)")
+    keep_checkpoints: int = option(2, "numbered checkpoints to keep; 0 keeps all", within="[0, inf)")
     warmup_epochs: int = option(0, "epochs of linear warm-up", within="[0, inf)")
     warmup_steps: int = option(100, "steps of linear warm-up; overrides --warmup_epochs when positive")
     weight_decay: float = option(1e-4, "weight decay", within="[0, inf)")

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from beit.errors import InputError
-from beit.training.placement import PATIENCE, Placement
+from beit.training.placement import PATIENCE, Placement, name_local_rank
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def connect(placement: Placement, device: torch.device, patience: float = PATIEN
 def connect_alone(device: torch.device) -> None:
     """Makes a process group of one where there is none, for libraries that cannot do without."""
     if not dist.is_initialized():
-        os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+        name_local_rank(device.index or 0)
         _join(device, store=dist.HashStore(), rank=0, world_size=1)
 
 

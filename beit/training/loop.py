@@ -10,7 +10,7 @@ import math
 import random
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from inspect import signature
 from itertools import islice
@@ -91,7 +91,7 @@ class Trainer(TrainingState):
             lengths = [settings.period.steps]
         return min(settings.total_steps, *((step // length + 1) * length for length in lengths))
 
-    def _batches(self, first: int) -> Iterator[Batch]:
+    def _batches(self, first: int) -> Generator[Batch, None, None]:
         """Yields this process's batches from number ``first`` on, epoch after epoch."""
         per_epoch = self.loader.batches_per_epoch
         if self.settings.period.name == "epoch":  # batches too few for one more step are left out

@@ -110,3 +110,8 @@ def may_follow_another(environment: Mapping[str, str] | None = None) -> bool:
     """
     env = os.environ if environment is None else environment
     return any(int(env.get(name) or 0) > 0 for name in ("TORCHELASTIC_MAX_RESTARTS", "SLURM_RESTART_COUNT"))
+
+
+def name_local_rank(local_rank: int) -> None:
+    """Sets LOCAL_RANK where no launcher has, for libraries that read it."""
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))
