@@ -179,11 +179,13 @@ def test_on_a_gpu(golden):
 def test_grids_are_checked_with_the_size_that_would_match(tokenizer):
     assert tokenizer.grid_size((112, 64)) == (14, 8)
     tokenizer.check_grid((112, 112), (14, 14))
-    with pytest.raises(InputError, match=r"14×14 grid .*16×16: .*second_input_size to 128$"):
+    with pytest.raises(InputError, match=r"multiples of 8 pixels, not 100×112; the nearest are 96×112$"):
+        tokenizer.grid_size((100, 112))
+    with pytest.raises(InputError, match=r"112×112 pixels, 8 per token, .*16×16: set second_input_size to 128$"):
         tokenizer.check_grid((112, 112), (16, 16))
     with pytest.raises(InputError, match=r"second_input_size to 112x128$"):
         tokenizer.check_grid((112, 112), (14, 16))
-    with pytest.raises(InputError, match=r"multiples of 8 pixels, not 100×112; the nearest are 96×112.*to 112"):
+    with pytest.raises(InputError, match=r"100×112 pixels.*to 112$"):
         tokenizer.check_grid((100, 112), (14, 14))
 
 
