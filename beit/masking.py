@@ -83,23 +83,16 @@ class BlockwiseMaskGenerator:
     def __call__(self, rng: np.random.Generator) -> NDArray[np.bool_]:
         """Returns a bool array ``(H, W)``, True at 1 to ``num_mask_patches`` masked patches."""
         for _ in range(_EMPTY_REDRAWS):
-            mask = self._draw(rng)
-            if mask.any():
+            mask = np.zeros(self.grid_size, dtype=np.bool_)
+            remaining = self.num_mask_patches
+            while remaining and (added := self._add_block(mask, min(remaining, self.max_num_patches), rng)):
+                remaining -= added
+            if remaining < self.num_mask_patches:
                 return mask
         # Fitting blocks exist but are hardly ever proposed: place one, so that the call always returns.
         height, width = self._fitting[rng.integers(len(self._fitting))]
         top, left = (rng.integers(size - side + 1) for size, side in zip(self.grid_size, (height, width), strict=True))
         mask[top : top + height, left : left + width] = True
-        return mask
-
-    def _draw(self, rng: np.random.Generator) -> NDArray[np.bool_]:
-        mask = np.zeros(self.grid_size, dtype=np.bool_)
-        remaining = self.num_mask_patches
-        while remaining > 0:
-            added = self._add_block(mask, min(remaining, self.max_num_patches), rng)
-            if added == 0:
-                break
-            remaining -= added
         return mask
 
     def _add_block(self, mask: NDArray[np.bool_], most: int, rng: np.random.Generator) -> int:

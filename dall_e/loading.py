@@ -255,7 +255,7 @@ def load_model(path: str | Path, device: torch.device | str | None = None) -> En
     """Opens an encoder or a decoder; no code in the file is run.
 
     It takes a module pickled by OpenAI's package (in either format of ``torch.save``), a state dict, a
-    ``.safetensors`` file, or a folder with one, as :func:`save_model` writes it.
+    ``.safetensors`` file, or a folder with one.
 
     Args:
         path: The file or folder.
@@ -285,31 +285,3 @@ def load_model(path: str | Path, device: torch.device | str | None = None) -> En
     except Exception as error:  # a damaged file can fail in any way, none of which runs code
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ModelFileError(f"{path} cannot be used: {_TRUNCATED} ({reason}); fetch it again") from error
-
-
-def save_model(model: Encoder | Decoder, folder: str | Path) -> Path:
-    """Writes ``encoder.safetensors`` or ``decoder.safetensors`` and its sizes into the folder's ``config.json``.
-
-    One folder can hold both.
-
-    Args:
-        model: What to write.
-        folder: Created if missing.
-
-    Returns:
-        The safetensors file.
-    """
-    from safetensors.torch import save_file
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    kind = type(model).__name__.lower()
-    names = ["n_hid", "n_blk_per_group", "vocab_size", "use_mixed_precision"]
-    names += ["input_channels"] if isinstance(model, Encoder) else ["n_init", "output_channels"]
-    config = folder / "config.json"
-    sizes = json.loads(config.read_text()) if config.exists() else {}
-    sizes[kind] = {name: getattr(model, name) for name in names}
-    path = folder / f"{kind}.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
-    config.write_text(json.dumps(sizes, indent=2) + "\n")
-    return path

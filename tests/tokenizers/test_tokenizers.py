@@ -8,6 +8,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import beit.storage
@@ -18,7 +19,7 @@ from beit.registry import TOKENIZERS
 from beit.tokenizers.base import VisualTokenizer, load_tokenizer
 from beit.tokenizers.dalle import download_tokenizer
 from beit.tokenizers.dvae import DiscreteVAE, load_dvae, save_dvae
-from dall_e import load_model, save_model
+from dall_e import load_model
 from dall_e.utils import Conv2d
 
 
@@ -273,8 +274,8 @@ def test_the_decoder_is_needed_only_to_decode(golden, tmp_path):
 
 def test_dall_e_opens_from_safetensors_too(golden, tmp_path):
     folder = golden / "dalle_small"
-    for name in ("encoder.pkl", "decoder_legacy.pkl"):
-        save_model(load_model(folder / name), tmp_path)
+    for name in ("encoder", "decoder"):
+        save_file(load_model(folder / f"{name}.pkl").state_dict(), tmp_path / f"{name}.safetensors")
     images = torch.rand(2, 3, 32, 32)
     one, other = load_tokenizer(folder, "dall-e"), load_tokenizer(tmp_path, "dall-e")
     ids = one.encode(images)
