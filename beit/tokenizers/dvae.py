@@ -17,9 +17,8 @@ the posterior stays near the prior and the images stay blurred.
 import json
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -242,8 +241,7 @@ def kl_to_uniform(logits: Tensor) -> Tensor:
         return (log_posterior.exp() * log_ratio).sum(dim=(1, 2, 3)).mean()
 
 
-@dataclass(frozen=True)
-class DvaeLoss:
+class DvaeLoss(NamedTuple):
     """The parts of the loss, scalars.
 
     Attributes:
@@ -277,8 +275,7 @@ def dvae_loss(
     return DvaeLoss(reconstruction + kl_weight / target[0].numel() * kl, reconstruction, kl)
 
 
-@dataclass(frozen=True)
-class CodebookStatistics:
+class CodebookStatistics(NamedTuple):
     """How evenly the codes are used.
 
     Attributes:
