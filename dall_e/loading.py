@@ -193,20 +193,20 @@ def _check_kind(path: Path) -> None:
     with open(path, "rb") as file:
         head = file.read(512)
     text = head.decode("utf-8", errors="replace").lstrip("\ufeff \t\r\n").lower()
-    problem = None
-    if not head:
-        problem = "it is empty"
-    elif text.startswith("<"):
-        kind = "an XML message" if text.startswith(("<?xml", "<error")) else "an HTML page"
-        raise ModelFileError(f"it is {kind}, probably a server's refusal; fetch it from another address")
-    elif text.startswith("--2"):
-        raise ModelFileError("it is the log of wget (`-o` names the log, `-O` the file); fetch it again with -O")
-    elif head.startswith(b"PK") and not zipfile.is_zipfile(path):
-        problem = f"{_TRUNCATED} ({path.stat().st_size} bytes)"
-    elif not head.startswith((b"PK", b"\x80")):
-        problem = f"it begins with {head[:24]!r}, as no file of torch.save does"
-    if problem:
-        raise ModelFileError(f"{problem}; fetch it again")
+    refused = "probably a server's refusal; fetch it from another address"
+    for recognised, problem in (
+        (not head, "it is empty; fetch it again"),
+        (text.startswith(("<?xml", "<error")), f"it is an XML message, {refused}"),
+        (text.startswith("<"), f"it is an HTML page, {refused}"),
+        (text.startswith("--2"), "it is the log of wget (`-o` names the log, `-O` the file); fetch it again with -O"),
+        (head.startswith(b"PK") and not zipfile.is_zipfile(path), f"{_TRUNCATED}; fetch it again"),
+        (
+            not head.startswith((b"PK", b"\x80")),
+            f"it begins with {head[:24]!r}, unlike any file of torch.save; fetch it again",
+        ),
+    ):
+        if recognised:
+            raise ModelFileError(problem)
 
 
 def _read_file(path: Path) -> tuple[dict[str, Tensor], Mapping[str, object]]:

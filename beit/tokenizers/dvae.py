@@ -216,11 +216,11 @@ def reconstruction_loss(images: Tensor, target: Tensor, kind: ReconstructionKind
     Raises:
         InputError: ``kind`` is neither.
     """
-    if kind not in ("mse", "smooth_l1"):
+    losses = {"mse": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
+    if kind not in losses:
         raise InputError(f"the reconstruction loss is 'mse' or 'smooth_l1', not {kind!r}")
-    loss = F.mse_loss if kind == "mse" else F.smooth_l1_loss
     with torch.autocast(images.device.type, enabled=False):
-        return loss(images.float(), target.float())
+        return losses[kind](images.float(), target.float())
 
 
 def kl_to_uniform(logits: Tensor) -> Tensor:
