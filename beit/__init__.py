@@ -4,7 +4,7 @@
 
     model = beit.create_model("beit_base_patch16_224_8k_vocab")
 
-The public names below are loaded when first used, so that ``import beit`` itself costs nothing.
+The public names below are imported on first use, so ``import beit`` itself is free.
 """
 
 from importlib import import_module

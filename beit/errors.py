@@ -1,4 +1,4 @@
-"""The one exception that means "the user gave something that cannot work", and help with misspelt names."""
+"""The exception for mistakes in what the user gave, and suggestions for misspelt names."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -7,8 +7,8 @@ from difflib import get_close_matches
 class InputError(ValueError):
     """A mistake in what the user gave: a path, a flag, a file, a size.
 
-    The message is one line that says what is wrong, where, and what to do. Launchers print it without a traceback
-    and exit with status 2; code that imports the library can catch it as a ``ValueError``.
+    The message is one line: what is wrong, where, and what to do. Launchers print it without a traceback and exit with
+    status 2; code that imports the library can catch it as a ``ValueError``.
     """
 
 

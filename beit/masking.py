@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from beit.errors import InputError
 
-BLOCK_TRIES = 10  # failed proposals for one block before the mask is left as it is
-_EMPTY_REDRAWS = 1000  # empty masks before a block that fits is placed outright
+BLOCK_TRIES = 10  # proposals per block; if all fail, the mask is complete
+_EMPTY_REDRAWS = 1000  # empty masks before a fitting block is placed directly
 
 
 class MaskGenerator(Protocol):
@@ -28,29 +28,29 @@ class MaskGenerator(Protocol):
 
 
 class BlockwiseMaskGenerator:
-    """Masks rectangular blocks of patches, one after the other, until the target is met or no further block fits.
+    """Masks rectangular blocks of patches until the target is met or no further block fits.
 
-    A block's area is uniform between ``min_num_patches`` and what is left to mask (whichever of the two is larger),
-    its aspect ratio (height over width) log-uniform, its position uniform. It is taken when it is smaller than the
-    grid on both sides and adds between 1 and the remaining number of patches; after 10 proposals in a row that do
-    not, the mask is complete. So ``num_mask_patches`` is an upper bound: for the published setting, a 14 x 14 grid
-    with 75 patches, the count is 74.5 on average and rarely below 70.
+    The area of a block is uniform between ``min_num_patches`` and the number of patches left to mask (in either order),
+    its aspect ratio (height over width) log-uniform, its position uniform. A block is accepted if it is smaller than
+    the grid on both sides and adds between 1 and the remaining number of patches; after 10 rejections in a row the mask
+    is complete. So ``num_mask_patches`` is an upper bound: in the published setting, 75 patches of a 14 x 14 grid, the
+    count is 74.5 on average and rarely below 70.
 
     Source: section 2.3 and algorithm 1 of arXiv 2106.08254.
 
-    Deviation: a mask that stayed empty is drawn again, since the loss of an image without masked patches is not
-    defined. With the published setting that never happens; with very few patches to mask it does.
+    Deviation: an empty mask is drawn again, as the loss is undefined without masked patches. This never happens in the
+        published setting, but it does if very few patches are to be masked.
 
     Args:
         grid_size: Patches ``(H, W)`` of the image, or one number for a square grid.
-        num_mask_patches: Most patches masked in an image.
-        min_num_patches: Smallest area a block is drawn with, in patches.
-        max_num_patches: Most patches one block may add; ``None`` is ``num_mask_patches``.
+        num_mask_patches: Maximum number of masked patches per image.
+        min_num_patches: Minimum area of a block, in patches.
+        max_num_patches: Maximum number of patches a block may add; ``None`` is ``num_mask_patches``.
         min_aspect: One end of the range of aspect ratios.
         max_aspect: The other end; ``None`` is ``1 / min_aspect``.
 
     Raises:
-        InputError: A size is not positive, the target is more than the grid, or no block can fit.
+        InputError: A size is not positive, the target exceeds the grid, or no block can fit.
     """
 
     def __init__(
@@ -83,37 +83,23 @@ class BlockwiseMaskGenerator:
     def __call__(self, rng: np.random.Generator) -> NDArray[np.bool_]:
         """Returns a bool array ``(H, W)``, True at 1 to ``num_mask_patches`` masked patches."""
         for _ in range(_EMPTY_REDRAWS):
-            mask = self._draw(rng)
-            if mask.any():
+            mask = np.zeros(self.grid_size, dtype=np.bool_)
+            remaining = self.num_mask_patches
+            while remaining and (added := self._add_block(mask, min(remaining, self.max_num_patches), rng)):
+                remaining -= added
+            if remaining < self.num_mask_patches:
                 return mask
-        # Blocks that fit exist but are next to never proposed: place one, so that the call always ends.
+        # Fitting blocks exist but are hardly ever proposed: place one, so that the call always returns.
         height, width = self._fitting[rng.integers(len(self._fitting))]
         top, left = (rng.integers(size - side + 1) for size, side in zip(self.grid_size, (height, width), strict=True))
         mask[top : top + height, left : left + width] = True
         return mask
 
-    def __repr__(self) -> str:
-        height, width = self.grid_size
-        return (
-            f"BlockwiseMaskGenerator({height} x {width}, at most {self.num_mask_patches} masked, "
-            f"blocks of {self.min_num_patches} to {self.max_num_patches})"
-        )
-
-    def _draw(self, rng: np.random.Generator) -> NDArray[np.bool_]:
-        mask = np.zeros(self.grid_size, dtype=np.bool_)
-        remaining = self.num_mask_patches
-        while remaining > 0:
-            added = self._add_block(mask, min(remaining, self.max_num_patches), rng)
-            if added == 0:
-                break
-            remaining -= added
-        return mask
-
     def _add_block(self, mask: NDArray[np.bool_], most: int, rng: np.random.Generator) -> int:
-        """Masks one block that adds 1 to ``most`` patches; returns how many it added, 0 if no proposal did."""
+        """Masks one block that adds 1 to ``most`` patches; returns the number added, 0 if all proposals failed."""
         rows, columns = self.grid_size
         log_low, log_span = self._log_aspect
-        # One call for all proposals: single draws would cost more than everything else here.
+        # One call for all proposals: separate draws would dominate the cost.
         for area_draw, aspect_draw, top_draw, left_draw in rng.random((BLOCK_TRIES, 4)).tolist():
             area = self.min_num_patches + area_draw * (most - self.min_num_patches)
             aspect = math.exp(log_low + aspect_draw * log_span)
@@ -129,11 +115,11 @@ class BlockwiseMaskGenerator:
         return 0
 
     def _fitting_blocks(self, min_num_patches: int) -> NDArray[np.int64]:
-        """Returns the ``(height, width)`` of every block that an empty mask can receive, ``(n, 2)``.
+        """Returns the ``(height, width)`` of every block that can be placed on an empty mask, ``(n, 2)``.
 
-        Sides ``(h, w)`` are proposed when the point (√(area·aspect), √(area/aspect)) rounds to them. In logarithmic
-        coordinates the points that round to ``(h, w)`` are an open rectangle, those that area and aspect can give a
-        rectangle turned by 45 degrees; two such rectangles meet exactly when their shadows on the four axes do.
+        Sides ``(h, w)`` are proposed if the point (√(area·aspect), √(area/aspect)) rounds to them. In logarithmic
+        coordinates the points that round to ``(h, w)`` form an open rectangle, and the possible points a rectangle
+        rotated by 45 degrees; two such rectangles overlap exactly if their projections on all four axes do.
         """
         rows, columns = self.grid_size
         most = min(self.num_mask_patches, self.max_num_patches)
@@ -199,10 +185,6 @@ class RandomMaskGenerator:
         mask = np.zeros(rows * columns, dtype=np.bool_)
         mask[rng.choice(rows * columns, self.num_mask_patches, replace=False)] = True
         return mask.reshape(rows, columns)
-
-    def __repr__(self) -> str:
-        height, width = self.grid_size
-        return f"RandomMaskGenerator({height} x {width}, {self.num_mask_patches} masked)"
 
 
 def _checked_grid(grid_size: int | tuple[int, int], num_mask_patches: int) -> tuple[int, int]:

@@ -1,9 +1,9 @@
-"""Relative position bias: which row of the table a pair of tokens reads, and how a table moves to another window.
+"""Relative position bias: its index, its gathering, and resizing a table to another window.
 
 A window is the patch grid ``(h, w)`` of an image; its ``N = h * w`` patch tokens follow one class token. A table has
-one row for each offset between two patches, ``(2h - 1) * (2w - 1)`` of them, row-major over (vertical, horizontal)
-offset from ``(-(h - 1), -(w - 1))`` on, and then three rows for the pairs with the class token: class to patch, patch
-to class, class to class. Columns are attention heads.
+one row per offset between two patches, ``(2h - 1) * (2w - 1)`` in all, row-major over (vertical, horizontal) offsets
+from ``(-(h - 1), -(w - 1))``, and then three rows for pairs with the class token: class to patch, patch to class, class
+to class. Columns are attention heads.
 
 Source: BEiT (arXiv 2106.08254), section 2.1 and the authors' released models.
 """
@@ -31,7 +31,7 @@ def num_table_rows(window_size: tuple[int, int]) -> int:
 
 
 def relative_position_index(window_size: tuple[int, int]) -> Tensor:
-    """Returns the table row that each pair (query, key) of tokens reads.
+    """Returns the table row of each pair (query, key) of tokens.
 
     Args:
         window_size: The patch grid ``(h, w)``, in patches.
@@ -55,10 +55,10 @@ def relative_position_index(window_size: tuple[int, int]) -> Tensor:
 
 
 def relative_position_bias(table: Tensor, index: Tensor, window_size: tuple[int, int]) -> Tensor:
-    """Gathers the bias that is added to the attention logits.
+    """Gathers the bias to be added to the attention logits.
 
     Args:
-        table: Bias table ``(rows, H)``, one column a head.
+        table: Bias table ``(rows, H)``, one column per head.
         index: The rows to read, int64 ``(N + 1, N + 1)``, from :func:`relative_position_index`.
         window_size: The patch grid ``(h, w)`` of both.
 
@@ -67,15 +67,15 @@ def relative_position_bias(table: Tensor, index: Tensor, window_size: tuple[int,
     """
     if table.device.type == "cuda":
         return bias_by_sliding(table, window_size)
-    # On a CPU the columns of the transposed table are gathered several times faster than the rows, and contiguous.
+    # On a CPU, gathering columns of the transposed table is several times faster than rows, and gives the final layout.
     return table.t().index_select(1, index.flatten()).view(-1, *index.shape)
 
 
 def bias_by_sliding(table: Tensor, window_size: tuple[int, int]) -> Tensor:
-    """Gathers the same bias without an index, so that its backward pass is sums in place of a scatter.
+    """Gathers the same bias without an index, so that the backward pass uses sums instead of a scatter.
 
-    The keys that a query sees are a window of the plane of offsets, which slides from query to query. A scatter on a
-    GPU adds up to ``N`` gradients to one row, one by one and in an order that changes from run to run.
+    The offsets to all keys are a window of the plane of offsets, which slides from query to query. On a GPU a scatter
+    adds up to ``N`` gradients to one row, one at a time and in a nondeterministic order.
 
     Args:
         table: As for :func:`relative_position_bias`.
@@ -92,16 +92,16 @@ def bias_by_sliding(table: Tensor, window_size: tuple[int, int]) -> Tensor:
 
 
 def resize_table(table: Tensor, source_window: tuple[int, int], target_window: tuple[int, int]) -> Tensor:
-    """Carries a bias table from one window to another, which need not be square.
+    """Resizes a bias table to another window, which need not be square.
 
     The known offsets are placed on a geometric grid that spans the new window, dense around zero, and a bicubic spline
-    through them is read at the new integer offsets; offsets outside the grid take the value at its edge. The three rows
-    of the class token are kept. Plain bicubic interpolation is no substitute: it costs several points of mIoU.
+    through them is evaluated at the new integer offsets; those outside the grid take the value at its edge. The three
+    rows of the class token are kept. Plain bicubic interpolation is no substitute: it costs several points of mIoU.
 
     Args:
         table: Bias table ``(num_table_rows(source_window), H)``.
         source_window: The patch grid ``(h, w)`` that the table was trained with.
-        target_window: The patch grid ``(h, w)`` that it is wanted for.
+        target_window: The new patch grid ``(h, w)``.
 
     Returns:
         A tensor ``(num_table_rows(target_window), H)`` of the table's dtype, on its device, without gradient.
@@ -109,8 +109,8 @@ def resize_table(table: Tensor, source_window: tuple[int, int], target_window: t
     Raises:
         InputError: The table's shape is not that of ``source_window``, or a window is empty.
 
-    Deviation: The official code knows square windows only. Here each axis has its own ratio, an axis whose length stays
-        keeps its values, and an axis of two patches (one patch) takes a spline of degree two (a constant).
+    Deviation: The official code supports square windows only. Here each axis has its own ratio, an axis of unchanged
+        length keeps its values, and an axis of two patches (one patch) uses a spline of degree two (a constant).
     """
     _check_resize(table, source_window, target_window)
     if source_window == target_window:
@@ -124,11 +124,11 @@ def resize_table(table: Tensor, source_window: tuple[int, int], target_window: t
 
 
 def source_positions(source: int, target: int) -> FloatArray:
-    """Returns where the offsets of an axis of ``source`` patches lie on the grid of an axis of ``target`` patches.
+    """Returns the positions of an axis's ``source`` offsets on the grid of an axis of ``target`` patches.
 
     Args:
         source: Length of the trained axis, in patches.
-        target: Length of the wanted axis, in patches.
+        target: Length of the new axis, in patches.
 
     Returns:
         ``2 * source - 1`` increasing positions, symmetric about 0: sums of 1, q, q**2, … with the q of
@@ -142,9 +142,9 @@ def source_positions(source: int, target: int) -> FloatArray:
 
 
 def geometric_ratio(source: int, target: int) -> float:
-    """Returns the q with which ``source - 1`` steps 1, q, q**2, … reach as far as ``target - 1`` unit steps.
+    """Returns the q for which ``source - 1`` steps 1, q, q**2, … cover the distance of ``target - 1`` unit steps.
 
-    Found by bisection in [1.01, 1.5] to a width of 1e-6, since the stored numbers depend on where it stops.
+    Found by bisection in [1.01, 1.5] to a width of 1e-6 like the official code, whose results depend on where it stops.
     """
     low, high = RATIO_BOUNDS
     ratio = low
@@ -159,19 +159,19 @@ def geometric_ratio(source: int, target: int) -> float:
 
 
 def _resize_grid(values: FloatArray, target_window: tuple[int, int]) -> FloatArray:
-    """Reads the spline through one head's offsets ``(2h - 1, 2w - 1)`` at the offsets of another window."""
+    """Evaluates the spline through one head's offsets ``(2h - 1, 2w - 1)`` at the offsets of another window."""
     from scipy.interpolate import RectBivariateSpline  # slow to import, and most runs never resize
 
     positions, degrees = [], []
     for axis, target in enumerate(target_window):
-        if values.shape[axis] == 1:  # one patch: its only offset stands for all, and a spline needs two points
+        if values.shape[axis] == 1:  # one patch: its value holds for all offsets, and a spline needs two points
             values = np.repeat(values, 2, axis=axis)
             positions.append(np.array([-1.0, 1.0]))
         else:
             positions.append(source_positions((values.shape[axis] + 1) // 2, target))
         degrees.append(min(3, values.shape[axis] - 1))
 
-    # The horizontal axis goes first: the other order differs in the last bit from the stored numbers.
+    # The horizontal axis goes first: the other order differs from the official results in the last bit.
     spline = RectBivariateSpline(positions[1], positions[0], values.T, kx=degrees[1], ky=degrees[0])
     rows, columns = (np.arange(1.0 - target, target) for target in target_window)
     return spline(columns, rows).T

@@ -58,7 +58,7 @@ class PredictionTarget(ABC):
             patch_size: Height and width of the model's patches, in pixels.
             mean: Mean of the model's input, per channel.
             std: Standard deviation of the model's input, per channel.
-            pixel_norm: The run's ``--pixel_norm``.
+            pixel_norm: Whether pixels are to be normalised per patch.
 
         Raises:
             InputError: Something it needs is missing, such as the tokenizer.

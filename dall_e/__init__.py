@@ -5,7 +5,7 @@ Source: Ramesh et al., "Zero-Shot Text-to-Image Generation", arXiv 2102.12092, a
 
 from dall_e.decoder import Decoder
 from dall_e.encoder import Encoder
-from dall_e.loading import ModelFileError, load_model, save_model
+from dall_e.loading import ModelFileError, load_model
 from dall_e.utils import map_pixels, unmap_pixels
 
-__all__ = ["Decoder", "Encoder", "ModelFileError", "load_model", "map_pixels", "save_model", "unmap_pixels"]
+__all__ = ["Decoder", "Encoder", "ModelFileError", "load_model", "map_pixels", "unmap_pixels"]

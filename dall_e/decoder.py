@@ -1,23 +1,18 @@
 """The decoder: one-hot tokens to the parameters of a logit-Laplace distribution of the pixels."""
 
+from contextlib import nullcontext
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
-from dall_e.utils import Conv2d, ResidualBlock, check_input, half_precision
+from dall_e.utils import Conv2d, ResidualBlock, check_input, half_precision, stack_blocks
 
 
 class DecoderBlock(ResidualBlock):
-    """A residual block with kernels 1, 3, 3, 3; arguments as of :class:`dall_e.utils.ResidualBlock`."""
+    """A residual block of the decoder."""
 
-    def __init__(
-        self,
-        n_in: int,
-        n_out: int,
-        n_layers: int,
-        device: torch.device | str | None = None,
-        requires_grad: bool = False,
-    ) -> None:
-        super().__init__(n_in, n_out, n_layers, (1, 3, 3, 3), device, requires_grad)
+    kernels = (1, 3, 3, 3)
 
 
 class Decoder(nn.Module):
@@ -31,9 +26,9 @@ class Decoder(nn.Module):
         n_blk_per_group: Blocks in a group.
         output_channels: Channels of the images; the network gives a location and a log-scale for each.
         vocab_size: Size of the vocabulary.
-        device: Where the parameters are made.
+        device: Where the parameters are created.
         requires_grad: Whether they are trained.
-        use_mixed_precision: Run the convolutions in float16 on CUDA, all but the first, as the released modules do.
+        use_mixed_precision: Run all convolutions but the first in float16 on CUDA, as the released modules do.
             Everywhere else, and without it, everything is float32.
     """
 
@@ -54,24 +49,16 @@ class Decoder(nn.Module):
         self.n_init, self.n_hid, self.n_blk_per_group = n_init, n_hid, n_blk_per_group
         self.output_channels, self.vocab_size = output_channels, vocab_size
         self.use_mixed_precision = use_mixed_precision
-        made: dict = {"device": device, "requires_grad": requires_grad}
-        self.blocks = nn.Sequential()
-        self.blocks.add_module("input", Conv2d(vocab_size, n_init, 1, use_float16=False, **made))
-        channels = n_init
-        for group in range(self.group_count):
-            members = nn.Sequential()
-            width = n_hid * 2 ** (self.group_count - 1 - group)
-            for block in range(n_blk_per_group):
-                n_layers = self.group_count * n_blk_per_group
-                members.add_module(f"block_{block + 1}", DecoderBlock(channels, width, n_layers, **made))
-                channels = width
-            if group < self.group_count - 1:
-                members.add_module("upsample", nn.Upsample(scale_factor=2, mode="nearest"))
-            self.blocks.add_module(f"group_{group + 1}", members)
-        output = nn.Sequential()
-        output.add_module("relu", nn.ReLU())
-        output.add_module("conv", Conv2d(channels, 2 * output_channels, 1, **made))
-        self.blocks.add_module("output", output)
+        with nullcontext() if device is None else torch.device(device):
+            self.blocks = stack_blocks(
+                stem=Conv2d(vocab_size, n_init, 1, use_float16=False),
+                block=DecoderBlock,
+                widths=[n_hid * 2**group for group in reversed(range(self.group_count))],
+                n_blk_per_group=n_blk_per_group,
+                between=("upsample", partial(nn.Upsample, scale_factor=2, mode="nearest")),
+                head=partial(Conv2d, n_hid, 2 * output_channels, 1),
+            )
+        self.requires_grad_(requires_grad)
 
     def forward(self, x: Tensor) -> Tensor:
         """One-hot tokens, float32 ``(B, vocab_size, h, w)`` → float32 ``(B, 2 · output_channels, 8h, 8w)``.

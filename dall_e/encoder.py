@@ -1,38 +1,33 @@
 """The encoder: an image to logits over the vocabulary at every cell of a grid 8 times smaller."""
 
+from contextlib import nullcontext
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
-from dall_e.utils import Conv2d, ResidualBlock, check_input, half_precision
+from dall_e.utils import Conv2d, ResidualBlock, check_input, half_precision, stack_blocks
 
 
 class EncoderBlock(ResidualBlock):
-    """A residual block with kernels 3, 3, 3, 1; arguments as of :class:`dall_e.utils.ResidualBlock`."""
+    """A residual block of the encoder."""
 
-    def __init__(
-        self,
-        n_in: int,
-        n_out: int,
-        n_layers: int,
-        device: torch.device | str | None = None,
-        requires_grad: bool = False,
-    ) -> None:
-        super().__init__(n_in, n_out, n_layers, (3, 3, 3, 1), device, requires_grad)
+    kernels = (3, 3, 3, 1)
 
 
 class Encoder(nn.Module):
     """Four groups of residual blocks, of 1, 2, 4 and 8 times ``n_hid`` channels, with max-pooling between them.
 
-    Its input are images in [0, 1] that went through :func:`dall_e.map_pixels`.
+    Its input is images in [0, 1] mapped by :func:`dall_e.map_pixels`.
 
     Args:
         n_hid: Channels of the first group, a multiple of 4.
         n_blk_per_group: Blocks in a group.
         input_channels: Channels of the images.
         vocab_size: Size of the vocabulary.
-        device: Where the parameters are made.
+        device: Where the parameters are created.
         requires_grad: Whether they are trained.
-        use_mixed_precision: Run the convolutions in float16 on CUDA, all but the last, as the released modules do.
+        use_mixed_precision: Run all convolutions but the last in float16 on CUDA, as the released modules do.
             Everywhere else, and without it, everything is float32.
     """
 
@@ -52,23 +47,16 @@ class Encoder(nn.Module):
         self.n_hid, self.n_blk_per_group = n_hid, n_blk_per_group
         self.input_channels, self.vocab_size = input_channels, vocab_size
         self.use_mixed_precision = use_mixed_precision
-        made: dict = {"device": device, "requires_grad": requires_grad}
-        self.blocks = nn.Sequential()
-        self.blocks.add_module("input", Conv2d(input_channels, n_hid, 7, **made))
-        channels = n_hid
-        for group in range(self.group_count):
-            members = nn.Sequential()
-            for block in range(n_blk_per_group):
-                n_layers = self.group_count * n_blk_per_group
-                members.add_module(f"block_{block + 1}", EncoderBlock(channels, n_hid * 2**group, n_layers, **made))
-                channels = n_hid * 2**group
-            if group < self.group_count - 1:
-                members.add_module("pool", nn.MaxPool2d(2))
-            self.blocks.add_module(f"group_{group + 1}", members)
-        output = nn.Sequential()
-        output.add_module("relu", nn.ReLU())
-        output.add_module("conv", Conv2d(channels, vocab_size, 1, use_float16=False, **made))
-        self.blocks.add_module("output", output)
+        with nullcontext() if device is None else torch.device(device):
+            self.blocks = stack_blocks(
+                stem=Conv2d(input_channels, n_hid, 7),
+                block=EncoderBlock,
+                widths=[n_hid * 2**group for group in range(self.group_count)],
+                n_blk_per_group=n_blk_per_group,
+                between=("pool", partial(nn.MaxPool2d, 2)),
+                head=partial(Conv2d, n_hid * 2 ** (self.group_count - 1), vocab_size, 1, use_float16=False),
+            )
+        self.requires_grad_(requires_grad)
 
     @property
     def head(self) -> Conv2d:

@@ -1,6 +1,8 @@
-"""What encoder and decoder share: their convolution, their residual block, and the range of their pixels."""
+"""What encoder and decoder share: their convolution, residual block and layout, and the range of their pixels."""
 
 import math
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,37 +18,27 @@ class Conv2d(nn.Module):
         n_in: Input channels.
         n_out: Output channels.
         kw: Side of the kernel, odd.
-        use_float16: Whether it may run in half precision where its model does; otherwise it is float32 throughout.
-        device: Where its parameters are made.
-        requires_grad: Whether they are trained.
+        use_float16: Whether it may run in half precision where its model does; otherwise it is always float32.
 
     Raises:
         ValueError: A size is not positive, or ``kw`` is even.
     """
 
-    def __init__(
-        self,
-        n_in: int,
-        n_out: int,
-        kw: int,
-        use_float16: bool = True,
-        device: torch.device | str | None = None,
-        requires_grad: bool = False,
-    ) -> None:
+    def __init__(self, n_in: int, n_out: int, kw: int, use_float16: bool = True) -> None:
         super().__init__()
         if min(n_in, n_out, kw) < 1 or kw % 2 == 0:
             raise ValueError(f"a convolution needs channels >= 1 and an odd kernel, not {n_in}, {n_out} and {kw}")
         self.n_in, self.n_out, self.kw, self.use_float16 = n_in, n_out, kw, use_float16
-        weight = torch.empty(n_out, n_in, kw, kw, device=device)
-        if not weight.is_meta:  # torch takes a second to load what random numbers on "meta" need, which are none
+        weight = torch.empty(n_out, n_in, kw, kw)
+        if not weight.is_meta:  # random numbers on "meta" have no effect, but torch takes a second to load their code
             weight.normal_(std=1 / math.sqrt(n_in * kw * kw))
-        self.w = nn.Parameter(weight, requires_grad=requires_grad)
-        self.b = nn.Parameter(torch.zeros(n_out, device=device), requires_grad=requires_grad)
+        self.w = nn.Parameter(weight)
+        self.b = nn.Parameter(torch.zeros(n_out))
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, n_in, H, W)`` → ``(B, n_out, H, W)``."""
         if self.use_float16:
-            if self.w.dtype != torch.float32:  # a part of a model that was brought to half precision by itself
+            if self.w.dtype != torch.float32:  # only this part of the model was cast to half precision
                 x = x.to(self.w.dtype)
             return F.conv2d(x, self.w, self.b, padding=self.kw // 2)
         with torch.autocast(x.device.type, enabled=False):
@@ -64,79 +56,99 @@ class ResidualBlock(nn.Module):
         n_in: Input channels.
         n_out: Output channels, a multiple of 4; the bottleneck has a quarter of them.
         n_layers: Blocks in the whole network; the residual path is scaled by ``1 / n_layers²``.
+
+    Attributes:
         kernels: Sides of the four kernels.
-        device: Where the parameters are made.
-        requires_grad: Whether they are trained.
 
     Raises:
-        ValueError: ``n_out`` is no multiple of 4.
+        ValueError: ``n_out`` is not a multiple of 4.
     """
 
-    def __init__(
-        self,
-        n_in: int,
-        n_out: int,
-        n_layers: int,
-        kernels: tuple[int, int, int, int],
-        device: torch.device | str | None = None,
-        requires_grad: bool = False,
-    ) -> None:
+    kernels: ClassVar[tuple[int, int, int, int]]
+
+    def __init__(self, n_in: int, n_out: int, n_layers: int) -> None:
         super().__init__()
         if n_out % 4:
             raise ValueError(f"the channels of a block must be a multiple of 4, not {n_out}")
-        self.n_in, self.n_out, self.n_hid, self.n_layers = n_in, n_out, n_out // 4, n_layers
         self.post_gain = 1 / n_layers**2
-        self.id_path: nn.Module = nn.Identity()
-        if n_in != n_out:
-            self.id_path = Conv2d(n_in, n_out, 1, device=device, requires_grad=requires_grad)
-        widths = [n_in, self.n_hid, self.n_hid, self.n_hid, n_out]
+        self.id_path: nn.Module = Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
+        widths = [n_in, n_out // 4, n_out // 4, n_out // 4, n_out]
         self.res_path = nn.Sequential()
-        for i, kernel in enumerate(kernels):
+        for i, kernel in enumerate(self.kernels):
             self.res_path.add_module(f"relu_{i + 1}", nn.ReLU())
-            convolution = Conv2d(widths[i], widths[i + 1], kernel, device=device, requires_grad=requires_grad)
-            self.res_path.add_module(f"conv_{i + 1}", convolution)
+            self.res_path.add_module(f"conv_{i + 1}", Conv2d(widths[i], widths[i + 1], kernel))
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, n_in, H, W)`` → ``(B, n_out, H, W)``."""
         return self.id_path(x) + self.post_gain * self.res_path(x)
 
 
-def half_precision(device_type: str, wanted: bool) -> torch.autocast:
-    """The precision of a network's convolutions: float16 on a GPU that is asked for it, float32 otherwise.
+def stack_blocks(
+    stem: Conv2d,
+    block: type[ResidualBlock],
+    widths: Sequence[int],
+    n_blk_per_group: int,
+    between: tuple[str, Callable[[], nn.Module]],
+    head: Callable[[], Conv2d],
+) -> nn.Sequential:
+    """Builds the layers of a network: stem, groups of residual blocks, ReLU and head.
 
-    An autocast region around the model makes no difference.
+    Args:
+        stem: The first convolution.
+        block: Class of the blocks.
+        widths: Channels of each group.
+        n_blk_per_group: Blocks in a group.
+        between: Name and constructor of what stands between two groups.
+        head: Makes the last convolution.
+    """
+    blocks = nn.Sequential()
+    blocks.add_module("input", stem)
+    channels = stem.n_out
+    for group, width in enumerate(widths, 1):
+        members = nn.Sequential()
+        for number in range(1, n_blk_per_group + 1):
+            members.add_module(f"block_{number}", block(channels, width, len(widths) * n_blk_per_group))
+            channels = width
+        if group < len(widths):
+            members.add_module(between[0], between[1]())
+        blocks.add_module(f"group_{group}", members)
+    output = nn.Sequential()
+    output.add_module("relu", nn.ReLU())
+    output.add_module("conv", head())
+    blocks.add_module("output", output)
+    return blocks
+
+
+def half_precision(device_type: str, wanted: bool) -> torch.autocast:
+    """The precision of a network's convolutions: float16 on a GPU if wanted, float32 otherwise.
+
+    It overrides any autocast region around the model.
     """
     return torch.autocast(device_type, dtype=torch.float16, enabled=wanted and device_type == "cuda")
 
 
-def check_input(x: Tensor, channels: int, name: str) -> None:
-    """Raises a ValueError unless ``x`` is float32 ``(B, channels, H, W)``."""
-    if x.ndim != 4 or x.shape[1] != channels:
-        raise ValueError(f"{name} must have the shape (B, {channels}, H, W), not {tuple(x.shape)}")
-    if x.dtype != torch.float32:
-        raise ValueError(f"{name} must be float32, not {x.dtype}")
+def check_input(x: Tensor, channels: int | None, name: str) -> None:
+    """Raises a ValueError unless ``x`` is float32 ``(B, channels, H, W)``; ``None`` stands for any number."""
+    if x.ndim != 4 or x.dtype != torch.float32 or channels not in (None, x.shape[1]):
+        wanted = f"(B, {channels or 'C'}, H, W)"
+        raise ValueError(f"{name} must be float32 of shape {wanted}, not {x.dtype} of shape {tuple(x.shape)}")
 
 
 def map_pixels(x: Tensor) -> Tensor:
-    """Squeezes float32 images ``(B, C, H, W)`` from [0, 1] into [0.1, 0.9], the range the encoder was trained on.
+    """Maps float32 images ``(B, C, H, W)`` from [0, 1] to [0.1, 0.9], the range the encoder was trained on.
 
     Raises:
         ValueError: ``x`` is not a float32 batch of images.
     """
-    _check_images(x)
+    check_input(x, None, "images")
     return logit_laplace_eps + x * (1 - 2 * logit_laplace_eps)
 
 
 def unmap_pixels(x: Tensor) -> Tensor:
-    """Stretches float32 images ``(B, C, H, W)`` from [0.1, 0.9] back to [0, 1], clamped.
+    """Maps float32 images ``(B, C, H, W)`` from [0.1, 0.9] back to [0, 1], clamped.
 
     Raises:
         ValueError: ``x`` is not a float32 batch of images.
     """
-    _check_images(x)
+    check_input(x, None, "images")
     return ((x - logit_laplace_eps) / (1 - 2 * logit_laplace_eps)).clamp(0, 1)
-
-
-def _check_images(x: Tensor) -> None:
-    if x.ndim != 4 or x.dtype != torch.float32:
-        raise ValueError(f"images must be float32 of 4 dimensions, not {x.dtype} of {x.ndim}")

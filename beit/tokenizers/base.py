@@ -79,19 +79,14 @@ class VisualTokenizer(nn.Module, ABC):
             patch_grid: ``(h, w)`` of the backbone's patches.
 
         Raises:
-            InputError: The grids differ; the message gives both, and the size that would match.
+            InputError: The grids differ; the message gives the size that would match.
         """
-        wanted = tuple(cells * self.downsampling for cells in patch_grid)
-        size = str(wanted[0]) if wanted[0] == wanted[1] else f"{wanted[0]}x{wanted[1]}"
-        remedy = f"for the {patch_grid[0]}×{patch_grid[1]} grid of patches, set second_input_size to {size}"
-        try:
-            grid = self.grid_size(image_size)
-        except InputError as error:
-            raise InputError(f"{error}; {remedy}") from error
-        if grid != tuple(patch_grid):
+        height, width = (cells * self.downsampling for cells in patch_grid)
+        if tuple(image_size) != (height, width):
+            size = str(height) if height == width else f"{height}x{width}"
             raise InputError(
-                f"the tokenizer's {grid[0]}×{grid[1]} grid (of a {image_size[0]}×{image_size[1]} image) does not match "
-                f"the patch grid {patch_grid[0]}×{patch_grid[1]}: {remedy}"
+                f"the tokenizer's view of {image_size[0]}×{image_size[1]} pixels, {self.downsampling} per token, does "
+                f"not match the patch grid {patch_grid[0]}×{patch_grid[1]}: set second_input_size to {size}"
             )
 
     @torch.no_grad()

@@ -1,25 +1,24 @@
 """The trainable discrete VAE (the "customized" tokenizer): model, loss, and files.
 
-An encoder of strided convolutions gives, at every cell of a grid, logits over ``num_tokens`` codes; a decoder turns the
-codes' vectors back into the image. In training the choice of a code is relaxed with Gumbel noise, so that gradients
-pass (:func:`relaxed_codes`); a token is the plain argmax of the logits.
+A strided convolutional encoder gives logits over ``num_tokens`` codes at every cell of a grid; a decoder turns the
+codes' vectors back into the image. In training the choice of a code is relaxed with Gumbel noise to pass gradients
+(:func:`relaxed_codes`); a token is the arg-max of the logits.
 
 Source: BEiT, section 2.1 and appendix; the dVAE of DALL-E, arXiv 2102.12092, appendix A. The loss per image is
 
     reconstruction (mean over the C·H·W pixel values) + kl_weight · KL (sum over the grid, in nats) / (C·H·W),
 
-the negative evidence lower bound per pixel value, as that paper normalises it: for 8-pixel patches of RGB images the KL
-of one grid cell weighs ``kl_weight / 192``. The paper's weight of 6.6 belongs to its logit-Laplace likelihood; squared
-errors of normalised pixels are much smaller numbers and want about 0.3: without KL few codes are used, from about 1 on
+the negative evidence lower bound per pixel value, as normalised in that paper: for 8-pixel patches of RGB images the KL
+of one grid cell has weight ``kl_weight / 192``. The paper's weight of 6.6 belongs to its logit-Laplace likelihood;
+squared errors of normalised pixels are much smaller and need about 0.3. Without KL few codes are used; from about 1 on
 the posterior stays near the prior and the images stay blurred.
 """
 
 import json
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -70,18 +69,18 @@ class ResidualBlock(nn.Module):
 class DiscreteVAE(nn.Module):
     """A discrete VAE whose grid is ``2 ** num_layers`` times smaller than the image in each direction.
 
-    Parameter names are those of the official "customized" checkpoints. Logits are float32 whatever autocast says.
+    Parameter names are those of the official "customized" checkpoints. Logits are always float32, also under autocast.
 
     Args:
-        image_size: Side, or ``(H, W)``, of the images it is trained on, in pixels. Any other multiple of
-            ``downsampling`` works too: the network is convolutional.
+        image_size: Side, or ``(H, W)``, of the training images, in pixels. The network is convolutional and takes any
+            multiple of ``downsampling``.
         num_tokens: Size of the vocabulary.
         codebook_dim: Length of a code's vector.
-        num_layers: Halvings of the resolution.
+        num_layers: Number of times the resolution is halved.
         hidden_dim: Channels inside the encoder and the decoder.
 
     Raises:
-        InputError: A size is not positive, or the image size is no multiple of ``2 ** num_layers``.
+        InputError: A size is not positive, or an image side is not a multiple of ``2 ** num_layers``.
     """
 
     def __init__(
@@ -106,27 +105,21 @@ class DiscreteVAE(nn.Module):
                 f"{self.downsampling}, not {height}×{width}"
             )
         self.codebook = nn.Embedding(num_tokens, codebook_dim)
-        self.encoder = self._make_encoder()
-        self.decoder = self._make_decoder()
+        self.encoder = self._layers(nn.Conv2d, 3, num_tokens)
+        self.decoder = self._layers(nn.ConvTranspose2d, codebook_dim, 3)
         self.apply(_initialise)
-        # Long code vectors are noise to the decoder at first, which it gets rid of by giving one code everything; and
-        # the first posteriors must already say something about the image. So: short vectors, spread logits.
+        # Long code vectors are noise to the decoder at first, which then collapses to a single code; and the first
+        # posteriors must already depend on the image. So: short vectors, spread logits.
         nn.init.normal_(self.codebook.weight, std=0.1)
         nn.init.normal_(self.head.weight, std=3 / math.sqrt(hidden_dim))
 
-    def _make_encoder(self) -> nn.Sequential:
+    def _layers(self, resample: type[nn.Conv2d | nn.ConvTranspose2d], inputs: int, outputs: int) -> nn.Sequential:
+        """Stacks the resolution steps, each a strided convolution and a residual block, and a 1×1 convolution."""
         layers: list[nn.Module] = []
-        for channels in [3] + [self.hidden_dim] * (self.num_layers - 1):
-            halving = nn.Conv2d(channels, self.hidden_dim, 4, stride=2, padding=1)
-            layers += [nn.Sequential(halving, nn.ReLU()), ResidualBlock(self.hidden_dim)]
-        return nn.Sequential(*layers, nn.Conv2d(self.hidden_dim, self.num_tokens, 1))
-
-    def _make_decoder(self) -> nn.Sequential:
-        layers: list[nn.Module] = []
-        for channels in [self.codebook_dim] + [self.hidden_dim] * (self.num_layers - 1):
-            doubling = nn.ConvTranspose2d(channels, self.hidden_dim, 4, stride=2, padding=1)
-            layers += [nn.Sequential(doubling, nn.ReLU()), ResidualBlock(self.hidden_dim)]
-        return nn.Sequential(*layers, nn.Conv2d(self.hidden_dim, 3, 1))
+        for channels in [inputs] + [self.hidden_dim] * (self.num_layers - 1):
+            step = resample(channels, self.hidden_dim, 4, stride=2, padding=1)
+            layers += [nn.Sequential(step, nn.ReLU()), ResidualBlock(self.hidden_dim)]
+        return nn.Sequential(*layers, nn.Conv2d(self.hidden_dim, outputs, 1))
 
     @property
     def head(self) -> nn.Conv2d:
@@ -147,7 +140,7 @@ class DiscreteVAE(nn.Module):
         }
 
     def features(self, images: Tensor) -> Tensor:
-        """What the head sees: ``(B, 3, H, W)`` in [-1, 1] → ``(B, hidden_dim, h, w)``."""
+        """Inputs of the head: ``(B, 3, H, W)`` in [-1, 1] → ``(B, hidden_dim, h, w)``."""
         return self.encoder[:-1](images)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -171,7 +164,7 @@ class DiscreteVAE(nn.Module):
 
 
 def _initialise(module: nn.Module) -> None:
-    """He initialisation; residual blocks begin as the identity, because their last convolution begins at zero."""
+    """He initialisation; residual blocks start as the identity, with their last convolution at zero."""
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         # A transposed 4×4 convolution of stride 2 adds only 2×2 taps per output, and stores its inputs first.
         taps = 4 * module.in_channels if isinstance(module, nn.ConvTranspose2d) else module.weight[0].numel()
@@ -187,13 +180,13 @@ def _initialise(module: nn.Module) -> None:
 def relaxed_codes(logits: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:
     """A differentiable sample of codes: the Gumbel-softmax relaxation.
 
-    Source: arXiv 1611.01144; DALL-E anneals the temperature from 1 to 1/16. As there, the relaxed sample is used in the
-    forward and the backward pass, and the argmax only once training is over.
+    Source: arXiv 1611.01144; DALL-E anneals the temperature from 1 to 1/16. As there, training uses the relaxed sample
+    in both passes; the arg-max is for inference.
 
     Args:
         logits: ``(B, num_tokens, h, w)``.
         temperature: Above 0; towards 0 the sample becomes one-hot.
-        generator: Source of the noise; the default one of the device where it is ``None``.
+        generator: Source of the noise; ``None`` is the device's default one.
 
     Returns:
         Weights float32 ``(B, num_tokens, h, w)`` that sum to 1 over the codes.
@@ -215,7 +208,7 @@ def reconstruction_loss(images: Tensor, target: Tensor, kind: ReconstructionKind
     Args:
         images: The decoder's output ``(B, 3, H, W)``.
         target: The images ``(B, 3, H, W)`` in [-1, 1].
-        kind: ``mse``, or ``smooth_l1``, which forgives large errors more (quadratic up to 1).
+        kind: ``mse``, or ``smooth_l1``, which is quadratic up to 1 and linear beyond.
 
     Returns:
         A scalar.
@@ -223,18 +216,18 @@ def reconstruction_loss(images: Tensor, target: Tensor, kind: ReconstructionKind
     Raises:
         InputError: ``kind`` is neither.
     """
-    if kind not in ("mse", "smooth_l1"):
+    losses = {"mse": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
+    if kind not in losses:
         raise InputError(f"the reconstruction loss is 'mse' or 'smooth_l1', not {kind!r}")
-    loss = F.mse_loss if kind == "mse" else F.smooth_l1_loss
     with torch.autocast(images.device.type, enabled=False):
-        return loss(images.float(), target.float())
+        return losses[kind](images.float(), target.float())
 
 
 def kl_to_uniform(logits: Tensor) -> Tensor:
     """KL divergence from the uniform prior to the posterior over codes, in nats, float32.
 
     At each cell it is ``log(num_tokens)`` minus the entropy of ``softmax(logits)``: never negative, zero for constant
-    logits. The temperature and the noise play no part in it.
+    logits. It does not depend on the temperature or the noise.
 
     Args:
         logits: ``(B, num_tokens, h, w)``.
@@ -248,14 +241,13 @@ def kl_to_uniform(logits: Tensor) -> Tensor:
         return (log_posterior.exp() * log_ratio).sum(dim=(1, 2, 3)).mean()
 
 
-@dataclass(frozen=True)
-class DvaeLoss:
+class DvaeLoss(NamedTuple):
     """The parts of the loss, scalars.
 
     Attributes:
-        total: What to minimise.
+        total: The loss to minimise.
         reconstruction: Mean over pixel values.
-        kl: Sum over the grid, mean over the batch, in nats, without weight.
+        kl: Sum over the grid, mean over the batch, in nats, unweighted.
     """
 
     total: Tensor
@@ -266,7 +258,7 @@ class DvaeLoss:
 def dvae_loss(
     logits: Tensor, images: Tensor, target: Tensor, kl_weight: float, kind: ReconstructionKind = "mse"
 ) -> DvaeLoss:
-    """Reconstruction plus weighted KL, normalised per pixel value (the formula stands at the top of this module).
+    """Reconstruction plus weighted KL, normalised per pixel value (see the formula in this module's docstring).
 
     Args:
         logits: The posterior's ``(B, num_tokens, h, w)``.
@@ -283,15 +275,14 @@ def dvae_loss(
     return DvaeLoss(reconstruction + kl_weight / target[0].numel() * kl, reconstruction, kl)
 
 
-@dataclass(frozen=True)
-class CodebookStatistics:
+class CodebookStatistics(NamedTuple):
     """How evenly the codes are used.
 
     Attributes:
-        perplexity: exp of the entropy of the codes' shares: 1 when one code takes all, the vocabulary's size when all
-            are equally frequent.
-        used: Codes that occur.
-        dead: Codes that do not.
+        perplexity: exp of the entropy of the codes' frequencies: 1 if only one occurs, the vocabulary's size if all are
+            equally frequent.
+        used: Number of codes that occur.
+        dead: Number of codes that do not.
     """
 
     perplexity: float
@@ -300,7 +291,7 @@ class CodebookStatistics:
 
 
 def count_codes(ids: Tensor, num_tokens: int) -> Tensor:
-    """How often each code occurs: int64 of any shape → int64 ``(num_tokens,)``; add these up over batches."""
+    """Counts each code: int64 ids of any shape → int64 ``(num_tokens,)``, to be added up over batches."""
     return torch.bincount(ids.flatten(), minlength=num_tokens)
 
 

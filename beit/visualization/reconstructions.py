@@ -1,4 +1,4 @@
-"""What a pre-trained model sees, and what it makes of the patches it does not see: tensors, ready to be drawn."""
+"""What a pre-trained model sees and what it predicts for masked patches, as tensors ready to be drawn."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,16 +16,15 @@ MASK_GREY = 0.5
 
 @dataclass(frozen=True)
 class Reconstructions:
-    """Some images in several versions, each ``(B, 3, H', W')`` in [0, 1], on the CPU.
+    """Several versions of a few images, each ``(B, 3, H', W')`` in [0, 1], on the CPU.
 
     Attributes:
-        images: What was given.
-        masked: The same with the masked patches in grey: all that the model sees.
-        predictions: What the model's answers look like, by title, as its target says: for visual tokens the images
-            decoded from the true tokens, the best that a model could do, and those decoded from the predicted tokens
-            at masked patches and the true ones elsewhere.
-        scores: For each image, the target's scores over its masked patches.
-        masked_patches: Masked patches of each image.
+        images: The original images.
+        masked: The same with masked patches in grey: what the model sees.
+        predictions: The target's pictures by title. For visual tokens, images decoded from the true tokens, which is
+            the best a model could do, and from predicted tokens at masked patches and true ones elsewhere.
+        scores: The target's scores over the masked patches of each image.
+        masked_patches: Number of masked patches of each image.
     """
 
     images: Tensor
@@ -35,11 +34,11 @@ class Reconstructions:
     masked_patches: list[int]
 
     def panels(self) -> dict[str, Tensor]:
-        """Returns the versions under the titles of their columns."""
+        """Returns the versions by column title."""
         return {"image": self.images, "masked": self.masked, **self.predictions}
 
     def captions(self) -> list[str]:
-        """Returns how good the predictions are, for each image."""
+        """Returns the quality of the predictions for each image."""
         return [_caption(*pair) for pair in zip(self.scores, self.masked_patches, strict=True)]
 
 
@@ -53,15 +52,15 @@ def _caption(scores: Mapping[str, float], patches: int) -> str:
 def reconstruct(
     model: nn.Module, outputs_of_all: Callable[[nn.Module, Batch], Tensor], target: PredictionTarget, batch: Batch
 ) -> Reconstructions:
-    """Lets a model fill in the masked patches of some images.
+    """Fills in the masked patches of some images.
 
-    Tokens are decoded as a whole, so a predicted one also colours the rims of the patches around it.
+    All tokens of an image are decoded together, so a predicted token also affects the borders of neighbouring patches.
 
     Args:
-        model: Pre-trained.
-        outputs_of_all: Gives a model's outputs of all patches of a batch, ``(B, N, output_size)``.
-        target: What it was trained to predict.
-        batch: Its views and masks, as :mod:`beit.targets` describes them, on the model's device.
+        model: The pre-trained model.
+        outputs_of_all: Computes the outputs at all patches of a batch, ``(B, N, output_size)``.
+        target: What the model was trained to predict.
+        batch: Views and masks as described in :mod:`beit.targets`, on the model's device.
 
     Source: BEiT (arXiv 2106.08254), figure 1.
     """
