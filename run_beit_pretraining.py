@@ -23,7 +23,7 @@ One H200, the published batch of 2048 on ImageNet-1k:
 
 import sys
 
-from beit.tasks.launch import launch
+from beit.launch import launch
 from beit.tasks.settings import PretrainingConfig
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ A run that was stopped goes on with the same command.
 
 import sys
 
-from beit.tasks.launch import launch
+from beit.launch import launch
 from beit.tasks.settings import FinetuningConfig
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ same command.
 
 import sys
 
-from beit.tasks.launch import launch
+from beit.launch import launch
 from beit.tasks.settings import DvaeConfig
 
 if __name__ == "__main__":

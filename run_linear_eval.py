@@ -22,7 +22,7 @@ Pre-training and fine-tuning checkpoints are read as they are. docs/linear_probe
 
 import sys
 
-from beit.tasks.launch import launch
+from beit.launch import launch
 from beit.tasks.settings import LinearProbeConfig
 
 if __name__ == "__main__":

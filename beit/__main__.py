@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name is None and (described := asked_for(arguments)):
         sys.stdout.write(overview(described))
         return 0
-    from beit.tasks.launch import launch, run_and_report
+    from beit.launch import launch, run_and_report
 
     if name is None:
         return run_and_report(lambda: refuse(arguments))

@@ -277,9 +277,7 @@ def _in_steps(config_class: type, values: Mapping[str, Any]) -> dict[str, Any]:
     settled = dict(values)
     for name, value in values.items():
         if isinstance(value, _Batches):
-            batches = (
-                values["update_freq"] if "update_freq" in values else _fields(config_class)["update_freq"][0].default
-            )
+            batches: int = values.get("update_freq", config_class.update_freq)  # type: ignore[attr-defined]
             if value.count % batches:
                 raise InputError(f"{value.name} {value.count}: must be a multiple of update_freq, {batches}")
             settled[name] = value.count // batches

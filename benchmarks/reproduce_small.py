@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout serve
 
 from reproduction.comparison import ReproductionConfig, main
 
-from beit.tasks.launch import launch
+from beit.launch import launch
 
 if __name__ == "__main__":
     sys.exit(launch(ReproductionConfig, main, __doc__))

@@ -30,9 +30,9 @@ from measure import announce, default_device, headline, machine, parser, peak_me
 from torch import Tensor
 
 from beit.data.transforms import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from beit.launch import end_at_once
 from beit.masking import BlockwiseMaskGenerator
 from beit.targets import PixelTarget
-from beit.tasks.launch import end_at_once
 from beit.tasks.pretraining import MaskedPrediction, with_patch_index
 from beit.training import distributed
 from beit.training.fsdp import FullyShardedTrainer

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name in ("", "-h", "--help", "help"):
         sys.stdout.write(overview())
         return 0
-    from beit.tasks.launch import launch, run_and_report
+    from beit.launch import launch, run_and_report
 
     if name not in COMMANDS:
         return run_and_report(lambda: refuse(name))

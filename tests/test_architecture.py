@@ -48,7 +48,7 @@ MAY_IMPORT = {
     # segmentation stands on all of beit, which does not know it
     "semantic_segmentation.tools.*": (
         *("semantic_segmentation.config", "semantic_segmentation.task", "semantic_segmentation.testing"),
-        "beit.tasks.launch",
+        "beit.launch",
     ),
     "semantic_segmentation.*": (
         *("semantic_segmentation.*", "beit.commands.*", "beit.tasks.*", "beit.visualization.*", "examples.*"),
@@ -78,7 +78,7 @@ LAUNCHER_VARIABLE = re.compile(r"((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|LOCAL_(
 READS_LAUNCHER_VARIABLES = "beit.training.placement"
 MAY_EXIT = (
     *("beit.__main__", "semantic_segmentation.__main__", "semantic_segmentation.tools.*", "run_*"),
-    "beit.tasks.launch",  # for them, where threads of gloo would abort the process at its end
+    "beit.launch",  # for them, where threads of gloo would abort the process at its end
 )
 NO_SUCH_MODULE = ("utils", "helpers")  # a name that says what is in it is asked for; OpenAI's package has its utils
 UTILS_OF_OTHERS = ("dall_e.utils",)
@@ -245,7 +245,7 @@ CHECKS = (
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_the_library_keeps_the_rules(check):
     modules = read_tree(ROOT)
-    assert {"beit.modeling", "beit.tasks.launch", "run_beit_pretraining"} <= modules.keys()  # the walk finds them
+    assert {"beit.modeling", "beit.launch", "run_beit_pretraining"} <= modules.keys()  # the walk finds them
     assert not list(check(modules))
 
 

@@ -26,10 +26,10 @@ from beit.data.classification import (
 )
 from beit.data.loaders import EpochLoader
 from beit.errors import InputError
+from beit.features import Feature, FrozenFeatures
 from beit.inference import Preprocessing, preprocessing_of
 from beit.modeling import Backbone
 from beit.storage import atomic_write
-from beit.tasks.features import Feature, FrozenFeatures
 from beit.tasks.settings import AMP_CHOICES
 from beit.training import distributed
 from beit.training.precision import Precision, resolve_amp_dtype

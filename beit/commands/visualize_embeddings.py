@@ -12,7 +12,7 @@ from beit.commands.visualize_inputs import Viewer, check_block, open_viewer, spr
 from beit.config import Size, option
 from beit.data.datasets import ImageIndex, UnreadableImageError, index_images, read_image
 from beit.errors import InputError
-from beit.tasks.features import FrozenFeatures
+from beit.features import FrozenFeatures
 from beit.tasks.settings import AMP_CHOICES
 from beit.training.precision import Precision, resolve_amp_dtype
 from beit.visualization.embeddings import METHODS, check_embedding, embed, group_by_class

@@ -310,7 +310,7 @@ def opened(task: Task[Any], *, writes: bool = True) -> Iterator[Session]:
     check_settings(task.config)
     task.check()
     if isinstance(task.config, ShardingOptions):
-        check_sharding(task.config, task.config.opt)
+        check_sharding(task.config, getattr(task.config, "opt", ""))
     with session_of(task.config, writes=writes) as session:
         task.start(session)
         yield session
@@ -415,14 +415,20 @@ def find_together(path: str) -> ImageIndex:
 
 
 def find_labelled(
-    config: LabelledDataOptions, nb_classes: int, *, evaluates: bool = True, download: bool = False
-) -> tuple[LabelledImages, LabelledImages | None, tuple[str, ...]]:
-    """Finds the training images, the validation images (or None) and the names of their classes.
+    config: LabelledDataOptions,
+    nb_classes: int,
+    *,
+    trains: bool = True,
+    evaluates: bool = True,
+    download: bool = False,
+) -> tuple[LabelledImages | None, LabelledImages | None, tuple[str, ...]]:
+    """Finds training images, validation images and the names of their classes.
 
     Args:
         config: Where they are.
         nb_classes: Classes that must be found; 0 takes what is there.
-        evaluates: Whether validation images are needed.
+        trains: Whether training images are wanted; None is returned otherwise.
+        evaluates: Whether validation images are wanted.
         download: Whether a missing CIFAR archive may be fetched.
 
     Raises:
@@ -434,9 +440,19 @@ def find_labelled(
 
     if download:
         distributed.on_main(lambda: find(train=True) and None)  # one process fetches for all
-    train = find(train=True)
-    val = find(train=False) if evaluates else None
-    return train, val, check_classes([train, val] if val else [train], nb_classes)
+    found = [find(train) if wanted else None for train, wanted in ((True, trains), (False, evaluates))]
+    class_names = check_classes([images for images in found if images is not None], nb_classes)
+    return found[0], found[1], class_names
+
+
+def warn_of_another_mean(source: str, metadata: Mapping[str, Any], mean: tuple[float, ...]) -> None:
+    """Warns where a checkpoint records another mean of its images than the run's."""
+    recorded = metadata.get("mean")
+    if recorded is not None and not torch.allclose(torch.tensor(recorded), torch.tensor(mean)):
+        logger.warning(
+            "%s was trained on images normalised with mean %s and gets mean %s: check --imagenet_default_mean_and_std",
+            *(source, list(recorded), list(mean)),
+        )
 
 
 def normalization(imagenet: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:

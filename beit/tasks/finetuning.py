@@ -18,8 +18,6 @@ from beit.checkpoints.released import resolve
 from beit.data.classification import (
     ClassificationEvalTransform,
     ClassificationTransform,
-    check_classes,
-    find_images,
     labelled_dataset,
 )
 from beit.data.loaders import EpochLoader
@@ -27,7 +25,18 @@ from beit.data.transforms import normalize, size_pair
 from beit.errors import InputError
 from beit.modeling import VisionTransformer
 from beit.tasks.accuracy import count_correct, rates, zero_counts
-from beit.tasks.base import Evaluation, Metrics, Task, find_labelled, named_model, normalization, opened, run, to_device
+from beit.tasks.base import (
+    Evaluation,
+    Metrics,
+    Task,
+    find_labelled,
+    named_model,
+    normalization,
+    opened,
+    run,
+    to_device,
+    warn_of_another_mean,
+)
 from beit.tasks.settings import FinetuningConfig
 from beit.training import distributed
 from beit.training.checkpoint import BEST_EMA, newest_checkpoint
@@ -68,14 +77,17 @@ class Finetuning(Task[FinetuningConfig]):
             raise InputError(f"--batch_size {self.config.batch_size}: must be even, as mixup and cutmix pair images")
 
     def prepare(self) -> None:
-        """Finds the images and their classes."""
+        """Finds the images and their classes; an evaluation alone needs no training images."""
         config = self.config
-        evaluates = not config.disable_eval_during_finetuning
         self.train, self.val, self.class_names = find_labelled(
-            config, config.nb_classes, evaluates=evaluates, download=config.download_data
+            config,
+            config.nb_classes,
+            trains=not config.eval,
+            evaluates=config.eval or not config.disable_eval_during_finetuning,
+            download=config.download_data,
         )
         if config.mixes and len(self.class_names) < 2:
-            raise InputError(f"mixup and cutmix need two classes or more; {self.train.root} has 1")
+            raise InputError(f"mixup and cutmix need two classes or more; {config.data_path} has one")
         self.mean, self.std = normalization(config.imagenet_default_mean_and_std)
 
     def build_model(self) -> VisionTransformer:
@@ -100,12 +112,13 @@ class Finetuning(Task[FinetuningConfig]):
             erasing_mode=config.remode,
             erasing_count=config.recount,
         )
+        assert self.train is not None
         return self.loader_of(labelled_dataset(self.train, transform, config.seed))
 
     def build_objective(self) -> StepFunction:
         """Returns the loss, with mixup and cutmix where they are asked for."""
         config = self.config
-        mixup = Mixup(
+        mixup: Mixup | None = Mixup(
             mixup_alpha=config.mixup,
             cutmix_alpha=config.cutmix,
             cutmix_minmax=config.cutmix_minmax,
@@ -184,7 +197,7 @@ def evaluate_checkpoint(config: FinetuningConfig) -> Metrics:
     Raises:
         InputError: There is no checkpoint, or it is not for these classes or this model.
     """
-    task = Evaluated(config)
+    task = Finetuning(config)
     with opened(task, writes=False) as session:
         model = build_model(config, len(task.class_names)).to(session.device)
         evaluation = task.build_evaluation()
@@ -196,17 +209,6 @@ def evaluate_checkpoint(config: FinetuningConfig) -> Metrics:
             evaluation(model, 0)
         load_whole(model, source, config.model_key, task)
         return evaluation(model, 0)
-
-
-class Evaluated(Finetuning):
-    """A fine-tuned model that is evaluated only: it needs no training images."""
-
-    def prepare(self) -> None:
-        """Finds the validation images and their classes."""
-        config = self.config
-        self.val = find_images(config.data_set, config.data_path, config.eval_data_path, train=False)
-        self.class_names = check_classes([self.val], config.nb_classes)
-        self.mean, self.std = normalization(config.imagenet_default_mean_and_std)
 
 
 def checkpoint_to_evaluate(config: FinetuningConfig) -> str:
@@ -238,12 +240,7 @@ def load_whole(model: VisionTransformer, source: str, model_key: str, task: Fine
     for number, (label, name) in enumerate(zip(labels, task.class_names, strict=False)):
         if len(labels) == len(task.class_names) and label != name:
             raise InputError(f"{source}: class {number} of the checkpoint is {label!r}, that of the data {name!r}")
-    recorded = metadata.get("mean")
-    if recorded is not None and not torch.allclose(torch.tensor(recorded), torch.tensor(task.mean)):
-        logger.warning(
-            "%s was trained on images normalised with mean %s and gets mean %s: check --imagenet_default_mean_and_std",
-            *(source, list(recorded), list(task.mean)),
-        )
+    warn_of_another_mean(source, metadata, task.mean)
     if report.unexpected:
         raise InputError(
             f"{source} has {len(report.unexpected)} tensors without a place in this model, such as "

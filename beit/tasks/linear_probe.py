@@ -16,6 +16,7 @@ from beit.checkpoints.load import architecture_of, load_weights, read_weights
 from beit.data.classification import ClassificationEvalTransform, ClassificationTransform, labelled_dataset
 from beit.data.loaders import EpochLoader
 from beit.errors import InputError
+from beit.features import Feature, FrozenFeatures
 from beit.modeling import Backbone
 from beit.tasks.accuracy import count_correct, rates, zero_counts
 from beit.tasks.base import (
@@ -28,8 +29,8 @@ from beit.tasks.base import (
     normalization,
     run,
     to_device,
+    warn_of_another_mean,
 )
-from beit.tasks.features import Feature, FrozenFeatures
 from beit.tasks.settings import AUTO, OFFICIAL_NUM_LABELS, LinearProbeConfig
 from beit.training import distributed
 from beit.training.optim import create_optimizer
@@ -65,9 +66,10 @@ class LinearProbe(Task[LinearProbeConfig]):
         """Finds the images, and loads the backbone."""
         config = self.config
         wanted = 0 if config.nb_classes == OFFICIAL_NUM_LABELS else config.nb_classes
-        self.train, val, self.class_names = find_labelled(config, wanted)
+        train, val, self.class_names = find_labelled(config, wanted)
+        assert train is not None
         assert val is not None
-        self.val = val
+        self.train, self.val = train, val
         if config.nb_classes == OFFICIAL_NUM_LABELS != len(self.class_names):
             logger.info("%d classes, as in the data", len(self.class_names))
         self.mean, self.std = normalization(config.imagenet_default_mean_and_std)
@@ -167,20 +169,15 @@ def build_backbone(config: LinearProbeConfig) -> Backbone:
     (logger.warning if report.unexpected else logger.info)("%s", report.summary())
     if config.model == AUTO and config.input_size is not None:
         backbone.set_input_size(config.input_size)
-    recorded, mean = metadata.get("mean"), normalization(config.imagenet_default_mean_and_std)[0]
-    if recorded is not None and tuple(recorded) != mean:
-        logger.warning(
-            "%s records that its images had mean %s, here they have %s: check --imagenet_default_mean_and_std",
-            *(config.checkpoint, tuple(recorded), mean),
-        )
+    warn_of_another_mean(config.checkpoint, metadata, normalization(config.imagenet_default_mean_and_std)[0])
     return backbone
 
 
 def _named_backbone(config: LinearProbeConfig) -> Backbone:
-    size = {} if config.input_size is None else {"img_size": config.input_size}
-    return named_model(
-        config, num_classes=0, patch_size=config.patch_size, use_rel_pos_bias=config.rel_pos_bias, **size
-    )
+    arguments: dict[str, Any] = {"num_classes": 0, "patch_size": config.patch_size}
+    if config.input_size is not None:
+        arguments["img_size"] = config.input_size
+    return named_model(config, use_rel_pos_bias=config.rel_pos_bias, **arguments)
 
 
 def fingerprint(backbone: Backbone) -> str:

@@ -24,7 +24,6 @@ from beit.modeling import VisionTransformerForMaskedImageModeling
 from beit.registry import MASK_STRATEGIES, TARGETS, resolve
 from beit.targets import VISUAL_TOKENS, PredictionTarget, TokenTarget
 from beit.tasks.base import Evaluation, Metrics, Task, find_together, named_model, normalization, run, to_device
-from beit.tasks.image_log import ImageLog, spread_samples
 from beit.tasks.settings import PretrainingConfig
 from beit.tokenizers.base import VisualTokenizer, load_tokenizer
 from beit.training import distributed
@@ -33,6 +32,7 @@ from beit.training.logging import ScalarWriter
 from beit.training.optim import parameter_groups
 from beit.training.precision import AMP_DTYPES, Precision, resolve_amp_dtype
 from beit.training.state import Batch, StepFunction
+from beit.visualization.image_log import reconstruction_picture, spread_samples
 
 __all__ = ["PretrainingConfig", "main"]
 
@@ -116,16 +116,14 @@ class Pretraining(Task[PretrainingConfig]):
         elif config.log_images:
             transform = evaluation_transform(config, self.target, self.masks)
             dataset = ImageDataset(find_together(config.eval_data_path or config.data_path), transform, config.seed)
-            built: list[ImageLog] = []
+            samples = to_device(spread_samples(dataset, config.log_images), self.device)
+            outputs, autocast = self.objective.outputs_of_all, self.precision.autocast
 
-            def build() -> None:
-                samples = spread_samples(dataset, config.log_images)
-                log = ImageLog(self.model, self.objective.outputs_of_all, self.target, samples, self.precision)
-                log.picture()  # what cannot be drawn, such as tokens without a decoder, is found now
-                built.append(log)
+            def picture() -> Tensor:
+                return reconstruction_picture(self.model, outputs, self.target, samples, autocast)
 
-            distributed.on_main(build)  # an error ends all processes
-            return built[0] if built else None
+            distributed.on_main(lambda: [picture()][:0])  # what cannot be drawn is found now, and ends all processes
+            return lambda epoch, scalars: scalars.write_image("reconstructions", picture(), epoch)
         return None
 
     def summary(self) -> Iterator[str]:

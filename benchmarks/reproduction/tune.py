@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from beit.config import option
-from beit.tasks.launch import launch
+from beit.launch import launch
 from beit.tasks.settings import AMP_CHOICES
 
 from .comparison import computed_in, machine, write_json

@@ -28,7 +28,7 @@ from pathlib import Path
 if not __package__:  # run as a script, from wherever: the packages are beside semantic_segmentation/
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from beit.tasks.launch import launch
+from beit.launch import launch
 from semantic_segmentation.config import TestConfig
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+from beit.launch import launch
 from beit.tasks import pretraining as masked_image_modeling
-from beit.tasks.launch import launch
 from beit.training import distributed
 
 LONGEST_WAIT = 120  # seconds

@@ -8,8 +8,8 @@ import os
 import signal
 import sys
 
+from beit.launch import launch
 from beit.tasks import finetuning as classification
-from beit.tasks.launch import launch
 from tests.integration.killed_run import kill_at_rename
 
 

@@ -7,8 +7,8 @@ import os
 import signal
 import sys
 
+from beit.launch import launch
 from beit.tasks import linear_probe
-from beit.tasks.launch import launch
 
 
 def kill_at_step(step: int) -> None:

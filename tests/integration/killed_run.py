@@ -12,8 +12,8 @@ import sys
 
 import torch.distributed.checkpoint
 
+from beit.launch import launch
 from beit.tasks import pretraining as masked_image_modeling
-from beit.tasks.launch import launch
 from beit.training.logging import EpochLog
 
 

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 
-from beit.tasks.launch import launch
+from beit.launch import launch
 from semantic_segmentation import task
 from semantic_segmentation.config import TrainConfig
 

@@ -33,7 +33,8 @@ CPU = ("--device", "cpu", "--num_workers", "0")
 SMALL = (
     *("--model_kwargs", "patch_size=8", "embed_dim=32", "depth=4", "num_heads=2", "--head_channels", "16"),
     *("--auxiliary_channels", "8", "--drop_path", "0.1", "--samples_per_gpu", "4", "--update_freq", "1"),
-    *("--warmup_iters", "3", "--max_iters", str(ITERATIONS), "--eval_interval", "4", "--checkpoint_interval", "6", *CPU),
+    *("--warmup_iters", "3", "--max_iters", str(ITERATIONS)),
+    *("--eval_interval", "4", "--checkpoint_interval", "6", *CPU),
 )
 SPEED = {"images_per_second", "data_wait"}
 

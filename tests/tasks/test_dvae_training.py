@@ -268,7 +268,7 @@ def test_a_few_images_are_learnt_by_heart(tmp_path):
 
 KILL = """
 import os, signal, sys
-from beit.tasks import launch
+from beit import launch
 from beit.tasks import dvae_training as dvae
 original = dvae.Reconstruction.__call__
 def call(self, model, batch, step):

@@ -16,6 +16,7 @@ from beit.config import read_command_line
 from beit.data.classification import CIFAR, ClassificationEvalTransform, find_images, labelled_dataset
 from beit.data.loaders import EpochLoader
 from beit.errors import InputError
+from beit.launch import launch
 from beit.modeling import VisionTransformer, VisionTransformerForMaskedImageModeling
 from beit.storage import load_checkpoint, save_checkpoint
 from beit.tasks.finetuning import (
@@ -29,7 +30,6 @@ from beit.tasks.finetuning import (
     find_data,
     main,
 )
-from beit.tasks.launch import launch
 from beit.tasks.settings import FinetuningConfig
 from beit.training.loop import seed_step
 from beit.training.precision import Precision

@@ -15,10 +15,10 @@ from beit.config import read_command_line
 from beit.data.classification import ClassificationEvalTransform, find_images, labelled_dataset
 from beit.data.loaders import EpochLoader
 from beit.errors import InputError
+from beit.features import FrozenFeatures
+from beit.launch import launch
 from beit.storage import load_checkpoint, save_checkpoint
 from beit.tasks import linear_probe
-from beit.tasks.features import FrozenFeatures
-from beit.tasks.launch import launch
 from beit.tasks.linear_probe import LinearHeads, SideBySide, build_backbone, evaluate, main, peak_lr
 from beit.tasks.settings import LinearProbeConfig
 from beit.training.precision import Precision

@@ -17,11 +17,10 @@ from beit.data.datasets import ImageDataset, index_images
 from beit.data.loaders import EpochLoader
 from beit.data.transforms import MaskedImageModelingEvalTransform
 from beit.errors import InputError
+from beit.launch import launch
 from beit.masking import BlockwiseMaskGenerator
 from beit.storage import save_checkpoint
 from beit.targets import PixelTarget, TokenTarget
-from beit.tasks.image_log import ImageLog, spread_samples
-from beit.tasks.launch import launch
 from beit.tasks.pretraining import (
     MaskedPrediction,
     PretrainingConfig,
@@ -35,6 +34,7 @@ from beit.tasks.pretraining import (
 from beit.tokenizers.base import load_tokenizer
 from beit.tokenizers.dvae import DiscreteVAE, save_dvae
 from beit.training.precision import Precision
+from beit.visualization.image_log import ImageLog, spread_samples
 from beit.zoo import create_model
 
 CPU = torch.device("cpu")

@@ -11,9 +11,9 @@ import torch
 from timm.utils import ModelEmaV3
 from torch.distributed.tensor import DTensor
 
+from beit.launch import end_at_once
 from beit.modeling import VisionTransformerForMaskedImageModeling
 from beit.storage import load_checkpoint, save_checkpoint
-from beit.tasks.launch import end_at_once
 from beit.tasks.settings import SHARDABLE_OPTIMIZERS
 from beit.training import distributed
 from beit.training.checkpoint import RunFolder

@@ -1,6 +1,7 @@
 """Reconstructions of a few fixed images, drawn again after each epoch of pre-training, for TensorBoard."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -8,63 +9,49 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
-from beit.data.loaders import EpochDataset
+from beit.data.loaders import Batch, EpochDataset
 from beit.data.transforms import to_unit_range
 from beit.targets import PredictionTarget
-from beit.training.logging import ScalarWriter
-from beit.training.precision import Precision
-from beit.training.state import Batch
 from beit.visualization.reconstructions import hide_patches
 
-TAG = "reconstructions"
 GAP = 2  # pixels between two images, white
 
 
-class ImageLog:
+@torch.no_grad()
+def reconstruction_picture(
+    model: nn.Module,
+    outputs: Callable[[nn.Module, Batch], Tensor],
+    target: PredictionTarget,
+    batch: Batch,
+    autocast: Callable[[], AbstractContextManager[object]],
+) -> Tensor:
     """Draws what a model makes of some images: a row each, with the image, what the model sees, and its predictions.
 
     It draws no random number and leaves the model in the mode it was in, so a run with it is the run without it.
 
     Args:
-        model: The model in training, on its device.
-        outputs: Gives a model's outputs of all patches of a batch, ``(B, N, output_size)``.
+        model: The model in training.
+        outputs: Gives a model's outputs for all patches of a batch, ``(B, N, output_size)``.
         target: Knows what they look like.
-        batch: The views and masks of the images, on the host.
-        precision: Number format of the forward pass.
+        batch: The views and masks of the images, on the model's device.
+        autocast: Makes the context of the forward pass.
+
+    Returns:
+        The rows as one picture ``(3, H', W')`` in [0, 1], on the CPU.
+
+    Raises:
+        InputError: The predictions cannot be drawn.
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        outputs: Callable[[nn.Module, Batch], Tensor],
-        target: PredictionTarget,
-        batch: Batch,
-        precision: Precision,
-    ) -> None:
-        self.model, self.outputs, self.target, self.batch, self.precision = model, outputs, target, batch, precision
-
-    def __call__(self, epoch: int, scalars: ScalarWriter) -> None:
-        """Writes the picture of an epoch."""
-        scalars.write_image(TAG, self.picture(), epoch)
-
-    @torch.no_grad()
-    def picture(self) -> Tensor:
-        """Returns the rows as one picture ``(3, H', W')`` in [0, 1], on the CPU.
-
-        Raises:
-            InputError: The predictions cannot be drawn.
-        """
-        batch = {name: tensor.to(self.precision.device) for name, tensor in self.batch.items()}
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with self.precision.autocast():
-                outputs = self.outputs(self.model, batch)
-        finally:
-            self.model.train(was_training)
-        images = to_unit_range(batch["image"])
-        panels = {"image": images, "masked": hide_patches(images, batch["mask"])}
-        return montage({**panels, **self.target.pictures(outputs.float(), batch)})
+    was_training = model.training
+    model.eval()
+    try:
+        with autocast():
+            predicted = outputs(model, batch)
+    finally:
+        model.train(was_training)
+    images = to_unit_range(batch["image"])
+    panels = {"image": images, "masked": hide_patches(images, batch["mask"])}
+    return montage({**panels, **target.pictures(predicted.float(), batch)})
 
 
 def montage(panels: Mapping[str, Tensor]) -> Tensor:
@@ -86,7 +73,7 @@ def montage(panels: Mapping[str, Tensor]) -> Tensor:
 
 
 def spread_samples(dataset: EpochDataset, count: int) -> dict[str, Tensor]:
-    """Returns so many samples of a data set, at even distances, as a batch: always the same, with the same masks."""
+    """Returns ``count`` evenly spaced samples of a data set as a batch: always the same, with the same masks."""
     count = min(count, len(dataset))
     samples: list[dict[str, Any]] = [dataset[0, position * len(dataset) // count] for position in range(count)]
     names = [name for name, value in samples[0].items() if isinstance(value, Tensor)]
