@@ -542,9 +542,11 @@ def _fields(config_class: type) -> dict[str, tuple[dataclasses.Field, Callable]]
 
 def _names(config_class: type) -> dict[str, str]:
     """Returns every name of every setting -> its field."""
-    fields = {name: field.metadata for name, (field, _) in _fields(config_class).items()}
-    names = {alias: name for name, meta in fields.items() for alias in (*meta["aliases"], *meta["counts_batches"])}
-    return names | {name: name for name in fields}
+    fields: dict[str, Mapping[str, Any]] = {name: field.metadata for name, (field, _) in _fields(config_class).items()}
+    names = {name: name for name in fields}
+    for name, meta in fields.items():
+        names |= dict.fromkeys((*meta["aliases"], *meta["counts_batches"]), name)
+    return names
 
 
 def _removed(config_class: type) -> Mapping[str, tuple[Any, str]]:

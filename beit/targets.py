@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from beit.data.loaders import Batch
 from beit.data.transforms import normalize, to_unit_range
@@ -264,3 +264,57 @@ def _explained(tally: Mapping[str, Tensor]) -> Tensor:
     """Returns 1 - error / (squared deviations from the mean), or 0 without variation."""
     variation = tally["squares"] - tally["sum"].square() / tally["numbers"]
     return torch.where(variation > 0, 1 - tally["error"] / variation, torch.zeros_like(variation))
+
+
+def with_patch_index(batch: Batch, predict: str = "masked", room: int = 0) -> dict[str, Tensor]:
+    """Adds the flat positions of the patches to predict, computed on the host so that no GPU has to wait.
+
+    Args:
+        batch: Holds ``mask``, bool ``(B, h, w)``.
+        predict: ``masked`` or ``all``.
+        room: Most masked patches that a batch can have. With it the model gets that many positions in every batch,
+            padded with the first patch: a compiled model needs the same shapes each time.
+
+    Returns:
+        The batch with ``patch_index``, int64 ``(M,)``, positions in the ``B * h * w`` patches; of masked ones with
+        ``room`` also ``padded_index``, int64 ``(room,)``.
+    """
+    mask = batch["mask"].flatten()
+    if predict != "masked":
+        return {**batch, "patch_index": torch.arange(len(mask))}
+    index = mask.nonzero().flatten()
+    padded = {"padded_index": F.pad(index, (0, max(0, room - len(index))))} if room else {}
+    return {**batch, "patch_index": index, **padded}
+
+
+class MaskedPrediction:
+    """The objective: the target's loss on the chosen patches of masked images.
+
+    Args:
+        target: What is predicted.
+        mean: Mean of the model's input, per channel.
+        std: Standard deviation of the model's input, per channel.
+    """
+
+    def __init__(self, target: PredictionTarget, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        self.target = target
+        self._mean, self._std = mean, std
+
+    def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Returns outputs ``(M, output_size)`` and targets ``(M, …)`` of the chosen patches of a batch."""
+        index = batch["patch_index"]
+        targets = self.target.compute(batch, index)
+        images = normalize(batch["image"], self._mean, self._std)
+        outputs = model(images, batch["mask"], masked_index=batch.get("padded_index", index))
+        return outputs[: len(index)], targets  # without the predictions for padding
+
+    def outputs_of_all(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Returns the outputs of all patches, ``(B, N, output_size)``, masked or not."""
+        return model(normalize(batch["image"], self._mean, self._std), batch["mask"], return_all_tokens=True)
+
+    def __call__(self, model: nn.Module, batch: Batch, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss of a batch and the target's metrics."""
+        outputs, targets = self.predict(model, batch)
+        with torch.no_grad():
+            metrics = self.target.metrics(outputs.detach(), targets)
+        return self.target.loss(outputs, targets), metrics

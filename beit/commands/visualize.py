@@ -10,11 +10,11 @@ import torch
 from beit.commands.visualize_inputs import Shown, image_files, read_shown
 from beit.config import from_plain, option
 from beit.data.datasets import sample_randomness
+from beit.data.preprocessing import normalization
 from beit.errors import InputError
 from beit.modeling import VisionTransformerForMaskedImageModeling
 from beit.storage import load_checkpoint
 from beit.targets import PredictionTarget
-from beit.tasks.base import normalization
 from beit.tasks.pretraining import (
     MaskedPrediction,
     PretrainingConfig,

@@ -44,6 +44,30 @@ class EpochDataset(Protocol, Sized):
         ...
 
 
+class EvenlySpread:
+    """``count`` samples of a data set at even distances, so that every class folder has its share.
+
+    Args:
+        dataset: What to choose from.
+        count: Number of samples; at most ``len(dataset)``.
+    """
+
+    def __init__(self, dataset: EpochDataset, count: int) -> None:
+        self.dataset = dataset
+        self.indices = [position * len(dataset) // count for position in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        epoch, position = key
+        return self.dataset[epoch, self.indices[position]]
+
+    def name(self, position: int) -> str:
+        """Returns what the data set calls the sample."""
+        return self.dataset.name(self.indices[position])
+
+
 @dataclass(eq=False)
 class EpochLoader:
     """Iterates over the host batches of one rank, epoch by epoch, from any batch on.

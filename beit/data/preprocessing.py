@@ -12,3 +12,14 @@ FULL_CROP_FROM = 384  # pixels
 def default_crop_pct(size: tuple[int, int]) -> float:
     """Returns the share of the shorter side shown at evaluation: 224 of 256, and all of it from 384 pixels on."""
     return CROP_PCT if min(size) < FULL_CROP_FROM else 1.0
+
+
+def normalization(imagenet: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns mean and standard deviation of the model's input, per channel, for images in [0, 1].
+
+    Args:
+        imagenet: ImageNet's, instead of 0.5.
+    """
+    if imagenet:
+        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    return IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD

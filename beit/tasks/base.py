@@ -9,18 +9,12 @@ from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from beit.config import check_settings, dump_yaml, to_plain
 from beit.data.classification import LabelledImages, check_classes, find_images
 from beit.data.datasets import ImageIndex, index_images
 from beit.data.loaders import EpochDataset, EpochLoader
-from beit.data.transforms import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    IMAGENET_INCEPTION_MEAN,
-    IMAGENET_INCEPTION_STD,
-)
 from beit.errors import InputError
 from beit.modeling import Backbone, VisionTransformerForMaskedImageModeling
 from beit.registry import locate
@@ -455,17 +449,6 @@ def warn_of_another_mean(source: str, metadata: Mapping[str, Any], mean: tuple[f
         )
 
 
-def normalization(imagenet: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns mean and standard deviation of the model's input, per channel, for images in [0, 1].
-
-    Args:
-        imagenet: ImageNet's, instead of 0.5.
-    """
-    if imagenet:
-        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    return IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-
-
 def named_model(config: ModelOptions, *, masked: bool = False, **arguments: object) -> Backbone:
     """Builds ``--model`` with ``--model_kwargs`` over the arguments.
 
@@ -487,8 +470,3 @@ def named_model(config: ModelOptions, *, masked: bool = False, **arguments: obje
         return create_model(name, **{**shared, **arguments, **(config.model_kwargs or {})})
     except TypeError as error:
         raise InputError(f"--model {name} cannot be built: {error}") from error
-
-
-def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """Moves a batch to a device without waiting for the copies."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -6,16 +6,14 @@ Source: BEiT (arXiv 2106.08254), section 2.1; DALL-E (arXiv 2102.12092), section
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from PIL import Image
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torchvision.utils import make_grid
 
 from beit.data.datasets import ImageDataset
-from beit.data.loaders import EpochDataset, EpochLoader
+from beit.data.loaders import EpochDataset, EpochLoader, EvenlySpread
 from beit.data.transforms import CenterCropTransform, RandomCropTransform, to_unit_range
 from beit.errors import InputError
 from beit.storage import atomic_write
@@ -23,13 +21,14 @@ from beit.tasks.base import Evaluation, Metrics, Task, find_together, run
 from beit.tasks.settings import DvaeConfig
 from beit.tokenizers.dvae import (
     DiscreteVAE,
+    RelaxedAutoencoder,
+    batch_perplexity,
     codebook_statistics,
     count_codes,
     dvae_loss,
     from_signed_range,
     kl_to_uniform,
     reconstruction_loss,
-    relaxed_codes,
     save_dvae,
     to_signed_range,
 )
@@ -37,6 +36,7 @@ from beit.training import distributed
 from beit.training.logging import ScalarWriter
 from beit.training.schedules import WarmupCosine
 from beit.training.state import Average, Batch, LoopSettings, StepFunction
+from beit.visualization.image_log import side_by_side
 
 __all__ = ["DvaeConfig", "main"]
 
@@ -45,8 +45,6 @@ logger = logging.getLogger(__name__)
 PICTURE = "reconstructions.png"
 COLLAPSED_BELOW = 0.05  # codebook perplexity, as a share of the most it could be
 COLLAPSE_COUNTS_FROM = 0.25  # share of the run; before that every codebook looks collapsed
-PICTURE_IMAGES = 16
-PICTURE_COLUMNS = 8
 
 
 def main(config: DvaeConfig) -> None:
@@ -68,7 +66,7 @@ class DvaeTraining(Task[DvaeConfig]):
                 f"{config.temperature_start:g}"
             )
 
-    def build_model(self) -> "RelaxedAutoencoder":
+    def build_model(self) -> RelaxedAutoencoder:
         """Creates the dVAE with its relaxation."""
         config = self.config
         sizes = (config.num_tokens, config.codebook_dim, config.num_layers, config.hidden_dim)
@@ -135,19 +133,6 @@ class DvaeTraining(Task[DvaeConfig]):
             save_dvae(self.session.folder.path, self.average.module.vae)
 
 
-class RelaxedAutoencoder(nn.Module):
-    """Image to relaxed codes to image: a training pass through a dVAE as one module, as data parallelism needs it."""
-
-    def __init__(self, vae: DiscreteVAE) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, images: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Maps images ``(B, 3, H, W)`` in [-1, 1] to logits ``(B, num_tokens, h, w)`` and images ``(B, 3, H, W)``."""
-        logits = self.vae(images)
-        return logits, self.vae.decode_relaxed(relaxed_codes(logits, temperature))
-
-
 def loss_schedules(config: DvaeConfig, settings: LoopSettings) -> tuple[WarmupCosine, WarmupCosine]:
     """Returns the schedules of the temperature (a cosine, then constant) and of the KL weight (linear, then constant).
 
@@ -189,37 +174,6 @@ class Reconstruction:
             "kl_weight": torch.full((), kl_weight, device=images.device),
         }
         return loss.total, metrics
-
-
-def batch_perplexity(ids: Tensor, num_tokens: int) -> Tensor:
-    """Returns exp of the entropy of the codes' shares, a scalar on the device that the host does not wait for."""
-    ids = ids.flatten()  # bincount would make the host wait, to learn how many there are
-    counts = torch.zeros(num_tokens, device=ids.device).scatter_add_(0, ids, torch.ones_like(ids, dtype=torch.float32))
-    return torch.special.entr(counts / len(ids)).sum().exp()
-
-
-class EvenlySpread:
-    """``count`` samples of a data set at even distances, so that every class folder has its share.
-
-    Args:
-        dataset: What to choose from.
-        count: Number of samples; at most ``len(dataset)``.
-    """
-
-    def __init__(self, dataset: EpochDataset, count: int) -> None:
-        self.dataset = dataset
-        self.indices = [position * len(dataset) // count for position in range(count)]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        epoch, position = key
-        return self.dataset[epoch, self.indices[position]]
-
-    def name(self, position: int) -> str:
-        """Returns what the data set calls the sample."""
-        return self.dataset.name(self.indices[position])
 
 
 class HardTokenEvaluation:
@@ -274,19 +228,6 @@ class HardTokenEvaluation:
             "kl_per_token": kl / tokens,
             "tokens": tokens,
         }
-
-
-def side_by_side(images: Tensor, reconstructed: Tensor) -> Tensor:
-    """Arranges images in [0, 1], ``(B, 3, H, W)``, in rows, each row above that of its reconstructions.
-
-    Returns:
-        One picture ``(3, H', W')`` on the CPU.
-    """
-    rows: list[Tensor] = []
-    columns = min(PICTURE_COLUMNS, len(images))
-    for start in range(0, min(PICTURE_IMAGES, len(images)) - columns + 1, columns):
-        rows += [images[start : start + columns], reconstructed[start : start + columns]]
-    return make_grid(torch.cat(rows).float().cpu(), nrow=columns, padding=2, pad_value=1.0)
 
 
 def warn_of_collapse(results: Mapping[str, float]) -> None:

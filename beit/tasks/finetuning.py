@@ -21,26 +21,17 @@ from beit.data.classification import (
     labelled_dataset,
 )
 from beit.data.loaders import EpochLoader
+from beit.data.preprocessing import normalization
 from beit.data.transforms import normalize, size_pair
 from beit.errors import InputError
 from beit.modeling import VisionTransformer
-from beit.tasks.accuracy import count_correct, rates, zero_counts
-from beit.tasks.base import (
-    Evaluation,
-    Metrics,
-    Task,
-    find_labelled,
-    named_model,
-    normalization,
-    opened,
-    run,
-    to_device,
-    warn_of_another_mean,
-)
+from beit.tasks.base import Evaluation, Metrics, Task, find_labelled, named_model, opened, run, warn_of_another_mean
 from beit.tasks.settings import FinetuningConfig
 from beit.training import distributed
+from beit.training.accuracy import count_correct, rates, zero_counts
 from beit.training.checkpoint import BEST_EMA, newest_checkpoint
 from beit.training.compilation import uncompiled
+from beit.training.loop import to_device
 from beit.training.optim import parameter_groups
 from beit.training.precision import Precision
 from beit.training.state import Average, Batch, LoopSettings, StepFunction

@@ -15,24 +15,15 @@ from torch import Tensor, nn
 from beit.checkpoints.load import architecture_of, load_weights, read_weights
 from beit.data.classification import ClassificationEvalTransform, ClassificationTransform, labelled_dataset
 from beit.data.loaders import EpochLoader
+from beit.data.preprocessing import normalization
 from beit.errors import InputError
 from beit.features import Feature, FrozenFeatures
 from beit.modeling import Backbone
-from beit.tasks.accuracy import count_correct, rates, zero_counts
-from beit.tasks.base import (
-    Evaluation,
-    Metrics,
-    Schedule,
-    Task,
-    find_labelled,
-    named_model,
-    normalization,
-    run,
-    to_device,
-    warn_of_another_mean,
-)
+from beit.tasks.base import Evaluation, Metrics, Schedule, Task, find_labelled, named_model, run, warn_of_another_mean
 from beit.tasks.settings import AUTO, OFFICIAL_NUM_LABELS, LinearProbeConfig
 from beit.training import distributed
+from beit.training.accuracy import count_correct, rates, zero_counts
+from beit.training.loop import to_device
 from beit.training.optim import create_optimizer
 from beit.training.precision import Precision, resolve_amp_dtype
 from beit.training.schedules import WarmupCosine

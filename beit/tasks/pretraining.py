@@ -6,32 +6,32 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit.checkpoints.load import load_weights, read_weights
 from beit.data.datasets import ImageDataset
 from beit.data.loaders import EpochLoader
+from beit.data.preprocessing import normalization
 from beit.data.transforms import (
     MaskedImageModelingEvalTransform,
     MaskedImageModelingTransform,
-    normalize,
     size_pair,
 )
 from beit.errors import InputError
 from beit.masking import MaskGenerator
 from beit.modeling import VisionTransformerForMaskedImageModeling
 from beit.registry import MASK_STRATEGIES, TARGETS, resolve
-from beit.targets import VISUAL_TOKENS, PredictionTarget, TokenTarget
-from beit.tasks.base import Evaluation, Metrics, Task, find_together, named_model, normalization, run, to_device
+from beit.targets import VISUAL_TOKENS, MaskedPrediction, PredictionTarget, TokenTarget, with_patch_index
+from beit.tasks.base import Evaluation, Metrics, Task, find_together, named_model, run
 from beit.tasks.settings import PretrainingConfig
 from beit.tokenizers.base import VisualTokenizer, load_tokenizer
 from beit.training import distributed
 from beit.training.compilation import uncompiled
 from beit.training.logging import ScalarWriter
+from beit.training.loop import to_device
 from beit.training.optim import parameter_groups
 from beit.training.precision import AMP_DTYPES, Precision, resolve_amp_dtype
-from beit.training.state import Batch, StepFunction
+from beit.training.state import StepFunction
 from beit.visualization.image_log import reconstruction_picture, spread_samples
 
 __all__ = ["PretrainingConfig", "main"]
@@ -120,7 +120,8 @@ class Pretraining(Task[PretrainingConfig]):
             outputs, autocast = self.objective.outputs_of_all, self.precision.autocast
 
             def picture() -> Tensor:
-                return reconstruction_picture(self.model, outputs, self.target, samples, autocast)
+                with uncompiled():
+                    return reconstruction_picture(self.model, outputs, self.target, samples, autocast)
 
             distributed.on_main(lambda: [picture()][:0])  # what cannot be drawn is found now, and ends all processes
             return lambda epoch, scalars: scalars.write_image("reconstructions", picture(), epoch)
@@ -235,61 +236,6 @@ def evaluation_transform(
         second_interpolation=config.second_interpolation,
         mask_generator=masks,
     )
-
-
-def with_patch_index(batch: Batch, predict: str = "masked", room: int = 0) -> dict[str, Tensor]:
-    """Adds the flat positions of the patches to predict, computed on the host so that no GPU has to wait.
-
-    Args:
-        batch: Holds ``mask``, bool ``(B, h, w)``.
-        predict: ``masked`` or ``all``.
-        room: Most masked patches that a batch can have. With it the model gets that many positions in every batch,
-            padded with the first patch: a compiled model needs the same shapes each time.
-
-    Returns:
-        The batch with ``patch_index``, int64 ``(M,)``, positions in the ``B * h * w`` patches; of masked ones with
-        ``room`` also ``padded_index``, int64 ``(room,)``.
-    """
-    mask = batch["mask"].flatten()
-    if predict != "masked":
-        return {**batch, "patch_index": torch.arange(len(mask))}
-    index = mask.nonzero().flatten()
-    padded = {"padded_index": F.pad(index, (0, max(0, room - len(index))))} if room else {}
-    return {**batch, "patch_index": index, **padded}
-
-
-class MaskedPrediction:
-    """The objective: the target's loss on the chosen patches of masked images.
-
-    Args:
-        target: What is predicted.
-        mean: Mean of the model's input, per channel.
-        std: Standard deviation of the model's input, per channel.
-    """
-
-    def __init__(self, target: PredictionTarget, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        self.target = target
-        self._mean, self._std = mean, std
-
-    def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Returns outputs ``(M, output_size)`` and targets ``(M, …)`` of the chosen patches of a batch."""
-        index = batch["patch_index"]
-        targets = self.target.compute(batch, index)
-        images = normalize(batch["image"], self._mean, self._std)
-        outputs = model(images, batch["mask"], masked_index=batch.get("padded_index", index))
-        return outputs[: len(index)], targets  # without the predictions for padding
-
-    def outputs_of_all(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Returns the outputs of all patches, ``(B, N, output_size)``, masked or not."""
-        with uncompiled():
-            return model(normalize(batch["image"], self._mean, self._std), batch["mask"], return_all_tokens=True)
-
-    def __call__(self, model: nn.Module, batch: Batch, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss of a batch and the target's metrics."""
-        outputs, targets = self.predict(model, batch)
-        with torch.no_grad():
-            metrics = self.target.metrics(outputs.detach(), targets)
-        return self.target.loss(outputs, targets), metrics
 
 
 def check_target(checkpoint: Mapping[str, Any], source: str, target: str) -> None:

@@ -202,6 +202,19 @@ def relaxed_codes(logits: Tensor, temperature: float, generator: torch.Generator
         return ((logits.float() + noise) / temperature).softmax(dim=1)
 
 
+class RelaxedAutoencoder(nn.Module):
+    """Image to relaxed codes to image: a training pass through a dVAE as one module, as data parallelism needs it."""
+
+    def __init__(self, vae: DiscreteVAE) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, images: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Maps images ``(B, 3, H, W)`` in [-1, 1] to logits ``(B, num_tokens, h, w)`` and images ``(B, 3, H, W)``."""
+        logits = self.vae(images)
+        return logits, self.vae.decode_relaxed(relaxed_codes(logits, temperature))
+
+
 def reconstruction_loss(images: Tensor, target: Tensor, kind: ReconstructionKind = "mse") -> Tensor:
     """Mean error over all pixel values, in float32.
 
@@ -288,6 +301,13 @@ class CodebookStatistics(NamedTuple):
     perplexity: float
     used: int
     dead: int
+
+
+def batch_perplexity(ids: Tensor, num_tokens: int) -> Tensor:
+    """Returns exp of the entropy of the codes' shares, a scalar on the device that the host does not wait for."""
+    ids = ids.flatten()  # bincount would make the host wait, to learn how many there are
+    counts = torch.zeros(num_tokens, device=ids.device).scatter_add_(0, ids, torch.ones_like(ids, dtype=torch.float32))
+    return torch.special.entr(counts / len(ids)).sum().exp()
 
 
 def count_codes(ids: Tensor, num_tokens: int) -> Tensor:

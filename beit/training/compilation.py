@@ -21,8 +21,8 @@ def compile_for_training(model: nn.Module, *, recomputes: bool = False) -> None:
     if recomputes:
         # Several processes get the graph in pieces, to exchange gradients as they come. Older PyTorch cannot cut one
         # that recomputes.
-        config: Any = importlib.import_module("torch._dynamo.config")
-        config.optimize_ddp = False
+        dynamo: Any = importlib.import_module("torch._dynamo.config")
+        dynamo.optimize_ddp = False
     model.compile(dynamic=False, fullgraph=True)
 
 

@@ -202,7 +202,7 @@ class Trainer(TrainingState):
         batch = next(batches)
         batch = self.prepare(batch) if self.prepare else batch
         self._throughput.waited(time.perf_counter() - start)
-        return {name: to_device(tensor, self._device) for name, tensor in batch.items()}
+        return to_device(batch, self._device)
 
     def _close_window(self, done: int, scalars: ScalarWriter, progress: Progress, terminated: "_Flag") -> bool:
         """Fetches the metrics of the last steps, the only place that waits for the device; returns whether to stop.
@@ -347,11 +347,15 @@ class Trainer(TrainingState):
             self.folder.save(name, state)
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Brings a tensor to a device, without waiting for it; one that is there stays."""
-    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
-        tensor = tensor.pin_memory()  # a copy from pageable memory may make the host wait
-    return tensor.to(device, non_blocking=True)
+def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """Moves a batch to a device without waiting for the copies."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+            tensor = tensor.pin_memory()  # a copy from pageable memory may make the host wait
+        return tensor.to(device, non_blocking=True)
+
+    return {name: moved(tensor) for name, tensor in batch.items()}
 
 
 def seed_step(seed: int, global_step: int, rank: int) -> None:

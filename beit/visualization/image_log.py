@@ -15,6 +15,7 @@ from beit.targets import PredictionTarget
 from beit.visualization.reconstructions import hide_patches
 
 GAP = 2  # pixels between two images, white
+MOST_IMAGES, COLUMNS = 16, 8  # of images beside their reconstructions
 
 
 @torch.no_grad()
@@ -78,3 +79,16 @@ def spread_samples(dataset: EpochDataset, count: int) -> dict[str, Tensor]:
     samples: list[dict[str, Any]] = [dataset[0, position * len(dataset) // count] for position in range(count)]
     names = [name for name, value in samples[0].items() if isinstance(value, Tensor)]
     return {name: torch.stack([sample[name] for sample in samples]) for name in names}
+
+
+def side_by_side(images: Tensor, reconstructed: Tensor) -> Tensor:
+    """Arranges images in [0, 1], ``(B, 3, H, W)``, in rows, each row above that of its reconstructions.
+
+    Returns:
+        One picture ``(3, H', W')`` on the CPU.
+    """
+    rows: list[Tensor] = []
+    columns = min(COLUMNS, len(images))
+    for start in range(0, min(MOST_IMAGES, len(images)) - columns + 1, columns):
+        rows += [images[start : start + columns], reconstructed[start : start + columns]]
+    return make_grid(torch.cat(rows).float().cpu(), nrow=columns, padding=2, pad_value=1.0)
