@@ -71,6 +71,11 @@ class ReleasedCheckpoint:
         return {**classes, **self.overrides}
 
 
+def published_crop_pct(size: int) -> float:
+    """Returns the ``crop_pct`` of published models for a side of their images in pixels."""
+    return 1.0 if size >= 384 else 0.875
+
+
 def _released(
     name: str, model: str, num_classes: int | None, hub: str | None = None, **more: Any
 ) -> ReleasedCheckpoint:
@@ -82,7 +87,7 @@ def _released(
         (f"{RELEASES}/{name}.pth", *mirror),
         num_classes,
         size,
-        crop_pct=1.0 if size >= 384 else 0.875,
+        crop_pct=published_crop_pct(size),
         **more,
     )
 

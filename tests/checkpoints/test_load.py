@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import beit
 from beit import storage
 from beit.checkpoints import released
-from beit.checkpoints.formats import DIALECTS, from_official
+from beit.checkpoints.formats import dialects, from_official
 from beit.checkpoints.load import (
     RELEASED,
     ReleasedCheckpoint,
@@ -177,7 +177,7 @@ def test_the_key_and_the_prefix_asked_for_count(tmp_path):
         load_pretrained(target, tmp_path / "b.pth", model_key="model_ema")
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("dialect", dialects())
 def test_every_dialect_loads(tmp_path, dialect):
     source, target = classifier(), classifier()
     translated = from_official(source.state_dict(), dialect, position_index=relative_position_index((4, 4)))

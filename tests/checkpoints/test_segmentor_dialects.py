@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoImageProcessor, BeitConfig, BeitForSemanticSegmentation
 
+from beit.checkpoints.export import convert
 from beit.checkpoints.formats import from_official, recognise, to_official
-from beit.checkpoints.formats.segmentation import heads_of, incomplete
-from beit.checkpoints.read import read_weights, taps_of
-from beit.commands.convert import convert
+from beit.checkpoints.formats.segmentation import heads_of, incomplete, taps_of
+from beit.checkpoints.read import read_weights
 from beit.errors import InputError
 from beit.relative_position import relative_position_index
 from beit.storage import load_checkpoint, save_checkpoint
@@ -148,7 +148,7 @@ def test_documented_taps_of_transformers_are_two_blocks_earlier(tmp_path, caplog
     (tmp_path / "config.json").write_text(json.dumps(described | {"out_indices": [5, 7, 9, 13]}))
     assert read_weights(tmp_path)[1]["out_indices"] == (3, 5, 7, 11)
     (tmp_path / "config.json").write_text(json.dumps(described | {"out_indices": [1, 3, 5, 11]}))
-    with pytest.raises(InputError, match=r"out_indices \[1, 3, 5, 11\]: four that differ are needed"):
+    with pytest.raises(InputError, match=r"out_indices \[1, 3, 5, 11\]: four different ones are needed"):
         read_weights(tmp_path)
 
 
@@ -219,10 +219,10 @@ def test_transformers_is_told_to_prepare_images_and_label_maps_as_in_training(tm
     [
         ({"channels": 48}, "the decode head has 48 channels and the backbone 32; in transformers' BEiT both are the"),
         ({"patch_size": 8}, "the one for patches of 16 pixels, and these are of 8"),
-        ({"decode_head": "setr_pup"}, "transformers has UPerNet alone, and the decode head is setr_pup"),
+        ({"decode_head": "setr_pup"}, "transformers only has UPerNet, and the decode head is setr_pup"),
         ({"img_size": (64, 96)}, "it reads tables and positions as those of a square"),
-        ({"img_size": (64, 96), "use_rel_pos_bias": False}, r"square images alone, not \[64, 96\] pixels"),
-        ({"pool_scales": (1, 2)}, "not known at which 2 scales UPerNet pools"),
+        ({"img_size": (64, 96), "use_rel_pos_bias": False}, r"only segments square images, not \[64, 96\] pixels"),
+        ({"pool_scales": (1, 2)}, "the 2 scales at which UPerNet pools are not recorded"),
     ],
 )
 def test_what_transformers_cannot_compute_is_refused(model, message, tmp_path):
