@@ -127,16 +127,13 @@ def whole_model(weights: Mapping[str, Tensor], metadata: Metadata) -> WholeModel
 
 def _complete(weights: Mapping[str, Tensor], architecture: Architecture, source: str) -> dict[str, Tensor]:
     """Keeps what belongs to the model, in its order; a segmentor has no norm after the last block."""
-    arguments = architecture.arguments
     parts: dict[str, Tensor] = {}
     with torch.device("meta"):
         own = list(architecture.build().state_dict())
     if is_segmentor(weights):
-        if lacking := incomplete(weights, arguments["embed_dim"], arguments["patch_size"][0]):
+        if lacking := incomplete(weights, architecture.arguments["patch_size"][0]):
             more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
-            raise InputError(
-                f"{source} is not a whole segmentor: it lacks {lacking[0]}{more}, or they have other sizes"
-            )
+            raise InputError(f"{source} is not a whole segmentor: it lacks {lacking[0]}{more}")
         parts = {name: tensor for name, tensor in weights.items() if name.startswith(PARTS)}
         own = [name for name in own if not name.startswith(("norm.", "fc_norm."))]
     if missing := [name for name in own if name not in weights]:

@@ -6,7 +6,7 @@ they are read off names and shapes, since the models themselves live in an appli
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,6 @@ LEVELS = 4
 POOL_SCALES = (1, 2, 3, 6)  # of UPerNet, unless recorded otherwise
 PUBLISHED_TAPS = {12: (3, 5, 7, 11), 24: (7, 11, 15, 23)}  # by depth
 ADE20K_CLASSES = 150
-
-Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -115,70 +113,35 @@ def _outputs_and_inputs(weights: Mapping[str, Tensor], name: str) -> tuple[int, 
     return (shape[0], shape[1]) if len(shape) >= 2 else (0, 0)
 
 
-def incomplete(weights: Mapping[str, Tensor], embed_dim: int, patch_size: int) -> list[str]:
-    """Returns the tensors of pyramid and heads that are missing or do not have the shape their neighbours ask for.
-
-    Unknown heads are accepted as they are.
+def incomplete(weights: Mapping[str, Tensor], patch_size: int) -> list[str]:
+    """Returns the parameters of pyramid and heads that are missing; unknown heads are accepted as they are.
 
     Args:
         weights: In official names.
-        embed_dim: Width of the backbone.
         patch_size: Of the backbone, in pixels.
     """
     heads = heads_of(weights)
-    needed = dict(_decode_head(heads, embed_dim)) | dict(_auxiliary_head(heads, embed_dim))
-    if heads.kind == "uper" or any(name.startswith(PYRAMID) for name in weights):
-        needed |= dict(_pyramid(embed_dim, patch_size))
-    return [name for name, shape in needed.items() if name not in weights or weights[name].shape != shape]
-
-
-def _norm(name: str, channels: int) -> Shapes:
-    for part in ("weight", "bias", "running_mean", "running_var"):
-        yield f"{name}.{part}", (channels,)
-
-
-def _conv_module(name: str, outputs: int, inputs: int, size: int) -> Shapes:
-    yield f"{name}.conv.weight", (outputs, inputs, size, size)
-    yield from _norm(f"{name}.bn", outputs)
-
-
-def _biased(name: str, channels: int, *shape: int) -> Shapes:
-    yield f"{name}.weight", shape
-    yield f"{name}.bias", (channels,)
-
-
-def _pyramid(width: int, patch_size: int) -> Shapes:
-    """With patches of 8 pixels, one upsampling gives the finest level and the second level needs none."""
-    yield from _biased("fpn1.0", width, width, width, 2, 2)
-    if patch_size != 8:
-        yield from _norm("fpn1.1", width)
-        yield from _biased("fpn1.3", width, width, width, 2, 2)
-        yield from _biased("fpn2.0", width, width, width, 2, 2)
-
-
-def _decode_head(heads: Heads, width: int) -> Shapes:
-    channels = heads.channels
-    yield from _biased(f"{DECODE}conv_seg", heads.num_classes, heads.num_classes, channels, 1, 1)
+    biased = [f"{DECODE}conv_seg"]  # modules with weight and bias
+    convs: list[str] = []  # convolutions followed by a batch norm
+    norms: list[str] = []
     if heads.kind == "uper":
-        for level in range(heads.stages):
-            yield from _conv_module(f"{DECODE}psp_modules.{level}.1", channels, width, 1)
-        yield from _conv_module(f"{DECODE}bottleneck", channels, width + heads.stages * channels, 3)
-        for level in range(LEVELS - 1):
-            yield from _conv_module(f"{DECODE}lateral_convs.{level}", channels, width, 1)
-            yield from _conv_module(f"{DECODE}fpn_convs.{level}", channels, channels, 3)
-        yield from _conv_module(f"{DECODE}fpn_bottleneck", channels, LEVELS * channels, 3)
+        levels = range(LEVELS - 1)
+        convs += [f"psp_modules.{stage}.1" for stage in range(heads.stages)] + ["bottleneck", "fpn_bottleneck"]
+        convs += [f"{kind}_convs.{level}" for level in levels for kind in ("lateral", "fpn")]
     elif heads.kind == "setr_pup":
-        yield from _biased(f"{DECODE}norm", width, width)
-        for stage in range(heads.stages):
-            yield from _conv_module(f"{DECODE}up_convs.{stage}.0", channels, channels if stage else width, 3)
-
-
-def _auxiliary_head(heads: Heads, width: int) -> Shapes:
-    if not heads.auxiliary_convs:
-        return
-    channels = heads.auxiliary_channels
-    yield from _biased(f"{AUXILIARY}conv_seg", heads.num_classes, heads.num_classes, channels, 1, 1)
-    for stage in range(heads.auxiliary_convs):
-        yield from _conv_module(f"{AUXILIARY}convs.{stage}", channels, channels if stage else width, 3)
-    if heads.auxiliary_concat:
-        yield from _conv_module(f"{AUXILIARY}conv_cat", channels, width + channels, 3)
+        biased.append(f"{DECODE}norm")
+        convs += [f"up_convs.{stage}.0" for stage in range(heads.stages)]
+    convs = [DECODE + name for name in convs]
+    if heads.auxiliary_convs:
+        biased.append(f"{AUXILIARY}conv_seg")
+        convs += [f"{AUXILIARY}convs.{stage}" for stage in range(heads.auxiliary_convs)]
+        convs += [f"{AUXILIARY}conv_cat"] if heads.auxiliary_concat else []
+    if heads.kind == "uper" or any(name.startswith(PYRAMID) for name in weights):
+        # With patches of 8 pixels, one upsampling gives the finest level and the second level needs none.
+        biased += ["fpn1.0"] if patch_size == 8 else ["fpn1.0", "fpn1.3", "fpn2.0"]
+        norms += [] if patch_size == 8 else ["fpn1.1"]
+    norms += [f"{name}.bn" for name in convs]
+    needed = [f"{name}.{part}" for name in biased for part in ("weight", "bias")]
+    needed += [f"{name}.conv.weight" for name in convs]
+    needed += [f"{name}.{part}" for name in norms for part in ("weight", "bias", "running_mean", "running_var")]
+    return [name for name in needed if name not in weights]
