@@ -183,15 +183,14 @@ def save_checkpoint(path: str | os.PathLike[str], obj: Any) -> None:
         torch.save(obj, file)
 
 
-def load_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu", mmap: bool = False) -> Any:
-    """Reads a checkpoint without running any code in it.
+def load_checkpoint(path: str | os.PathLike[str], mmap: bool = False) -> Any:
+    """Reads a checkpoint to the CPU without running any code in it.
 
     Only tensors, plain Python values and ``argparse.Namespace`` (in which official checkpoints keep their ``args``) are
     read. Files named ``.safetensors`` are read as such.
 
     Args:
         path: The file.
-        map_location: As of ``torch.load``.
         mmap: Map tensors from disk instead of reading them; ignored for files older than the zip format.
 
     Returns:
@@ -204,13 +203,11 @@ def load_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu", mma
     require_file(path)
     try:
         if path.suffix == ".safetensors":
-            return load_file(path, device=str(map_location))
+            return load_file(path)
         if problem := describe_problem(path):
             raise InputError(f"{path} is no checkpoint: {problem}")
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(
-                path, map_location=map_location, weights_only=True, mmap=mmap and zipfile.is_zipfile(path)
-            )
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise InputError(f"{path} was not opened: {_forbidden_content(str(error))}") from error
     except (SafetensorError, RuntimeError, EOFError, zipfile.BadZipFile, KeyError, UnicodeDecodeError) as error:

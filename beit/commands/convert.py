@@ -20,7 +20,7 @@ class ConvertConfig:
 
     checkpoint: str = option("", "checkpoint: file, folder, released name, address or hub id", positional=True)
     output: str = option("", "file to write; a folder for huggingface, and optionally for timm", positional=True)
-    to: str = option("", "format to write", choices=FORMATS)
+    to: str | None = option(None, "format to write", choices=FORMATS)
     features: bool = option(False, "onnx and torch_export: export the features before the head, not the logits")
 
 
