@@ -221,9 +221,10 @@ def _check_backbone(given: Mapping[str, Tensor], own: Mapping[str, Tensor], sour
     scales = {name for name in (*needed, *given) if ".gamma_" in name}
     if scales and all((name in own) != (name in given) for name in scales):
         has, other = ("no LayerScale", "one") if any(name in own for name in scales) else ("a LayerScale", "none")
+        value = "0" if other == "one" else "0.1"
         raise InputError(
-            f"{source} has {has} and the model has {other}: build it with init_values="
-            f"{'0 (--layer_scale_init_value 0)' if other == 'one' else '0.1 (--layer_scale_init_value 0.1)'}"
+            f"{source} has {has} and the model has {other}: build it with init_values={value} "
+            f"(--layer_scale_init_value {value})"
         )
     odd += [name for name in given if name.startswith("blocks.") and name not in own and not name.endswith(TABLE)]
     if odd:

@@ -296,7 +296,12 @@ def architecture_of(weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) 
     Raises:
         InputError: The number of heads or the patch grid cannot be determined, or a part is missing.
     """
-    _check_parts(weights, str(metadata.get("source", "the checkpoint")))
+    source = metadata.get("source", "the checkpoint")
+    for name, axes in (("patch_embed.proj.weight", 4), ("blocks.0.mlp.fc1.weight", 2)):
+        if name not in weights:
+            raise InputError(f"{source} is not a whole model: it lacks {name}")
+        if weights[name].ndim != axes:
+            raise InputError(f"{source} is not a BEiT: it has a {name} of shape {tuple(weights[name].shape)}")
     # A classifier or segmentor of Hugging Face may keep the mask token of its pre-training.
     segmentor = is_segmentor(weights)
     classifier = segmentor or "head.weight" in weights or "fc_norm.weight" in weights
@@ -310,9 +315,9 @@ def architecture_of(weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) 
     heads = table.shape[1] if table is not None else metadata.get("num_heads")
     if heads is None:
         heads = embed_dim // HEAD_WIDTH
-        logger.info("%s does not record its number of attention heads: using %d", metadata.get("source"), heads)
+        logger.info("%s does not record its number of attention heads: using %d", source, heads)
     if not heads or embed_dim % heads:
-        raise InputError(f"{metadata.get('source')} does not record how many heads its {embed_dim} channels make")
+        raise InputError(f"{source} does not record how many heads its {embed_dim} channels make")
     arguments: dict[str, Any] = {
         "img_size": (grid[0] * patch[0], grid[1] * patch[1]),
         "patch_size": tuple(patch),
@@ -333,15 +338,6 @@ def architecture_of(weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) 
     classes = len(weights["head.weight"]) if "head.weight" in weights else 0
     mean_pooling = segmentor or "fc_norm.weight" in weights or "norm.weight" not in weights
     return Architecture(False, arguments | {"num_classes": classes, "use_mean_pooling": mean_pooling})
-
-
-def _check_parts(weights: Mapping[str, Tensor], source: str) -> None:
-    """Raises an :class:`InputError` unless the tensors that sizes are read off are there."""
-    for name, axes in (("patch_embed.proj.weight", 4), ("blocks.0.mlp.fc1.weight", 2)):
-        if name not in weights:
-            raise InputError(f"{source} is not a whole model: it lacks {name}")
-        if weights[name].ndim != axes:
-            raise InputError(f"{source} is no BEiT: it has a {name} of shape {tuple(weights[name].shape)}")
 
 
 def _mlp_ratio(embed_dim: int, hidden_dim: int) -> float:

@@ -161,20 +161,13 @@ def resolve(source: str | os.PathLike[str]) -> Path:
     if path.exists():
         return path
     if (row := released_at(text)) is not None and path.parent == Path():
-        return download(row.urls, _checkpoints() / f"{row.name}.pth", verify=_refuse_damaged)
-    if (match := _HUB_ID.fullmatch(text)) and (":" in text or not _looks_like_a_path(path)):
+        return download(row.urls, beit_home() / "checkpoints" / f"{row.name}.pth", verify=_refuse_damaged)
+    is_path = path.suffix in CHECKPOINT_SUFFIXES or path.parent.is_dir()
+    if (match := _HUB_ID.fullmatch(text)) and (":" in text or not is_path):
         return _fetch_from_hub(match[1])
     near = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     hint = did_you_mean(path.name, [*near, *RELEASED])
     raise InputError(f"there is no checkpoint {text}{hint}; `beit models` lists the released names")
-
-
-def _looks_like_a_path(path: Path) -> bool:
-    return path.suffix in CHECKPOINT_SUFFIXES or path.parent.is_dir()
-
-
-def _checkpoints() -> Path:
-    return beit_home() / "checkpoints"
 
 
 def _fetch(url: str) -> Path:
@@ -186,7 +179,7 @@ def _fetch(url: str) -> Path:
     row = RELEASED.get(name.removesuffix(".pth"))
     if parts.hostname in DEAD_HOSTS or url.startswith(RELEASES):
         urls = row.urls if row else (f"{RELEASES}/{name}",)
-        return download(urls, _checkpoints() / name, verify=_refuse_damaged)
+        return download(urls, beit_home() / "checkpoints" / name, verify=_refuse_damaged)
     # Files of one name are at many addresses, and "?id=2" is another file than "?id=1".
     query = [pair for pair in parse_qsl(parts.query, keep_blank_values=True) if not ACCESS_TOKEN.fullmatch(pair[0])]
     address = f"{parts.scheme}://{parts.netloc}{parts.path}{'?' if query else ''}{urlencode(sorted(query))}"

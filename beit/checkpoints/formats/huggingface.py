@@ -225,30 +225,24 @@ def _segmentor(model: WholeModel, heads: Heads) -> tuple[dict[str, Any], dict[st
 def _check_segmentor(config: Mapping[str, Any], heads: Heads, taps: Sequence[int], scales: Sequence[int]) -> None:
     """Raises an :class:`InputError` if the library has no such segmentor."""
     size, width = config["image_size"], config["hidden_size"]
-    for odd, why in (
-        (heads.kind != "uper", f"transformers only has UPerNet, and the decode head is {heads.kind or 'another one'}"),
-        (
-            heads.channels != width,
-            f"the decode head has {heads.channels} channels and the backbone {width}; in transformers' BEiT both are "
-            "the hidden size",
-        ),
-        (
-            config["patch_size"] == 8,
-            "transformers' pyramid is the one for patches of 16 pixels, and these are of 8",
-        ),
-        (not isinstance(size, int), f"transformers only segments square images, not {size} pixels"),
-        (
-            len(taps) != LEVELS or list(taps) != sorted(set(taps)),
-            f"transformers taps four blocks in ascending order; this model taps {', '.join(map(str, taps))}",
-        ),
-        (len(scales) != heads.stages, f"the {heads.stages} scales at which UPerNet pools are not recorded"),
-        (
-            heads.auxiliary_channels > 0 and not heads.auxiliary_convs,
-            "the auxiliary head is not the one of transformers",
-        ),
-    ):
-        if odd:
-            raise InputError(f"transformers has no such segmentor: {why}; convert it to unilm or mmsegmentation")
+    why = ""
+    if heads.kind != "uper":
+        why = f"transformers only has UPerNet, and the decode head is {heads.kind or 'another one'}"
+    elif heads.channels != width:
+        both = "in transformers' BEiT both are the hidden size"
+        why = f"the decode head has {heads.channels} channels and the backbone {width}; {both}"
+    elif config["patch_size"] == 8:
+        why = "transformers' pyramid is the one for patches of 16 pixels, and these are of 8"
+    elif not isinstance(size, int):
+        why = f"transformers only segments square images, not {size} pixels"
+    elif len(taps) != LEVELS or list(taps) != sorted(set(taps)):
+        why = f"transformers taps four blocks in ascending order; this model taps {', '.join(map(str, taps))}"
+    elif len(scales) != heads.stages:
+        why = f"the {heads.stages} scales at which UPerNet pools are not recorded"
+    elif heads.auxiliary_channels > 0 and not heads.auxiliary_convs:
+        why = "the auxiliary head is not the one of transformers"
+    if why:
+        raise InputError(f"transformers has no such segmentor: {why}; convert it to unilm or mmsegmentation")
 
 
 def _with_inert_layer(weights: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
