@@ -84,7 +84,6 @@ def assert_equal_logits(ours, theirs):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------ transformers
 @pytest.mark.parametrize(
     ("taps", "options"),
     [
@@ -232,7 +231,6 @@ def test_what_transformers_cannot_compute_is_refused(model, message, tmp_path):
     assert not (tmp_path / "hf").exists()
 
 
-# ----------------------------------------------------------------------------------------------------- mmsegmentation
 INDEX = relative_position_index((4, 4))
 
 
@@ -344,7 +342,6 @@ def test_a_shared_table_is_copied_into_the_blocks_of_mmsegmentation(tmp_path):
     assert_equal_logits(both_logits(opened(tmp_path / "mm.pth")), both_logits(model))
 
 
-# --------------------------------------------------------------------------------------------------------- the library
 def test_taps_that_no_file_records_are_the_published_ones():
     blocks = {f"blocks.{index}.norm1.weight": torch.zeros(1) for index in range(24)}
     assert taps_of(blocks, {}) == (7, 11, 15, 23)
