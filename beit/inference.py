@@ -1,4 +1,4 @@
-"""A model put to use: what an image shows, and the features of images.
+"""Using a model: classifying images, and extracting their features.
 
 model = beit.get_model("beit_base_patch16_224_pt22k_ft22kto1k")
 beit.inference_model(model, "cat.jpg")["name"]
@@ -20,10 +20,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from beit.checkpoints.read import class_names
-from beit.data.classification import ClassificationEvalTransform, default_crop_pct
+from beit.checkpoints.read import class_names, preparation_of
+from beit.data.classification import ClassificationEvalTransform
 from beit.data.datasets import UnreadableImageError, read_image, to_rgb, upright
-from beit.data.transforms import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD, normalize
+from beit.data.transforms import normalize
 from beit.errors import InputError, did_you_mean
 from beit.modeling import Backbone, VisionTransformer
 from beit.zoo import open_model
@@ -42,19 +42,19 @@ def inference_model(
     topk: int = 5,
     metadata: Mapping[str, Any] | None = None,
 ) -> Prediction | list[Prediction]:
-    """Classifies images, prepared as the model's checkpoint says.
+    """Classifies images, prepared as the model's checkpoint records.
 
     Args:
-        model: From :func:`beit.get_model`, or what that opens; a model of your own is taken to expect images of mean
-            and standard deviation 0.5.
-        image_or_paths: An image or several: a path; an image of Pillow's; an array or a tensor, uint8 or floating
-            point in [0, 1], ``(H, W, 3)`` for an array, ``(3, H, W)`` for a tensor, with one axis more for several.
-        topk: How many of the likeliest classes to name.
-        metadata: What is known of the model, from :func:`beit.zoo.open_model`; by default what it brings along.
+        model: From :func:`beit.get_model`, or anything that function opens; other models get images normalised with
+            mean and standard deviation 0.5.
+        image_or_paths: One or more images: paths, Pillow images, arrays ``(H, W, 3)`` or tensors ``(3, H, W)``, uint8
+            or floating point in [0, 1]; an array or tensor with one more axis holds several.
+        topk: Number of classes to return per image.
+        metadata: From :func:`beit.zoo.open_model`; by default the model's own.
 
     Returns:
-        For one image a dict, for several a list of dicts: ``class`` (the likeliest class's number), ``name``, ``score``
-        (its probability) and ``top5`` (named after ``topk``), pairs of name and score, the likeliest first.
+        A dict for one image, a list of dicts for several: ``class`` (index of the top class), ``name``, ``score``
+        (its probability) and ``top5`` (named after ``topk``), pairs of name and score in descending order.
 
     Raises:
         InputError: The model is no classifier, or an image cannot be read.
@@ -64,7 +64,8 @@ def inference_model(
     opened, known = _opened(model)
     metadata = known if metadata is None else metadata
     classifier = _classifier(opened)
-    names = class_names(dict(metadata), classifier.num_classes) or _numbered(classifier.num_classes)
+    numbered = tuple(f"class {number}" for number in range(classifier.num_classes))
+    names = class_names(metadata, classifier.num_classes) or numbered
     images, several = _listed(image_or_paths)
     predictions = []
     with _evaluating(classifier):
@@ -80,19 +81,19 @@ def inference_model(
 def extract_feat(
     model: Backbone | str | Path, image_or_paths: OneImage | Sequence[OneImage], layer: int = -1, pool: str = "mean"
 ) -> Tensor:
-    """Returns features of images: the output of a block, before any norm.
+    """Extracts features of images: the output of a block, before any norm.
 
     Args:
-        model: As for :func:`inference_model`; a pre-training model will do.
+        model: As for :func:`inference_model`; may be a pre-training model.
         image_or_paths: As for :func:`inference_model`.
-        layer: The block, counted from 0, or from the end if negative. Of a model that was only pre-trained, blocks in
-            the middle tell most about an image.
-        pool: ``mean`` of the patch tokens, ``cls`` for the class token, ``cls_mean`` for both in a row, or ``map`` for
-            the patch tokens in their places.
+        layer: The block, from 0, or from the end if negative. If the model was only pre-trained, blocks in the middle
+            have the best features.
+        pool: ``mean`` over the patch tokens, ``cls`` for the class token, ``cls_mean`` for both concatenated, ``map``
+            for the patch tokens as a grid.
 
     Returns:
-        float32 ``(B, D)``, ``(B, 2 D)`` for ``cls_mean``, ``(B, D, h, w)`` for ``map``; ``B`` is 1 for one image. It is
-        on the model's device.
+        float32 ``(B, D)``, ``(B, 2 D)`` for ``cls_mean``, ``(B, D, h, w)`` for ``map``, on the model's device; ``B`` is
+        1 for one image.
 
     Raises:
         InputError: There is no such block or pool, or an image cannot be read.
@@ -107,9 +108,8 @@ def extract_feat(
         return torch.cat([pool_tokens(tokens, pool, opened.patch_embed.grid_size).float() for tokens in outputs])
 
 
-# ------------------------------------------------------------------------------------------------------- the features
 def pool_tokens(tokens: Tensor, pool: str, grid_size: tuple[int, int]) -> Tensor:
-    """Turns the tokens ``(B, 1 + h * w, D)`` of a block into the features that :func:`extract_feat` describes."""
+    """Pools the tokens ``(B, 1 + h * w, D)`` of a block as :func:`extract_feat` describes."""
     patches = tokens[:, 1:]
     if pool == "mean":
         return patches.mean(dim=1)
@@ -121,10 +121,10 @@ def pool_tokens(tokens: Tensor, pool: str, grid_size: tuple[int, int]) -> Tensor
 
 
 def known_pool(pool: str) -> str:
-    """Returns the name of a way to pool tokens.
+    """Returns the name of a pooling method.
 
     Raises:
-        InputError: There is no such way.
+        InputError: There is no such method.
     """
     if pool not in POOLS:
         raise InputError(f"unknown pool {pool!r}{did_you_mean(pool, POOLS)}: choose {', '.join(POOLS)}")
@@ -132,7 +132,7 @@ def known_pool(pool: str) -> str:
 
 
 def block_number(model: Backbone, layer: int) -> int:
-    """Returns the number of a block from 0 on, given that or, if negative, its place from the end.
+    """Returns the index of a block; a negative ``layer`` counts from the end.
 
     Raises:
         InputError: There is no such block.
@@ -143,10 +143,9 @@ def block_number(model: Backbone, layer: int) -> int:
     return layer % depth
 
 
-# ------------------------------------------------------------------------------------------------------- the images
 @dataclass(frozen=True)
 class Preprocessing:
-    """From an image to what a model reads.
+    """How an image becomes a model's input.
 
     Args:
         transform: Resizes and crops.
@@ -160,19 +159,17 @@ class Preprocessing:
 
 
 def preprocessing_of(model: Backbone, metadata: Mapping[str, Any]) -> Preprocessing:
-    """Returns how a model wants its images: as its checkpoint records, and where it does not, as published.
+    """Returns how a model's images are prepared: as its checkpoint records, or else as for the published models.
 
     Args:
-        model: Its image size counts, which may have been changed.
+        model: Images get its size, which may have been changed.
         metadata: From :func:`beit.checkpoints.read.read_weights`.
     """
+    known = preparation_of(metadata, model.img_size)
     transform = ClassificationEvalTransform(
-        model.img_size,
-        interpolation=metadata.get("interpolation", "bicubic"),
-        crop_pct=metadata.get("crop_pct", default_crop_pct(model.img_size)),
+        model.img_size, interpolation=known["interpolation"], crop_pct=known["crop_pct"]
     )
-    mean, std = metadata.get("mean", IMAGENET_INCEPTION_MEAN), metadata.get("std", IMAGENET_INCEPTION_STD)
-    return Preprocessing(transform, tuple(mean), tuple(std))
+    return Preprocessing(transform, tuple(known["mean"]), tuple(known["std"]))
 
 
 def _batches(model: Backbone, images: Sequence[OneImage], preprocessing: Preprocessing) -> Iterator[Tensor]:
@@ -184,20 +181,18 @@ def _batches(model: Backbone, images: Sequence[OneImage], preprocessing: Preproc
 
 
 def decoded(image: OneImage) -> Image.Image:
-    """Returns an image of any kind that :func:`inference_model` takes as 8-bit RGB, upright.
+    """Returns any image that :func:`inference_model` accepts as 8-bit RGB, upright.
 
     Raises:
-        InputError: It cannot be read, or is no image.
+        InputError: It cannot be read, or is not an image.
     """
     if isinstance(image, Image.Image):
         return to_rgb(upright(image))
     if isinstance(image, Tensor):
         return to_rgb(F.to_pil_image(_bytes_of(image)))
     if isinstance(image, np.ndarray):
-        grey_or_colour = torch.from_numpy(np.array(image))
-        return to_rgb(
-            F.to_pil_image(_bytes_of(grey_or_colour.movedim(-1, 0) if image.ndim == 3 else grey_or_colour[None]))
-        )
+        array = torch.from_numpy(np.array(image))
+        return decoded(array.movedim(-1, 0) if image.ndim == 3 else array[None])
     if not isinstance(image, (str, os.PathLike)):
         raise InputError(
             f"an image is a path, an image of Pillow's, an array or a tensor, not a {type(image).__name__}"
@@ -211,7 +206,7 @@ def decoded(image: OneImage) -> Image.Image:
 
 
 def _bytes_of(image: Tensor) -> Tensor:
-    """Returns an image ``(1 or 3, H, W)``, uint8 or in [0, 1], as uint8 in host memory."""
+    """Converts an image ``(1 or 3, H, W)``, uint8 or in [0, 1], to uint8 on the CPU."""
     if image.ndim != 3 or image.shape[0] not in (1, 3) or 0 in image.shape:
         raise InputError(
             "an image in a tensor has shape (3, height, width), in an array (height, width, 3); this one has, as a "
@@ -228,7 +223,7 @@ def _bytes_of(image: Tensor) -> Tensor:
 
 
 def _listed(images: OneImage | Sequence[OneImage]) -> tuple[Sequence[OneImage], bool]:
-    """Returns the images one by one, and whether several could have been meant."""
+    """Returns a list of images, and whether more than one could have been given."""
     if isinstance(images, (Tensor, np.ndarray)):
         several = images.ndim == 4
     else:
@@ -239,7 +234,6 @@ def _listed(images: OneImage | Sequence[OneImage]) -> tuple[Sequence[OneImage], 
     return listed, several
 
 
-# ------------------------------------------------------------------------------------------------------- the model
 def _opened(model: Backbone | str | Path) -> tuple[Backbone, Mapping[str, Any]]:
     if isinstance(model, Backbone):
         return model, getattr(model, "metadata", None) or {}
@@ -259,13 +253,9 @@ def _classifier(model: Backbone) -> VisionTransformer:
     )
 
 
-def _numbered(num_classes: int) -> tuple[str, ...]:
-    return tuple(f"class {number}" for number in range(num_classes))
-
-
 @contextlib.contextmanager
 def _evaluating(model: Backbone) -> Iterator[None]:
-    """Holds a model in evaluation mode, without gradients, and puts it back after."""
+    """Evaluation mode without gradients, inside the block."""
     before = {module: module.training for module in model.modules()}
     model.eval()
     try:

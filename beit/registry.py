@@ -31,9 +31,18 @@ TOKENIZERS: Table = {  # (path, dtype, compiled) -> `beit.tokenizers.base.Visual
     "dall-e": "beit.tokenizers.dalle:open_dall_e",
     "customized": "beit.tokenizers.dvae:open_customized",
 }
+FORMATS: Table = {  # what `beit convert` writes: dialects of `beit.checkpoints.formats`, graphs of `beit.checkpoints`
+    "unilm": "beit.checkpoints.formats.unilm:UNILM",
+    "huggingface": "beit.checkpoints.formats.huggingface:HUGGINGFACE",
+    "timm": "beit.checkpoints.formats.timm:TIMM",
+    "mmsegmentation": "beit.checkpoints.formats.mmseg:MMSEGMENTATION",
+    "mmpretrain": "beit.checkpoints.formats.mmseg:MMPRETRAIN",
+    "onnx": "beit.checkpoints.graphs:ONNX",
+    "torch_export": "beit.checkpoints.graphs:TORCH_EXPORT",
+}
 
 
-def resolve(table: Mapping[str, str | Factory], name: str, kind: str) -> Any:
+def resolve(table: Mapping[str, object], name: str, kind: str) -> Any:
     """Returns the object that a table has under a name.
 
     Args:
@@ -49,7 +58,7 @@ def resolve(table: Mapping[str, str | Factory], name: str, kind: str) -> Any:
     return locate(table[name])
 
 
-def locate(entry: str | Factory) -> Any:
+def locate(entry: object) -> Any:
     """Imports what ``"module:object"`` names; anything but a string is returned as it is."""
     if not isinstance(entry, str):
         return entry

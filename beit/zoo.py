@@ -10,11 +10,9 @@ builds the published configuration, so that a released file loads into it; keywo
 This module does without torch until a model is built.
 """
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -24,8 +22,6 @@ from beit.registry import Factory, locate
 if TYPE_CHECKING:
     from beit.checkpoints.load import Architecture, Metadata
     from beit.modeling import Backbone, VisionTransformer, VisionTransformerForMaskedImageModeling
-
-logger = logging.getLogger(__name__)
 
 M_co = TypeVar("M_co", bound="Backbone", covariant=True)
 
@@ -146,16 +142,9 @@ def open_model(name_or_path: str | Path) -> "tuple[Backbone, Metadata]":
     Raises:
         InputError: There is no such checkpoint, or it is of another kind of model.
     """
-    from beit.checkpoints.load import architecture_of, load_weights, read_weights, released_for
+    from beit.checkpoints.load import open_checkpoint, released_for
 
-    source = released_for(str(name_or_path)).name if name_or_path in MODELS else name_or_path
-    weights, metadata = read_weights(source)
-    if metadata.get("segmentation"):
-        logger.info("%s is a segmentor: only its backbone is loaded, without the heads", metadata["source"])
-    model = build(architecture_of(weights, metadata), metadata.get("layer_norm_eps"))
-    report = load_weights(model, weights, metadata)
-    (logger.warning if report.missing or report.unexpected else logger.info)("%s", report.summary())
-    return model.eval(), metadata
+    return open_checkpoint(released_for(str(name_or_path)).name if name_or_path in MODELS else name_or_path)
 
 
 def build(architecture: "Architecture", layer_norm_eps: float | None = None) -> "Backbone":
@@ -165,13 +154,7 @@ def build(architecture: "Architecture", layer_norm_eps: float | None = None) -> 
         architecture: From :func:`beit.checkpoints.load.architecture_of`.
         layer_norm_eps: Epsilon of the layer norms if it is not 1e-6, as in some other libraries' checkpoints.
     """
-    from torch import nn
-
-    from beit.modeling import VisionTransformer, VisionTransformerForMaskedImageModeling
-
-    model = VisionTransformerForMaskedImageModeling if architecture.masked else VisionTransformer
-    norm_layer = partial(nn.LayerNorm, eps=layer_norm_eps) if layer_norm_eps else None
-    return model(norm_layer=norm_layer, **architecture.arguments)
+    return architecture.build(layer_norm_eps)
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BeitForSemanticSegmentation
 
-from beit.commands.convert import convert
+from beit.checkpoints.export import convert
 from beit.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, normalize
 from beit.storage import save_checkpoint
 from beit.training.precision import Precision

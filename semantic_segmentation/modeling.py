@@ -22,9 +22,9 @@ from einops import rearrange
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from beit.checkpoints.formats.segmentation import POOL_SCALES
+from beit.checkpoints.formats.segmentation import POOL_SCALES, taps_of
 from beit.checkpoints.load import KeyReport, load_weights
-from beit.checkpoints.read import Metadata, architecture_of, taps_of
+from beit.checkpoints.read import Metadata, architecture_of
 from beit.errors import InputError
 from beit.modeling import Backbone, Size
 from semantic_segmentation.heads import FCNHead, Head, SETRUPHead, UPerHead, resize

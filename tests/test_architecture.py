@@ -37,8 +37,10 @@ MAY_IMPORT = {
     "beit.data.*": ("beit.data.*", "beit.masking", "beit.storage"),
     "beit.targets": ("beit.tokenizers.*", "beit.data.*"),
     # checkpoints of every dialect, and the models they are of
-    "beit.checkpoints.formats.*": ("beit.checkpoints.formats.*",),
-    "beit.checkpoints.*": ("beit.checkpoints.*", "beit.storage", "beit.relative_position", "beit.modeling"),
+    "beit.checkpoints.formats.*": ("beit.checkpoints.formats.*", "beit.registry"),
+    "beit.checkpoints.*": (
+        *("beit.checkpoints.*", "beit.storage", "beit.registry", "beit.relative_position", "beit.modeling"),
+    ),
     "beit.zoo": ("beit.modeling", "beit.checkpoints.*", "beit.registry"),
     "beit.inference": ("beit.modeling", "beit.checkpoints.*", "beit.zoo", "beit.data.*"),
     # the jobs, their pictures, and the commands around them

@@ -1,4 +1,4 @@
-"""Loading any checkpoint into a model: what fits is taken, resized where the image size differs, and all is reported.
+"""Loading any checkpoint into a model: weights are resized where the image size differs, and a report lists them all.
 
 report = load_pretrained(model, "beit_base_patch16_224_pt22k")
 print(report.summary())
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from beit.checkpoints.formats.unilm import TABLE
@@ -18,7 +19,6 @@ from beit.checkpoints.read import (
     Architecture,
     Metadata,
     architecture_of,
-    as_float,
     class_names,
     read_weights,
     window_of,
@@ -38,6 +38,7 @@ __all__ = [
     "class_names",
     "load_pretrained",
     "load_weights",
+    "open_checkpoint",
     "read_weights",
     "released_for",
     "resolve",
@@ -45,7 +46,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# Parts of other tasks: known, and of no use where the model does not have them.
+# Parts of other tasks, left out of models that do not have them.
 OTHER_TASKS = {
     "mask_token": "of pre-training",
     "lm_head.": "of pre-training",
@@ -65,15 +66,15 @@ _SHOWN = 2
 
 @dataclass(frozen=True)
 class KeyReport:
-    """What became of every tensor, under official names.
+    """What happened to every tensor, under official names.
 
     Args:
         source: The checkpoint.
-        loaded: Tensors of the model that have their values from the checkpoint, the resized ones among them.
-        resized: For each table and position embedding that changed size, from which patch grid to which.
-        expanded: Blocks that took a copy of the checkpoint's shared bias table; 0 if it has none or kept it shared.
+        loaded: Tensors of the model that were loaded, including resized ones.
+        resized: Tables and position embeddings that changed size, and between which patch grids.
+        expanded: Number of blocks that got a copy of the shared bias table; 0 without one, or if it stayed shared.
         dropped: Tensors of the checkpoint that were left out on purpose, and why.
-        missing: Tensors of the model that the checkpoint does not have; they keep their initial values.
+        missing: Tensors of the model that are not in the checkpoint; they keep their initial values.
         unexpected: Tensors of the checkpoint that the model has no place for.
     """
 
@@ -117,16 +118,16 @@ def load_pretrained(
 ) -> KeyReport:
     """Loads a checkpoint of any dialect into a model.
 
-    Bias tables and position embedding are resized to the model's patch grid. A shared bias table is copied into every
-    block of a model with a table in each. Left out are a head of another size and the parts of other tasks: of
-    a pre-training checkpoint its mask token, its token head and its final norm, which is not ``fc_norm``, as official.
-    ``model.metadata`` becomes what the checkpoint records, without ``labels`` unless its classes came along.
+    Bias tables and position embeddings are resized to the model's patch grid. A shared bias table is copied into every
+    block if the model has one per block. A head of another size is left out, as are parts of other tasks: mask token,
+    token head and final norm of a pre-training checkpoint (the norm does not become ``fc_norm``, as in the official
+    code). ``model.metadata`` is set to what the checkpoint records, without ``labels`` if its head was not loaded.
 
     Args:
-        model: What to load into.
+        model: The model to load into.
         source: A file, folder, released name, address or hub id; see :func:`beit.checkpoints.released.resolve`.
         model_key: Where in the file the weights are; alternatives are separated by ``|``.
-        prefix: Take only names that begin so, without the prefix.
+        prefix: Take only names that begin with this prefix, and remove it.
         drop_head: Leave the head out even if it fits.
 
     Raises:
@@ -138,19 +139,40 @@ def load_pretrained(
     return report
 
 
+def open_checkpoint(source: str | Path) -> tuple[Backbone, Metadata]:
+    """Opens a checkpoint as the model it was saved from; of a segmentor, only the backbone.
+
+    Args:
+        source: A file, folder, released name, address or hub id; see :func:`beit.checkpoints.released.resolve`.
+
+    Returns:
+        The model in evaluation mode, and what the checkpoint records; see :mod:`beit.checkpoints.read`.
+
+    Raises:
+        InputError: There is no such checkpoint, or it is of another kind of model.
+    """
+    weights, metadata = read_weights(source)
+    if metadata.get("segmentation"):
+        logger.info("%s is a segmentor: only its backbone is loaded, without the heads", metadata["source"])
+    model = architecture_of(weights, metadata).build(metadata.get("layer_norm_eps"))
+    report = load_weights(model, weights, metadata)
+    (logger.warning if report.missing or report.unexpected else logger.info)("%s", report.summary())
+    return model.eval(), metadata
+
+
 def load_weights(
     model: Backbone, weights: Mapping[str, Tensor], metadata: Metadata, *, drop_head: bool = False
 ) -> KeyReport:
     """Loads weights in official names, as :func:`load_pretrained` does.
 
     Args:
-        model: What to load into.
-        weights: From :func:`read_weights`, with their ``metadata``.
-        metadata: What is known of them.
+        model: The model to load into.
+        weights: From :func:`read_weights`.
+        metadata: From :func:`read_weights`.
         drop_head: Leave the head out even if it fits.
 
     Raises:
-        InputError: They are of another model.
+        InputError: The weights are of another model.
     """
     source = metadata.get("source", "the weights")
     own = model.state_dict()
@@ -178,7 +200,7 @@ def load_weights(
 
 
 def _expand_shared_table(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
-    """Copies a shared bias table into every block, unless the model shares one too."""
+    """Copies a shared bias table into every block, unless the model shares it too."""
     given = dict(weights)
     tables = [name for name in own if name.endswith(TABLE)]
     if SHARED_TABLE not in given or SHARED_TABLE in own or not tables:
@@ -188,7 +210,7 @@ def _expand_shared_table(weights: Mapping[str, Tensor], own: Mapping[str, Tensor
 
 
 def _check_backbone(given: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str, metadata: Metadata) -> None:
-    """Makes sure that all of the backbone is there in the right shape, whatever can be resized aside."""
+    """Raises an :class:`InputError` unless the whole backbone is there in the right shapes, resizable tensors aside."""
     needed = [name for name in own if _is_backbone(name)]
     odd = [name for name in needed if name not in given or given[name].shape != own[name].shape]
     if 2 * len(odd) > len(needed):
@@ -199,9 +221,10 @@ def _check_backbone(given: Mapping[str, Tensor], own: Mapping[str, Tensor], sour
     scales = {name for name in (*needed, *given) if ".gamma_" in name}
     if scales and all((name in own) != (name in given) for name in scales):
         has, other = ("no LayerScale", "one") if any(name in own for name in scales) else ("a LayerScale", "none")
+        value = "0" if other == "one" else "0.1"
         raise InputError(
-            f"{source} has {has} and the model has {other}: build it with init_values="
-            f"{'0 (--layer_scale_init_value 0)' if other == 'one' else '0.1 (--layer_scale_init_value 0.1)'}"
+            f"{source} has {has} and the model has {other}: build it with init_values={value} "
+            f"(--layer_scale_init_value {value})"
         )
     odd += [name for name in given if name.startswith("blocks.") and name not in own and not name.endswith(TABLE)]
     if odd:
@@ -209,7 +232,7 @@ def _check_backbone(given: Mapping[str, Tensor], own: Mapping[str, Tensor], sour
 
 
 def _check_recorded(model: Backbone, given: Mapping[str, Tensor], source: str, metadata: Metadata) -> None:
-    """Compares what no shape tells, where the checkpoint says it; the columns of bias tables count heads."""
+    """Compares what shapes do not show, if it is recorded: attention heads (columns of bias tables) and eps."""
     heads = metadata.get("num_heads", model.num_heads)
     if heads != model.num_heads and not any(name.endswith(TABLE) for name in given):
         raise InputError(
@@ -218,7 +241,7 @@ def _check_recorded(model: Backbone, given: Mapping[str, Tensor], source: str, m
         )
     eps = float(getattr(model.norm_layer(1), "eps", 0.0))
     if eps and not math.isclose(recorded := metadata.get("layer_norm_eps", eps), eps):
-        logger.warning("%s was made with a layer_norm_eps of %g, the model has %g", source, recorded, eps)
+        logger.warning("%s was trained with a layer_norm_eps of %g, the model has %g", source, recorded, eps)
 
 
 def _is_backbone(name: str) -> bool:
@@ -255,7 +278,7 @@ def _describe(weights: Mapping[str, Tensor], metadata: Metadata) -> str:
 def _resize(
     given: dict[str, Tensor], own: Mapping[str, Tensor], target: tuple[int, int], metadata: Metadata
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Carries tables and position embedding to the model's patch grid; of a shared table the result is shared too."""
+    """Resizes tables and position embeddings to the model's patch grid; copies of a shared table stay one tensor."""
     resizable = [name for name in given if name in own and (name.endswith(TABLE) or name == "pos_embed")]
     if not resizable:
         return given, {}
@@ -267,7 +290,8 @@ def _resize(
         tensor = given[name]
         if id(tensor) not in cache:
             resize = resize_position_embedding if name == "pos_embed" else resize_table
-            cache[id(tensor)] = resize(as_float(tensor), window, target)
+            half = tensor.dtype in (torch.float16, torch.bfloat16)
+            cache[id(tensor)] = resize(tensor.float() if half else tensor, window, target)
         given[name] = cache[id(tensor)]
     note = f"{window[0]} x {window[1]} to {target[0]} x {target[1]} patches"
     return given, dict.fromkeys(resizable, note)
@@ -276,7 +300,7 @@ def _resize(
 def _drop(
     given: dict[str, Tensor], own: Mapping[str, Tensor], metadata: Metadata, drop_head: bool
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Leaves out heads that do not fit or are not wanted, and the parts of other tasks."""
+    """Drops heads that do not fit or are not wanted, and parts of other tasks."""
     dropped: dict[str, str] = {}
     for head in HEADS:
         names = [name for name in given if name.startswith(head)]

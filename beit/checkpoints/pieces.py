@@ -1,10 +1,8 @@
-"""Checkpoints in pieces: a folder into which each process writes its part of the tensors, for any number to read.
+"""Sharded checkpoints: a folder to which every process writes its part of the tensors, read by any number of them.
 
-The format is that of ``torch.distributed.checkpoint``: ``.metadata`` says which part of which tensor is where in
-``__<process>_<n>.distcp``. It holds tensors only, called ``model.<name>``, ``model_ema.<name>`` and
-``optimizer.<index>.<key>``; everything else a checkpoint has is in ``state.pth``.
-
-``.metadata`` is a pickle: it is opened only after all that it would build is found in a list.
+The format is that of ``torch.distributed.checkpoint``: ``.metadata`` maps parts of tensors to files
+``__<process>_<n>.distcp``. Tensors are named ``model.<name>``, ``model_ema.<name>`` and ``optimizer.<index>.<key>``;
+everything else in a checkpoint is in ``state.pth``. ``.metadata`` is a pickle, opened with an allow-list.
 """
 
 import contextlib
@@ -28,8 +26,8 @@ INDEX_FILE = ".metadata"
 STATE_FILE = "state.pth"
 WEIGHTS = ("model", "model_ema")
 OPTIMIZER = "optimizer"
-# What the index may build when it is opened, besides number formats: descriptions of tensors and of files. Not that of
-# something else than a tensor (BytesStorageMetadata): in a piece that is a pickle, which torch opens without looking.
+# What the index may contain besides dtypes: descriptions of tensors and files. BytesStorageMetadata, which describes
+# other objects, is left out: they are pickles, which torch opens without any check.
 _DCP = "torch.distributed.checkpoint"
 ALLOWED_GLOBALS = {
     "torch.Size",
@@ -39,11 +37,11 @@ ALLOWED_GLOBALS = {
     *(f"{_DCP}.metadata.{name}" for name in ("TensorStorageMetadata", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING")),
 }
 
-Room = Callable[[str, torch.Size, torch.dtype], Tensor]  # for a tensor of that name, size and format
+Room = Callable[[str, torch.Size, torch.dtype], Tensor]  # allocates a tensor, given its name, size and dtype
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """Writes what a checkpoint holds besides tensors; one process does, before :func:`write_pieces`.
+    """Writes everything but the tensors; one process calls it, before :func:`write_pieces`.
 
     Raises:
         InputError: The folder cannot be written.
@@ -52,11 +50,11 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def write_pieces(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a checkpoint; all processes call it, each with its parts, and it is complete when all have returned.
+    """Writes the tensors; all processes call it, and the checkpoint is complete when all have returned.
 
     Args:
-        folder: Seen by all processes.
-        tensors: By name; a ``DTensor`` is written by the processes that hold its parts, another tensor once.
+        folder: A folder that all processes see.
+        tensors: By name; every process writes its parts of a ``DTensor``, one process writes a plain tensor.
 
     Raises:
         InputError: The folder cannot be written.
@@ -67,27 +65,25 @@ def write_pieces(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_pieces(folder: Path, room: Room | None = None, prefix: str = "") -> dict[str, Tensor]:
-    """Reads tensors of a checkpoint; with several processes all of them call it.
+    """Reads tensors; if there are several processes, all of them call it.
 
     Args:
-        folder: The checkpoint's.
-        room: Makes what a tensor is read into: a ``DTensor`` to get this process's part of it. By default a plain
-            tensor on the CPU, for the whole.
-        prefix: Read only names that begin so.
+        folder: The checkpoint's folder.
+        room: Allocates what a tensor is read into: a ``DTensor`` for this process's part of it. By default the whole
+            tensor is read to the CPU.
+        prefix: Read only names that begin with this prefix.
 
     Raises:
-        InputError: There is no such checkpoint, a piece is missing or damaged, or its index would run code.
+        InputError: There is no such checkpoint, a file is missing or damaged, or the index would run code.
     """
     reader = _Reader(folder)
     described = reader.read_metadata().state_dict_metadata
-    wanted = {
-        name: entry
-        for name, entry in described.items()
-        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-    }
+    allocate = room or (lambda _name, size, dtype: torch.empty(size, dtype=dtype))
     try:
         tensors = {
-            name: (room or _plain_room)(name, entry.size, entry.properties.dtype) for name, entry in wanted.items()
+            name: allocate(name, entry.size, entry.properties.dtype)
+            for name, entry in described.items()
+            if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
         }
     except (RuntimeError, TypeError, ValueError, AttributeError, MemoryError) as error:
         raise InputError(f"{folder} describes tensors that cannot be ({error}): choose another checkpoint") from error
@@ -97,14 +93,14 @@ def read_pieces(folder: Path, room: Room | None = None, prefix: str = "") -> dic
 
 
 def read_whole(folder: Path, optimizer: bool = True) -> dict[str, Any]:
-    """Reads a checkpoint in pieces as if it had been written in one: all keys of a run's plain checkpoint.
+    """Reads a sharded checkpoint as if it were a plain one, with the same keys.
 
     Args:
-        folder: The checkpoint's.
-        optimizer: Whether to read its state too, which is mostly larger than the weights.
+        folder: The checkpoint's folder.
+        optimizer: Whether to read the optimizer's state, which is usually larger than the weights.
 
     Raises:
-        InputError: As of :func:`read_pieces`.
+        InputError: As :func:`read_pieces` does.
     """
     state, tensors = load_checkpoint(folder / STATE_FILE), read_pieces(folder, prefix="" if optimizer else WEIGHTS[0])
     for key in WEIGHTS:
@@ -117,13 +113,13 @@ def read_whole(folder: Path, optimizer: bool = True) -> dict[str, Any]:
 
 
 def read_optimizer(folder: Path, room: Room | None = None) -> dict[str, Any]:
-    """Reads the ``state_dict`` of a checkpoint's optimizer; the arguments are those of :func:`read_pieces`."""
+    """Reads the optimizer's ``state_dict``; arguments as of :func:`read_pieces`."""
     rest = load_checkpoint(folder / STATE_FILE)[OPTIMIZER]
     return join_optimizer(read_pieces(folder, room, f"{OPTIMIZER}."), rest)
 
 
 def split_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Returns the tensors of an optimizer's ``state_dict`` by name, and what is left of it without them."""
+    """Splits an optimizer's ``state_dict`` into tensors by name and everything else."""
     tensors: dict[str, Tensor] = {}
     rest: dict[int, dict[str, Any]] = {}
     for index, entry in state["state"].items():
@@ -133,7 +129,7 @@ def split_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[s
 
 
 def join_optimizer(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
-    """Puts together what :func:`split_optimizer` took apart; tensors of other names are passed over."""
+    """Inverts :func:`split_optimizer`; tensors of other names are ignored."""
     joined = {index: dict(entry) for index, entry in rest["state"].items()}
     for name, tensor in tensors.items():
         if match := re.fullmatch(rf"{OPTIMIZER}\.(\d+)\.(.+)", name):
@@ -141,13 +137,9 @@ def join_optimizer(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> di
     return {"state": joined, "param_groups": rest["param_groups"]}
 
 
-def _plain_room(_name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
-    return torch.empty(size, dtype=dtype)
-
-
 @contextlib.contextmanager
 def _in_one_line(done: str, folder: Path) -> Iterator[None]:
-    """Words what went wrong on any process, which torch reports to all with a stack of each."""
+    """Turns an error on any process, which torch reports with a stack trace per process, into one line."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs no process group
@@ -168,7 +160,7 @@ class _Writer(dcp.FileSystemWriter):
 
 class _Reader(dcp.FileSystemReader):
     def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
-        """Reads the index as torch does, and calls nothing in it that is not in the list."""
+        """Reads the index as torch does, restricted to the allow-list."""
         file = Path(self.path) / INDEX_FILE
         try:
             with open(file, "rb") as stream:
@@ -177,9 +169,15 @@ class _Reader(dcp.FileSystemReader):
             raise InputError(f"{file.parent} holds no checkpoint in pieces: {INDEX_FILE} is missing") from error
         except InputError as error:
             raise InputError(f"{file} was not opened: {error}") from error
-        except Exception as error:  # whatever the bytes of a damaged pickle lead to
+        except Exception as error:  # a damaged pickle can raise anything
             raise InputError(f"{file} is damaged ({type(error).__name__}): choose another checkpoint") from error
-        if not _is_index(index):
+        if not (
+            isinstance(index, Metadata)
+            and isinstance(index.state_dict_metadata, dict)
+            and all(isinstance(name, str) for name in index.state_dict_metadata)
+            and isinstance(index.storage_data, dict)
+            and isinstance(index.storage_meta, StorageMeta | None)
+        ):
             raise InputError(f"{file} is no index of a checkpoint in pieces: choose another checkpoint")
         if index.storage_meta is None:
             index.storage_meta = StorageMeta()
@@ -189,20 +187,7 @@ class _Reader(dcp.FileSystemReader):
 
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if f"{module}.{name}" in ALLOWED_GLOBALS or (module == "torch" and _is_number_format(name)):
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or f"{module}.{name}" in ALLOWED_GLOBALS:
             return super().find_class(module, name)
         raise InputError(f"it asks to call {module}.{name}, and code inside checkpoints is never run")
-
-
-def _is_index(found: Any) -> bool:
-    return (
-        isinstance(found, Metadata)
-        and isinstance(found.state_dict_metadata, dict)
-        and all(isinstance(name, str) for name in found.state_dict_metadata)
-        and isinstance(found.storage_data, dict)
-        and isinstance(found.storage_meta, StorageMeta | None)
-    )
-
-
-def _is_number_format(name: str) -> bool:
-    return isinstance(getattr(torch, name, None), torch.dtype)

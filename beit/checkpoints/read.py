@@ -1,33 +1,45 @@
-"""Reading a checkpoint of any dialect: weights in official names, what is recorded beside them, which model they fit.
+"""Reading a checkpoint of any dialect: weights in official names, and what is recorded beside them.
 
-The metadata is a plain dict; each key is there only if the file, its neighbours or the released table say it:
-``source``, ``dialect``, ``args`` (settings of the run), ``labels`` (names of the classes), ``image_size`` ``(H, W)`` in
-pixels, ``window`` ``(h, w)`` in patches, ``mean``, ``std``, ``crop_pct``, ``interpolation``, ``num_heads``,
-``layer_norm_eps``, ``target`` (what it learned to predict of a patch). Of a segmentor also ``segmentation`` (True),
-``out_indices`` (the blocks that are tapped, from 0), ``pool_scales`` (of UPerNet), ``auxiliary_index`` (the tap that
-the auxiliary head sees), ``palette`` (colours of the classes), ``reduce_zero_label`` (in label maps 0 is no class).
-Its weights are called ``blocks.…``, ``fpn1.…``, ``fpn2.…``, ``decode_head.…``, ``auxiliary_head.…``: without the
-``backbone.`` of its files.
+The path is straight: a source becomes a file (:mod:`beit.checkpoints.released`), the file its raw content, the content
+a state dict, the state dict weights in official names (:mod:`beit.checkpoints.formats`) and metadata.
+:mod:`beit.checkpoints.load` puts them into a model.
+
+The metadata is a plain dict. A key is present only if the file, its neighbours or the table of released files have it:
+``source``, ``dialect``, ``args`` (settings of the run), ``labels`` (class names), ``image_size`` ``(H, W)`` in pixels,
+``window`` ``(h, w)`` in patches, ``mean``, ``std``, ``crop_pct``, ``interpolation``, ``num_heads``, ``layer_norm_eps``,
+``target`` (what it was trained to predict of a patch). A segmentor also has ``segmentation`` (True), ``out_indices``
+(blocks that are tapped, from 0), ``pool_scales`` (of UPerNet), ``auxiliary_index`` (the tap that the auxiliary head
+sees), ``palette`` (class colours), ``reduce_zero_label`` (0 is no class in label maps). Its weights are named
+``blocks.…``, ``fpn1.…``, ``fpn2.…``, ``decode_head.…``, ``auxiliary_head.…``, without the ``backbone.`` of its files.
 """
 
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from beit.checkpoints.formats import UNKNOWN, huggingface, mmseg, recognise, relative, timm, to_official
 from beit.checkpoints.formats.recorded import RECORDED
-from beit.checkpoints.formats.segmentation import is_segmentor
+from beit.checkpoints.formats.segmentation import PUBLISHED_TAPS, depth_of, is_segmentor
 from beit.checkpoints.formats.unilm import INDEX, TABLE
-from beit.checkpoints.released import FOLDER_WEIGHTS, HALF, IMAGENET_MEAN, IMAGENET_STD, released_at, resolve
+from beit.checkpoints.released import (
+    FOLDER_WEIGHTS,
+    HALF,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    published_crop_pct,
+    released_at,
+    resolve,
+)
 from beit.errors import InputError
+from beit.modeling import Backbone, VisionTransformer, VisionTransformerForMaskedImageModeling
 from beit.relative_position import num_table_rows
 from beit.storage import load_checkpoint
 
@@ -36,28 +48,14 @@ logger = logging.getLogger(__name__)
 STATE_KEYS = ("model", "module", "state_dict", "model_ema")
 SHARED_TABLE = f"rel_pos_bias.{TABLE}"
 HEAD_WIDTH = 64  # channels of an attention head in every published model
-RECORDED_BY_A_RUN = (  # also among its settings; the second row by one of segmentation
+RECORDED_BY_A_RUN = (  # also among its settings; the second row by segmentation
     *("labels", "mean", "std", "crop_pct", "interpolation"),
     *("out_indices", "pool_scales", "auxiliary_index", "reduce_zero_label"),
 )
-PUBLISHED_TAPS = {12: (3, 5, 7, 11), 24: (7, 11, 15, 23)}  # of the segmentors, by depth
-PIECES_INDEX = ".metadata"  # in a folder that a run of --shard fsdp wrote; see beit/checkpoints/pieces.py
-FILE_METADATA = "beit"  # where a safetensors file, which holds only tensors and strings, has the rest, as JSON
+PIECES_INDEX = ".metadata"  # in a folder written with --shard fsdp; see beit/checkpoints/pieces.py
+FILE_METADATA = "beit"  # under which a safetensors file, which holds only tensors and strings, has the rest as JSON
 
 Metadata = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """The model that weights belong to.
-
-    Args:
-        masked: Predicts visual tokens (``VisionTransformerForMaskedImageModeling``), or else classes.
-        arguments: Keywords of the model's constructor.
-    """
-
-    masked: bool
-    arguments: dict[str, Any]
 
 
 def read_weights(
@@ -66,9 +64,9 @@ def read_weights(
     """Reads a checkpoint.
 
     Args:
-        source: What :func:`beit.checkpoints.released.resolve` takes.
+        source: Anything :func:`beit.checkpoints.released.resolve` accepts.
         model_key: Where in the file the weights are; alternatives are separated by ``|``.
-        prefix: Take only names that begin so, without the prefix.
+        prefix: Take only names that begin with this prefix, and remove it.
 
     Returns:
         The weights in official names without index buffers, and the metadata described above.
@@ -77,56 +75,45 @@ def read_weights(
         InputError: There is no such checkpoint, it cannot be read, or it is of another kind of model.
     """
     path = resolve(source)
-    content, config, preprocessor = _read(path)
-    state = _find_state(content, model_key, str(source))
-    if prefix:
-        state = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
-        if not state:
-            raise InputError(f"no name in {source} begins with {prefix!r}")
+    raw = _read(path)
+    state = _find_state(raw.content, model_key, prefix, str(source))
     dialect = recognise(state)
     if dialect == UNKNOWN:
         raise InputError(f"{source} holds no BEiT: its tensors are called {_some(state) or 'nothing'}")
-    other = relative(dialect)
-    if other is not None and not other.loads:
+    if (other := relative(dialect)) is not None and not other.loads:
         raise InputError(f"{source} is {other.name}, not BEiT: {other.remark}")
-
+    weights = to_official(state, dialect)
     metadata: Metadata = {"source": str(source), "dialect": dialect}
     if (released := released_at(path)) is not None:
         metadata |= {key: getattr(released, key) for key in ("mean", "std", "crop_pct", "interpolation")}
         metadata["image_size"] = (released.input_size, released.input_size)
-    reader = timm.read_config(config) if "architecture" in config else huggingface.read_config(config, preprocessor)
-    metadata |= reader
+    if "architecture" in raw.config:
+        metadata |= timm.read_config(raw.config)
+    else:
+        metadata |= huggingface.read_config(raw.config, raw.preprocessor)
     if (window := _window_of_index(state)) is not None:
         metadata["window"] = window
-    weights = to_official(state, dialect)
     if is_segmentor(weights):
-        weights, described = _segmentor(weights, dialect, (config, preprocessor), content)
+        weights, described = _segmentor(weights, dialect, raw)
         metadata |= described
-    return weights, metadata | _recorded(content)
+    return weights, metadata | _recorded(raw.content)
 
 
-def _segmentor(
-    weights: dict[str, Tensor], dialect: str, configs: Sequence[Mapping[str, Any]], content: Mapping[str, Any]
-) -> tuple[dict[str, Tensor], Metadata]:
-    """Returns a segmentor's weights without a layer that only an export needed, and what its own format says of it."""
-    described = mmseg.read_meta(content)
-    if dialect == "huggingface":
-        described |= huggingface.read_segmentation(*configs)
-        weights = huggingface.without_inert_layer(weights, taps := described["out_indices"])
-        if (published := PUBLISHED_TAPS.get(_depth(weights))) == tuple(tap + huggingface.TAP_SHIFT for tap in taps):
-            logger.warning(
-                "taking blocks %s, which transformers means by out_indices %s; weights that were converted from an "
-                "official file learnt with blocks %s: %s in config.json",
-                *(taps, published, published, [tap + huggingface.TAP_SHIFT for tap in published]),
-            )
-    found = {key: value for key in described if (value := RECORDED[key](described[key])) is not None}
-    return weights, found | {"segmentation": True}
+@dataclass(frozen=True)
+class _Raw:
+    """What is in a file, and in the two JSON files that may lie beside it."""
+
+    content: Mapping[str, Any]
+    config: dict[str, Any]
+    preprocessor: dict[str, Any]
 
 
-def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, Any], dict[str, Any]]:
-    """Reads a file, or the weights in a folder, and the two JSON files that may lie beside them."""
+def _read(path: Path) -> _Raw:
+    """Reads a file or the weights in a folder."""
     if (path / PIECES_INDEX).is_file():
-        return _read_pieces(path), {}, {}
+        from beit.checkpoints.pieces import read_whole  # torch.distributed.checkpoint is slow to import, seldom needed
+
+        return _Raw(read_whole(path, optimizer=False), {}, {})
     if path.is_dir():
         found = [path / name for name in FOLDER_WEIGHTS if (path / name).is_file()]
         if not found:
@@ -134,22 +121,14 @@ def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, Any], dict[str, Any]
             hint = f"; give one of its files: {', '.join(checkpoints[-3:])}" if checkpoints else ""
             raise InputError(f"the folder {path} holds no {' or '.join(FOLDER_WEIGHTS[::2])}{hint}")
         path = found[0]
-    beside = path.parent if path.name in FOLDER_WEIGHTS else None
-    configs = [_read_json(beside / name) if beside else {} for name in ("config.json", "preprocessor_config.json")]
     content = _read_shards(path) if path.name.endswith(".index.json") else load_checkpoint(path)
     if not isinstance(content, Mapping):
         raise InputError(f"{path} holds a {type(content).__name__}, not a dict of weights")
     if path.suffix == ".safetensors":
         content = {**_file_metadata(path), **content}
-    return content, configs[0], configs[1]
-
-
-def _read_pieces(folder: Path) -> dict[str, Any]:
-    from beit.checkpoints.pieces import (
-        read_whole,  # torch.distributed.checkpoint takes a while to import, and is seldom needed
-    )
-
-    return read_whole(folder, optimizer=False)
+    if path.name not in FOLDER_WEIGHTS:
+        return _Raw(content, {}, {})
+    return _Raw(content, _read_json(path.parent / "config.json"), _read_json(path.parent / "preprocessor_config.json"))
 
 
 def _file_metadata(path: Path) -> dict[str, Any]:
@@ -172,27 +151,34 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
     files = sorted(set(_read_json(index)["weight_map"].values()))
-    shards: list[dict[str, Tensor]] = [load_checkpoint(index.parent / file) for file in files]
-    return {name: tensor for shard in shards for name, tensor in shard.items()}
+    return {name: tensor for file in files for name, tensor in load_checkpoint(index.parent / file).items()}
 
 
-def _find_state(content: Mapping[str, Any], model_key: str, source: str) -> dict[str, Tensor]:
-    """Finds the weights in a checkpoint: under the keys asked for, at the top level, or under another usual key."""
+def _find_state(content: Mapping[str, Any], model_key: str, prefix: str, source: str) -> dict[str, Tensor]:
+    """Finds the weights: under the keys asked for, at the top level, or under another usual key."""
     asked = [key for key in model_key.split("|") if key]
     found: Any = next((content[key] for key in asked if isinstance(content.get(key), Mapping)), None)
     if found is None:
-        flat: Any = {name: value for name, value in content.items() if _is_named_tensor(name, value)}
+        flat = _tensors(content)
         if not flat and not set(asked) <= set(STATE_KEYS[:3]):
             raise InputError(f"{source} has nothing under {' or '.join(asked)!r}; it has {_some(content)}")
-        found = flat or next((content[key] for key in STATE_KEYS if isinstance(content.get(key), Mapping)), None)
+        found = flat or _first_mapping(content)
     if found is None:
         raise InputError(f"{source} has no weights under {', '.join(STATE_KEYS)}; it has {_some(content)}")
-    nested = next((found[key] for key in STATE_KEYS if isinstance(found.get(key), Mapping)), None)
-    return {name: value for name, value in (nested or found).items() if _is_named_tensor(name, value)}
+    state = _tensors(_first_mapping(found) or found)
+    if not prefix:
+        return state
+    if not (kept := {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}):
+        raise InputError(f"no name in {source} begins with {prefix!r}")
+    return kept
 
 
-def _is_named_tensor(name: Any, value: Any) -> bool:
-    return isinstance(name, str) and isinstance(value, Tensor)
+def _first_mapping(content: Mapping[str, Any]) -> Any:
+    return next((content[key] for key in STATE_KEYS if isinstance(content.get(key), Mapping)), None)
+
+
+def _tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:
+    return {name: t for name, t in content.items() if isinstance(name, str) and isinstance(t, Tensor)}
 
 
 def _some(names: Iterable[Any]) -> str:
@@ -200,21 +186,36 @@ def _some(names: Iterable[Any]) -> str:
     return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
 
 
-def _recorded(content: Mapping[str, Any]) -> Metadata:
-    """Returns what a checkpoint of a run says about its images and classes, at the top level or in its settings.
+def _segmentor(weights: dict[str, Tensor], dialect: str, raw: _Raw) -> tuple[dict[str, Tensor], Metadata]:
+    """Returns a segmentor's weights without a layer that only an export needed, and what its format records."""
+    described = mmseg.read_meta(raw.content)
+    if dialect == "huggingface":
+        described |= huggingface.read_segmentation(raw.config, raw.preprocessor)
+        weights = huggingface.without_inert_layer(weights, taps := described["out_indices"])
+        shift = huggingface.TAP_SHIFT
+        if (published := PUBLISHED_TAPS.get(depth_of(weights))) == tuple(tap + shift for tap in taps):
+            logger.warning(
+                "taking blocks %s, which is what transformers computes for out_indices %s; if the weights were "
+                "converted from an official file learnt with blocks %s: %s in config.json",
+                *(taps, published, published, [tap + shift for tap in published]),
+            )
+    found = {key: value for key in described if (value := RECORDED[key](described[key])) is not None}
+    return weights, found | {"segmentation": True}
 
-    What is not of the kind expected is passed over: other programs use the same names for other things.
-    """
+
+def _recorded(content: Mapping[str, Any]) -> Metadata:
+    """Returns what a run's checkpoint records about its images and classes, at the top level or in its settings."""
     args = content.get("args")
     settings = dict(args if isinstance(args, Mapping) else getattr(args, "__dict__", {}))  # an argparse.Namespace
     found: Metadata = {"args": settings} if settings else {}
     if isinstance(flag := settings.get("imagenet_default_mean_and_std"), bool):
         found |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if flag else {"mean": HALF, "std": HALF}
     keywords = settings.get("model_kwargs")
-    heads = keywords.get("num_heads") if isinstance(keywords, Mapping) else None
-    in_settings = {key: settings.get(key) for key in RECORDED_BY_A_RUN}
-    in_settings |= {"image_size": settings.get("input_size", settings.get("crop_size")), "num_heads": heads}
-    for place in (in_settings, content):  # what stands at the top level counts more
+    in_settings = {key: settings.get(key) for key in RECORDED_BY_A_RUN} | {
+        "image_size": settings.get("input_size", settings.get("crop_size")),
+        "num_heads": keywords.get("num_heads") if isinstance(keywords, Mapping) else None,
+    }
+    for place in (in_settings, content):  # the top level takes precedence
         for key, read in RECORDED.items():
             if (value := read(place.get(key))) is not None:
                 found[key] = value
@@ -231,18 +232,37 @@ def _window_of_index(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
     return len(steps) // width, width
 
 
+@dataclass(frozen=True)
+class Architecture:
+    """The model that weights belong to.
+
+    Args:
+        masked: Whether it predicts visual tokens (``VisionTransformerForMaskedImageModeling``) or classes.
+        arguments: Keywords of its constructor.
+    """
+
+    masked: bool
+    arguments: dict[str, Any]
+
+    def build(self, layer_norm_eps: float | None = None) -> Backbone:
+        """Builds the model; ``layer_norm_eps`` is only needed if it is not 1e-6, as in some other libraries' files."""
+        model = VisionTransformerForMaskedImageModeling if self.masked else VisionTransformer
+        norm_layer = partial(nn.LayerNorm, eps=layer_norm_eps) if layer_norm_eps else None
+        return model(norm_layer=norm_layer, **self.arguments)
+
+
 def window_of(
     weights: Mapping[str, Tensor], metadata: Mapping[str, Any], fallback: tuple[int, int] | None = None
 ) -> tuple[int, int] | None:
-    """Returns the patch grid ``(h, w)`` that tables and positions were trained with; None where there are none.
+    """Returns the patch grid ``(h, w)`` that tables and positions were trained with; None if there are none.
 
     Args:
         weights: In official names.
         metadata: From :func:`read_weights`.
-        fallback: A grid to take if it fits and nothing is recorded and no square fits.
+        fallback: A grid to use if it fits, none is recorded and no square fits.
 
     Raises:
-        InputError: No grid that is known fits.
+        InputError: No known grid fits.
     """
     rows = next((len(tensor) for name, tensor in weights.items() if name.endswith(TABLE)), None)
     positions = weights["pos_embed"].shape[1] - 1 if "pos_embed" in weights else None
@@ -261,18 +281,27 @@ def window_of(
             return window
     held = f"a bias table of {rows} rows" if rows is not None else f"{positions} positions"
     raise InputError(
-        f"{metadata.get('source', 'the checkpoint')} has {held}, which is no square, and does not say of which image "
+        f"{metadata.get('source', 'the checkpoint')} has {held}, which is no square, and does not record its image "
         "size: give the model the size it was trained with"
     )
 
 
 def architecture_of(weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Architecture:
-    """Returns the model that weights in official names belong to; of a segmentor the backbone, without classes.
+    """Returns the model that weights in official names belong to; for a segmentor its backbone, without classes.
+
+    Args:
+        weights: From :func:`read_weights`.
+        metadata: From :func:`read_weights`.
 
     Raises:
-        InputError: The number of heads or the patch grid cannot be told, or a part is missing.
+        InputError: The number of heads or the patch grid cannot be determined, or a part is missing.
     """
-    _check_parts(weights, str(metadata.get("source", "the checkpoint")))
+    source = metadata.get("source", "the checkpoint")
+    for name, axes in (("patch_embed.proj.weight", 4), ("blocks.0.mlp.fc1.weight", 2)):
+        if name not in weights:
+            raise InputError(f"{source} is not a whole model: it lacks {name}")
+        if weights[name].ndim != axes:
+            raise InputError(f"{source} is not a BEiT: it has a {name} of shape {tuple(weights[name].shape)}")
     # A classifier or segmentor of Hugging Face may keep the mask token of its pre-training.
     segmentor = is_segmentor(weights)
     classifier = segmentor or "head.weight" in weights or "fc_norm.weight" in weights
@@ -286,15 +315,15 @@ def architecture_of(weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) 
     heads = table.shape[1] if table is not None else metadata.get("num_heads")
     if heads is None:
         heads = embed_dim // HEAD_WIDTH
-        logger.info("%s does not say how many heads it has: taking %d", metadata.get("source"), heads)
+        logger.info("%s does not record its number of attention heads: using %d", source, heads)
     if not heads or embed_dim % heads:
-        raise InputError(f"{metadata.get('source')} does not say into how many heads its {embed_dim} channels go")
+        raise InputError(f"{source} does not record how many heads its {embed_dim} channels make")
     arguments: dict[str, Any] = {
         "img_size": (grid[0] * patch[0], grid[1] * patch[1]),
         "patch_size": tuple(patch),
         "in_chans": in_chans,
         "embed_dim": embed_dim,
-        "depth": _depth(weights),
+        "depth": depth_of(weights),
         "num_heads": heads,
         "mlp_ratio": _mlp_ratio(embed_dim, len(weights["blocks.0.mlp.fc1.weight"])),
         "qkv_bias": "blocks.0.attn.q_bias" in weights,
@@ -311,44 +340,32 @@ def architecture_of(weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) 
     return Architecture(False, arguments | {"num_classes": classes, "use_mean_pooling": mean_pooling})
 
 
-def _depth(weights: Mapping[str, Tensor]) -> int:
-    return 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
-
-
-def _check_parts(weights: Mapping[str, Tensor], source: str) -> None:
-    """Makes sure of the tensors that a model's sizes are read off."""
-    for name, axes in (("patch_embed.proj.weight", 4), ("blocks.0.mlp.fc1.weight", 2)):
-        if name not in weights:
-            raise InputError(f"{source} is not a whole model: it lacks {name}")
-        if weights[name].ndim != axes:
-            raise InputError(f"{source} is no BEiT: it has a {name} of shape {tuple(weights[name].shape)}")
-
-
 def _mlp_ratio(embed_dim: int, hidden_dim: int) -> float:
-    """Returns a ratio of which ``int(embed_dim * ratio)`` is exactly ``hidden_dim``; the quotient can round below."""
+    """Returns a ratio with ``int(embed_dim * ratio) == hidden_dim``; the quotient itself can round below."""
     ratio = hidden_dim / embed_dim
     return ratio if int(embed_dim * ratio) == hidden_dim else (hidden_dim + 0.5) / embed_dim
 
 
-def taps_of(weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> tuple[int, ...]:
-    """Returns the blocks that a segmentor taps, from 0: as recorded, else as published, else the ends of four quarters.
+def preparation_of(metadata: Mapping[str, Any], img_size: tuple[int, int]) -> dict[str, Any]:
+    """Returns how a model's images are prepared: as recorded, or else as for the published models.
 
     Args:
-        weights: Of a segmentor, in official names.
         metadata: From :func:`read_weights`.
+        img_size: Height and width in pixels that the model is used with.
+
+    Returns:
+        ``mean``, ``std``, ``crop_pct`` and ``interpolation``.
     """
-    if recorded := metadata.get("out_indices"):
-        return tuple(recorded)
-    depth = _depth(weights)
-    taps = PUBLISHED_TAPS.get(depth, tuple(depth * quarter // 4 - 1 for quarter in range(1, 5)))
-    logger.info(
-        "%s does not say which blocks it taps: taking %s", metadata.get("source"), ", ".join(str(tap) for tap in taps)
-    )
-    return taps
+    return {
+        "mean": list(metadata.get("mean", HALF)),
+        "std": list(metadata.get("std", HALF)),
+        "crop_pct": metadata.get("crop_pct") or published_crop_pct(min(img_size)),
+        "interpolation": metadata.get("interpolation", "bicubic"),
+    }
 
 
 def class_names(metadata: Mapping[str, Any], num_classes: int) -> tuple[str, ...] | None:
-    """Returns the names of the classes: the recorded ones, else ImageNet's where the number is ImageNet's.
+    """Returns the class names: the recorded ones, or ImageNet's if their number fits, or None.
 
     Args:
         metadata: From :func:`read_weights`.
@@ -363,8 +380,3 @@ def class_names(metadata: Mapping[str, Any], num_classes: int) -> tuple[str, ...
 
     subset = infer_imagenet_subset({"num_classes": num_classes})
     return tuple(ImageNetInfo(subset).label_descriptions()) if subset else None
-
-
-def as_float(tensor: Tensor) -> Tensor:
-    """Returns half precision as float32, in which tables are resized; other tensors as they are."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

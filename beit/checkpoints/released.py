@@ -11,11 +11,11 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 from beit.errors import InputError, did_you_mean
-from beit.storage import beit_home, describe_problem, download
+from beit.storage import beit_home, describe_problem, download, offline
 
 RELEASES = "https://github.com/addf400/files/releases/download/v1.0"
 HUB = "https://huggingface.co"
-# Former homes of the files: the addresses stand in many command lines, with and without an access token after "?".
+# Where the files used to be: many command lines still have these addresses, with or without an access token.
 DEAD_HOSTS = ("unilm.blob.core.windows.net", "conversationhub.blob.core.windows.net")
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".ckpt")
@@ -29,7 +29,7 @@ FOLDER_WEIGHTS = (
 HALF = (0.5, 0.5, 0.5)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# Parts of an address's query that sign it (Azure, S3, Google, CloudFront): they change, the file does not.
+# Parts of a query that sign an address (Azure, S3, Google, CloudFront): they change while the file does not.
 ACCESS_TOKEN = re.compile(
     r"s[vepr]|st|spr|sig|token|expires|signature|policy|key-pair-id|x-(amz|goog)-.*", re.IGNORECASE
 )
@@ -39,19 +39,19 @@ _HUB_ID = re.compile(r"(?:hf-hub:|hf://)?([\w.-]+/[\w.-]+)")
 
 @dataclass(frozen=True)
 class ReleasedCheckpoint:
-    """A file that the authors published.
+    """A published checkpoint.
 
     Args:
-        name: Its name without ``.pth``.
-        model: The factory that builds its model, in :mod:`beit.zoo`.
-        urls: Where it is, tried in this order; later ones may hold the same weights in another dialect.
-        num_classes: Classes of its head; None for a pre-training model.
-        input_size: Side of its images, in pixels.
-        mean: Mean of its images per channel, for values in [0, 1].
-        std: Standard deviation of its images per channel.
-        crop_pct: Side of the images over the shorter side they are resized to.
+        name: The file's name without ``.pth``.
+        model: Name of its model in :mod:`beit.zoo`.
+        urls: Addresses, tried in this order; later ones may have the same weights in another dialect.
+        num_classes: Classes of the head; None for a pre-training model.
+        input_size: Side of the images in pixels.
+        mean: Mean of the images per channel, for values in [0, 1].
+        std: Standard deviation of the images per channel.
+        crop_pct: Side of the images divided by the shorter side they are resized to.
         interpolation: Of that resize.
-        overrides: Keywords of the factory in which it departs from the published configuration.
+        overrides: Keywords of the model that differ from the published configuration.
     """
 
     name: str
@@ -66,9 +66,14 @@ class ReleasedCheckpoint:
     overrides: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     def arguments(self) -> dict[str, Any]:
-        """Returns the keywords with which its factory builds its model."""
+        """Returns the keywords to build the model with."""
         classes = {} if self.num_classes is None else {"num_classes": self.num_classes}
         return {**classes, **self.overrides}
+
+
+def published_crop_pct(size: int) -> float:
+    """Returns the ``crop_pct`` of published models for a side of their images in pixels."""
+    return 1.0 if size >= 384 else 0.875
 
 
 def _released(
@@ -82,7 +87,7 @@ def _released(
         (f"{RELEASES}/{name}.pth", *mirror),
         num_classes,
         size,
-        crop_pct=1.0 if size >= 384 else 0.875,
+        crop_pct=published_crop_pct(size),
         **more,
     )
 
@@ -97,7 +102,7 @@ def _table() -> dict[str, ReleasedCheckpoint]:
         for pixels in (224, 384, 512)[: 2 if size == "base" else 3]:
             model = f"beit_{size}_patch16_{pixels}"
             rows.append(_released(f"{model}_pt22k_ft22kto1k", model, 1000, f"beit-{size}-patch16-{pixels}"))
-        # A segmentor, of which this is the backbone. The hub's copy is tapped at other blocks, so it is no mirror.
+        # A segmentor. The hub's copy taps other blocks, so it is no mirror.
         imagenet: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "overrides": {"img_size": 640}}
         name = f"beit_{size}_patch16_640_pt22k_ft22ktoade20k"
         rows.append(_released(name, f"beit_{size}_patch16_224", 150, **imagenet))
@@ -132,20 +137,20 @@ def released_for(model: str) -> ReleasedCheckpoint:
 
 
 def released_at(path: str | os.PathLike[str]) -> ReleasedCheckpoint | None:
-    """Returns the released checkpoint that a file is by its name, or None."""
+    """Returns the released checkpoint of that file name, or None."""
     return RELEASED.get(Path(path).name.removesuffix(".pth"))
 
 
 def resolve(source: str | os.PathLike[str]) -> Path:
-    """Returns the file or folder that a user means, fetching it if need be.
+    """Returns the file or folder a source stands for, downloading it if necessary.
 
     Args:
-        source: A file; a folder; the name of a released checkpoint, with or without ``.pth``; an address, also one of
-            the dead ones in old command lines; or a model of the Hugging Face hub, ``owner/name`` or
+        source: A file; a folder; the name of a released checkpoint, with or without ``.pth``; an address, including
+            dead ones from old command lines; or a model on the Hugging Face hub, ``owner/name`` or
             ``hf-hub:owner/name``.
 
     Raises:
-        InputError: There is nothing of that name, or it cannot be fetched (now, or because of ``BEIT_OFFLINE=1``).
+        InputError: There is no such source, or it cannot be downloaded (``BEIT_OFFLINE=1`` may be set).
     """
     text = os.fspath(source)
     if not text:
@@ -156,24 +161,17 @@ def resolve(source: str | os.PathLike[str]) -> Path:
     if path.exists():
         return path
     if (row := released_at(text)) is not None and path.parent == Path():
-        return download(row.urls, _checkpoints() / f"{row.name}.pth", verify=_refuse_damaged)
-    if (match := _HUB_ID.fullmatch(text)) and (":" in text or not _looks_like_a_path(path)):
+        return download(row.urls, beit_home() / "checkpoints" / f"{row.name}.pth", verify=_refuse_damaged)
+    is_path = path.suffix in CHECKPOINT_SUFFIXES or path.parent.is_dir()
+    if (match := _HUB_ID.fullmatch(text)) and (":" in text or not is_path):
         return _fetch_from_hub(match[1])
     near = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     hint = did_you_mean(path.name, [*near, *RELEASED])
     raise InputError(f"there is no checkpoint {text}{hint}; `beit models` lists the released names")
 
 
-def _looks_like_a_path(path: Path) -> bool:
-    return path.suffix in CHECKPOINT_SUFFIXES or path.parent.is_dir()
-
-
-def _checkpoints() -> Path:
-    return beit_home() / "checkpoints"
-
-
 def _fetch(url: str) -> Path:
-    """Downloads an address; one that is dead is looked for where its file has gone."""
+    """Downloads an address; for a dead one, from where the file is now."""
     parts = urlsplit(url)
     name = Path(unquote(parts.path)).name
     if not name:
@@ -181,8 +179,8 @@ def _fetch(url: str) -> Path:
     row = RELEASED.get(name.removesuffix(".pth"))
     if parts.hostname in DEAD_HOSTS or url.startswith(RELEASES):
         urls = row.urls if row else (f"{RELEASES}/{name}",)
-        return download(urls, _checkpoints() / name, verify=_refuse_damaged)
-    # Files of the same name lie at many addresses, and "?id=2" is another file than "?id=1".
+        return download(urls, beit_home() / "checkpoints" / name, verify=_refuse_damaged)
+    # Files of one name are at many addresses, and "?id=2" is another file than "?id=1".
     query = [pair for pair in parse_qsl(parts.query, keep_blank_values=True) if not ACCESS_TOKEN.fullmatch(pair[0])]
     address = f"{parts.scheme}://{parts.netloc}{parts.path}{'?' if query else ''}{urlencode(sorted(query))}"
     place = hashlib.sha256(address.encode()).hexdigest()[:12]
@@ -195,34 +193,29 @@ def _refuse_damaged(path: Path) -> None:
 
 
 def _fetch_from_hub(repository: str) -> Path:
-    """Fetches weights and configs of a hub model, into the library's cache or below ``$BEIT_HOME``; see ``resolve``."""
+    """Downloads weights and configs of a hub model, into the library's cache or below ``$BEIT_HOME``."""
     try:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+        from huggingface_hub.errors import EntryNotFoundError
     except ImportError as error:
         raise InputError(
             f"{repository} is no file here; if it is a model of the Hugging Face hub, `pip install beit[hub]`"
         ) from error
-    offline = os.environ.get("BEIT_OFFLINE", "0") not in ("", "0")
     cache = beit_home() / "hub" if os.environ.get("BEIT_HOME") else None
 
     def fetch(name: str) -> Path | None:
         try:
-            return Path(hf_hub_download(repository, name, cache_dir=cache, local_files_only=offline))
-        except LocalEntryNotFoundError:  # not in the cache, and the hub is out of reach (or was not to be asked)
-            return None
-        except EntryNotFoundError:
+            return Path(hf_hub_download(repository, name, cache_dir=cache, local_files_only=offline()))
+        except EntryNotFoundError:  # also if it is not in the cache, and the hub is out of reach or offline is set
             return None
         except (OSError, ValueError) as error:
             first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise InputError(f"{repository} was not fetched from the Hugging Face hub: {first_line}") from error
+            raise InputError(f"{repository} was not downloaded from the Hugging Face hub: {first_line}") from error
 
     weights = fetch("model.safetensors") or fetch("pytorch_model.bin")
     if weights is None:
-        reason = (
-            "BEIT_OFFLINE is set and it is not in the cache" if offline else "it has no weights, or is out of reach"
-        )
-        raise InputError(f"{repository} is no file here and was not fetched from the Hugging Face hub: {reason}")
+        reason = "BEIT_OFFLINE is set and it is not in the cache" if offline() else "no weights, or no connection"
+        raise InputError(f"{repository} is no file here and was not downloaded from the Hugging Face hub: {reason}")
     for name in ("config.json", "preprocessor_config.json"):
         fetch(name)
     return weights.parent

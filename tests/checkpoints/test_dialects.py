@@ -1,20 +1,29 @@
 """Names in both directions, and whose file it is."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
-from beit.checkpoints.formats import DIALECTS, UNKNOWN, from_official, recognise, relative, to_official
+from beit import targets
+from beit.__main__ import main
+from beit.checkpoints.formats import UNKNOWN, dialects, from_official, recognise, relative, to_official
+from beit.checkpoints.formats.dialect import Dialect
+from beit.checkpoints.formats.recorded import VISUAL_TOKENS
+from beit.checkpoints.read import read_weights
 from beit.errors import InputError
 from beit.modeling import VisionTransformer
+from beit.registry import FORMATS
 from beit.relative_position import relative_position_index
+from beit.storage import save_checkpoint
 from beit.zoo import create_model
 
 INDEX = relative_position_index((4, 4))
 
 
-@pytest.mark.parametrize("dialect", [dialect for dialect in DIALECTS if dialect != "mmsegmentation"])
+@pytest.mark.parametrize("dialect", [dialect for dialect in dialects() if dialect != "mmsegmentation"])
 def test_there_and_back_is_bit_identical(any_model, dialect):
     # Breaks when a table lacks a row, two rows collide, or query, key and value are joined in another order.
     weights = any_model.state_dict()
@@ -156,8 +165,34 @@ def test_relatives_are_told_apart(state, name, loads):
     assert found.loads is loads
     assert name is None or found.name == name
     if not loads:
-        with pytest.raises(InputError, match="no dialect"):
+        with pytest.raises(InputError, match="unknown dialect"):
             to_official(state, found.name)
+
+
+def test_the_documentation_lists_all_formats():
+    documented = (Path(__file__).parents[2] / "docs/checkpoints.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \| ", documented, re.MULTILINE)) == set(FORMATS)
+
+
+def test_a_format_registered_from_outside_is_recognised_and_written(small, tmp_path, monkeypatch):
+    # Breaks when some place knows the formats by a list of its own.
+    mine = Dialect(
+        matches=lambda names: any(name.startswith("mine:") for name in names),
+        to_official=lambda state: {name.removeprefix("mine:"): tensor for name, tensor in state.items()},
+        from_official=lambda weights, _index: {f"mine:{name}": tensor for name, tensor in weights.items()},
+        file=lambda model: {"model": {f"mine:{name}": tensor for name, tensor in model.weights.items()}},
+    )
+    monkeypatch.setitem(FORMATS, "mine", mine)
+    model = small("per-layer tables")
+    save_checkpoint(tmp_path / "ours.pth", {"model": model.state_dict()})
+    assert main(["convert", str(tmp_path / "ours.pth"), str(tmp_path / "mine.pth"), "--to", "mine"]) == 0
+    weights, metadata = read_weights(tmp_path / "mine.pth")
+    assert metadata["dialect"] == "mine"
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_the_default_target_is_that_of_the_method():
+    assert VISUAL_TOKENS == targets.VISUAL_TOKENS
 
 
 def test_what_is_unknown_is_called_so():

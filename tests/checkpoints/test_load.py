@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import beit
 from beit import storage
 from beit.checkpoints import released
-from beit.checkpoints.formats import DIALECTS, from_official
+from beit.checkpoints.formats import dialects, from_official
 from beit.checkpoints.load import (
     RELEASED,
     ReleasedCheckpoint,
@@ -73,7 +73,6 @@ def same(model, weights, names=None):
     return all(torch.equal(own[name], weights[name]) for name in names or own)
 
 
-# --------------------------------------------------------------------------------------------- the reference's numbers
 @pytest.mark.parametrize("case", ["D_mim64_to_80", "E_cls64_to_80_head_mismatch"])
 def test_loading_equals_the_official_code(golden, tmp_path, case):
     # Breaks with another order of shared-table copy, resize and head removal, or another interpolation.
@@ -149,7 +148,6 @@ def test_non_square_sources_are_read_at_their_own_size(tmp_path, told):
     assert same(target, source.state_dict())
 
 
-# ------------------------------------------------------------------------------------------------- finding the weights
 @pytest.mark.parametrize("key", ["model", "module", "state_dict", "model_ema"])
 @pytest.mark.parametrize("wrapper", ["", "module.", "backbone."])
 def test_weights_are_found_under_every_usual_key_and_prefix(tmp_path, key, wrapper):
@@ -177,7 +175,7 @@ def test_the_key_and_the_prefix_asked_for_count(tmp_path):
         load_pretrained(target, tmp_path / "b.pth", model_key="model_ema")
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("dialect", dialects())
 def test_every_dialect_loads(tmp_path, dialect):
     source, target = classifier(), classifier()
     translated = from_official(source.state_dict(), dialect, position_index=relative_position_index((4, 4)))
@@ -216,7 +214,6 @@ def test_half_precision_is_resized_in_float32(tmp_path):
     assert same(target, source.state_dict())
 
 
-# -------------------------------------------------------------------------------------------------- heads, other tasks
 def test_heads_are_kept_dropped_or_left_out(tmp_path):
     source = classifier()
     path = save(tmp_path, source)
@@ -273,7 +270,6 @@ def test_relatives_are_loaded_or_refused_by_name(tmp_path):
             load_pretrained(target, tmp_path / "other.pth")
 
 
-# ------------------------------------------------------------------------------------------------------------ refusals
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -324,7 +320,6 @@ def test_unexpected_tensors_are_a_warning(tmp_path, caplog):
     assert "no place in the model: novelty" in caplog.text
 
 
-# ------------------------------------------------------------------------------------------------- names and addresses
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """Serves ``files``; remembers the paths it was asked for."""
@@ -490,7 +485,6 @@ def test_every_released_checkpoint_has_a_model_and_an_address():
         create_model("beit_tiny_patch16_224", pretrained=True)
 
 
-# ------------------------------------------------------------------------------------------------------------- the API
 def test_a_model_is_created_with_weights(tmp_path, monkeypatch):
     overrides = {**SIZES, "num_classes": 3}
     path = save(tmp_path, classifier())

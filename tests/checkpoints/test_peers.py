@@ -15,8 +15,8 @@ from transformers import (
     BeitForMaskedImageModeling,
 )
 
+from beit.checkpoints.export import convert
 from beit.checkpoints.read import read_weights
-from beit.commands.convert import convert
 from beit.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from beit.errors import InputError
 from beit.modeling import VisionTransformer
@@ -247,7 +247,7 @@ def test_what_no_shape_tells_survives_a_conversion(to, tmp_path, caplog):
     format_, _, kind = to.partition(" ")
     path = tmp_path / f"converted{ {'folder': ''}.get(kind, kind or '.pth') }"
     convert(tmp_path / "hf", path, format_)
-    assert ("timm computes with a layer_norm_eps of 1e-06" in caplog.text) == (format_ == "timm")
+    assert ("timm's layer norms have an eps of 1e-06" in caplog.text) == (format_ == "timm")
     model = get_model(path)
     assert (model.num_heads, model.img_size, model.metadata["layer_norm_eps"]) == (4, (64, 64), 1e-2)
     assert (model.metadata["interpolation"], model.metadata["mean"]) == ("bilinear", (0.4, 0.5, 0.6))
@@ -257,7 +257,7 @@ def test_what_no_shape_tells_survives_a_conversion(to, tmp_path, caplog):
     with pytest.raises(InputError, match="it has 4 heads and the model has 2; build it with num_heads=4"):
         create_model("beit_tiny_patch16_224", pretrained=path, **sizes, num_heads=2)
     create_model("beit_tiny_patch16_224", pretrained=path, **sizes, num_heads=4)
-    assert "was made with a layer_norm_eps of 0.01, the model has 1e-06" in caplog.text
+    assert "was trained with a layer_norm_eps of 0.01, the model has 1e-06" in caplog.text
 
 
 def test_the_crop_comes_back_from_transformers_as_it_was(small, tmp_path):

@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoImageProcessor, BeitConfig, BeitForSemanticSegmentation
 
+from beit.checkpoints.export import convert
 from beit.checkpoints.formats import from_official, recognise, to_official
-from beit.checkpoints.formats.segmentation import heads_of, incomplete
-from beit.checkpoints.read import read_weights, taps_of
-from beit.commands.convert import convert
+from beit.checkpoints.formats.segmentation import heads_of, incomplete, taps_of
+from beit.checkpoints.read import read_weights
 from beit.errors import InputError
 from beit.relative_position import relative_position_index
 from beit.storage import load_checkpoint, save_checkpoint
@@ -84,7 +84,6 @@ def assert_equal_logits(ours, theirs):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------ transformers
 @pytest.mark.parametrize(
     ("taps", "options"),
     [
@@ -148,7 +147,7 @@ def test_documented_taps_of_transformers_are_two_blocks_earlier(tmp_path, caplog
     (tmp_path / "config.json").write_text(json.dumps(described | {"out_indices": [5, 7, 9, 13]}))
     assert read_weights(tmp_path)[1]["out_indices"] == (3, 5, 7, 11)
     (tmp_path / "config.json").write_text(json.dumps(described | {"out_indices": [1, 3, 5, 11]}))
-    with pytest.raises(InputError, match=r"out_indices \[1, 3, 5, 11\]: four that differ are needed"):
+    with pytest.raises(InputError, match=r"out_indices \[1, 3, 5, 11\]: four different ones are needed"):
         read_weights(tmp_path)
 
 
@@ -219,10 +218,10 @@ def test_transformers_is_told_to_prepare_images_and_label_maps_as_in_training(tm
     [
         ({"channels": 48}, "the decode head has 48 channels and the backbone 32; in transformers' BEiT both are the"),
         ({"patch_size": 8}, "the one for patches of 16 pixels, and these are of 8"),
-        ({"decode_head": "setr_pup"}, "transformers has UPerNet alone, and the decode head is setr_pup"),
+        ({"decode_head": "setr_pup"}, "transformers only has UPerNet, and the decode head is setr_pup"),
         ({"img_size": (64, 96)}, "it reads tables and positions as those of a square"),
-        ({"img_size": (64, 96), "use_rel_pos_bias": False}, r"square images alone, not \[64, 96\] pixels"),
-        ({"pool_scales": (1, 2)}, "not known at which 2 scales UPerNet pools"),
+        ({"img_size": (64, 96), "use_rel_pos_bias": False}, r"only segments square images, not \[64, 96\] pixels"),
+        ({"pool_scales": (1, 2)}, "the 2 scales at which UPerNet pools are not recorded"),
     ],
 )
 def test_what_transformers_cannot_compute_is_refused(model, message, tmp_path):
@@ -232,7 +231,6 @@ def test_what_transformers_cannot_compute_is_refused(model, message, tmp_path):
     assert not (tmp_path / "hf").exists()
 
 
-# ----------------------------------------------------------------------------------------------------- mmsegmentation
 INDEX = relative_position_index((4, 4))
 
 
@@ -344,7 +342,6 @@ def test_a_shared_table_is_copied_into_the_blocks_of_mmsegmentation(tmp_path):
     assert_equal_logits(both_logits(opened(tmp_path / "mm.pth")), both_logits(model))
 
 
-# --------------------------------------------------------------------------------------------------------- the library
 def test_taps_that_no_file_records_are_the_published_ones():
     blocks = {f"blocks.{index}.norm1.weight": torch.zeros(1) for index in range(24)}
     assert taps_of(blocks, {}) == (7, 11, 15, 23)
@@ -363,12 +360,12 @@ def test_every_tensor_of_pyramid_and_heads_is_asked_for(options):
     model = segmentor(**options)
     weights = to_official(model.state_dict(), "unilm")
     patch_size = options.get("patch_size", 16)
-    assert incomplete(weights, 32, patch_size) == []
+    assert incomplete(weights, patch_size) == []
     parts = [name for name in weights if name.startswith(("fpn", "decode_head", "auxiliary_head"))]
     for name in parts:
         if not name.endswith("num_batches_tracked"):
             without = {other: tensor for other, tensor in weights.items() if other != name}
-            assert incomplete(without, 32, patch_size), name
+            assert incomplete(without, patch_size), name
     assert heads_of(weights).num_classes == 6
 
 
@@ -376,7 +373,7 @@ def test_a_segmentor_opens_as_its_backbone(tmp_path, caplog):
     caplog.set_level("INFO")
     model = segmentor(taps=(0, 1, 2, 3))
     backbone = get_model(saved(model, tmp_path / "ours.pth", labels=list(NAMES)))
-    assert "is a segmentor: this is its backbone" in caplog.text
+    assert "is a segmentor: only its backbone is loaded" in caplog.text
     assert backbone.num_classes == 0
     images = IMAGES[:1]
     with torch.no_grad():

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from beit.__main__ import main
+from beit.checkpoints.export import convert
+from beit.checkpoints.graphs import Features, export_graph
 from beit.checkpoints.pieces import write_pieces, write_state
 from beit.checkpoints.read import read_weights
-from beit.commands.convert import Features, convert, export_graph
 from beit.errors import InputError
 from beit.modeling import VisionTransformer, VisionTransformerForMaskedImageModeling
 from beit.storage import load_checkpoint, save_checkpoint

@@ -1,37 +1,36 @@
-"""State-dict dialects: what other libraries call the same parameters, in both directions. Pure functions on dicts."""
+"""State-dict dialects: other libraries' names for the same parameters, in both directions. Functions on dicts.
+
+Formats are listed in :data:`beit.registry.FORMATS`; a dialect is a :class:`~beit.checkpoints.formats.dialect.Dialect`.
+"""
 
 from collections.abc import Mapping
 
 from torch import Tensor
 
-from beit.checkpoints.formats import huggingface, mmseg, timm, unilm
-from beit.checkpoints.formats.relatives import RELATIVES, Relative, relative_of
-from beit.errors import InputError, did_you_mean
+from beit.checkpoints.formats.dialect import Dialect
+from beit.checkpoints.formats.relatives import RELATIVES, Relative
+from beit.checkpoints.formats.unilm import bare
+from beit.registry import FORMATS, locate, resolve
 
-DIALECTS = ("unilm", "huggingface", "timm", "mmsegmentation", "mmpretrain")
 UNKNOWN = "unknown"
 
-__all__ = ["DIALECTS", "RELATIVES", "UNKNOWN", "Relative", "from_official", "recognise", "relative", "to_official"]
+__all__ = ["UNKNOWN", "dialects", "from_official", "recognise", "relative", "to_official"]
+
+
+def dialects() -> dict[str, Dialect]:
+    """Returns the formats that can also be read."""
+    found = {name: locate(entry) for name, entry in FORMATS.items()}
+    return {name: dialect for name, dialect in found.items() if isinstance(dialect, Dialect)}
 
 
 def recognise(state_dict: Mapping[str, Tensor]) -> str:
-    """Names the dialect of a state dict.
+    """Returns the dialect of a state dict, the name of a relative in :data:`RELATIVES`, or :data:`UNKNOWN`.
 
-    Returns:
-        One of :data:`DIALECTS` (``unilm`` also stands for timm, whose names are the same), or the name of a relative in
-        :data:`RELATIVES`, or :data:`UNKNOWN`.
+    timm's names are the official ones, so its files are ``unilm`` too.
     """
-    names = frozenset(unilm.bare(name) for name in state_dict)
-    found = relative_of(names, state_dict)
-    if found is not None:
-        return found.name
-    if any("embeddings.patch_embeddings.projection." in name or "encoder.layer.0." in name for name in names):
-        return "huggingface"
-    if any(name.startswith("layers.0.") and ".ln1." in name for name in names):
-        return "mmsegmentation" if any(name.startswith("decode_head.") for name in names) else "mmpretrain"
-    if any(name.startswith("blocks.0.attn.qkv.") for name in names):
-        return "unilm"
-    return UNKNOWN
+    names = frozenset(bare(name) for name in state_dict)
+    kin = next((relative.name for relative in RELATIVES if relative.matches(names, state_dict)), None)
+    return kin or next((name for name, dialect in dialects().items() if dialect.matches(names)), UNKNOWN)
 
 
 def relative(name: str) -> Relative | None:
@@ -44,19 +43,14 @@ def to_official(state_dict: Mapping[str, Tensor], dialect: str) -> dict[str, Ten
 
     Args:
         state_dict: The parameters.
-        dialect: What :func:`recognise` said.
+        dialect: From :func:`recognise`.
 
     Raises:
-        InputError: The dialect is unknown or of a model that is not BEiT.
+        InputError: The dialect is unknown, or of a model other than BEiT.
     """
     model = relative(dialect)
-    if dialect in ("unilm", "timm") or (model is not None and model.loads):
-        return unilm.to_official(state_dict)
-    if dialect == "huggingface":
-        return huggingface.to_official(state_dict)
-    if dialect in ("mmsegmentation", "mmpretrain"):
-        return mmseg.to_official(state_dict)
-    raise _no_such(dialect)
+    known = dialects()
+    return resolve(known, "unilm" if model and model.loads else dialect, "dialect").to_official(state_dict)
 
 
 def from_official(
@@ -66,24 +60,10 @@ def from_official(
 
     Args:
         weights: The parameters.
-        dialect: One of :data:`DIALECTS`.
-        position_index: Rows of the bias tables, int64 ``(N + 1, N + 1)``, for the dialects whose files hold them.
+        dialect: One of :func:`dialects`.
+        position_index: Rows of the bias tables, int64 ``(N + 1, N + 1)``, for dialects whose files hold them.
 
     Raises:
         InputError: There is no such dialect, or the other library has no such model.
     """
-    if dialect == "unilm":
-        return unilm.from_official(weights, position_index)
-    if dialect == "timm":
-        return timm.from_official(weights)
-    if dialect == "huggingface":
-        return huggingface.from_official(weights)
-    if dialect == "mmsegmentation":
-        return mmseg.to_mmsegmentation(weights, position_index)
-    if dialect == "mmpretrain":
-        return mmseg.to_mmpretrain(weights, position_index)
-    raise _no_such(dialect)
-
-
-def _no_such(dialect: str) -> InputError:
-    return InputError(f"no dialect {dialect!r}{did_you_mean(dialect, DIALECTS)}; there are {', '.join(DIALECTS)}")
+    return resolve(dialects(), dialect, "dialect").from_official(weights, position_index)

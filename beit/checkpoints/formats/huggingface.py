@@ -1,24 +1,28 @@
 """Hugging Face's ``Beit…`` models: the names in their FILES (those in memory change between versions), and configs.
 
-A file keeps query, key and value apart, the key without a bias. The other name that needs care is ``layernorm``: the
-final norm, before the token head at the top level and otherwise below ``beit``.
+A file keeps query, key and value apart, the key without a bias. The final norm needs care: ``layernorm`` is at the top
+level before a token head and below ``beit`` otherwise.
 
-Of a segmentor the pyramid stands at the top level and ``conv_seg`` is a ``classifier``. Its ``out_indices`` count from
-the embedding and are compared one further on: ``i`` taps our block ``i - 2``. There is no such number for the last
-block, so an export of a model that taps it has one more layer, an inert one.
+In a segmentor the pyramid is at the top level and ``conv_seg`` is called ``classifier``. Its ``out_indices`` count from
+the embedding and are compared one step later: ``i`` taps our block ``i - 2``. There is no such number for the last
+block, so the export of a model that taps it has one more layer, an inert one.
 """
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from beit.checkpoints.formats.names import NameTable
-from beit.checkpoints.formats.segmentation import LEVELS, PARTS, Heads
+from beit.checkpoints.formats.dialect import Dialect, Files, NameTable, WholeModel, replace_prefix
+from beit.checkpoints.formats.segmentation import LEVELS, PARTS, POOL_SCALES, Heads, leaves_zero_out, taps_of
 from beit.checkpoints.formats.unilm import INDEX, TABLE, bare
 from beit.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "beit."
 FINAL_NORM = "layernorm."
@@ -47,16 +51,17 @@ _NAMES = NameTable(
         "mlp.fc2": "output.dense",
     },
     blocks="encoder.layer",
+    heads={
+        "head.": "classifier.",
+        "lm_head.": "lm_head.",
+        "decode_head.conv_seg.": "decode_head.classifier.",
+        "auxiliary_head.conv_seg.": "auxiliary_head.classifier.",
+    },
 )
-_HEADS = {
-    "head.": "classifier.",
-    "lm_head.": "lm_head.",
-    "decode_head.conv_seg.": "decode_head.classifier.",
-    "auxiliary_head.conv_seg.": "auxiliary_head.classifier.",
-}
 TAP_SHIFT = 2
-CONFIG_TAPS = (3, 5, 7, 11)  # where a config says nothing
-AUXILIARY_INDEX = 2  # of the taps, the one that the library's auxiliary head sees
+CONFIG_TAPS = (3, 5, 7, 11)  # of a config that has none
+AUXILIARY_INDEX = 2  # which of the taps the library's auxiliary head sees
+RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
 
 
 def to_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -68,48 +73,36 @@ def to_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     state_dict = {bare(name): tensor for name, tensor in state_dict.items()}
     if any(name.startswith(FINAL_NORM) for name in state_dict) and f"{PREFIX}{FINAL_NORM}weight" in state_dict:
         raise InputError("the model has a final norm of its own and one before the token head; no BEiT has two")
-    weights = {}
-    for name, tensor in state_dict.items():
-        if QKV.fullmatch(name) or name.endswith(INDEX):
-            continue
-        head = next((ours + name[len(theirs) :] for ours, theirs in _HEADS.items() if name.startswith(theirs)), None)
-        weights[head or _NAMES.official(name.removeprefix(PREFIX)) or name] = tensor
-    return weights | _joined(state_dict)
-
-
-def _joined(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Stacks query, key and value weights ``(D, D)`` of each layer into ``qkv.weight`` ``(3 D, D)``."""
+    weights: dict[str, Tensor] = {}
     layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state_dict.items():
         if match := QKV.fullmatch(name):
             layers.setdefault(match[1], {})[match[2]] = tensor
+        elif not name.endswith(INDEX):
+            renamed = _NAMES.official(own := name.removeprefix(PREFIX))
+            weights[name if renamed == own else renamed] = tensor
     for layer, parts in layers.items():
         if missing := {"query", "key", "value"} - parts.keys():
             raise InputError(f"layer {layer} of the Hugging Face checkpoint has no {' and no '.join(sorted(missing))}")
-    return {
-        f"blocks.{layer}.attn.qkv.weight": torch.cat([parts["query"], parts["key"], parts["value"]])
-        for layer, parts in layers.items()
-    }
+        weights[f"blocks.{layer}.attn.qkv.weight"] = torch.cat([parts["query"], parts["key"], parts["value"]])
+    return weights
 
 
-def from_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Translates official names to those of a file, which holds contiguous tensors of their own memory.
+def from_official(weights: Mapping[str, Tensor], _position_index: Tensor | None = None) -> dict[str, Tensor]:
+    """Translates official names to those of a file, which holds contiguous tensors with memory of their own.
 
-    Layers without biases of query and value get zeros: the library always has them.
+    Layers without query and value biases get zeros, since the library always has them.
     """
     masked = any(name.startswith("lm_head.") for name in weights)
     result: dict[str, Tensor] = {}
     for name, tensor in weights.items():
-        if name.endswith(INDEX):
-            continue
-        head = next((theirs + name[len(ours) :] for ours, theirs in _HEADS.items() if name.startswith(ours)), None)
-        if head:
+        if head := replace_prefix(name, _NAMES.heads):
             result[head] = tensor
         elif match := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.weight", name):
             result |= _split(int(match[1]), tensor, biased=f"blocks.{match[1]}.attn.q_bias" in weights)
         elif name.startswith(PARTS):
             result[name] = tensor
-        else:
+        elif not name.endswith(INDEX):
             theirs = _NAMES.theirs(name) or name
             result[theirs if masked and theirs.startswith(FINAL_NORM) else PREFIX + theirs] = tensor
     return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in result.items()}
@@ -124,17 +117,45 @@ def _split(layer: int, qkv: Tensor, *, biased: bool) -> dict[str, Tensor]:
     return names
 
 
-def config_json(arguments: Mapping[str, Any], *, layer_norm_eps: float, labels: Sequence[str] | None) -> dict[str, Any]:
-    """Describes a model as ``config.json``.
-
-    Args:
-        arguments: Keywords of our constructor, with ``vocab_size`` (pre-training) or ``num_classes``.
-        layer_norm_eps: Of the model; the library's default is another.
-        labels: Names of the classes, if they are known.
+def _folder(model: WholeModel, _destination: Path) -> Files:
+    """Returns the files that ``from_pretrained`` reads.
 
     Raises:
-        InputError: The library cannot compute such a model.
+        InputError: The library has no such model, or computes other numbers.
     """
+    size = model.arguments["img_size"]
+    if model.heads is None:
+        config, weights = _config(model, model.arguments), model.weights
+        images = {
+            "image_processor_type": "BitImageProcessor",  # the library's own for BEiT cannot keep the aspect ratio
+            "size": {"shortest_edge": int(min(size) / model.images["crop_pct"])},
+            "do_center_crop": True,
+            "crop_size": {"height": size[0], "width": size[1]},
+            "crop_pct": model.images["crop_pct"],  # ours: the quotient of the two sizes is rounded
+        }
+    else:
+        config, weights = _segmentor(model, model.heads)
+        images = {  # resized to a square, as the library has no sliding window
+            "image_processor_type": "BeitImageProcessor",
+            "size": {"height": size[0], "width": size[1]},
+            "do_center_crop": False,
+            "do_reduce_labels": leaves_zero_out(model.metadata, model.heads.num_classes),
+        }
+    preprocessor = {
+        "do_resize": True,
+        "resample": RESAMPLE[model.images["interpolation"]],
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(model.images["mean"]),
+        "image_std": list(model.images["std"]),
+        "do_convert_rgb": True,
+    }
+    files: Files = {"config.json": config, "preprocessor_config.json": images | preprocessor}
+    return files | {"model.safetensors": from_official(weights)}
+
+
+def _config(model: WholeModel, arguments: Mapping[str, Any]) -> dict[str, Any]:
     height, width = arguments["img_size"]
     patch, other = arguments["patch_size"]
     tables = arguments["use_rel_pos_bias"] or arguments["use_shared_rel_pos_bias"]
@@ -158,7 +179,7 @@ def config_json(arguments: Mapping[str, Any], *, layer_norm_eps: float, labels: 
         "image_size": height if height == width else [height, width],
         "patch_size": patch,
         "num_channels": arguments["in_chans"],
-        "layer_norm_eps": layer_norm_eps,
+        "layer_norm_eps": model.layer_norm_eps,  # the library's default is another
         "layer_scale_init_value": arguments["init_values"] or 0.0,
         "use_mask_token": masked,
         "use_absolute_position_embeddings": arguments["use_abs_pos_emb"],
@@ -168,93 +189,82 @@ def config_json(arguments: Mapping[str, Any], *, layer_norm_eps: float, labels: 
     }
     if masked:
         return config | {"vocab_size": arguments["vocab_size"]}
-    return config | _label_maps(labels or [f"LABEL_{index}" for index in range(arguments["num_classes"])])
+    names = dict(enumerate(model.labels or [f"LABEL_{index}" for index in range(arguments["num_classes"])]))
+    # Two classes of ImageNet have the same name, which label2id maps to the first.
+    numbers = {label: index for index, label in reversed(names.items())}
+    return config | {"id2label": {str(index): label for index, label in names.items()}, "label2id": numbers}
 
 
-def segmentation_json(
-    config: Mapping[str, Any], heads: Heads, *, taps: Sequence[int], pool_scales: Sequence[int], palette: Any = None
-) -> dict[str, Any]:
-    """Makes a backbone's config that of a segmentor.
-
-    Args:
-        config: From :func:`config_json`, for the backbone with the layers it will have.
-        heads: Of the segmentor.
-        taps: Blocks that are tapped, from 0.
-        pool_scales: Of UPerNet.
-        palette: Colours of the classes, which the library keeps as it keeps every word it does not know.
-
-    Raises:
-        InputError: The library has no such segmentor.
-    """
-    size, width, patch = config["image_size"], config["hidden_size"], config["patch_size"]
-    for odd, why in (
-        (heads.kind != "uper", f"transformers has UPerNet alone, and the decode head is {heads.kind or 'another one'}"),
-        (
-            heads.channels != width,
-            f"the decode head has {heads.channels} channels and the backbone {width}; in transformers' BEiT both are "
-            "the hidden size",
-        ),
-        (patch == 8, "transformers' pyramid is the one for patches of 16 pixels, and these are of 8"),
-        (not isinstance(size, int), f"transformers segments square images alone, not {size} pixels"),
-        (
-            len(taps) != LEVELS or list(taps) != sorted(set(taps)),
-            f"transformers taps four blocks, one after the other; this model taps {', '.join(map(str, taps))}",
-        ),
-        (len(pool_scales) != heads.stages, f"it is not known at which {heads.stages} scales UPerNet pools"),
-        (
-            heads.auxiliary_channels > 0 and not heads.auxiliary_convs,
-            "the auxiliary head is another one than transformers'",
-        ),
-    ):
-        if odd:
-            raise InputError(f"transformers has no such segmentor: {why}; convert it to unilm or mmsegmentation")
-    colours = {"palette": [list(colour) for colour in palette]} if palette else {}
-    return (
-        dict(config)
-        | colours
-        | {
-            "architectures": ["BeitForSemanticSegmentation"],
-            "out_indices": [tap + TAP_SHIFT for tap in taps],
-            "pool_scales": list(pool_scales),
-            "use_auxiliary_head": heads.auxiliary_channels > 0,
-            "auxiliary_channels": heads.auxiliary_channels or 256,
-            "auxiliary_num_convs": heads.auxiliary_convs or 1,
-            "auxiliary_concat_input": heads.auxiliary_concat,
-            "auxiliary_loss_weight": 0.4,
-            "semantic_loss_ignore_index": 255,
-        }
-    )
-
-
-def needs_inert_layer(taps: Sequence[int], depth: int) -> bool:
-    """Tells whether taps have no number in the library unless the model gets one more layer."""
-    return max(taps) == depth - 1
-
-
-def with_inert_layer(weights: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """Adds a block of zeros, which hands on what it is given, after the last one of a model of that depth."""
-    last = f"blocks.{depth - 1}."
-    return dict(weights) | {
-        f"blocks.{depth}.{name[len(last) :]}": torch.zeros_like(tensor)
-        for name, tensor in weights.items()
-        if name.startswith(last)
+def _segmentor(model: WholeModel, heads: Heads) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns the config and the weights of a segmentor, with an inert layer if it taps its last block."""
+    taps = taps_of(model.weights, model.metadata)
+    weights = model.weights
+    arguments = model.arguments | {"num_classes": heads.num_classes}
+    if max(taps) == (depth := arguments["depth"]) - 1:
+        weights, arguments["depth"] = _with_inert_layer(weights, depth), depth + 1
+        logger.info("transformers cannot tap the last layer of a model: layer %d is added, which does nothing", depth)
+    if model.metadata.get("auxiliary_index", AUXILIARY_INDEX) != AUXILIARY_INDEX:
+        logger.warning("transformers' auxiliary head sees the third tap, this one another: its logits will differ")
+    config = _config(model, arguments)
+    scales, palette = model.metadata.get("pool_scales", POOL_SCALES), model.metadata.get("palette")
+    _check_segmentor(config, heads, taps, scales)
+    config |= {
+        "architectures": ["BeitForSemanticSegmentation"],
+        "out_indices": [tap + TAP_SHIFT for tap in taps],
+        "pool_scales": list(scales),
+        "use_auxiliary_head": heads.auxiliary_channels > 0,
+        "auxiliary_channels": heads.auxiliary_channels or 256,
+        "auxiliary_num_convs": heads.auxiliary_convs or 1,
+        "auxiliary_concat_input": heads.auxiliary_concat,
+        "auxiliary_loss_weight": 0.4,
+        "semantic_loss_ignore_index": 255,
     }
+    return config | ({"palette": palette} if palette else {}), weights  # unknown keys of a config are kept there
+
+
+def _check_segmentor(config: Mapping[str, Any], heads: Heads, taps: Sequence[int], scales: Sequence[int]) -> None:
+    """Raises an :class:`InputError` if the library has no such segmentor."""
+    size, width = config["image_size"], config["hidden_size"]
+    why = ""
+    if heads.kind != "uper":
+        why = f"transformers only has UPerNet, and the decode head is {heads.kind or 'another one'}"
+    elif heads.channels != width:
+        both = "in transformers' BEiT both are the hidden size"
+        why = f"the decode head has {heads.channels} channels and the backbone {width}; {both}"
+    elif config["patch_size"] == 8:
+        why = "transformers' pyramid is the one for patches of 16 pixels, and these are of 8"
+    elif not isinstance(size, int):
+        why = f"transformers only segments square images, not {size} pixels"
+    elif len(taps) != LEVELS or list(taps) != sorted(set(taps)):
+        why = f"transformers taps four blocks in ascending order; this model taps {', '.join(map(str, taps))}"
+    elif len(scales) != heads.stages:
+        why = f"the {heads.stages} scales at which UPerNet pools are not recorded"
+    elif heads.auxiliary_channels > 0 and not heads.auxiliary_convs:
+        why = "the auxiliary head is not the one of transformers"
+    if why:
+        raise InputError(f"transformers has no such segmentor: {why}; convert it to unilm or mmsegmentation")
+
+
+def _with_inert_layer(weights: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """Adds a block of zeros, which returns its input, after the last one."""
+    last = f"blocks.{depth - 1}."
+    block = {name.removeprefix(last): tensor for name, tensor in weights.items() if name.startswith(last)}
+    return {**weights, **{f"blocks.{depth}.{name}": torch.zeros_like(tensor) for name, tensor in block.items()}}
 
 
 def without_inert_layer(weights: Mapping[str, Tensor], taps: Sequence[int]) -> dict[str, Tensor]:
-    """Takes the block after the last tapped one away if it is the last one and hands on what it is given."""
+    """Removes the block after the last tapped one if it is the last block and returns its input."""
     last = f"blocks.{max(taps) + 1}."
     block = {name: tensor for name, tensor in weights.items() if name.startswith(last)}
     scales = [tensor for name, tensor in block.items() if ".gamma_" in name]
     inert = not any(tensor.any() for tensor in scales or block.values())
-    deeper = any(name.startswith(f"blocks.{max(taps) + 2}.") for name in weights)
-    if deeper or not inert:
+    if not inert or any(name.startswith(f"blocks.{max(taps) + 2}.") for name in weights):
         return dict(weights)
     return {name: tensor for name, tensor in weights.items() if name not in block}
 
 
 def read_segmentation(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what the two files beside a segmentor's weights say: taps in our numbers, scales, colours, label maps.
+    """Returns what the two files beside a segmentor's weights record: taps as we count them, scales, colours, labels.
 
     Raises:
         InputError: It taps what no block computes.
@@ -263,7 +273,7 @@ def read_segmentation(config: Mapping[str, Any], preprocessor: Mapping[str, Any]
     taps = tuple(sorted({index - TAP_SHIFT for index in indices}))
     if len(taps) != LEVELS or taps[0] < 0:
         raise InputError(
-            f"the Hugging Face segmentor has out_indices {list(indices)}: four that differ are needed, from "
+            f"the Hugging Face segmentor has out_indices {list(indices)}: four different ones are needed, from "
             f"{TAP_SHIFT} on, which taps the first layer"
         )
     found: dict[str, Any] = {"out_indices": taps, "auxiliary_index": AUXILIARY_INDEX}
@@ -272,56 +282,10 @@ def read_segmentation(config: Mapping[str, Any], preprocessor: Mapping[str, Any]
     return found if zero is None else found | {"reduce_zero_label": zero}
 
 
-def _label_maps(labels: Sequence[str]) -> dict[str, Any]:
-    names = {str(index): label for index, label in enumerate(labels)}
-    # Two classes of ImageNet have the same words; the way back is by the first.
-    return {"id2label": names, "label2id": {label: int(index) for index, label in reversed(names.items())}}
-
-
-def preprocessor_json(image_size: tuple[int, int], preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """Describes how images are prepared: the shorter side resized to size / crop_pct, and the centre cut out."""
-    resample = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
-    return {
-        "image_processor_type": "BitImageProcessor",  # the library's own for BEiT cannot keep the aspect ratio
-        "do_resize": True,
-        "size": {"shortest_edge": int(min(image_size) / preprocessing["crop_pct"])},
-        "resample": resample[preprocessing["interpolation"]],
-        "do_center_crop": True,
-        "crop_size": {"height": image_size[0], "width": image_size[1]},
-        "crop_pct": preprocessing["crop_pct"],  # ours: the quotient of the two sizes is a rounded one
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(preprocessing["mean"]),
-        "image_std": list(preprocessing["std"]),
-        "do_convert_rgb": True,
-    }
-
-
-def segmentation_preprocessor_json(image_size: int, preprocessing: Mapping[str, Any], *, zero: bool) -> dict[str, Any]:
-    """Describes how images of a segmentor are prepared: resized to its size, as the library has no sliding window.
-
-    Args:
-        image_size: Height and width in pixels.
-        preprocessing: ``mean``, ``std`` and ``interpolation`` of the images.
-        zero: In label maps 0 is no class, and the first class is 1.
-    """
-    described = preprocessor_json((image_size, image_size), {**preprocessing, "crop_pct": 1.0})
-    for key in ("crop_size", "crop_pct"):
-        described.pop(key)
-    return described | {
-        "image_processor_type": "BeitImageProcessor",
-        "size": {"height": image_size, "width": image_size},
-        "do_center_crop": False,
-        "do_reduce_labels": zero,
-    }
-
-
 def read_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what the two files beside the weights say about the model, the images and the classes."""
-    size = config.get("image_size")
+    """Returns what the two files beside the weights record about the model, the images and the classes."""
     found: dict[str, Any] = {}
-    if size is not None:
+    if (size := config.get("image_size")) is not None:
         found["image_size"] = (size, size) if isinstance(size, int) else tuple(size)
     for theirs, ours in (("num_attention_heads", "num_heads"), ("layer_norm_eps", "layer_norm_eps")):
         if theirs in config:
@@ -330,29 +294,34 @@ def read_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> d
     names = tuple(labels[key] for key in sorted(labels, key=int))
     if names and names != tuple(f"LABEL_{index}" for index in range(len(names))):
         found["labels"] = names
-    return found | _read_preprocessor(preprocessor)
-
-
-def _read_preprocessor(preprocessor: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
     for theirs, ours in (("image_mean", "mean"), ("image_std", "std")):
         if theirs in preprocessor:
             found[ours] = tuple(preprocessor[theirs])
     resized, cropped = (_edge(preprocessor.get(key)) for key in ("size", "crop_size"))
     if resized and preprocessor.get("do_resize", True):
         found["crop_pct"] = cropped / resized if cropped and preprocessor.get("do_center_crop") else 1.0
-        # What an export of ours wrote beside the sizes counts as long as nobody has changed those.
+        # What our export wrote beside the sizes counts as long as nobody has changed those.
         recorded = preprocessor.get("crop_pct")
         if cropped and isinstance(recorded, (int, float)) and recorded > 0 and int(cropped / recorded) == resized:
             found["crop_pct"] = recorded
-    names = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
-    if preprocessor.get("resample") in names:
-        found["interpolation"] = names[preprocessor["resample"]]
-    return found
+    interpolation = next((name for name, number in RESAMPLE.items() if number == preprocessor.get("resample")), None)
+    return found | ({"interpolation": interpolation} if interpolation else {})
 
 
 def _edge(size: Any) -> int | None:
-    """Returns the shorter edge of a size as such files spell it: a number, or a dict of edges."""
+    """Returns the shorter edge of a size: a number, or a dict of edges."""
     if isinstance(size, Mapping):
         return size.get("shortest_edge") or min((size[key] for key in ("height", "width") if key in size), default=None)
     return size
+
+
+HUGGINGFACE = Dialect(
+    matches=lambda names: any(
+        "embeddings.patch_embeddings.projection." in name or "encoder.layer.0." in name for name in names
+    ),
+    to_official=to_official,
+    from_official=from_official,
+    folder=_folder,
+    suffixes=(),
+    segmentors=True,
+)

@@ -1,45 +1,51 @@
-"""What may be recorded beside the weights of a checkpoint, and how each value is read: None for what does not fit.
+"""What may be recorded beside the weights of a checkpoint, and a reader for each value.
 
-Other programs use the same names for other things, so what is not of the kind expected is passed over.
+Other programs use the same names for other things, so a reader returns None for a value of another kind.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+VISUAL_TOKENS = "visual tokens"  # the target of a checkpoint that records none; as in beit.targets
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+Reader = Callable[[Any], Any]
 
 
-def _positive(value: Any) -> Any:
-    return value if _is_number(value) and value > 0 else None
+def _value(kind: type | tuple[type, ...], fits: Callable[[Any], bool] = lambda _value: True) -> Reader:
+    """Accepts values of a kind that fit; a bool is no number."""
+
+    def read(value: Any) -> Any:
+        accepted = isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) and fits(value)
+        return value if accepted else None
+
+    return read
 
 
-def _whole(value: Any) -> int | None:
-    return value if isinstance(value, int) and _positive(value) else None
+def _sequence(item: Reader, length: int | None = None) -> Reader:
+    """Accepts lists and tuples, not empty, of items that a reader accepts; returns a tuple."""
+
+    def read(value: Any) -> tuple[Any, ...] | None:
+        if not isinstance(value, (list, tuple)) or not value or length not in (None, len(value)):
+            return None
+        items = tuple(item(entry) for entry in value)
+        return None if None in items else items
+
+    return read
 
 
-def _channels(value: Any) -> tuple[float, ...] | None:
-    return tuple(value) if isinstance(value, (list, tuple)) and value and all(map(_is_number, value)) else None
+_positive = _value((int, float), lambda value: value > 0)
+_whole = _value(int, lambda value: value > 0)
+_index = _value(int, lambda value: value >= 0)
+_pair = _sequence(_whole, 2)
 
 
 def _size(value: Any) -> tuple[int, int] | None:
-    pair = value if isinstance(value, (list, tuple)) else (value, value)
-    return (pair[0], pair[1]) if len(pair) == 2 and all(map(_whole, pair)) else None
-
-
-def _interpolation(value: Any) -> str | None:
-    return value if isinstance(value, str) and value in INTERPOLATIONS else None
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None
+    return _pair(value if isinstance(value, (list, tuple)) else (value, value))
 
 
 def _labels(value: Any) -> tuple[Any, ...] | None:
-    """Reads names in a row, or by number in a dict, as ``id2label`` has them."""
+    """Accepts names in order, or by number in a dict such as ``id2label``."""
     if isinstance(value, (list, tuple)):
         return tuple(value)
     if isinstance(value, Mapping) and all(str(number).isdecimal() for number in value):
@@ -47,40 +53,20 @@ def _labels(value: Any) -> tuple[Any, ...] | None:
     return None
 
 
-def _indices(value: Any) -> tuple[int, ...] | None:
-    whole = isinstance(value, (list, tuple)) and value and all(isinstance(v, int) and v >= 0 for v in value)
-    return tuple(value) if whole else None
-
-
-def _index(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
-
-
-def _flag(value: Any) -> bool | None:
-    return value if isinstance(value, bool) else None
-
-
-def _palette(value: Any) -> tuple[tuple[int, ...], ...] | None:
-    """Reads colours, three numbers from 0 to 255 each."""
-    colours = [_indices(colour) for colour in value] if isinstance(value, (list, tuple)) else []
-    fits = colours and all(colour and len(colour) == 3 and max(colour) <= 255 for colour in colours)
-    return tuple(colour for colour in colours if colour) if fits else None
-
-
 # Keys at the top level of a checkpoint.
-RECORDED: dict[str, Callable[[Any], Any]] = {
+RECORDED: dict[str, Reader] = {
     "labels": _labels,
-    "mean": _channels,
-    "std": _channels,
+    "mean": _sequence(_value((int, float))),
+    "std": _sequence(_value((int, float))),
     "crop_pct": _positive,
-    "interpolation": _interpolation,
+    "interpolation": _value(str, lambda value: value in INTERPOLATIONS),
     "image_size": _size,
     "num_heads": _whole,
     "layer_norm_eps": _positive,
-    "target": _text,
-    "out_indices": _indices,
-    "pool_scales": _indices,
+    "target": _value(str, bool),
+    "out_indices": _sequence(_index),
+    "pool_scales": _sequence(_index),
     "auxiliary_index": _index,
-    "palette": _palette,
-    "reduce_zero_label": _flag,
+    "palette": _sequence(_sequence(_value(int, lambda value: 0 <= value <= 255), 3)),
+    "reduce_zero_label": _value(bool),
 }

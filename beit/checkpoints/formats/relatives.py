@@ -1,4 +1,4 @@
-"""Other models whose files people hand over for BEiT's: told by names and shapes of their parameters."""
+"""Other models whose files are mistaken for BEiT's, recognised by names and shapes of their parameters."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -17,9 +17,9 @@ class Relative:
 
     Args:
         name: What it is.
-        matches: Whether names (without wrappers' prefixes) and tensors are its.
-        loads: Its backbone has BEiT's architecture and names.
-        remark: What to know about it, for a message.
+        matches: Whether parameters with these names (without the prefixes of wrappers) are its.
+        loads: Whether its backbone has BEiT's architecture and names.
+        remark: What to tell the user about it.
     """
 
     name: str
@@ -28,18 +28,8 @@ class Relative:
     remark: str
 
 
-def relative_of(names: Names, tensors: Mapping[str, Tensor]) -> Relative | None:
-    """Returns the relative that a state dict belongs to, or None.
-
-    Args:
-        names: Its names without the prefixes of wrappers.
-        tensors: The state dict.
-    """
-    return next((relative for relative in RELATIVES if relative.matches(names, tensors)), None)
-
-
 def _has(*patterns: str) -> Callable[[Names, Mapping[str, Tensor]], bool]:
-    """Tells whether every pattern is found in some name."""
+    """Matches if every pattern occurs in some name."""
     compiled = [re.compile(pattern) for pattern in patterns]
     return lambda names, _tensors: all(any(p.search(name) for name in names) for p in compiled)
 

@@ -1,57 +1,70 @@
-"""timm's ``Beit``: the official names unchanged, without the index buffers, and a ``config.json`` that rebuilds it."""
+"""timm's ``Beit``: the official names without the index buffers, and a ``config.json`` that rebuilds the model."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from beit.checkpoints.formats import unilm
+from beit.checkpoints.formats.dialect import LAYER_NORM_EPS, Dialect, Files, WholeModel
+from beit.errors import InputError
 
-to_official = unilm.to_official
+logger = logging.getLogger(__name__)
 
 
-def from_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the weights as timm keeps them: the same names, and no buffers."""
+def _from_official(weights: Mapping[str, Tensor], _position_index: Tensor | None = None) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in weights.items() if not name.endswith(unilm.INDEX)}
 
 
-def config_json(
-    arguments: Mapping[str, Any], preprocessing: Mapping[str, Any], labels: Sequence[str] | None
-) -> dict[str, Any]:
-    """Describes a model so that ``timm.create_model("local-dir:FOLDER")`` builds it.
+def _file(model: WholeModel) -> dict[str, Any]:
+    if model.layer_norm_eps != LAYER_NORM_EPS:
+        logger.warning("timm's layer norms have an eps of %g, this model's %g", LAYER_NORM_EPS, model.layer_norm_eps)
+    if "vocab_size" in model.arguments:
+        logger.info("timm has no mask token and no token head: load it with pretrained_strict=False, as features")
+    return {"state_dict": _from_official(model.weights)}
 
-    Args:
-        arguments: Keywords of our constructor; ``num_classes`` is absent for a pre-training model.
-        preprocessing: ``mean``, ``std``, ``crop_pct`` and ``interpolation`` of the images.
-        labels: Names of the classes, if they are known.
-    """
+
+def _folder(model: WholeModel, destination: Path) -> Files:
+    """Returns the files with which ``timm.create_model("local-dir:FOLDER")`` builds the model."""
+    height, width = model.arguments["img_size"]
+    if height != width and model.position_index is not None:
+        raise InputError(
+            f"timm takes the tables in a folder for those of a square, and this model's images are {height} x {width} "
+            f"pixels: write a file, {destination.with_suffix('.safetensors')}, and load it with load_state_dict"
+        )
+    return {"config.json": _config(model), "model.safetensors": _file(model)["state_dict"]}
+
+
+def _config(model: WholeModel) -> dict[str, Any]:
+    arguments = model.arguments
     same = ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "init_values")
     positions = ("use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias")
     classes = arguments.get("num_classes", 0)
     pool = "avg" if arguments.get("use_mean_pooling", False) else "token"
     size = list(arguments["img_size"])
-    model_args = {name: arguments[name] for name in (*same, *positions)} | {"img_size": size, "global_pool": pool}
     large = arguments["embed_dim"] == 1024
     config = {
         "architecture": "beit_large_patch16_224" if large else "beit_base_patch16_224",
         "num_classes": classes,
         "num_features": arguments["embed_dim"],
         "global_pool": pool,
-        "model_args": model_args,
+        "model_args": {name: arguments[name] for name in (*same, *positions)} | {"img_size": size, "global_pool": pool},
         "pretrained_cfg": {
             "input_size": [arguments["in_chans"], *size],
             "fixed_input_size": True,
             "num_classes": classes,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
-            **preprocessing,
+            **model.images,
         },
     }
-    return config | ({"label_names": list(labels)} if labels else {})
+    return config | ({"label_names": model.labels} if model.labels else {})
 
 
 def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what a ``config.json`` of timm says about the images, the heads and the classes."""
+    """Returns what timm's ``config.json`` records about the images, the attention heads and the classes."""
     recorded = dict(config.get("pretrained_cfg", {}))
     found = {key: recorded[key] for key in ("mean", "std", "crop_pct", "interpolation") if recorded.get(key)}
     if len(recorded.get("input_size") or ()) == 3:
@@ -61,3 +74,13 @@ def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
         found["num_heads"] = arguments["num_heads"]
     labels = config.get("label_names") or recorded.get("label_names")
     return found | ({"labels": tuple(labels)} if labels else {})
+
+
+TIMM = Dialect(
+    matches=lambda _names: False,  # the names are the official ones
+    to_official=unilm.to_official,
+    from_official=_from_official,
+    file=_file,
+    folder=_folder,
+    suffixes=(".pth", ".pt", ".bin", ".safetensors"),
+)

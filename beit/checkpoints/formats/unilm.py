@@ -1,18 +1,20 @@
 """The official names, which are ours and timm's; files differ in wrappers' prefixes and in derived buffers.
 
-A segmentor's file is one of mmsegmentation 0.x: all but the heads, the pyramid too, stands below ``backbone``.
+A segmentor's file is that of mmsegmentation 0.x: everything but the heads is below ``backbone``, including the pyramid.
 """
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor
 
+from beit.checkpoints.formats.dialect import Dialect, WholeModel
 from beit.checkpoints.formats.segmentation import HEADS, is_segmentor
 
 INDEX = "relative_position_index"
 TABLE = "relative_position_bias_table"
 
-# What a wrapper puts before every name: DistributedDataParallel, torch.compile, a segmentor, a detector, Lightning.
+# What wrappers put before every name: DistributedDataParallel, torch.compile, a segmentor, a detector, Lightning.
 WRAPPERS = ("module.", "_orig_mod.", "backbone.", "bottom_up.", "model.")
 
 
@@ -24,17 +26,12 @@ def bare(name: str) -> str:
 
 
 def to_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Takes off the prefixes of wrappers and leaves out the index buffers, which follow from the window."""
+    """Removes the prefixes of wrappers and the index buffers, which follow from the window."""
     return {bare(name): tensor for name, tensor in state_dict.items() if not name.endswith(INDEX)}
 
 
 def from_official(weights: Mapping[str, Tensor], position_index: Tensor | None = None) -> dict[str, Tensor]:
-    """Writes a file as the official code does: with the index buffers beside the tables, and a segmentor in its parts.
-
-    Args:
-        weights: Weights in official names.
-        position_index: Rows of the tables, int64 ``(N + 1, N + 1)``; None where there are no tables.
-    """
+    """Adds what the official code saves: an index buffer beside every table, ``backbone.`` in a segmentor."""
     if is_segmentor(weights):
         weights = {name if name.startswith(HEADS) else f"backbone.{name}": t for name, t in weights.items()}
     return dict(with_index(weights, position_index))
@@ -46,3 +43,20 @@ def with_index(weights: Mapping[str, Tensor], position_index: Tensor | None) -> 
         yield name, tensor
         if position_index is not None and name.endswith(TABLE):
             yield name.removesuffix(TABLE) + INDEX, position_index.clone()
+
+
+def _file(model: WholeModel) -> dict[str, Any]:
+    translated = from_official(model.weights, model.position_index)
+    if not model.heads:
+        return {"model": translated}
+    # mmsegmentation 0.x reads both entries of `meta` even if they are not known.
+    return {"state_dict": translated, "meta": {"CLASSES": model.labels, "PALETTE": model.metadata.get("palette")}}
+
+
+UNILM = Dialect(
+    matches=lambda names: any(name.startswith("blocks.0.attn.qkv.") for name in names),
+    to_official=to_official,
+    from_official=from_official,
+    file=_file,
+    segmentors=True,
+)

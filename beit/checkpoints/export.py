@@ -1,0 +1,156 @@
+"""Writing a checkpoint in another dialect. Tensors are renamed, never computed with: they stay the same bit by bit."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from beit.checkpoints.formats import dialects
+from beit.checkpoints.formats.dialect import Dialect, WholeModel
+from beit.checkpoints.formats.recorded import RECORDED, VISUAL_TOKENS
+from beit.checkpoints.formats.segmentation import PARTS, heads_of, incomplete, is_segmentor
+from beit.checkpoints.read import (
+    FILE_METADATA,
+    Architecture,
+    Metadata,
+    architecture_of,
+    class_names,
+    preparation_of,
+    read_weights,
+)
+from beit.checkpoints.released import CHECKPOINT_SUFFIXES, IMAGENET_MEAN, IMAGENET_STD
+from beit.errors import InputError
+from beit.registry import resolve
+from beit.relative_position import relative_position_index
+from beit.storage import atomic_write, save_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+def convert(source: str | Path, destination: Path, to: str) -> None:
+    """Writes a checkpoint in another dialect.
+
+    Args:
+        source: Anything :func:`beit.checkpoints.released.resolve` accepts.
+        destination: A file or folder, whichever the dialect is.
+        to: One of :func:`beit.checkpoints.formats.dialects`.
+
+    Raises:
+        InputError: The checkpoint cannot be read or is incomplete, or the dialect has no such model.
+    """
+    dialect: Dialect = resolve(dialects(), to, "format")
+    _check_destination(destination, to, dialect)
+    weights, metadata = read_weights(source)
+    if is_segmentor(weights):
+        check_segmentors(to, dialect.segmentors, metadata)
+    if (target := metadata.get("target", VISUAL_TOKENS)) != VISUAL_TOKENS and to != "unilm":
+        logger.warning("the head of %s predicts %s, which %s takes for a vocabulary", source, target, to)
+    model = whole_model(weights, metadata)
+    if dialect.folder is not None and destination.suffix not in dialect.suffixes:
+        # A dialect that is only a folder has a place of its own for everything.
+        recorded = _recorded(model) if dialect.file else {}
+        for name, content in dialect.folder(model, destination).items():
+            if name.endswith(".safetensors"):
+                _write_safetensors(destination / name, content, recorded)
+            else:
+                with atomic_write(destination / name) as file:
+                    file.write((json.dumps(content, indent=2) + "\n").encode())
+    elif dialect.file is not None:
+        content = dialect.file(model)
+        if destination.suffix == ".safetensors":
+            _write_safetensors(destination, content["state_dict"], _recorded(model))
+        else:
+            settings = {"args": metadata["args"]} if "args" in metadata else {}
+            save_checkpoint(destination, {**content, **settings, **_recorded(model)})
+
+
+def _check_destination(destination: Path, to: str, dialect: Dialect) -> None:
+    is_file = destination.suffix in CHECKPOINT_SUFFIXES
+    if dialect.file is None and is_file:
+        raise InputError(f"--to {to} writes a folder, not a file such as {destination}")
+    if dialect.folder is None and destination.suffix not in dialect.suffixes:
+        raise InputError(f"--to {to} writes one file: name it {destination.with_suffix(dialect.suffixes[0])}")
+    if not is_file and destination.is_file():
+        raise InputError(f"{destination} is a file, and --to {to} writes a folder")
+
+
+def check_segmentors(to: str, supported: bool, metadata: Metadata) -> None:
+    """Raises an :class:`InputError` for a segmentor unless the format has heads of segmentation."""
+    if not supported:
+        able = ", ".join(name for name, dialect in dialects().items() if dialect.segmentors)
+        raise InputError(
+            f"{metadata['source']} is a segmentor, and --to {to} has no heads of segmentation: convert it to one of "
+            f"{able}"
+        )
+
+
+def whole_model(weights: Mapping[str, Tensor], metadata: Metadata) -> WholeModel:
+    """Returns what a checkpoint holds of a model, and what an export needs to know about it.
+
+    Args:
+        weights: From :func:`beit.checkpoints.read.read_weights`; what is no part of the model is left out.
+        metadata: From :func:`beit.checkpoints.read.read_weights`.
+
+    Raises:
+        InputError: A part of the model is missing.
+    """
+    architecture = architecture_of(weights, metadata)
+    arguments = architecture.arguments
+    heads = heads_of(weights) if is_segmentor(weights) else None
+    images, labels = metadata, class_names(metadata, arguments.get("num_classes", 0))
+    if heads is not None:
+        labels = metadata.get("labels") or ()
+        labels = tuple(map(str, labels)) if len(labels) == heads.num_classes else None
+        # Segmentors are trained on images resized bilinearly, whatever their backbones were trained on.
+        images = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, **metadata, "interpolation": "bilinear"}
+    if "palette" in metadata:
+        metadata = {**metadata, "palette": [list(colour) for colour in metadata["palette"]]}
+    index = None
+    if arguments["use_rel_pos_bias"] or arguments["use_shared_rel_pos_bias"]:
+        (height, width), (patch_height, patch_width) = arguments["img_size"], arguments["patch_size"]
+        index = relative_position_index((height // patch_height, width // patch_width))
+    return WholeModel(
+        weights=_complete(weights, architecture, metadata["source"]),
+        arguments=arguments,
+        metadata=metadata,
+        images=preparation_of(images, arguments["img_size"]),
+        labels=list(labels) if labels else None,
+        position_index=index,
+        heads=heads,
+    )
+
+
+def _complete(weights: Mapping[str, Tensor], architecture: Architecture, source: str) -> dict[str, Tensor]:
+    """Keeps what belongs to the model, in its order; a segmentor has no norm after the last block."""
+    parts: dict[str, Tensor] = {}
+    with torch.device("meta"):
+        own = list(architecture.build().state_dict())
+    if is_segmentor(weights):
+        if lacking := incomplete(weights, architecture.arguments["patch_size"][0]):
+            more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+            raise InputError(f"{source} is not a whole segmentor: it lacks {lacking[0]}{more}")
+        parts = {name: tensor for name, tensor in weights.items() if name.startswith(PARTS)}
+        own = [name for name in own if not name.startswith(("norm.", "fc_norm."))]
+    if missing := [name for name in own if name not in weights]:
+        raise InputError(f"{source} is not a whole model: it lacks {missing[0]} and {len(missing) - 1} more tensors")
+    if left_out := [name for name in weights if name not in own and name not in parts]:
+        logger.warning("left out, not part of BEiT: %s (%d tensors)", left_out[0], len(left_out))
+    return {name: weights[name] for name in own} | parts
+
+
+def _recorded(model: WholeModel) -> dict[str, Any]:
+    """Returns what weights do not show, to be read back by :func:`beit.checkpoints.read.read_weights`."""
+    found = {key: model.metadata[key] for key in RECORDED if key in model.metadata and key != "labels"}
+    found |= {"num_heads": model.arguments["num_heads"], "image_size": model.arguments["img_size"]}
+    return found | ({"labels": model.labels} if model.labels else {})
+
+
+def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], recorded: Mapping[str, Any]) -> None:
+    metadata = {"format": "pt"} | ({FILE_METADATA: json.dumps(recorded)} if recorded else {})
+    with atomic_write(path) as file:
+        file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=metadata))

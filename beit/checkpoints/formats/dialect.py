@@ -1,0 +1,118 @@
+"""What a dialect is: other names for the same parameters, in both directions, and the files they are written to."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from beit.checkpoints.formats.segmentation import Heads
+
+Names = frozenset[str]
+Weights = Mapping[str, Tensor]
+Files = dict[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """A complete model in official names, to be written in some format.
+
+    Args:
+        weights: In official names; nothing is missing.
+        arguments: Keywords of our constructor, with ``vocab_size`` (pre-training) or ``num_classes``.
+        metadata: What the checkpoint records; see :mod:`beit.checkpoints.read`.
+        images: ``mean``, ``std``, ``crop_pct`` and ``interpolation`` of the images.
+        labels: Names of the classes, if they are known.
+        position_index: Rows of the bias tables, int64 ``(N + 1, N + 1)``; None without tables.
+        heads: Of a segmentor.
+    """
+
+    weights: dict[str, Tensor]
+    arguments: dict[str, Any]
+    metadata: dict[str, Any]
+    images: dict[str, Any]
+    labels: list[str] | None = None
+    position_index: Tensor | None = None
+    heads: Heads | None = None
+
+    @property
+    def layer_norm_eps(self) -> float:
+        """Of the model's layer norms; 1e-6 in ours and timm's."""
+        return self.metadata.get("layer_norm_eps", LAYER_NORM_EPS)
+
+
+LAYER_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """A format of weights.
+
+    Args:
+        matches: Whether parameters with these names (without the prefixes of wrappers) are in this dialect.
+        to_official: Translates to official names, without index buffers.
+        from_official: Translates from official names, given the position index if the model has tables.
+        file: Content of the single file that a model is saved in, without what every file records; None if the format
+            is a folder.
+        folder: The folder's files, each a dict of tensors (``.safetensors``) or JSON; None if the format is a file.
+        suffixes: Of the single file.
+        segmentors: Whether it has the heads of segmentation.
+    """
+
+    matches: Callable[[Names], bool]
+    to_official: Callable[[Weights], dict[str, Tensor]]
+    from_official: Callable[[Weights, Tensor | None], dict[str, Tensor]]
+    file: Callable[[WholeModel], dict[str, Any]] | None = None
+    folder: Callable[[WholeModel, Path], Files] | None = None
+    suffixes: Sequence[str] = (".pth", ".pt")
+    segmentors: bool = False
+
+
+@dataclass(frozen=True)
+class NameTable:
+    """Official names on one side, another library's on the other.
+
+    A path stands for a parameter or for a module whose parameters follow it: ``norm1`` also renames ``norm1.weight``.
+
+    Args:
+        outside: Official paths outside the blocks, and the other library's.
+        inside: The same for paths inside a block.
+        blocks: The other library's name for ``blocks``.
+        heads: Prefixes of heads, which are replaced whatever follows them.
+    """
+
+    outside: Mapping[str, str]
+    inside: Mapping[str, str]
+    blocks: str
+    heads: Mapping[str, str] = field(default_factory=dict)
+
+    def theirs(self, name: str) -> str | None:
+        """Returns the other library's name for an official one, or None if it is not in the table."""
+        return _rename(name, "blocks", self.blocks, (self.outside, self.inside))
+
+    def official(self, name: str) -> str:
+        """Returns the official name for the other library's; one that is not in the table stays as it is."""
+        renamed = replace_prefix(name, _inverted(self.heads))
+        tables = _inverted(self.outside), _inverted(self.inside)
+        return renamed or _rename(name, self.blocks, "blocks", tables) or name
+
+
+def replace_prefix(name: str, prefixes: Mapping[str, str]) -> str | None:
+    """Returns a name with another prefix, or None if it begins with none of them."""
+    return next((new + name[len(old) :] for old, new in prefixes.items() if name.startswith(old)), None)
+
+
+def _inverted(table: Mapping[str, str]) -> dict[str, str]:
+    return {theirs: ours for ours, theirs in table.items()}
+
+
+def _rename(name: str, source: str, target: str, tables: tuple[Mapping[str, str], Mapping[str, str]]) -> str | None:
+    block = re.match(rf"{re.escape(source)}\.(\d+)\.", name)
+    prefix, path = (f"{target}.{block[1]}.", name[block.end() :]) if block else ("", name)
+    table = tables[block is not None]
+    module, _, leaf = path.rpartition(".")
+    if path in table:
+        return prefix + table[path]
+    return f"{prefix}{table[module]}.{leaf}" if module in table else None
