@@ -566,7 +566,7 @@ def _reader(annotation: Any) -> Callable[[Any], Any]:
         (annotation,) = members - {types.NoneType}
     if typing.get_origin(annotation) is dict:
         return _read_assignments
-    readers = {
+    readers: dict[Any, Callable[[Any], Any]] = {
         bool: _read_bool,
         tuple[float, ...]: _read_floats,
         tuple[int, ...]: _read_ints,
