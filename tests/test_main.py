@@ -27,9 +27,8 @@ def test_the_list_needs_no_torch():
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_exists_and_explains_itself(name, capsys):
-    command = COMMANDS[name]
-    module = importlib.import_module(command.module)
-    assert callable(getattr(module, command.main))
+    module, function = COMMANDS[name].main.split(":")
+    assert callable(getattr(importlib.import_module(module), function))
     with pytest.raises(SystemExit) as ended:
         main([*name.split(), "--help"])
     assert ended.value.code == 0
@@ -41,17 +40,19 @@ def test_every_command_exists_and_explains_itself(name, capsys):
     [
         (["pretrian"], "did you mean 'pretrain'"),
         (["visualise", "curves"], "did you mean 'visualize'"),
-        (["visualize"], "visualize reconstruct, visualize curves"),
+        (["visualize"], "visualize reconstruct, visualize attention"),
         (["visualize", "curve", "log.txt"], "did you mean 'visualize curves'"),
         (["download"], "download tokenizer"),
-        (["download", "tokenizer"], "required: DIRECTORY"),
+        (["download", "tokenizer"], "required: OUTPUT_DIR"),
         (["models", "--patern", "x"], "did you mean '--pattern'"),
         (["models", "--pattern", "vit*"], "no model matches"),
-        (["visualize", "curves", "nowhere.txt"], "cannot read the log nowhere.txt"),
+        (["visualize", "curves", "nowhere.txt"], "nowhere.txt: no such file or folder"),
         (["visualize", "reconstruct"], "--checkpoint and --images"),
-        (["visualize", "reconstruct", "--checkpoint", "no.pth", "--images", "a.png"], "a.png"),
+        (["visualize", "reconstruct", "--checkpoint", "no.pth", "--images", "a.png"], "no.pth: no such file"),
         (["dvae"], "--data_path is missing"),
-        (["demo", "--quik"], "did you mean '--quick'"),
+        (["demo", "--quick"], "make demo"),
+        (["recipes", "command", "in1k_base", "--gpus", "4"], "beit recipes show NAME --gpus N"),
+        (["recipes", "document"], "docs/write_reproducing.py"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, hint, capsys):

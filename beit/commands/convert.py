@@ -4,7 +4,6 @@ import importlib.util
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from beit.checkpoints.formats.segmentation import (
 )
 from beit.checkpoints.load import Architecture, Metadata, architecture_of, class_names, read_weights
 from beit.checkpoints.read import FILE_METADATA, taps_of
-from beit.config import option
+from beit.commands.settings import ConvertConfig
 from beit.data.transforms import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -47,18 +46,6 @@ LAYER_NORM_EPS = 1e-6  # of ours and of timm's
 TOLERANCE = 1e-4  # of a graph's outputs against ours, in float32
 
 
-@dataclass(frozen=True)
-class ConvertConfig:
-    """The arguments of ``beit convert``."""
-
-    source: str = option("", "checkpoint: file, folder, released name, address or hub id", positional=True)
-    destination: str = option(
-        "", "file to write; a folder for huggingface (and for timm, if you like)", positional=True
-    )
-    to: str = option("", "format to write", choices=TARGETS)
-    features: bool = option(False, "onnx and torch_export: the features that enter the head instead of its logits")
-
-
 def main(config: ConvertConfig) -> None:
     """Writes a checkpoint in another format.
 
@@ -69,11 +56,11 @@ def main(config: ConvertConfig) -> None:
         raise InputError(f"--to is missing: one of {', '.join(TARGETS)}")
     if config.features and config.to not in ("onnx", "torch_export"):
         raise InputError(f"--features is for onnx and torch_export; {config.to} holds the whole model")
-    destination = Path(config.destination)
+    destination = Path(config.output)
     if config.to in ("onnx", "torch_export"):
-        export_graph(config.source, destination, config.to, features=config.features)
+        export_graph(config.checkpoint, destination, config.to, features=config.features)
     else:
-        convert(config.source, destination, config.to)
+        convert(config.checkpoint, destination, config.to)
     logger.info("%s written", destination)
 
 
