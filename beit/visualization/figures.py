@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FORMATS = ("png", "svg")
 PANEL_INCHES = 1.6  # longer side of a picture
 SEGMENTATION_INCHES = 4.0
 NARROWEST, LOWEST = 3 / 8, 1 / 8  # of the longer side: room for titles and legends of extreme panoramas
@@ -50,7 +49,7 @@ def check_picture_name(path: str | Path) -> str:
         InputError: Pictures cannot be written in that format.
     """
     ending = Path(path).suffix.lower().removeprefix(".")
-    if ending not in FORMATS:
+    if ending not in ("png", "svg"):
         raise InputError(f"cannot write the picture {path}: let its name end in .png or .svg")
     return ending
 
@@ -272,12 +271,9 @@ def _draw_legend(figure: "Figure", legend: Sequence[tuple[str, tuple[int, int, i
 def new_figure(width: float, height: float, layout: str | None = None) -> "Figure":
     """Creates a figure of a size in inches."""
     # Without pyplot: needs no window system, keeps nothing in memory, and can be used from threads.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=DPI, layout=layout)  # type: ignore[arg-type]
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), dpi=DPI, layout=layout)  # type: ignore[arg-type]
 
 
 def save_figure(figure: "Figure", path: str | Path) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 DIAGRAM_INCHES = (4.0, 2.8)
 SCATTER_INCHES = 5.5
 MAX_COLUMNS = 4
+MAX_TICKS = 9
 MAX_NAME = 24  # letters of a class in a legend
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # eight, with seven colours: pairs repeat only after 56
 SIZES = {"*": 2.0, "P": 1.3, "X": 1.3, "D": 0.8}  # relative marker areas, for equal visual weight
@@ -71,12 +72,12 @@ def _plot(axes: "Axes", title: str, curves: Sequence[Curve], runs: int) -> "dict
         )  # fmt: skip
     steps = any(curve.unit == "step" for curve in curves)
     x = "optimizer step" if steps else "epoch (n ends with checkpoint n \u2212 1)"
-    _label(axes, title, x, ticks=6 if steps else "auto")
+    _label(axes, title, x, ticks=6 if steps else MAX_TICKS)
     return lines
 
 
-def _label(axes: "Axes", title: str, x: str, y: str = "", ticks: int | str | None = None) -> None:
-    """Sets titles and ticks: ``ticks`` whole numbers at most on the x axis, as many as fit for "auto"."""
+def _label(axes: "Axes", title: str, x: str, y: str = "", ticks: int | None = None) -> None:
+    """Sets title and labels; with ``ticks``, the x axis has at most that many ticks, at whole numbers."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_title(title, fontsize=10)
@@ -138,7 +139,7 @@ def draw_heads(
     if reference is not None:
         axes.axhline(reference[1], color="black", linestyle=":", linewidth=1, label=reference[0])
     axes.set_ylim(0, 1.08 * max(values.max().item(), reference[1] if reference else 0))
-    _label(axes, title, "block", label, ticks="auto")
+    _label(axes, title, "block", label, ticks=MAX_TICKS)
     figure.legend(loc="outside lower center", ncols=3, fontsize=LEGEND_POINTS, frameon=False)
     save_figure(figure, path)
 
