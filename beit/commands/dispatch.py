@@ -74,7 +74,7 @@ def _refuse(prog: str, words: Sequence[str], commands: Mapping[str, Command], re
         raise InputError(f"{prog} {former} is gone: use {removed[former]}")
     if siblings := [name for name in commands if name.split()[0] == words[0]]:
         given = " ".join(words[:2])
-        hint = did_you_mean(given, siblings)
-        raise InputError(f"{prog} {given}: no such command{hint}; choose {', '.join(siblings)}")
+        problem = f"no such command{did_you_mean(given, siblings)}" if len(words) > 1 else "incomplete command"
+        raise InputError(f"{prog} {given}: {problem}; choose {', '.join(siblings)}")
     hint = did_you_mean(words[0], [word for name in commands for word in (name, name.split()[0])])
     raise InputError(f"unknown command {words[0]!r}{hint}: choose {', '.join(commands)}")
