@@ -207,17 +207,26 @@ def check_settings(config: object) -> None:
         value, meta = getattr(config, name), field.metadata
         if value is None:
             continue
-        if meta["choices"] is not None and value not in meta["choices"]:
+        if meta["choices"] is not None and value not in (field.default, *meta["choices"]):
             hint = did_you_mean(str(value), meta["choices"])
             raise InputError(f"--{name} {value}: choose {', '.join(meta['choices'])}{hint}")
-        for number in value if isinstance(value, tuple | list) else (value,):
+        for number in _items(value):
             if meta["within"] and not _is_within(number, meta["within"]):
-                shown = " ".join(map(str, value)) if isinstance(value, tuple | list) else value
+                shown = " ".join(map(str, _items(value)))
                 raise InputError(f"--{name} {shown}: must be {_in_words(meta['within'])}")
-        if meta["must_exist"] and value and not Path(value).expanduser().exists():
-            parent = Path(value).expanduser().parent
-            hint = did_you_mean(Path(value).name, (path.name for path in parent.iterdir())) if parent.is_dir() else ""
-            raise InputError(f"{name.replace('_', ' ')} {value}: no such file or folder{hint}")
+        for path in _items(value) if meta["must_exist"] else ():
+            _check_exists(name, path)
+
+
+def _items(value: object) -> Sequence[Any]:
+    return value if isinstance(value, tuple | list) else (value,)
+
+
+def _check_exists(name: str, value: str) -> None:
+    path = Path(value).expanduser()
+    if value and not set("{*?[") & set(value) and not path.exists():  # shards-{000..127}.tar is left to its reader
+        hint = did_you_mean(path.name, (other.name for other in path.parent.iterdir())) if path.parent.is_dir() else ""
+        raise InputError(f"{name.replace('_', ' ')} {value}: no such file or folder{hint}")
 
 
 def _is_within(number: object, interval: str) -> bool:

@@ -46,7 +46,10 @@ MAY_IMPORT = {
     # the jobs, their pictures, and the commands around them
     "beit.visualization.*": ("beit.visualization.*", *PARTS),
     "beit.tasks.*": ("beit.tasks.*", "beit.visualization.*", *PARTS, "beit.training.*"),
-    "beit.commands.*": ("beit.commands.*", "beit.tasks.*", "beit.visualization.*", *PARTS, "beit.training.*"),
+    "beit.commands.*": (
+        *("beit.commands.*", "beit.launch", "beit.features", "beit.tasks.*", "beit.visualization.*"),
+        *(*PARTS, "beit.training.*"),
+    ),
     # segmentation stands on all of beit, which does not know it
     "semantic_segmentation.tools.*": (
         *("semantic_segmentation.config", "semantic_segmentation.task", "semantic_segmentation.testing"),
@@ -58,7 +61,7 @@ MAY_IMPORT = {
     ),
     # on top: the public names, the console command, the launchers
     "beit": PARTS,
-    "beit.__main__": ("beit.commands.*", "beit.tasks.*", "examples.demo"),
+    "beit.__main__": ("beit.commands.dispatch",),
     "run_*": ("beit.tasks.*",),
 }
 

@@ -245,7 +245,7 @@ def test_predict_writes_names_and_scores(checkpoint, picture, tmp_path, capsys):
     expected = inference_model(checkpoint, paths, topk=2)
     assert lines[::3] == paths
     assert lines[1] == f"  {expected[0]['score']:6.1%}  {expected[0]['name']}"
-    assert main(["predict", *paths, "--model", str(checkpoint), "--json"]) == 0
+    assert main(["predict", *paths, "--checkpoint", str(checkpoint), "--json"]) == 0
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [entry["image"] for entry in printed] == paths
     assert [entry["name"] for entry in printed] == [prediction["name"] for prediction in expected]
@@ -269,11 +269,11 @@ def test_predict_takes_folders_and_leaves_out_what_cannot_be_read(checkpoint, pi
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["predict", "a.png"], "--model is missing"),
-        (["predict", "--model", "m.pth"], "IMAGES"),
-        (["predict", "nowhere.png", "--model", "CHECKPOINT"], "there is no image nowhere.png"),
-        (["predict", "CHECKPOINT", "--model", "CHECKPOINT"], "1 of 1 images could not be read"),
-        (["predict", "CHECKPOINT", "--model", "nowhere.pth"], "nowhere.pth"),
+        (["predict", "CHECKPOINT"], "--checkpoint is missing"),
+        (["predict", "--checkpoint", "m.pth"], "IMAGES"),
+        (["predict", "nowhere.png", "--checkpoint", "CHECKPOINT"], "nowhere.png: no such file or folder"),
+        (["predict", "CHECKPOINT", "--checkpoint", "CHECKPOINT"], "1 of 1 images could not be read"),
+        (["predict", "CHECKPOINT", "--checkpoint", "nowhere.pth"], "nowhere.pth"),
     ],
 )
 def test_a_wrong_call_is_one_line_and_exit_status_2(arguments, part, checkpoint, capsys):

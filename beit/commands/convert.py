@@ -1,27 +1,16 @@
 """`beit convert`: a checkpoint of any dialect in another one, or as a graph that runs without this library."""
 
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 
 from beit.checkpoints.export import convert
 from beit.checkpoints.formats import dialects
 from beit.checkpoints.graphs import export_graph
-from beit.config import option
+from beit.commands.settings import ConvertConfig
 from beit.errors import InputError
 from beit.registry import FORMATS
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ConvertConfig:
-    """The settings of ``beit convert``."""
-
-    checkpoint: str = option("", "checkpoint: file, folder, released name, address or hub id", positional=True)
-    output: str = option("", "file to write; a folder for huggingface, and optionally for timm", positional=True)
-    to: str | None = option(None, "format to write", choices=FORMATS)
-    features: bool = option(False, "onnx and torch_export: export the features before the head, not the logits")
 
 
 def main(config: ConvertConfig) -> None:

@@ -1,4 +1,4 @@
-"""Weighted nearest neighbours: how well do distances between frozen features tell classes apart? Nothing is trained.
+"""``beit knn``: weighted nearest-neighbour classification with frozen features; nothing is trained.
 
 Source: instance discrimination (arXiv 1805.01978), section 3.4; the setting of DINO (arXiv 2104.14294).
 """
@@ -6,31 +6,24 @@ Source: instance discrimination (arXiv 1805.01978), section 3.4; the setting of 
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit.checkpoints.load import architecture_of, read_weights
-from beit.config import Size, option
-from beit.data.classification import (
-    DATA_SETS,
-    ClassificationEvalTransform,
-    LabelledImages,
-    check_classes,
-    find_images,
-    labelled_dataset,
-)
+from beit.checkpoints.load import Metadata, architecture_of, read_weights
+from beit.commands.settings import KnnConfig
+from beit.config import check_settings
+from beit.data.classification import LabelledImages, check_classes, find_images, labelled_dataset
+from beit.data.datasets import Transform
 from beit.data.loaders import EpochLoader
 from beit.errors import InputError
 from beit.features import Feature, FrozenFeatures
 from beit.inference import Preprocessing, preprocessing_of
 from beit.modeling import Backbone
 from beit.storage import atomic_write
-from beit.tasks.settings import AMP_CHOICES
 from beit.training import distributed
 from beit.training.precision import Precision, resolve_amp_dtype
 from beit.training.session import Session, open_session
@@ -38,49 +31,19 @@ from beit.zoo import build, create_model, open_model
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 2048  # queries, and candidates, whose similarities are computed at once: 16 MB
-LARGE_BANK = 16e9  # bytes of host memory from which on features are worth a warning
-
-
-@dataclass(frozen=True)
-class KnnConfig:
-    """The flags of ``beit knn``."""
-
-    checkpoint: str = option("", "a path, a released name, a URL or a hub id; empty for --model, untrained")
-    model: str = option("beit_base_patch16_224", "model name, where there is no --checkpoint")
-    model_kwargs: dict[str, Any] | None = option(
-        None, "more of the constructor of --model, such as patch_size=8 embed_dim=128"
-    )
-    untrained: bool = option(False, "take the checkpoint's architecture and not its weights, to compare with")
-    data_set: str = option("IMNET", "kind of data; CIFAR is CIFAR-100", choices=DATA_SETS)
-    data_path: str = option("", "folder of the data; with IMNET that of train and val")
-    eval_data_path: str | None = option(None, "folder of validation images, for --data_set image_folder")
-    input_size: Size | None = option(
-        None, "size of the images, in pixels (HEIGHTxWIDTH or one number); the model's own"
-    )
-    layers: tuple[int, ...] = option((), "blocks whose output is taken, from 0 on; all by default")
-    pool: tuple[str, ...] = option(("mean", "cls"), "what is taken of a block: mean, cls, cls_mean")
-    k: tuple[int, ...] = option((10, 20), "how many neighbours vote")
-    temperature: float = option(0.07, "a vote weighs exp(cosine similarity / temperature)")
-    batch_size: int = option(64, "images per process and batch")
-    num_workers: int = option(10, "data-loading processes per process")
-    output: str = option("", "JSON file for the numbers", short="-o")
-    device: str = option("cuda", "cuda, cpu or mps; the CPU where there is no CUDA")
-    amp_dtype: str = option("auto", "number format of the forward pass", choices=AMP_CHOICES)
-    seed: int = option(0, "seed of an untrained model's weights")
-    local_rank: int = option(-1, "GPU of this process, as old launchers pass it; LOCAL_RANK wins")
-    dist_url: str = option("env://", "where the processes meet")
+CHUNK = 2048  # queries, and candidates, per block of similarities: 16 MB
+LARGE_BANK = 16e9  # bytes of host memory from which to warn
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one feature scores.
+    """The score of one feature.
 
     Args:
-        layer: The block, from 0 on.
-        pool: What is taken of it.
-        k: How many neighbours vote.
-        acc1: Validation images whose class is told right, in percent.
+        layer: The block, from 0.
+        pool: How its tokens were pooled.
+        k: Number of neighbours.
+        acc1: Top-1 accuracy on the validation images, in percent.
     """
 
     layer: int
@@ -90,7 +53,11 @@ class Result:
 
 
 def main(config: KnnConfig) -> None:
-    """Scores features as the flags say; writes a table to standard output."""
+    """Scores features and writes a table to standard output, and optionally a JSON file.
+
+    Raises:
+        InputError: As for :func:`evaluate`.
+    """
     results = evaluate(config)
     if not results:  # on all but the main process
         return
@@ -99,24 +66,33 @@ def main(config: KnnConfig) -> None:
         mark = "  <- best" if result is best else ""
         sys.stdout.write(f"layer {result.layer:2}  {result.pool:<8}  k {result.k:3}  acc1 {result.acc1:6.2f}{mark}\n")
     if config.output:
-        _write(config, results, best)
+        content = {"checkpoint": config.checkpoint, "untrained": config.untrained or not config.checkpoint}
+        content |= {"best": vars(best), "results": [vars(result) for result in results]}
+        with atomic_write(config.output) as file:
+            file.write(json.dumps(content, indent=2).encode() + b"\n")
 
 
 def best_of(results: Sequence[Result]) -> Result:
-    """Returns the result with the highest accuracy, the first of equals."""
+    """Returns the result with the highest accuracy, the first one if several are equal."""
     return max(results, key=lambda result: result.acc1)
 
 
 def evaluate(config: KnnConfig) -> list[Result]:
-    """Scores features of every block asked for, on any number of processes.
+    """Scores features of the chosen blocks, on any number of processes.
 
     Returns:
-        A result for each block, pool and k, on the main process; nothing on the others.
+        A result for each block, pool and k on the main process; an empty list on the others.
 
     Raises:
-        InputError: Images or checkpoint are missing, or a setting cannot be used.
+        InputError: Images or checkpoint are missing, or settings contradict each other.
     """
     check_settings(config)
+    if not config.data_path:
+        raise InputError("--data_path is missing: the folder of the images, with train and val in it")
+    if not config.k:
+        raise InputError("--k is empty: give one or more numbers of neighbours")
+    if config.untrained and not config.checkpoint:
+        raise InputError("--untrained needs a --checkpoint, for its architecture; --model alone is untrained anyway")
     with open_session(
         device=config.device,
         output_dir=None,
@@ -125,43 +101,37 @@ def evaluate(config: KnnConfig) -> list[Result]:
         local_rank=config.local_rank,
         dist_url=config.dist_url,
     ) as session:
-        train = find_images(config.data_set, config.data_path, config.eval_data_path, train=True)
-        val = find_images(config.data_set, config.data_path, config.eval_data_path, train=False)
+        source = (config.data_set, config.data_path, config.eval_data_path)
+        train, val = find_images(*source, train=True), find_images(*source, train=False)
         num_classes = len(check_classes([train, val]))
         if max(config.k) > len(train):
             raise InputError(f"--k {max(config.k)} neighbours, but {train.root} has {len(train)} images")
         model, preprocessing = build_model(config)
-        features = freeze(config, model.to(session.device), preprocessing, session)
-        _warn_of_size(features, len(train) + len(val), session)
-        bank = compute(config, train, features, preprocessing, session, strict=False)
-        queries = compute(config, val, features, preprocessing, session, strict=True)
-        results = [
-            result for f in features.features for result in score(config, f, bank, queries, num_classes, session.device)
-        ]
-        return results if distributed.is_main() else []
-
-
-def check_settings(config: KnnConfig) -> None:
-    """Raises :class:`InputError` for the first setting that cannot be used."""
-    if not config.data_path:
-        raise InputError("--data_path is missing: the folder of the images, with train and val in it")
-    if not config.k or min(config.k) < 1:
-        raise InputError(f"--k {' '.join(map(str, config.k))}: one neighbour or more must vote")
-    if config.temperature <= 0:
-        raise InputError(f"--temperature {config.temperature}: must be above 0")
-    if config.untrained and not config.checkpoint:
-        raise InputError(
-            "--untrained needs a --checkpoint to take the architecture from; without one, --model is untrained"
+        features = FrozenFeatures(
+            model.to(session.device),
+            layers=config.layers,
+            pools=config.pool,
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+            precision=Precision(resolve_amp_dtype(config.amp_dtype, session.device), session.device),
         )
+        needed = 4 * sum(f.size for f in features.features) * (len(train) + len(val)) / session.world_size
+        if needed > LARGE_BANK:
+            logger.warning("the features need %.0f GB of memory per process; fewer --layers need less", needed / 1e9)
+        transform = preprocessing.transform
+        bank = compute(config, train, features, transform, session, strict=False)
+        queries = compute(config, val, features, transform, session, strict=True)
+        found = [score(config, f, bank, queries, num_classes, session.device) for f in features.features]
+        return [result for results in found for result in results] if distributed.is_main() else []
 
 
 def build_model(config: KnnConfig) -> tuple[Backbone, Preprocessing]:
-    """Opens the checkpoint, or builds an untrained model; and says how it wants its images.
+    """Opens the checkpoint, or builds an untrained model, and returns it with its preprocessing.
 
     Raises:
         InputError: There is no such checkpoint or model.
     """
-    metadata: Mapping[str, Any] = {}
+    metadata: Metadata = {}
     if config.untrained:
         weights, metadata = read_weights(config.checkpoint)
         model = build(architecture_of(weights, metadata), metadata.get("layer_norm_eps"))
@@ -178,28 +148,14 @@ def build_model(config: KnnConfig) -> tuple[Backbone, Preprocessing]:
     return model, preprocessing_of(model, metadata)
 
 
-def freeze(config: KnnConfig, model: Backbone, preprocessing: Preprocessing, session: Session) -> FrozenFeatures:
-    """Returns what computes the features."""
-    precision = Precision(resolve_amp_dtype(config.amp_dtype, session.device), session.device)
-    mean, std = preprocessing.mean, preprocessing.std
-    return FrozenFeatures(model, layers=config.layers, pools=config.pool, mean=mean, std=std, precision=precision)
-
-
-def _warn_of_size(features: FrozenFeatures, images: int, session: Session) -> None:
-    needed = 4 * sum(feature.size for feature in features.features) * images / session.world_size
-    if needed > LARGE_BANK:
-        logger.warning("the features need %.0f GB of memory a process: fewer --layers need less", needed / 1e9)
-
-
-# ------------------------------------------------------------------------------------------------------- the features
 @dataclass(frozen=True)
 class Share:
     """This process's part of a data set's features.
 
     Args:
         features: By name, float32 ``(n, D)``, of length 1, in host memory.
-        labels: int64 ``(n,)``; -1 where there is none.
-        positions: Where in the data set each is, int64 ``(n,)``.
+        labels: int64 ``(n,)``; -1 for unreadable images.
+        positions: Their positions in the data set, int64 ``(n,)``.
         images: Length of the whole data set.
     """
 
@@ -213,15 +169,14 @@ def compute(
     config: KnnConfig,
     images: LabelledImages,
     features: FrozenFeatures,
-    preprocessing: Preprocessing,
+    transform: Transform,
     session: Session,
     strict: bool,
 ) -> Share:
     """Computes the features of this process's part of a data set, each image once over all processes.
 
-    In the place of an image that cannot be read there is another; with ``strict`` its label is -1.
+    An unreadable image is replaced by another one; with ``strict`` its label is -1.
     """
-    transform: ClassificationEvalTransform = preprocessing.transform
     loader = EpochLoader(
         labelled_dataset(images, transform, config.seed, strict),
         config.batch_size,
@@ -258,77 +213,37 @@ def score(
     for k in config.k:
         votes = vote(similarities[:, :k], labels[indices[:, :k]], config.temperature, num_classes)
         right = distributed.sum_over_ranks((votes.argmax(dim=1) == own).sum())
-        acc1 = 100 * right.item() / readable
-        results.append(Result(feature.layer, feature.pool, k, acc1))
-        logger.info("layer %d, %s, k %d: Acc@1 %.2f", feature.layer, feature.pool, k, acc1)
+        results.append(Result(feature.layer, feature.pool, k, 100 * right.item() / readable))
+        logger.info("layer %d, %s, k %d: Acc@1 %.2f", feature.layer, feature.pool, k, results[-1].acc1)
     return results
 
 
 def whole(share: Share, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Puts the parts of all processes together: features ``(images, D)`` and labels ``(images,)`` on the device.
+    """Joins the parts of all processes: features ``(images, D)`` and labels ``(images,)`` on the device.
 
-    Every process ends up with the same rows in the data set's order, whatever the number of processes.
+    Every process gets the same rows in the data set's order, whatever the number of processes.
     """
-    own = share.features[name]
+    own, positions = share.features[name], share.positions.to(device)
     rows = torch.zeros(share.images, own.shape[1], device=device)
     labels = torch.zeros(share.images, dtype=torch.long, device=device)
-    positions = share.positions.to(device)
     rows[positions], labels[positions] = own.to(device), share.labels.to(device)
     return distributed.sum_over_ranks(rows), distributed.sum_over_ranks(labels)
 
 
-# ----------------------------------------------------------------------------------------------------- the neighbours
-def knn_accuracy(
-    train_features: Tensor,
-    train_labels: Tensor,
-    test_features: Tensor,
-    test_labels: Tensor,
-    k: int = 20,
-    temperature: float = 0.07,
-    num_classes: int | None = None,
-) -> float:
-    """Classifies by a vote of the ``k`` nearest training features, weighed by ``exp(cosine similarity / temperature)``.
-
-    Args:
-        train_features: ``(N, D)``, of any length.
-        train_labels: int64 ``(N,)``.
-        test_features: ``(M, D)``.
-        test_labels: int64 ``(M,)``.
-        k: How many neighbours vote, at most ``N``.
-        temperature: The smaller, the more the nearest ones count.
-        num_classes: How many classes there are; as many as the labels need by default.
-
-    Returns:
-        Test features whose class gets the most votes, in percent.
-
-    Raises:
-        InputError: ``k`` is not between 1 and ``N``.
-    """
-    if not 1 <= k <= len(train_features):
-        raise InputError(f"k is {k}: between 1 and the {len(train_features)} training features can vote")
-    classes = num_classes or int(torch.cat([train_labels, test_labels]).max()) + 1
-    queries, candidates = F.normalize(test_features, dim=-1), F.normalize(train_features, dim=-1)
-    similarities, indices = nearest(queries, candidates, k)
-    votes = vote(similarities, train_labels[indices], temperature, classes)
-    return 100 * (votes.argmax(dim=1) == test_labels).double().mean().item()
-
-
 def nearest(queries: Tensor, candidates: Tensor, k: int, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
-    """Finds the most similar candidates of each query, exactly, with a part of the similarities in memory at a time.
+    """Finds the most similar candidates of each query, exactly, keeping one block of similarities in memory.
 
     Args:
         queries: ``(M, D)``, of length 1.
         candidates: ``(N, D)``, of length 1.
-        k: How many to find, at most ``N``.
-        chunk: Queries, and candidates, to compare at once.
+        k: Number of candidates to find, at most ``N``.
+        chunk: Queries, and candidates, per block.
 
     Returns:
-        Cosine similarities, the highest first, and indices of candidates, both ``(M, k)``.
+        Cosine similarities in descending order, and indices of candidates, both ``(M, k)``.
     """
     found = [_nearest_of_all(part, candidates, k, chunk) for part in queries.split(chunk)]
-    values = torch.cat([values for values, _ in found]) if found else queries.new_empty(0, k)
-    indices = torch.cat([indices for _, indices in found]) if found else torch.empty(0, k, dtype=torch.long)
-    return values, indices.to(queries.device)
+    return torch.cat([values for values, _ in found]), torch.cat([indices for _, indices in found])
 
 
 def _nearest_of_all(queries: Tensor, candidates: Tensor, k: int, chunk: int) -> tuple[Tensor, Tensor]:
@@ -345,13 +260,6 @@ def _nearest_of_all(queries: Tensor, candidates: Tensor, k: int, chunk: int) -> 
 
 def vote(similarities: Tensor, labels: Tensor, temperature: float, num_classes: int) -> Tensor:
     """Returns the votes ``(M, num_classes)`` of neighbours with these similarities and labels, both ``(M, k)``."""
-    # Relative to the nearest, whose vote is 1: exp(1 / temperature) would leave float32's range below 0.0113.
+    # Relative to the nearest, whose vote is 1: exp(1 / temperature) would overflow float32 below 0.0113.
     weights = ((similarities - similarities[:, :1]) / temperature).exp()
     return weights.new_zeros(len(weights), num_classes).scatter_add_(1, labels, weights)
-
-
-def _write(config: KnnConfig, results: Sequence[Result], best: Result) -> None:
-    with atomic_write(config.output) as file:
-        content = {"checkpoint": config.checkpoint, "untrained": config.untrained or not config.checkpoint}
-        content |= {"best": vars(best), "results": [vars(result) for result in results]}
-        file.write(json.dumps(content, indent=2).encode() + b"\n")

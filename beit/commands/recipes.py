@@ -10,6 +10,7 @@ from typing import Any
 from beit.commands import memory
 from beit.commands.published import LAUNCHERS, SEGMENTATION, TASKS, Plan, Recipe, command, plan, read_recipe, workload
 from beit.commands.reproducing import document
+from beit.commands.settings import ListConfig, ShowConfig
 from beit.config import option, recipe_names
 from beit.errors import InputError, did_you_mean
 from beit.storage import atomic_write
@@ -17,20 +18,6 @@ from beit.storage import atomic_write
 logger = logging.getLogger(__name__)
 
 UNMEASURED = "quoted: by the source, not measured with this library"
-
-
-@dataclass(frozen=True)
-class ListConfig:
-    """The arguments of ``beit recipes list``."""
-
-    task: str = option("", f"only runs of this task: {', '.join(TASKS)}")
-
-
-@dataclass(frozen=True)
-class ShowConfig:
-    """The arguments of ``beit recipes show``."""
-
-    name: str = option("", "a recipe's name, or the path of one of your own (.yaml)", positional=True)
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,13 @@
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
 from beit.commands import report_results, report_runs
 from beit.commands.run_record import Kind, RunRecord, read_run
-from beit.config import option
+from beit.commands.settings import ReportConfig
 from beit.errors import InputError
 from beit.storage import atomic_write
 from beit.visualization.curves import BOOKKEEPING, Curve, diagrams
@@ -48,20 +48,6 @@ OTHER_METRICS = {
     "aux_loss": "loss of the auxiliary head",
 }
 BASELINE, BASELINE_OF = "most_frequent_acc", "mlm_acc"  # a curve that belongs into another's diagram
-
-
-@dataclass(frozen=True)
-class ReportConfig:
-    """The arguments of ``beit report``."""
-
-    runs: tuple[str, ...] = option((), "run folders, with a log.txt each", positional=True)
-    output: str = option("", "the page to write, such as report.html", short="-o")
-    title: str = option("Training report", "what stands above")
-    recipe: tuple[str, ...] = option(
-        (), "published runs to compare with, one for all folders or one each (- for none); as started by default"
-    )
-    pictures: tuple[str, ...] = option((), "more pictures to show, PNG")
-    results: tuple[str, ...] = option((), "more results to show, JSON, as `beit knn --output` writes them")
 
 
 def main(config: ReportConfig) -> None:

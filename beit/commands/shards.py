@@ -5,12 +5,11 @@ import os
 import shlex
 import sys
 import tarfile
-from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from beit.config import option
+from beit.commands.settings import ShardsConfig
 from beit.data.index import ImageIndex, index_images
 from beit.data.shards import CLASS_NAMES_FILE, LABEL_EXTENSION, add_member
 from beit.errors import InputError
@@ -19,24 +18,15 @@ from beit.storage import atomic_write
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class ShardsConfig:
-    """The arguments of ``beit shards``."""
-
-    source: str = option("", "folder of images, text file of paths, or other shards", positional=True)
-    destination: str = option("", "folder for the shards; it must hold none", positional=True)
-    images_per_shard: int = option(10_000, "images in each shard but the last")
-
-
 def main(config: ShardsConfig) -> None:
     """Writes shards and prints the ``--data_path`` that reads them.
 
     Raises:
         InputError: There are no images, there are shards already, or the folder cannot be written.
     """
-    if not config.source or not config.destination:
-        raise InputError("give the images and a folder for the shards: beit shards SOURCE DESTINATION")
-    pattern = write_shards(index_images(config.source), config.destination, config.images_per_shard)
+    if not config.data_path or not config.output_dir:
+        raise InputError("give the images and a folder for the shards: beit shards DATA_PATH OUTPUT_DIR")
+    pattern = write_shards(index_images(config.data_path), config.output_dir, config.images_per_shard)
     sys.stdout.write(f"--data_path {shlex.quote(pattern)}\n")
 
 

@@ -1,126 +1,104 @@
-"""Pictures of pre-training: what a model makes of masked images, and the curves of training logs."""
+"""``beit visualize reconstruct``, ``embeddings`` and ``curves``: predictions, features and the course of runs."""
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from beit.commands.visualize_inputs import Shown, image_files, read_shown
-from beit.config import from_plain, option
-from beit.data.datasets import sample_randomness
+from beit.commands.settings import CurvesConfig, EmbeddingsConfig, ReconstructConfig
+from beit.commands.visualize_inputs import Shown, Viewer, image_files, open_viewer, read_shown, spread
+from beit.config import from_plain
+from beit.data.datasets import ImageIndex, UnreadableImageError, index_images, read_image, sample_randomness
 from beit.data.preprocessing import normalization
 from beit.errors import InputError
+from beit.features import FrozenFeatures
 from beit.modeling import VisionTransformerForMaskedImageModeling
 from beit.storage import load_checkpoint
 from beit.targets import PredictionTarget
 from beit.tasks.pretraining import (
     MaskedPrediction,
-    PretrainingConfig,
     build_mask_generator,
     build_model,
     build_target,
     evaluation_transform,
 )
+from beit.tasks.settings import PretrainingConfig
 from beit.training.checkpoint import load_exactly
 from beit.training.distributed import select_device
+from beit.training.precision import Precision, resolve_amp_dtype
 from beit.visualization.curves import overlaid, read_log
+from beit.visualization.embeddings import check_embedding, embed, group_by_class
 from beit.visualization.figures import check_picture_name, draw_panels
-from beit.visualization.plots import draw_curves
-from beit.visualization.reconstructions import Reconstructions
-from beit.visualization.reconstructions import reconstruct as reconstruct_tensors
+from beit.visualization.plots import draw_curves, draw_points
+from beit.visualization.reconstructions import reconstruct as reconstruct_batch
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class CurvesConfig:
-    """The arguments of ``beit visualize curves``."""
-
-    logs: tuple[str, ...] = option((), "log.txt files, or the run folders they are in", positional=True)
-    output: str = option("curves.png", "the picture to write, .png or .svg", short="-o")
-    metrics: tuple[str, ...] = option((), "metrics to draw, such as loss mlm_acc; all but bookkeeping by default")
-
-
 def curves(config: CurvesConfig) -> None:
-    """Draws the numbers of one or several runs over epochs, or over optimizer steps where the runs log those.
+    """Draws the logged metrics of some runs over epochs, or over optimizer steps if the runs log them.
 
     Raises:
-        InputError: A log is missing or none, or holds nothing to draw.
+        InputError: A log cannot be read, or there is nothing to draw.
     """
     check_picture_name(config.output)
-    runs = {_run_name(path, config.logs): read_log(path) for path in config.logs}
+    folders = [path if path.is_dir() else path.parent for path in (Path(log).resolve() for log in config.logs)]
+    names = [folder.name for folder in folders]
+    labels = [name if names.count(name) == 1 else log for name, log in zip(names, config.logs, strict=True)]
+    runs = {label: read_log(log) for label, log in zip(labels, config.logs, strict=True)}
     draw_curves(config.output, overlaid(runs, config.metrics))
     logger.info("%s written", config.output)
 
 
-def _run_name(path: str, paths: Sequence[str]) -> str:
-    """Names a run after its folder, or after the whole path where two folders have the same name."""
-    folders = [_folder(other).name for other in paths]
-    name = _folder(path).name
-    return name if folders.count(name) == 1 else str(path)
-
-
-def _folder(path: str) -> Path:
-    resolved = Path(path).resolve()
-    return resolved if resolved.is_dir() else resolved.parent
-
-
-@dataclass(frozen=True)
-class ReconstructConfig:
-    """The arguments of ``beit visualize reconstruct``."""
-
-    checkpoint: str = option("", "checkpoint of a pre-training run")
-    tokenizer: str = option("", "folder of its tokenizer, if it predicts tokens; the run's own by default")
-    images: tuple[str, ...] = option((), "image files, folders of images, or shards-{000..127}.tar")
-    output: str = option("reconstructions.png", "the picture to write, .png or .svg", short="-o")
-    limit: int = option(8, "most images to draw")
-    seed: int = option(0, "seed of the masks")
-    device: str = option("cpu", "cuda, cpu or mps")
-
-
 def reconstruct(config: ReconstructConfig) -> None:
-    """Draws image, masked image and predictions: of tokens also what the tokenizer itself makes of the image."""
+    """Draws images, masked images and predictions; for a model of tokens also the tokenizer's own reconstructions.
+
+    Raises:
+        InputError: There is no such image, checkpoint or tokenizer.
+    """
     if not config.checkpoint or not config.images:
-        raise InputError("--checkpoint and --images are needed: a pre-training checkpoint, and what to show it")
+        raise InputError("--checkpoint and --images are needed: a pre-training checkpoint, and images to show")
     check_picture_name(config.output)
     paths = image_files(config.images, config.limit)
-    device = select_device(config.device, 0)
-    pretraining, model, target = load_pretrained(config.checkpoint, config.tokenizer, device)
-    result = reconstruct_files(paths, pretraining, model, target, config.seed)
-    draw_panels(config.output, result.panels(), result.captions())
+    run, model, target = open_pretrained(config.checkpoint, config.tokenizer, select_device(config.device, 0))
+    draw_panels(config.output, *reconstruct_files(paths, run, model, target, config.seed))
     logger.info("%s written", config.output)
 
 
-def load_pretrained(
+def open_pretrained(
     checkpoint_path: str | Path, tokenizer_path: str, device: torch.device
 ) -> tuple[PretrainingConfig, VisionTransformerForMaskedImageModeling, PredictionTarget]:
-    """Rebuilds a pre-trained model from its checkpoint, with the target it was trained on.
+    """Rebuilds a pre-trained model from its checkpoint, with its prediction target.
 
     Args:
-        checkpoint_path: A pre-training checkpoint; it holds the settings of its run.
-        tokenizer_path: The tokenizer's folder; empty for the one that the run used.
-        device: Where both go.
+        checkpoint_path: A pre-training checkpoint, which contains the settings of its run.
+        tokenizer_path: Folder of the tokenizer; empty for the one the run used.
+        device: Where to put both.
+
+    Returns:
+        The settings of the run, the model and the target.
 
     Raises:
-        InputError: The file is no pre-training checkpoint, its target is not one of ``--target``, or the tokenizer
-            cannot be loaded.
+        InputError: The file is not a pre-training checkpoint, its target cannot be built from ``--target``, or the
+            tokenizer cannot be loaded.
     """
     checkpoint = load_checkpoint(Path(checkpoint_path))
     settings = checkpoint.get("args") if isinstance(checkpoint, Mapping) else None
     if settings is None or "model" not in checkpoint or "lm_head.weight" not in checkpoint["model"]:
         raise InputError(
-            f"{checkpoint_path} is no checkpoint of pre-training with its settings under 'args', so there is nothing "
+            f"{checkpoint_path} is not a pre-training checkpoint with its settings under 'args', so there is nothing "
             "to reconstruct; the other `beit visualize` commands take any BEiT"
         )
     config = from_plain(PretrainingConfig, settings if isinstance(settings, dict) else vars(settings))
     config = replace(config, discrete_vae_weight_path=tokenizer_path or config.discrete_vae_weight_path)
     if config.target == "tokens" and not config.discrete_vae_weight_path:
-        raise InputError("--tokenizer is missing: the folder of the tokenizer that the model was trained with")
+        raise InputError("--tokenizer is missing: the folder of the tokenizer the model was trained with")
     target = build_target(config, device)
     if (learned := checkpoint.get("target", target.name)) != target.name:
-        raise InputError(f"{checkpoint_path} learned to predict {learned}, which this command cannot draw")
+        raise InputError(f"{checkpoint_path} was trained to predict {learned}, which this command cannot draw")
     model = build_model(config, target.output_size).to(device)
     load_exactly(model, checkpoint["model"], str(checkpoint_path))
     return config, model, target
@@ -128,24 +106,27 @@ def load_pretrained(
 
 def reconstruct_files(
     images: Sequence[Shown],
-    config: PretrainingConfig,
+    run: PretrainingConfig,
     model: VisionTransformerForMaskedImageModeling,
     target: PredictionTarget,
     seed: int = 0,
-) -> Reconstructions:
+) -> tuple[dict[str, Tensor], list[str]]:
     """Masks images as in pre-training and lets a model fill them in.
 
     Args:
         images: Files, or images in shards.
-        config: The settings of the model's run.
+        run: The settings of the model's run.
         model: The model.
         target: What it was trained to predict.
         seed: Seed of the masks.
 
+    Returns:
+        Panels and captions, as :func:`beit.visualization.reconstructions.reconstruct` does.
+
     Raises:
-        InputError: One cannot be read.
+        InputError: An image cannot be read.
     """
-    transform = evaluation_transform(config, target, build_mask_generator(config, model.patch_embed.grid_size))
+    transform = evaluation_transform(run, target, build_mask_generator(run, model.patch_embed.grid_size))
     samples = []
     for number, shown in enumerate(images):
         image = read_shown(shown)
@@ -153,5 +134,74 @@ def reconstruct_files(
             samples.append(transform(image, rng))
     device = next(model.parameters()).device
     batch = {name: torch.stack([sample[name] for sample in samples]).to(device) for name in samples[0]}
-    outputs_of_all = MaskedPrediction(target, *normalization(config.imagenet_default_mean_and_std)).outputs_of_all
-    return reconstruct_tensors(model, outputs_of_all, target, batch)
+    outputs_of_all = MaskedPrediction(target, *normalization(run.imagenet_default_mean_and_std)).outputs_of_all
+    return reconstruct_batch(model, outputs_of_all, target, batch)
+
+
+def embeddings(config: EmbeddingsConfig) -> None:
+    """Draws the features of images as points in 2D, coloured by class.
+
+    Raises:
+        InputError: The folder has no classes, or there is no such checkpoint or block.
+    """
+    check_picture_name(config.output)
+    index = find_classes(config.data_path)
+    check_embedding(min(len(index), config.limit), config.method)
+    viewer = open_viewer(config.checkpoint, config.input_size, config.device)
+    precision = Precision(resolve_amp_dtype(config.amp_dtype, viewer.device), viewer.device)
+    layers, pools = (config.block,), (config.pool,)
+    frozen = FrozenFeatures(
+        viewer.model, layers=layers, pools=pools, mean=viewer.mean, std=viewer.std, precision=precision
+    )
+    features, labels = compute(index, spread(len(index), config.limit), viewer, frozen, config.batch_size)
+    points, axes = embed(features, config.method, config.seed)
+    groups = [(name, points[where]) for name, where in group_by_class(labels, index.class_names)]
+    others = None
+    if not groups[-1][0]:
+        rest = len(labels.unique()) - len(groups) + 1
+        others = (f"{rest} other class{'es' if rest > 1 else ''}", groups.pop()[1])
+    pool = {"mean": "mean of patch tokens", "cls": "class token"}.get(config.pool, config.pool)
+    title = f"{len(labels)} images, block {frozen.layers[0]}, {pool}: {Path(config.checkpoint).name}"
+    draw_points(config.output, groups, axes, title, others)
+    logger.info("%s written", config.output)
+
+
+def find_classes(folder: str) -> ImageIndex:
+    """Lists a folder with one folder per class, or shards of images with classes.
+
+    Raises:
+        InputError: There is no such folder or shard, or it has no classes.
+    """
+    if not folder:
+        raise InputError("--data_path is missing: a folder with one folder of images per class, or shards")
+    index = index_images(folder)
+    if not index.class_names:
+        raise InputError(
+            f"{folder} has no classes: put the images of each class into a folder of its own (in shards every image "
+            "needs its class in a .cls)"
+        )
+    return index
+
+
+def compute(
+    index: ImageIndex, numbers: Sequence[int], viewer: Viewer, frozen: FrozenFeatures, batch_size: int
+) -> tuple[Tensor, Tensor]:
+    """Computes one feature, float32 ``(N, D)``, and the class ``(N,)`` of the readable ones of an index's images.
+
+    Raises:
+        InputError: None of them can be read.
+    """
+    features, labels = [], []
+    for start in range(0, len(numbers), batch_size):
+        views = []
+        for number in numbers[start : start + batch_size]:
+            try:
+                views.append(viewer.transform(read_image(index.file(number)))["image"])
+                labels.append(index.class_id(number))
+            except (OSError, UnreadableImageError) as error:
+                logger.warning("skipped %s: %s", index.path(number), error)
+        if views:
+            features += [feature.cpu() for feature in frozen(torch.stack(views).to(viewer.device)).values()]
+    if not features:
+        raise InputError(f"none of the {len(numbers)} images of {index.root} can be read")
+    return torch.cat(features), torch.tensor(labels)

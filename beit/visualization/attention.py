@@ -1,6 +1,7 @@
-"""Where blocks look: attention maps of chosen patches, and how far away from a patch each head looks."""
+"""Attention maps of chosen patches, the mean attention distance of each head, and bias tables as images."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
@@ -8,17 +9,18 @@ from torch import Tensor
 
 from beit.errors import InputError
 from beit.modeling import Backbone
+from beit.relative_position import CLASS_TOKEN_ROWS
 
 Query = tuple[int, int]  # row and column of a patch, from 0
 
 
 def attention_by_block(model: Backbone, images: Tensor, bool_masked_pos: Tensor | None = None) -> Iterator[Tensor]:
-    """Runs images through a model once, and stops at each block for its attention probabilities.
+    """Runs images through a model once, and yields the attention probabilities of each block.
 
     Args:
         model: Any backbone, in evaluation mode.
         images: Normalised, ``(B, 3, H, W)``.
-        bool_masked_pos: Patches that a pre-trained model does not see, bool ``(B, h, w)``.
+        bool_masked_pos: Patches to mask for a pre-trained model, bool ``(B, h, w)``.
 
     Yields:
         ``(B, heads, N + 1, N + 1)``, indexed by query and key; only one block's are in memory at a time.
@@ -32,30 +34,26 @@ def attention_by_block(model: Backbone, images: Tensor, bool_masked_pos: Tensor 
 
 
 def query_maps(attention: Tensor, queries: Sequence[Query], grid: tuple[int, int]) -> Tensor:
-    """Takes the attention of some patches out of a block's, arranged as the image is.
+    """Selects the attention of some patches, arranged like the image.
 
     Args:
         attention: Probabilities ``(B, heads, N + 1, N + 1)``.
-        queries: The patches that look.
+        queries: The query patches, see :func:`check_queries`.
         grid: The patch grid ``(h, w)``.
 
     Returns:
-        ``(B, queries, heads, h, w)``. A map sums to 1 less the probability of the class token, which has no place in
+        ``(B, queries, heads, h, w)``. A map sums to 1 minus the probability of the class token, which has no place in
         the image.
-
-    Raises:
-        InputError: A query is outside the grid.
 
     Source: BEiT (arXiv 2106.08254), figure 2.
     """
-    check_queries(queries, grid)
     height, width = grid
     tokens = [1 + row * width + column for row, column in queries]
     return rearrange(attention[:, :, tokens, 1:], "b heads q (h w) -> b q heads h w", h=height)
 
 
 def check_queries(queries: Sequence[Query], grid: tuple[int, int]) -> None:
-    """Raises :class:`InputError` for the first query that is outside a patch grid ``(h, w)``."""
+    """Raises :class:`InputError` for the first query outside a patch grid ``(h, w)``."""
     height, width = grid
     for row, column in queries:
         if not (0 <= row < height and 0 <= column < width):
@@ -66,7 +64,7 @@ def check_queries(queries: Sequence[Query], grid: tuple[int, int]) -> None:
 
 
 def default_queries(grid: tuple[int, int]) -> list[Query]:
-    """Returns a few patches that are far apart: the centre, and the middles of two opposite quarters."""
+    """Returns a few patches far from each other: the centre, and the centres of two opposite quarters."""
     height, width = grid
     places = [(height // 2, width // 2), (height // 4, width // 4), (3 * height // 4, 3 * width // 4)]
     return list(dict.fromkeys(places))
@@ -85,10 +83,10 @@ def patch_distances(grid: tuple[int, int], patch_size: tuple[int, int]) -> Tenso
 
 
 def mean_distances(attention: Tensor, distances: Tensor) -> Tensor:
-    """Returns how far each head looks: the distance from a patch to the patches it attends to, in pixels.
+    """Returns the mean attention distance of each head: how far a patch is from those it attends to, in pixels.
 
-    Each key counts with its probability; the class token, which is nowhere, is left out and the probabilities of the
-    patches are scaled to sum to 1. The mean over all query patches is taken after that, so each counts the same.
+    Distances are weighted by the attention probabilities of the patches, rescaled to sum to 1 without the class
+    token, and then averaged over all query patches.
 
     Args:
         attention: Probabilities ``(B, heads, N + 1, N + 1)``.
@@ -97,8 +95,43 @@ def mean_distances(attention: Tensor, distances: Tensor) -> Tensor:
     Returns:
         float64 ``(B, heads)``.
 
-    Source: the attention distance of arXiv 2010.11929, appendix D.7, which says nothing of the class token.
+    Source: ViT (arXiv 2010.11929), appendix D.7, which does not mention the class token.
     """
     between_patches = attention[:, :, 1:, 1:].double()
     seen = between_patches / between_patches.sum(dim=-1, keepdim=True)
     return (seen * distances.to(seen.device)).sum(dim=-1).mean(dim=-1)
+
+
+@dataclass(frozen=True)
+class BiasImages:
+    """One table, as seen from a query patch in the centre.
+
+    Attributes:
+        name: Where the table is used: ``all blocks``, or ``block 3``.
+        grids: ``(heads, 2h - 1, 2w - 1)``; pixel ``(h - 1 + y, w - 1 + x)`` is the bias for a key ``y`` rows below and
+            ``x`` columns to the right of the query.
+        class_token: ``(heads, 3)``: class token to patch, patch to class token, class token to itself.
+    """
+
+    name: str
+    grids: Tensor
+    class_token: Tensor
+
+
+def bias_images(table: Tensor, window: tuple[int, int], name: str = "") -> BiasImages:
+    """Arranges a table ``(rows, heads)`` of a window of ``(h, w)`` patches as images.
+
+    Table rows are offsets of the query from the key, so the images are rotated by 180 degrees: right of the centre is
+    right in the photograph.
+    """
+    values = table.detach().float().cpu()
+    offsets = rearrange(values[:-CLASS_TOKEN_ROWS], "(y x) heads -> heads y x", y=2 * window[0] - 1)
+    return BiasImages(name, offsets.flip(1, 2), values[-CLASS_TOKEN_ROWS:].T)
+
+
+def bias_images_of(model: Backbone) -> list[BiasImages]:
+    """Returns the tables of a model: the shared one, one per block, or none."""
+    owners = {"all blocks": model.rel_pos_bias, **{f"block {n}": block.attn for n, block in enumerate(model.blocks)}}
+    tables = {name: getattr(owner, "relative_position_bias_table", None) for name, owner in owners.items()}
+    window = model.patch_embed.grid_size
+    return [bias_images(table, window, name) for name, table in tables.items() if table is not None]

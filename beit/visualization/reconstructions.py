@@ -1,7 +1,6 @@
-"""What a pre-trained model sees and what it predicts for masked patches, as tensors ready to be drawn."""
+"""What a pre-trained model predicts for masked patches, as images ready to be drawn."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -14,73 +13,44 @@ from beit.targets import PredictionTarget
 MASK_GREY = 0.5
 
 
-@dataclass(frozen=True)
-class Reconstructions:
-    """Several versions of a few images, each ``(B, 3, H', W')`` in [0, 1], on the CPU.
-
-    Attributes:
-        images: The original images.
-        masked: The same with masked patches in grey: what the model sees.
-        predictions: The target's pictures by title. For visual tokens, images decoded from the true tokens, which is
-            the best a model could do, and from predicted tokens at masked patches and true ones elsewhere.
-        scores: The target's scores over the masked patches of each image.
-        masked_patches: Number of masked patches of each image.
-    """
-
-    images: Tensor
-    masked: Tensor
-    predictions: dict[str, Tensor]
-    scores: list[dict[str, float]]
-    masked_patches: list[int]
-
-    def panels(self) -> dict[str, Tensor]:
-        """Returns the versions by column title."""
-        return {"image": self.images, "masked": self.masked, **self.predictions}
-
-    def captions(self) -> list[str]:
-        """Returns the quality of the predictions for each image."""
-        return [_caption(*pair) for pair in zip(self.scores, self.masked_patches, strict=True)]
-
-
-def _caption(scores: Mapping[str, float], patches: int) -> str:
-    if "mlm_acc" in scores:
-        return f"{round(scores['mlm_acc'] * patches)} of {patches} tokens right"
-    return ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
-
-
 @torch.no_grad()
 def reconstruct(
     model: nn.Module, outputs_of_all: Callable[[nn.Module, Batch], Tensor], target: PredictionTarget, batch: Batch
-) -> Reconstructions:
-    """Fills in the masked patches of some images.
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Lets a model fill in the masked patches of some images.
 
-    All tokens of an image are decoded together, so a predicted token also affects the borders of neighbouring patches.
+    Tokens are decoded jointly, so a predicted token also affects the borders of the patches around it.
 
     Args:
-        model: The pre-trained model.
-        outputs_of_all: Computes the outputs at all patches of a batch, ``(B, N, output_size)``.
+        model: A pre-trained model.
+        outputs_of_all: Returns the model's outputs for all patches of a batch, ``(B, N, output_size)``.
         target: What the model was trained to predict.
-        batch: Views and masks as described in :mod:`beit.targets`, on the model's device.
+        batch: Views and masks, as described in :mod:`beit.targets`, on the model's device.
+
+    Returns:
+        Versions of the images by title, each ``(B, 3, H', W')`` in [0, 1] on the CPU, and a caption with the score of
+        each image. The versions are the image, the image with masked patches in grey, and the predictions as drawn by
+        the target. For visual tokens these are the images decoded from the true tokens, which no model can beat, and
+        from the predicted tokens at masked patches with the true ones elsewhere.
 
     Source: BEiT (arXiv 2106.08254), figure 1.
     """
     model.eval()
     outputs = outputs_of_all(model, batch).float()
     images, masks = to_unit_range(batch["image"]), batch["mask"]
-    return Reconstructions(
-        images=images.cpu(),
-        masked=hide_patches(images, masks).cpu(),
-        predictions={title: pictures.cpu() for title, pictures in target.pictures(outputs, batch).items()},
-        scores=[_scores(target, outputs, batch, number) for number in range(len(masks))],
-        masked_patches=masks.sum(dim=(1, 2)).tolist(),
-    )
+    panels = {"image": images, "masked": hide_patches(images, masks), **target.pictures(outputs, batch)}
+    captions = [_caption(target, outputs, batch, number) for number in range(len(masks))]
+    return {title: pictures.cpu() for title, pictures in panels.items()}, captions
 
 
-def _scores(target: PredictionTarget, outputs: Tensor, batch: Batch, number: int) -> dict[str, float]:
+def _caption(target: PredictionTarget, outputs: Tensor, batch: Batch, number: int) -> str:
     """Returns the target's scores over the masked patches of one image of a batch."""
     places = batch["mask"][number].flatten().nonzero().flatten()
     truth = target.compute(batch, places + number * outputs.shape[1])
-    return target.scores(target.tally(outputs[number, places], truth), len(places))
+    scores = target.scores(target.tally(outputs[number, places], truth), len(places))
+    if "mlm_acc" in scores:
+        return f"{round(scores['mlm_acc'] * len(places))} of {len(places)} tokens right"
+    return ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
 
 
 def hide_patches(images: Tensor, masks: Tensor) -> Tensor:

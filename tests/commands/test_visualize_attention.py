@@ -7,10 +7,9 @@ from PIL import Image
 
 from beit.__main__ import main as beit
 from beit.commands import visualize_attention
+from beit.commands.settings import AttentionConfig, BiasConfig
 from beit.commands.shards import write_shards
 from beit.commands.visualize_attention import (
-    AttentionConfig,
-    BiasConfig,
     attention,
     attention_rows,
     bias,
@@ -84,7 +83,7 @@ def test_the_pictures_are_the_models_attention(site, drawn, checkpoint, size):
     source = str(site / f"{checkpoint}.pth")
     attention(
         AttentionConfig(
-            images=(image,), checkpoint=source, block=1, heads=("mean", "1"), query=("2,3", "0,1"), size=size
+            images=(image,), checkpoint=source, block=1, heads=("mean", "1"), query=("2,3", "0,1"), input_size=size
         )
     )
     viewer = open_viewer(source, size, "cpu")
@@ -148,13 +147,13 @@ def test_heads_and_patches_are_read():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--block", "3"], "--block 3: the model has 3 blocks, numbered from 0 to 2, or from the end -1 to -3"),
-        (["--block", "-4"], "--block -4: the model has 3 blocks"),
+        (["--block", "3"], "layer 3: the model has 3 blocks, numbered from 0"),
+        (["--block", "-4"], "layer -4: the model has 3 blocks"),
         (["--heads", "2"], "--heads 2: the model has heads 0 to 1"),
         (["--heads", "most"], "--heads most: the model has heads 0 to 1"),
         (["--query", "4,0"], "--query 4,0 is outside the image's 4 x 4 patches"),
         (["--query", "here"], "--query here: give patches as ROW,COLUMN"),
-        (["--size", "36x64"], "--size 36x64: the model cuts images into patches of 8 x 8 pixels"),
+        (["--size", "36x64"], "36 x 64 pixels cannot be cut into patches of 8 x 8"),
         (["--limit", "0"], "--limit 0"),
         (["--mask_patches", "4"], "--mask_patches needs a pre-trained model"),
         (["--mask_patches", "17", "--checkpoint", "{site}/pretrained.pth"], "--mask_patches 17: the image has 4 x 4 ="),
@@ -167,7 +166,7 @@ def test_heads_and_patches_are_read():
         (["--checkpoint", "{site}/nowhere.pth"], "nowhere.pth"),
         (["--checkpoint", ""], "--checkpoint is missing"),
         (["{site}/text.png"], "cannot read the image"),
-        (["{site}/nowhere.png"], "there is no image"),
+        (["{site}/nowhere.png"], "nowhere.png: no such file or folder"),
     ],
 )
 def test_a_mistake_is_refused_in_one_line(site, capsys, arguments, message):
@@ -269,7 +268,7 @@ def test_a_row_a_table_and_a_column_a_head(site, drawn, checkpoint, names):
 
 
 def test_tables_are_resized_on_demand(site, drawn):
-    bias(BiasConfig(checkpoint=str(site / "pretrained.pth"), size=(48, 64)))
+    bias(BiasConfig(checkpoint=str(site / "pretrained.pth"), input_size=(48, 64)))
     assert tuple(drawn[0][0][1][0][0].heat.shape) == (11, 15)
 
 

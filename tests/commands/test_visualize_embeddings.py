@@ -7,9 +7,10 @@ from PIL import Image
 
 import beit as library
 from beit.__main__ import main as beit
-from beit.commands import visualize_embeddings
+from beit.commands import visualize
+from beit.commands.settings import EmbeddingsConfig
 from beit.commands.shards import write_shards
-from beit.commands.visualize_embeddings import EmbeddingsConfig, embeddings
+from beit.commands.visualize import embeddings
 from beit.data.datasets import index_images
 from beit.storage import save_checkpoint
 from beit.visualization.embeddings import pca
@@ -41,7 +42,7 @@ def site(tmp_path_factory):
 def drawn(monkeypatch):
     """What the command hands to the drawing, in place of a picture."""
     calls = []
-    monkeypatch.setattr(visualize_embeddings, "draw_points", lambda *args: calls.append(args))
+    monkeypatch.setattr(visualize, "draw_points", lambda *args: calls.append(args))
     return calls
 
 
@@ -62,7 +63,7 @@ def test_each_class_has_its_images_features(site, drawn, block, pool):
     )
     paths = [str(site / "images" / name / f"{number}.png") for name in ("apple", "pear", "plum") for number in range(4)]
     features = library.extract_feat(str(site / "model.pth"), paths, layer=block, pool=pool)
-    expected = pca(features.double()).points
+    expected, _ = pca(features.double())
     (_, groups, _, _, others) = drawn[0]
     assert [name for name, _ in groups] == ["apple", "pear", "plum"]
     assert others is None
@@ -85,8 +86,8 @@ def test_few_images_are_taken_from_all_classes(site, drawn):
 
 
 def test_classes_that_are_too_many_are_the_rest(site, drawn, monkeypatch):
-    few = visualize_embeddings.group_by_class
-    monkeypatch.setattr(visualize_embeddings, "group_by_class", lambda labels, names: few(labels, names, most=2))
+    few = visualize.group_by_class
+    monkeypatch.setattr(visualize, "group_by_class", lambda labels, names: few(labels, names, most=2))
     embeddings(EmbeddingsConfig(data_path=str(site / "images"), checkpoint=str(site / "model.pth")))
     (_, groups, _, _, others) = drawn[0]
     assert [name for name, _ in groups] == ["apple", "pear"]
@@ -110,14 +111,14 @@ def test_what_cannot_be_read_is_left_out_and_said(site, drawn, tmp_path, caplog)
     ("arguments", "message"),
     [
         (["--data_path", "{site}/images/plum"], "has no classes"),
-        (["--data_path", "{site}/nowhere"], "no such folder"),
+        (["--data_path", "{site}/nowhere"], "no such file or folder"),
         (["--data_path", ""], "--data_path is missing"),
-        (["--block", "3"], "--block 3: the model has 3 blocks, numbered from 0"),
+        (["--block", "3"], "layer 3: the model has 3 blocks, numbered from 0"),
         (["--pool", "map"], "map"),
         (["--method", "umap"], "umap"),
-        (["--size", "33"], "--size 33x33"),
+        (["--size", "33"], "33 x 33 pixels"),
         (["--limit", "3", "--checkpoint", "{site}/nowhere.pth"], "3 images make no picture"),
-        (["--seed", "-1", "--checkpoint", "{site}/nowhere.pth"], "--seed -1: must be from 0"),
+        (["--seed", "-1", "--checkpoint", "{site}/nowhere.pth"], "--seed -1: must be between 0 and"),
         (["--device", "tpux", "--checkpoint", "{site}/nowhere.pth"], "--device tpux"),
         (["--checkpoint", ""], "--checkpoint is missing"),
         (["-o", "a.eps"], ".png or .svg"),

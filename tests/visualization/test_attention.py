@@ -1,4 +1,4 @@
-"""Attention maps and distances, against naive computations from the state dict."""
+"""Attention maps, distances and bias images, against naive computations from the state dict."""
 
 import math
 
@@ -7,8 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from beit.errors import InputError
+from beit.relative_position import relative_position_bias, relative_position_index
 from beit.visualization.attention import (
     attention_by_block,
+    bias_images,
+    bias_images_of,
+    check_queries,
     default_queries,
     mean_distances,
     patch_distances,
@@ -115,7 +119,7 @@ def test_a_patch_outside_the_image_is_refused(query):
         InputError,
         match=rf"--query {query[0]},{query[1]} is outside the image's 3 x 5 patches: rows are 0 to 2, columns 0 to 4",
     ):
-        query_maps(torch.rand(1, 1, 16, 16), [query], GRID)
+        check_queries([query], GRID)
 
 
 def test_distances_are_those_of_a_double_loop():
@@ -153,3 +157,45 @@ def test_default_queries_are_in_the_image_and_all_different(grid):
     queries = default_queries(grid)
     assert len(set(queries)) == len(queries) >= 1
     assert all(0 <= row < grid[0] and 0 <= column < grid[1] for row, column in queries)
+
+
+# Bias tables: against table rows at known offsets, and against the bias that the model adds.
+
+SMALL = {"img_size": (16, 24), "patch_size": 8, "embed_dim": 8, "depth": 2, "num_heads": 2}  # tables of 3 x 5 + 3 rows
+
+
+def test_a_pixel_is_the_table_row_of_its_offset():
+    # Rows count query minus key, row-major from (-1, -2): (0, 0) is row 7. A key one row below and two columns right of
+    # the query is the offset (-1, -2), row 0; two columns left, (0, 2), is row 9.
+    table = torch.arange(18.0)[:, None] * torch.tensor([1.0, 100.0])
+    images = bias_images(table, (2, 3), "block 3")
+    assert images.name == "block 3"
+    assert images.grids.shape == (2, 3, 5)
+    for head, factor in enumerate((1, 100)):
+        assert images.grids[head, 1, 2] == 7 * factor
+        assert images.grids[head, 1 + 1, 2 + 2] == 0
+        assert images.grids[head, 1, 2 - 2] == 9 * factor
+        assert images.class_token[head].tolist() == [15 * factor, 16 * factor, 17 * factor]
+
+
+def test_the_image_is_what_attention_adds():
+    # The image around a query, cut to the window, is the query's row of the bias. Broken by one that is not turned.
+    table = torch.randn(18, 2)
+    bias = relative_position_bias(table, relative_position_index((2, 3)), (2, 3))
+    images = bias_images(table, (2, 3))
+    for row in range(2):
+        for column in range(3):
+            around = images.grids[:, 1 - row : 3 - row, 2 - column : 5 - column]
+            assert torch.equal(around.flatten(1), bias[:, 1 + row * 3 + column, 1:])
+    assert torch.equal(images.class_token, torch.stack([bias[:, 0, 1], bias[:, 1, 0], bias[:, 0, 0]], dim=1))
+
+
+def test_a_shared_table_is_one_a_table_of_each_block_several_and_none_none():
+    shared = create_model("beit_tiny_patch16_224_8k_vocab", **SMALL)
+    assert [images.name for images in bias_images_of(shared)] == ["all blocks"]
+    own = create_model("beit_tiny_patch16_224", **SMALL)
+    own.blocks[1].attn.relative_position_bias_table.data.normal_()
+    images = bias_images_of(own)
+    assert [image.name for image in images] == ["block 0", "block 1"]
+    assert [bool(image.grids.any()) for image in images] == [False, True]
+    assert bias_images_of(create_model("beit_tiny_patch16_224", use_rel_pos_bias=False, **SMALL)) == []

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from beit.errors import InputError
-from beit.visualization.curves import Curve, diagrams, overlaid, read_log
+from beit.visualization.curves import Curve, overlaid, read_log
 
 ENTRIES = [
     {"epoch": 0, "train_loss": 3.0, "train_lr": 0.1, "n_parameters": 5},
@@ -28,10 +28,10 @@ def test_a_folder_stands_for_its_log_and_a_line_cut_off_at_the_end_is_left_out(t
     [
         (None, "cannot read"),
         ("", "no finished epoch"),
-        ("hello\nworld\n", "no run's log"),
-        ("[1]\n{}\n", "no run's log"),
-        ('{"epoch": "x"}\n', "no run's log: each line must be a JSON object whose 'epoch' is a number"),
-        ('{"epoch": null}\n{"epoch": 1}\n', "no run's log"),
+        ("hello\nworld\n", "not a run's log"),
+        ("[1]\n{}\n", "not a run's log"),
+        ('{"epoch": "x"}\n', "not a run's log: each line must be a JSON object whose 'epoch' is a number"),
+        ('{"epoch": null}\n{"epoch": 1}\n', "not a run's log"),
     ],
 )
 def test_what_is_no_log_is_refused_in_one_line(tmp_path, content, message):
@@ -44,7 +44,7 @@ def test_what_is_no_log_is_refused_in_one_line(tmp_path, content, message):
 
 
 def test_a_metric_has_a_curve_for_training_and_one_for_test():
-    assert diagrams({"run": ENTRIES}) == {
+    assert overlaid({"run": ENTRIES}) == {
         "loss": [Curve("train", [1, 2], [3.0, 2.0]), Curve("test", [2], [2.5])],
         "lr": [Curve("train", [1, 2], [0.1, 0.2])],
         "acc": [Curve("test", [2], [0.1])],
@@ -53,7 +53,7 @@ def test_a_metric_has_a_curve_for_training_and_one_for_test():
 
 def test_several_runs_are_told_apart_and_gaps_are_left_out():
     other = [{"epoch": 0, "train_loss": float("nan")}, {"epoch": 1, "train_loss": 1.0}]
-    assert diagrams({"a": ENTRIES, "b": other}, ["loss"])["loss"] == [
+    assert overlaid({"a": ENTRIES, "b": other}, ["loss"])["loss"] == [
         Curve("a train", [1, 2], [3.0, 2.0]),
         Curve("a test", [2], [2.5]),
         Curve("b train", [2], [1.0], run=1),
@@ -62,7 +62,7 @@ def test_several_runs_are_told_apart_and_gaps_are_left_out():
 
 def test_a_metric_nobody_has_is_named_with_near_ones():
     with pytest.raises(InputError, match="did you mean 'loss'"):
-        diagrams({"run": ENTRIES}, ["los"])
+        overlaid({"run": ENTRIES}, ["los"])
 
 
 @pytest.mark.parametrize(

@@ -6,48 +6,47 @@ import numpy as np
 import pytest
 import torch
 
+from beit.commands.settings import PROJECTIONS
 from beit.errors import InputError
-from beit.visualization.embeddings import check_embedding, embed, group_by_class, pca
+from beit.visualization.embeddings import METHODS, check_embedding, embed, group_by_class, pca
 
 
 def test_principal_components_are_numpys_up_to_sign():
     # Broken by features that are not centred, and by directions in another order.
     features = torch.randn(40, 7, dtype=torch.float64) @ torch.randn(7, 7, dtype=torch.float64) + 5
-    embedding = pca(features)
+    points, axes = pca(features)
     centred = features.numpy() - features.numpy().mean(axis=0)
     left, lengths, _ = np.linalg.svd(centred, full_matrices=False)
     expected = left[:, :2] * lengths[:2]
     for axis in range(2):
-        sign = np.sign((expected[:, axis] * embedding.points[:, axis].numpy()).sum())
-        np.testing.assert_allclose(embedding.points[:, axis].numpy(), sign * expected[:, axis], atol=1e-9)
+        sign = np.sign((expected[:, axis] * points[:, axis].numpy()).sum())
+        np.testing.assert_allclose(points[:, axis].numpy(), sign * expected[:, axis], atol=1e-9)
         share = lengths[axis] ** 2 / (lengths**2).sum()
-        assert embedding.axes[axis] == f"component {axis + 1}: {share:.0%} of the variance"
+        assert axes[axis] == f"component {axis + 1}: {share:.0%} of the variance"
 
 
 def test_the_sign_is_always_the_same():
     features = torch.randn(40, 7, dtype=torch.float64)
     shuffled = torch.randperm(40)
-    torch.testing.assert_close(pca(features[shuffled]).points, pca(features).points[shuffled])
+    torch.testing.assert_close(pca(features[shuffled])[0], pca(features)[0][shuffled])
 
 
 def test_features_that_are_all_alike_make_a_picture_all_the_same():
-    assert torch.equal(embed(torch.ones(5, 3), "pca").points, torch.zeros(5, 2, dtype=torch.float64))
+    assert torch.equal(embed(torch.ones(5, 3), "pca")[0], torch.zeros(5, 2, dtype=torch.float64))
 
 
 def test_one_feature_makes_a_line_in_the_plane():
     features = torch.tensor([[1.0], [2.0], [4.0], [9.0]])
-    embedding = embed(features, "pca")
-    torch.testing.assert_close(
-        embedding.points, torch.tensor([[-3.0, 0], [-2, 0], [0, 0], [5, 0]], dtype=torch.float64)
-    )
-    assert embedding.axes == ("component 1: 100% of the variance", "component 2: 0% of the variance")
-    assert embed(torch.randn(12, 1), "tsne").points.shape == (12, 2)
+    points, axes = embed(features, "pca")
+    torch.testing.assert_close(points, torch.tensor([[-3.0, 0], [-2, 0], [0, 0], [5, 0]], dtype=torch.float64))
+    assert axes == ("component 1: 100% of the variance", "component 2: 0% of the variance")
+    assert embed(torch.randn(12, 1), "tsne")[0].shape == (12, 2)
 
 
 def test_tsne_keeps_groups_together():
     centres = 20 * torch.eye(3, 60)
     labels = torch.arange(60) % 3
-    points = embed(centres[labels] + 0.1 * torch.randn(60, 60), "tsne").points
+    points = embed(centres[labels] + 0.1 * torch.randn(60, 60), "tsne")[0]
     for label in range(3):
         own = points[labels == label]
         apart = torch.cdist(own, points[labels != label]).min()
@@ -74,3 +73,7 @@ def test_the_most_frequent_classes_keep_their_names():
     groups = {name: where.tolist() for name, where in group_by_class(labels, list("abcde"), most=3)}
     assert groups == {"b": [1, 2, 6], "d": [3, 7], "e": [0, 5], "": [4]}
     assert [name for name, _ in group_by_class(labels, list("abcde"))] == ["a", "b", "d", "e"]
+
+
+def test_every_method_is_a_choice_of_the_command():
+    assert tuple(METHODS) == PROJECTIONS

@@ -48,7 +48,7 @@ def test_predicted_tokens_stand_at_masked_patches_and_true_ones_elsewhere():
     images, masks = example()
     images[0, :, 0, 0], images[1, :, 0, 2 * PATCH] = 10, 12  # the first predictions of each are right, by chance
     batch = {"image": images, "token_image": images, "mask": masks}
-    result = reconstruct(Counting(), outputs_of_all, TokenTarget(GreyTokenizer()), batch)
+    panels, captions = reconstruct(Counting(), outputs_of_all, TokenTarget(GreyTokenizer()), batch)
 
     guess = iter(range(10, 20))
     for number in range(2):
@@ -58,13 +58,12 @@ def test_predicted_tokens_stand_at_masked_patches_and_true_ones_elsewhere():
                 expected = next(guess) if masks[number, row, column] else true
                 rows, columns = (slice(place * PATCH, place * PATCH + PATCH) for place in (row, column))
                 region = (number, slice(None), rows, columns)
-                predicted = result.predictions["predicted tokens decoded"][region]
+                predicted = panels["predicted tokens decoded"][region]
                 assert torch.allclose(predicted, torch.tensor(expected / 255)), (number, row, column)
-                assert torch.allclose(result.predictions["dVAE reconstruction"][region], torch.tensor(true / 255))
-    assert result.masked_patches == [2, 3]
-    assert result.captions() == ["1 of 2 tokens right", "1 of 3 tokens right"]
-    assert list(result.panels()) == ["image", "masked", "dVAE reconstruction", "predicted tokens decoded"]
-    assert [len(images) for images in result.panels().values()] == [2, 2, 2, 2]
+                assert torch.allclose(panels["dVAE reconstruction"][region], torch.tensor(true / 255))
+    assert captions == ["1 of 2 tokens right", "1 of 3 tokens right"]
+    assert list(panels) == ["image", "masked", "dVAE reconstruction", "predicted tokens decoded"]
+    assert [len(images) for images in panels.values()] == [2, 2, 2, 2]
 
 
 def test_predicted_pixels_stand_at_masked_patches_and_true_ones_elsewhere():
@@ -75,9 +74,9 @@ def test_predicted_pixels_stand_at_masked_patches_and_true_ones_elsewhere():
     def nothing(_model, batch):
         return torch.zeros(2, 6, 3 * PATCH * PATCH)
 
-    result = reconstruct(nn.Identity(), nothing, target, {"image": images, "mask": masks})
-    torch.testing.assert_close(result.predictions["predicted pixels"], hide_patches(images / 255, masks))
-    for number, caption in enumerate(result.captions()):
+    panels, captions = reconstruct(nn.Identity(), nothing, target, {"image": images, "mask": masks})
+    torch.testing.assert_close(panels["predicted pixels"], hide_patches(images / 255, masks))
+    for number, caption in enumerate(captions):
         hidden = images[number].unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH)[:, masks[number]] / 255  # (3, m, p, p)
         r2 = 1 - ((hidden - 0.5) ** 2).sum() / ((hidden - hidden.mean()) ** 2).sum()
         assert caption == f"r2 {r2.item():.2f}"

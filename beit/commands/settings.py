@@ -1,0 +1,221 @@
+"""The settings of every ``beit`` command that is not a training job, one dataclass per command; imports no torch."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from beit.config import Size, option
+from beit.registry import FORMATS
+from beit.tasks.settings import AMP_CHOICES, DATA_SETS
+
+ANY_MODEL = "file, folder, released name, URL or hub id"
+ANY_IMAGES = "image files, folders of images, or shards-{000..127}.tar"
+IMAGE_SIZE = "image size in pixels (HEIGHTxWIDTH or one number); the model's own by default"
+DEVICE = "cuda, cpu or mps"
+PICTURE = "picture to write, .png or .svg"
+
+POOLS = ("mean", "cls", "cls_mean")
+PROJECTIONS = ("pca", "tsne")
+RECIPE_TASKS = (
+    *("pre-training", "intermediate fine-tuning", "fine-tuning", "linear probe"),
+    *("segmentation", "segmentation test"),
+)
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """The settings of ``beit convert``."""
+
+    checkpoint: str = option("", f"checkpoint to convert: {ANY_MODEL}", positional=True)
+    output: str = option("", "file to write; a folder for huggingface, and optionally for timm", positional=True)
+    to: str | None = option(None, "format to write", choices=FORMATS)
+    features: bool = option(False, "onnx and torch_export: export the features before the head, not the logits")
+
+
+@dataclass(frozen=True)
+class DownloadTokenizerConfig:
+    """The settings of ``beit download tokenizer``."""
+
+    output_dir: str = option("", "folder for the two files; files already there are kept", positional=True)
+
+
+@dataclass(frozen=True)
+class IndexConfig:
+    """The settings of ``beit index``."""
+
+    data_path: str = option(
+        "", "folder of images, text file of paths, or shards-{000..127}.tar", positional=True, must_exist=True
+    )
+
+
+@dataclass(frozen=True)
+class KnnConfig:
+    """The settings of ``beit knn``."""
+
+    checkpoint: str = option("", f"model to score: {ANY_MODEL}; empty for --model, untrained")
+    model: str = option("beit_base_patch16_224", "model name, if there is no --checkpoint")
+    model_kwargs: dict[str, Any] | None = option(
+        None, "further constructor arguments of --model, such as patch_size=8 embed_dim=128"
+    )
+    untrained: bool = option(False, "baseline: use the checkpoint's architecture with random weights")
+    data_set: str = option("IMNET", "kind of data set; CIFAR is CIFAR-100", choices=DATA_SETS)
+    data_path: str = option("", "folder of the data; for IMNET the one with train and val", must_exist=True)
+    eval_data_path: str | None = option(
+        None, "folder of validation images, for --data_set image_folder", must_exist=True
+    )
+    input_size: Size | None = option(None, IMAGE_SIZE)
+    layers: tuple[int, ...] = option((), "blocks to take features from, counted from 0; all by default")
+    pool: tuple[str, ...] = option(("mean", "cls"), f"how a block's tokens become features: {', '.join(POOLS)}")
+    k: tuple[int, ...] = option((10, 20), "numbers of neighbours that vote", within="[1, inf)")
+    temperature: float = option(0.07, "votes are weighted by exp(cosine similarity / temperature)", within="(0, inf)")
+    batch_size: int = option(64, "images per process", within="[1, inf)")
+    num_workers: int = option(10, "data-loading workers per process", within="[0, inf)")
+    output: str = option("", "JSON file for the results", short="-o")
+    device: str = option("cuda", f"{DEVICE}; falls back to the CPU without CUDA")
+    amp_dtype: str = option("auto", "number format of the forward pass", choices=AMP_CHOICES)
+    seed: int = option(0, "seed of an untrained model's weights")
+    local_rank: int = option(-1, "GPU of this process, as passed by old launchers; LOCAL_RANK takes precedence")
+    dist_url: str = option("env://", "URL for setting up the process group")
+
+
+@dataclass(frozen=True)
+class ModelsConfig:
+    """The settings of ``beit models``."""
+
+    pattern: str = option("*", "names to list, such as '*_8k_vocab'")
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """The settings of ``beit predict``."""
+
+    images: tuple[str, ...] = option((), "image files, and folders of images", positional=True, must_exist=True)
+    checkpoint: str = option("", f"classifier to use: {ANY_MODEL}", aliases=("model",))
+    topk: int = option(5, "number of classes to list per image", within="[1, inf)")
+    json: bool = option(False, "write one JSON object per image")
+    device: str = option("cpu", DEVICE)
+
+
+@dataclass(frozen=True)
+class ListConfig:
+    """The settings of ``beit recipes list``."""
+
+    task: str = option("", f"only recipes of this task: {', '.join(RECIPE_TASKS)}")
+
+
+@dataclass(frozen=True)
+class ShowConfig:
+    """The settings of ``beit recipes show``."""
+
+    name: str = option("", "recipe name, or the path of your own .yaml", positional=True)
+    gpus: int | None = option(
+        None, "total number of GPUs to write the command for; the published run's by default", within="[1, inf)"
+    )
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """The settings of ``beit report``."""
+
+    runs: tuple[str, ...] = option((), "run folders, each with a log.txt", positional=True, must_exist=True)
+    output: str = option("", "page to write, such as report.html", short="-o")
+    title: str = option("Training report", "title of the page")
+    recipe: tuple[str, ...] = option(
+        (), "recipes to compare with, one for all runs or one per run (- for none); those the runs were started with"
+    )
+    pictures: tuple[str, ...] = option((), "further pictures to include, PNG", must_exist=True)
+    results: tuple[str, ...] = option(
+        (), "further results to include, JSON as written by `beit knn --output`", must_exist=True
+    )
+
+
+@dataclass(frozen=True)
+class ShardsConfig:
+    """The settings of ``beit shards``."""
+
+    data_path: str = option(
+        "", "folder of images, text file of paths, or other shards", positional=True, must_exist=True
+    )
+    output_dir: str = option("", "folder for the shards; must not contain any", positional=True)
+    images_per_shard: int = option(10_000, "images per shard", within="[1, inf)")
+
+
+@dataclass(frozen=True)
+class CurvesConfig:
+    """The settings of ``beit visualize curves``."""
+
+    logs: tuple[str, ...] = option((), "log.txt files, or their run folders", positional=True, must_exist=True)
+    output: str = option("curves.png", PICTURE, short="-o")
+    metrics: tuple[str, ...] = option((), "metrics to draw, such as loss mlm_acc; all but bookkeeping by default")
+
+
+@dataclass(frozen=True)
+class ReconstructConfig:
+    """The settings of ``beit visualize reconstruct``."""
+
+    checkpoint: str = option("", "checkpoint of a pre-training run", must_exist=True)
+    tokenizer: str = option("", "folder of the run's tokenizer, if it has moved")
+    images: tuple[str, ...] = option((), ANY_IMAGES, must_exist=True)
+    output: str = option("reconstructions.png", PICTURE, short="-o")
+    limit: int = option(8, "maximum number of images to draw", within="[1, inf)")
+    seed: int = option(0, "seed of the masks")
+    device: str = option("cpu", DEVICE)
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """The settings of ``beit visualize attention``."""
+
+    images: tuple[str, ...] = option((), ANY_IMAGES, positional=True, must_exist=True)
+    checkpoint: str = option("", f"any BEiT: {ANY_MODEL}")
+    block: int = option(-1, "block number, counted from 0, or from the end if negative")
+    heads: tuple[str, ...] = option(("mean", "all"), "head numbers, counted from 0; all; or mean for their average")
+    query: tuple[str, ...] = option((), "query patches as ROW,COLUMN, counted from 0; three by default")
+    input_size: Size | None = option(None, IMAGE_SIZE, aliases=("size",))
+    mask_patches: int = option(0, "number of patches to mask for a pre-trained model, block-wise", within="[0, inf)")
+    limit: int = option(4, "maximum number of images to draw", within="[1, inf)")
+    seed: int = option(0, "seed of the masks")
+    output: str = option("attention.png", PICTURE, short="-o")
+    device: str = option("cpu", DEVICE)
+
+
+@dataclass(frozen=True)
+class DistanceConfig:
+    """The settings of ``beit visualize distance``."""
+
+    images: tuple[str, ...] = option((), ANY_IMAGES, positional=True, must_exist=True)
+    checkpoint: str = option("", f"any BEiT: {ANY_MODEL}")
+    input_size: Size | None = option(None, IMAGE_SIZE, aliases=("size",))
+    limit: int = option(32, "maximum number of images to average over", within="[1, inf)")
+    output: str = option("distance.png", PICTURE, short="-o")
+    device: str = option("cpu", DEVICE)
+
+
+@dataclass(frozen=True)
+class BiasConfig:
+    """The settings of ``beit visualize bias``."""
+
+    checkpoint: str = option("", f"any BEiT: {ANY_MODEL}")
+    input_size: Size | None = option(
+        None, "resize the bias tables for images of this size, in pixels", aliases=("size",)
+    )
+    output: str = option("bias.png", PICTURE, short="-o")
+
+
+@dataclass(frozen=True)
+class EmbeddingsConfig:
+    """The settings of ``beit visualize embeddings``."""
+
+    data_path: str = option(
+        "", "folder with one folder of images per class, or shards-{000..127}.tar with classes", must_exist=True
+    )
+    checkpoint: str = option("", f"any BEiT: {ANY_MODEL}")
+    block: int = option(-1, "block to take features from, counted from 0, or from the end if negative")
+    pool: str = option("mean", "how the block's tokens become a feature", choices=POOLS)
+    method: str = option("pca", "projection to 2D", choices=PROJECTIONS)
+    input_size: Size | None = option(None, IMAGE_SIZE, aliases=("size",))
+    limit: int = option(2000, "maximum number of images, spread evenly over the classes", within="[1, inf)")
+    batch_size: int = option(64, "images per forward pass", within="[1, inf)")
+    seed: int = option(0, "seed of t-SNE", within=f"[0, {2**32 - 1}]")
+    output: str = option("embeddings.png", PICTURE, short="-o")
+    device: str = option("cpu", DEVICE)
+    amp_dtype: str = option("auto", "number format of the forward pass", choices=AMP_CHOICES)
