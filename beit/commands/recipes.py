@@ -1,143 +1,243 @@
-"""The published runs at the console: which there are, what each is, and the command for the GPUs one has."""
+"""``beit recipes``: the published runs, their settings and results, and the commands that reproduce them."""
 
-import logging
-import math
+import shlex
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from beit.commands import memory
-from beit.commands.published import LAUNCHERS, SEGMENTATION, TASKS, Plan, Recipe, command, plan, read_recipe, workload
-from beit.commands.reproducing import document
-from beit.commands.settings import ListConfig, ShowConfig
-from beit.config import option, recipe_names
+from beit.commands.settings import RECIPE_TASKS, ListConfig, ShowConfig
+from beit.config import read_command_line, read_facts, read_yaml, recipe_names
 from beit.errors import InputError, did_you_mean
-from beit.storage import atomic_write
+from beit.tasks.settings import FinetuningConfig, LinearProbeConfig, PretrainingConfig
 
-logger = logging.getLogger(__name__)
-
-UNMEASURED = "quoted: by the source, not measured with this library"
+RUN = "/path/to/run"
+TOOLS = "semantic_segmentation/tools"
+SEGMENTATION, SEGMENTATION_TEST = "segmentation", "segmentation test"
+UNMEASURED = "quoted from the source, not measured with this library"
+FACTS: dict[str, type] = {
+    **dict.fromkeys(("task", "source", "data", "hardware", "time", "note", "fine_tuned_with"), str),
+    **dict.fromkeys(("data_path", "start", "config", "model"), str),
+    **dict.fromkeys(("gpus", "batch_size", "total_batch_size", "max_steps"), int),
+    "quoted": dict,
+}
+"""What a recipe may state about its run, with the types."""
+_REQUIRED = ("task", "source", "gpus", "data_path", "quoted")
+_OF_SEGMENTATION = ("config", "start", "model", "batch_size", "total_batch_size", "max_steps")
+_IN_WORDS = {str: "text (in quotes where YAML reads it otherwise)", int: "a whole number from 1", dict: "a mapping"}
 
 
 @dataclass(frozen=True)
-class CommandConfig:
-    """The arguments of ``beit recipes command``."""
+class Job:
+    """How runs of a task are launched.
 
-    name: str = option("", "a recipe's name, or the path of one of your own (.yaml)", positional=True)
-    gpus: int | None = option(None, "GPUs in all; as many as the published run by default")
-    nnodes: int = option(1, "machines that share the GPUs")
-    gpu_memory: float = option(0.0, "memory of a GPU in GB (V100: 16 or 32, A100: 80, H200: 141); 0 where not known")
-    precision: str = option(memory.AMP, "number format: amp (16 bits where it can be) or fp32", choices=("amp", "fp32"))
+    Args:
+        script: The launcher.
+        settings: Class of its settings.
+        start: The flag that names what a run starts from.
+    """
+
+    script: str
+    settings: type
+    start: str
+
+
+_FINETUNING = Job("run_class_finetuning.py", FinetuningConfig, "init_from")
+JOBS = {
+    "pre-training": Job("run_beit_pretraining.py", PretrainingConfig, "discrete_vae_weight_path"),
+    "intermediate fine-tuning": _FINETUNING,
+    "fine-tuning": _FINETUNING,
+    "linear probe": Job("run_linear_eval.py", LinearProbeConfig, "checkpoint"),
+}
+"""Task -> job; segmentation has configs of its own."""
 
 
 @dataclass(frozen=True)
-class DocumentConfig:
-    """The arguments of ``beit recipes document``."""
+class Recipe:
+    """A published run.
 
-    output: str = option("docs/reproducing.md", "file to write", short="-o")
+    Args:
+        name: Name of the recipe, or path of its file.
+        facts: What the file states about the run: task, source, hardware, quoted results and so on.
+        own: The settings in the file and in those it builds on.
+        settings: All settings of the run; for segmentation only those among the facts.
+    """
+
+    name: str
+    facts: Mapping[str, object]
+    own: Mapping[str, object]
+    settings: Mapping[str, object]
+
+    @property
+    def task(self) -> str:
+        """The kind of run, one of ``RECIPE_TASKS``."""
+        return self.fact("task")
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of the published run."""
+        return int(self.fact("gpus"))
+
+    @property
+    def batch(self) -> int:
+        """Images per optimizer step, over all GPUs."""
+        return int(str(self.settings["total_batch_size"]))
+
+    @property
+    def trains(self) -> bool:
+        """Whether it is a training run, to which the batch matters."""
+        return self.task != SEGMENTATION_TEST
+
+    @property
+    def quoted(self) -> Mapping[str, object]:
+        """The quoted results, and the number of parameters."""
+        quoted = self.facts["quoted"]
+        return quoted if isinstance(quoted, Mapping) else {}
+
+    def fact(self, name: str, default: str = "") -> str:
+        """Returns a fact as text."""
+        return str(self.facts.get(name, default))
+
+    def expected(self, short: bool = False) -> str:
+        """Returns the quoted results in one line, such as ``acc1 83.7, acc5 96.6``.
+
+        Args:
+            short: Only the run's own results; if there are none, the first result of a later run.
+        """
+        quoted = {key: value for key, value in self.quoted.items() if key != "parameters"}
+        own = {key: value for key, value in quoted.items() if not isinstance(value, Mapping)}
+        return _in_words((own or dict(list(quoted.items())[:1])) if short else quoted)
+
+
+def read_recipe(name: str) -> Recipe:
+    """Reads a recipe of the package by name, or one of the user's own by path.
+
+    Raises:
+        InputError: There is no such recipe, or the file lacks facts.
+    """
+    if name not in recipe_names() and not name.endswith((".yaml", ".yml")):
+        hint = did_you_mean(name, recipe_names())
+        raise InputError(f"no recipe {name!r}{hint}; `beit recipes list` lists them, and a path ends in .yaml")
+    facts = read_facts(name)
+    _check_facts(name, facts, _REQUIRED)
+    if facts["task"] not in RECIPE_TASKS:
+        raise InputError(f"{name}: unknown task {facts['task']!r}{did_you_mean(facts['task'], RECIPE_TASKS)}")
+    if facts["task"] not in JOBS:
+        _check_facts(name, facts, _OF_SEGMENTATION)
+        return Recipe(name, facts, {}, {key: facts[key] for key in ("model", "batch_size", "total_batch_size")})
+    settings = JOBS[facts["task"]].settings
+    everything = vars(read_command_line(settings, ["--config", name], name, ""))
+    return Recipe(name, facts, read_yaml(settings, name), everything)
+
+
+def _check_facts(name: str, facts: Mapping[str, object], required: Iterable[str]) -> None:
+    if missing := [key for key in required if key not in facts]:
+        raise InputError(f"{name}: recipe lacks {', '.join(missing)}; build on a recipe of the package with base:")
+    for key, kind in FACTS.items():
+        value = facts.get(key)
+        if key in facts and (type(value) is not kind or (isinstance(value, int) and value < 1)):
+            raise InputError(f"{name}: recipe: {key} is {value!r}; it must be {_IN_WORDS[kind]}")
+
+
+def command(recipe: Recipe, gpus: int) -> str:
+    """Returns the shell command of a run on one machine; its job splits the published batch over the GPUs.
+
+    Args:
+        recipe: The run.
+        gpus: GPUs of the machine.
+
+    Raises:
+        InputError: The batch cannot be split evenly over that many GPUs.
+    """
+    if recipe.trains and recipe.batch % gpus:
+        below = next(count for count in range(gpus, 0, -1) if recipe.batch % count == 0)
+        raise InputError(f"--gpus {gpus}: {recipe.batch} images per step cannot be split evenly; {below} GPUs would do")
+    data, start = (shlex.quote(recipe.fact(name)) for name in ("data_path", "start"))
+    if recipe.task in JOBS:
+        job, python = JOBS[recipe.task], "python" if gpus == 1 else f"torchrun --nproc_per_node={gpus}"
+        lines = [f"{python} {job.script} --config {shlex.quote(recipe.name)}", f"--data_path {data}"]
+        lines[1] += f" --{job.start} {start}" if recipe.fact("start") else ""
+        return " \\\n    ".join([*lines, f"--output_dir {RUN}"])
+    tool = "train" if recipe.trains else "test"
+    words = [
+        f"python {TOOLS}/{tool}.py" if gpus == 1 else f"bash {TOOLS}/dist_{tool}.sh",
+        shlex.quote(recipe.fact("config")),
+    ]
+    words += [*([] if recipe.trains else [start]), *([str(gpus)] if gpus > 1 else [])]
+    if not recipe.trains:
+        return f"{' '.join(words)} \\\n    --eval mIoU --options data_path={data}"
+    # A single image at once leaves the batch norm after UPerNet's pooling to 1 x 1 nothing to normalise.
+    more = " batch_size=2" if gpus == 1 and recipe.settings["batch_size"] == 1 else ""
+    options = f"--options data_path={data} init_from={start}{more}"
+    return " \\\n    ".join([" ".join(words), f"--output_dir {RUN} --seed 0 --deterministic", options])
 
 
 def print_list(config: ListConfig) -> None:
-    """Writes a table of the recipes to standard output.
+    """Prints a table of the recipes.
 
     Raises:
         InputError: There is no such task.
     """
-    if config.task and config.task not in TASKS:
-        hint = did_you_mean(config.task, TASKS) or f"; there is {', '.join(TASKS)}"
+    if config.task and config.task not in RECIPE_TASKS:
+        hint = did_you_mean(config.task, RECIPE_TASKS) or f"; choose {', '.join(RECIPE_TASKS)}"
         raise InputError(f"--task {config.task}: no such task{hint}")
-    recipes = [read_recipe(name) for name in recipe_names()]
-    chosen = sorted((r for r in recipes if config.task in ("", r.task)), key=lambda r: (TASKS.index(r.task), r.ablates))
+    recipes = [recipe for recipe in map(read_recipe, recipe_names()) if config.task in ("", recipe.task)]
+    recipes.sort(key=lambda recipe: (RECIPE_TASKS.index(recipe.task), "ablation" in recipe.name))
     rows = [("recipe", "task", "model", "expected (quoted)", "published hardware")]
-    rows += [(r.name, r.task, r.settings["model"], r.expected_in_short(), r.facts.get("hardware", "")) for r in chosen]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    rows += [(r.name, r.task, str(r.settings["model"]), r.expected(short=True), r.fact("hardware")) for r in recipes]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        sys.stdout.write(f"{line.rstrip()}\n")
+        sys.stdout.write("  ".join(map(str.ljust, row, widths)).rstrip() + "\n")
 
 
 def show(config: ShowConfig) -> None:
-    """Writes all that is known of a recipe to standard output."""
+    """Prints everything about a recipe, with its command for ``config.gpus`` GPUs."""
     recipe = read_recipe(config.name)
-    published = plan(recipe, recipe.facts["gpus"])
-    about: dict[str, Any] = {
-        "task": recipe.task,
-        "source": recipe.facts["source"],
-        "data": recipe.facts.get("data", ""),
-        "hardware": recipe.facts.get("hardware", "not published"),
-        "time": recipe.facts.get("time", "not published"),
-    }
+    gpus = config.gpus or recipe.gpus
+    about = {key: recipe.fact(key, "not published") for key in ("task", "source", "data", "hardware", "time")}
     if "note" in recipe.facts:
-        about["note"] = recipe.facts["note"]
+        about["note"] = recipe.fact("note")
     if "fine_tuned_with" in recipe.facts:
-        about["fine-tuned with"] = f"run_class_finetuning.py {recipe.facts['fine_tuned_with']}"
-    if recipe.trains:
-        about |= {"shared out": str(published), "memory": _memory_line(recipe, published)}
-    if recipe.task not in LAUNCHERS:
-        about["settings in"] = f"semantic_segmentation/configs/beit/upernet/{recipe.facts['config']}.yaml"
-    sections = [recipe.name, _rows(about)]
-    if recipe.own:
-        sections += ["settings:", _rows(recipe.own)]
-    sections += [f"{UNMEASURED}:", _rows(_flat(recipe.facts["quoted"]))]
-    sections += ["command (`beit recipes command` works out those for other GPUs):", command(recipe, published)]
-    sys.stdout.write("\n".join(sections) + "\n")
+        about["fine-tuned with"] = f"run_class_finetuning.py {recipe.fact('fine_tuned_with')}"
+    if recipe.task not in JOBS:
+        about["settings in"] = f"semantic_segmentation/configs/beit/upernet/{recipe.fact('config')}.yaml"
+    elsewhere = "" if gpus == recipe.gpus else f", published with {recipe.gpus}"
+    text = [recipe.name, _rows(about)]
+    text += [f"settings:\n{_rows(recipe.own)}"] if recipe.own else []
+    text += [f"{UNMEASURED}:\n{_rows(flat(recipe.quoted))}"]
+    text += [f"command for {gpus} GPU{'s' * (gpus > 1)}{elsewhere} (--gpus N for another number):"]
+    text += [command(recipe, gpus), *_remarks(recipe, gpus)]
+    sys.stdout.write("\n".join(text) + "\n")
 
 
-def print_command(config: CommandConfig) -> None:
-    """Writes a run's command line to standard output; what there is to say about it goes to the log."""
-    if not (math.isfinite(config.gpu_memory) and config.gpu_memory >= 0):
-        raise InputError(f"--gpu_memory {config.gpu_memory:g}: must be the GPU's memory in GB, or 0")
-    recipe = read_recipe(config.name)
-    gpus = recipe.facts["gpus"] if config.gpus is None else config.gpus
-    how = plan(recipe, gpus, config.nnodes, config.gpu_memory, config.precision)
-    for remark in remarks(recipe, how, config.gpu_memory):
-        logger.info(remark)
-    sys.stdout.write(f"{command(recipe, how)}\n")
+def _remarks(recipe: Recipe, gpus: int) -> list[str]:
+    if not recipe.trains:
+        return []
+    most, published = int(str(recipe.settings["batch_size"])), recipe.gpus
+    remarks = [f"\n{recipe.batch} images per step on any number of GPUs, at most {most} at once per GPU (batch_size)."]
+    together, before = (count * min(most, recipe.batch // count) for count in (gpus, published))
+    if recipe.task == SEGMENTATION and together != before:
+        together = max(together, 2)
+        remarks.append(f"The heads' batch norm sees {together} images at once, not {before} as published.")
+    return remarks
 
 
-def write_document(config: DocumentConfig) -> None:
-    """Writes ``docs/reproducing.md`` from the recipes."""
-    path = Path(config.output)
-    if not path.parent.is_dir():
-        raise InputError(f"--output {path}: there is no folder {path.parent}")
-    with atomic_write(path) as file:
-        file.write(document().encode())
-    logger.info("wrote %s", path)
-
-
-def remarks(recipe: Recipe, how: Plan, gigabytes: float) -> list[str]:
-    """Returns what one should know before pasting a command."""
-    told = [str(how)] if recipe.trains else ["a test: any number of GPUs gives the same result"]
-    if gigabytes and recipe.trains:
-        told.append(f"{_memory_line(recipe, how)} of {gigabytes:g} GB")
-    if how.checkpointing:
-        told.append("--grad_checkpointing: not even one image fits without it, by the estimate; a step takes longer")
-    at_once = how.gpus * how.images
-    if recipe.task == SEGMENTATION and at_once != recipe.images_at_once:
-        told.append(
-            f"not quite the published run: the heads' batch norm sees {at_once} images at once, not "
-            f"{recipe.images_at_once}, and update_freq does not make up for that (docs/reproducing.md)"
-        )
-    if how.nodes > 1:
-        told.append("run it on every machine; MASTER_ADDR is the first machine's address")
-        if recipe.task not in LAUNCHERS:
-            told.append("NODE_RANK is 0 on the first machine, 1 on the next, and so on")
-    return told
-
-
-def _memory_line(recipe: Recipe, how: Plan) -> str:
-    peak = memory.needed(workload(recipe), how.images, how.precision, how.checkpointing) / 1e9
-    return f"about {peak:.0f} GB a GPU (estimate, on the safe side)"
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Returns a nested mapping as one whose keys are paths such as ``best: acc1``; lists are left out."""
+    found: dict[str, object] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}: ") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}: ")
+        elif not isinstance(value, list):
+            found[f"{prefix}{key}"] = value
+    return found
 
 
-def _rows(values: Any) -> str:
+def _in_words(quoted: Mapping[str, object]) -> str:
+    plain = ", ".join(f"{key} {value}" for key, value in quoted.items() if not isinstance(value, Mapping))
+    nested = [f"{key}: {_in_words(value)}" for key, value in quoted.items() if isinstance(value, Mapping)]
+    return "; ".join([*([plain] if plain else []), *nested])
+
+
+def _rows(values: Mapping[str, object]) -> str:
     width = max(map(len, values), default=0)
     return "".join(f"  {key:<{width}}  {value}\n" for key, value in values.items())

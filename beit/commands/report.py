@@ -1,247 +1,303 @@
-"""``beit report``: runs on one page that stands alone, to read, to print and to send."""
+"""``beit report``: an HTML page about training runs, in one file that loads nothing from elsewhere."""
 
+import base64
+import contextlib
+import json
 import logging
+import math
 import os
-from collections.abc import Sequence
-from dataclasses import replace
+import shlex
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from importlib import resources
+from itertools import pairwise
 from pathlib import Path
+from typing import TypeGuard
 
-from beit.commands import report_results, report_runs
-from beit.commands.run_record import Kind, RunRecord, read_run
+import jinja2
+
+from beit.commands.recipes import Recipe, flat, read_recipe
 from beit.commands.settings import ReportConfig
+from beit.config import read_run_settings, recipe_names
 from beit.errors import InputError
 from beit.storage import atomic_write
-from beit.visualization.curves import BOOKKEEPING, Curve, diagrams
-from beit.visualization.diagram import diagram, thinned
-from beit.visualization.markup import Content, Markup, element
-from beit.visualization.page import fold, page, picture, section
+from beit.training.environment import ENVIRONMENT
+from beit.visualization.curves import FRACTIONS, UNITS, overlaid, read_log
+from beit.visualization.plots import draw_curves
 
 logger = logging.getLogger(__name__)
 
-MOST_BYTES = 5_000_000  # of a page, so that it can be sent
-PICTURE_BYTES = 3_200_000  # of these at most for pictures
-MOST_POINTS = 40_000  # of all curves; each takes some 25 bytes
+MAX_PICTURE_BYTES = 4_000_000  # of all pictures, so that the page can be sent by mail
+NOT_RESULTS = (ENVIRONMENT, "config.json", "made_with.json")
+# A setting that only one kind of run has -> that kind; the first match counts.
+KINDS = {"decode_head": "segmentation", "num_mask_patches": "pre-training", "num_tokens": "tokenizer"}
+KINDS |= {"avgpool_patchtokens": "linear probe", "layer_decay": "fine-tuning"}
+# Metrics in the table of results, the most important first; what recipes quote of them has the name without "test_".
 METRICS = {
-    "loss": "loss",
-    "mlm_acc": "masked tokens found",
-    "class_acc": "right in training (share)",
-    "acc1": "accuracy (%)",
-    "acc5": "right among the first five (%)",
-    "mIoU": "mean IoU",
-    "pixel_acc": "pixels right in training",
-    "perplexity": "codebook perplexity",
-    "reconstruction_loss": "reconstruction loss",
+    "test_acc1": "top-1 accuracy",
+    "test_acc5": "top-5 accuracy",
+    "test_mIoU": "mean IoU",
+    "test_mAcc": "mean class accuracy",
+    "test_aAcc": "pixel accuracy",
+    "test_mlm_acc": "masked-token accuracy, validation",
+    "test_most_frequent_acc": "share of the most frequent token",
+    "train_mlm_acc": "masked-token accuracy, training",
+    "test_perplexity": "codebook perplexity",
+    "test_used_codes": "tokens in use",
+    "test_loss": "validation loss",
+    "train_loss": "training loss",
+    "train_grad_norm": "gradient norm",
+    "n_parameters": "parameters",
 }
-OTHER_METRICS = {
-    "grad_norm": "norm of the gradient",
-    "lr": "learning rate, the highest",
-    "used_codes": "tokens in use",
-    "dead_codes": "tokens never used",
-    "kl": "KL divergence of an image",
-    "kl_per_token": "KL divergence of a token",
-    "kl_weight": "weight of the KL divergence",
-    "temperature": "temperature",
-    "mAcc": "mean accuracy of the classes",
-    "aAcc": "pixels right",
-    "decode_loss": "loss of the head",
-    "aux_loss": "loss of the auxiliary head",
-}
-BASELINE, BASELINE_OF = "most_frequent_acc", "mlm_acc"  # a curve that belongs into another's diagram
+WITHOUT_BEST = ("test_most_frequent_acc", "train_grad_norm", "n_parameters")
+MAIN_CURVES = ("loss", "mlm_acc", "class_acc", "acc1", "mIoU", "pixel_acc", "perplexity")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run, as read from its folder.
+
+    Args:
+        name: Its name on the page.
+        path: The folder.
+        entries: The log, one entry per epoch or evaluation.
+        settings: All settings; empty without a ``config.yaml``.
+        changed: Names of the settings that differ from their defaults; None if that is unknown.
+        environment: What the run recorded about versions, device and command.
+        recipe: The published run that it reproduces.
+    """
+
+    name: str
+    path: Path
+    entries: Sequence[Mapping[str, object]]
+    settings: Mapping[str, object] = field(default_factory=dict)
+    changed: set[str] | None = None
+    environment: Mapping[str, object] = field(default_factory=dict)
+    recipe: Recipe | None = None
+
+    @property
+    def kind(self) -> str:
+        """What was trained, one of ``KINDS``, or ``training``."""
+        return next((kind for setting, kind in KINDS.items() if setting in self.settings), "training")
+
+    @property
+    def unit(self) -> str:
+        """What the run is counted in: epochs, or optimizer steps."""
+        return "step" if "step" in self.entries[-1] and "epochs" not in self.settings else "epoch"
+
+    @property
+    def state(self) -> str:
+        """How far the run got, such as ``3 of 10 epochs``."""
+        done, planned = (
+            self.position(self.entries[-1]),
+            self.settings.get({"step": "max_steps"}.get(self.unit, "epochs")),
+        )
+        text = f"{done:,}" + (f" of {planned:,}" if isinstance(planned, int) and planned > done else "")
+        diverged = any(not math.isfinite(loss) for loss, _ in self.values("train_loss")[-1:])
+        return f"{text} {self.unit}{'s' * (text != '1')}{', diverged' * diverged}"
+
+    def position(self, entry: Mapping[str, object]) -> int:
+        """Returns the epochs, or optimizer steps, done at an entry of the log."""
+        return int(str(entry["step"])) if self.unit == "step" else int(str(entry["epoch"])) + 1
+
+    def values(self, key: str) -> list[tuple[float, int]]:
+        """Returns the values of a metric, each with its epoch or optimizer step."""
+        return [(value, self.position(it)) for it in self.entries if _is_number(value := it.get(key))]
+
+    def departures(self) -> dict[str, tuple[object, object]]:
+        """Returns the settings that differ from the recipe's: the recipe's value and the run's, by name."""
+        own = dict(self.recipe.own) if self.recipe else {}
+        own.pop("batch_size", None)  # one batch can be split in many ways
+        if not self.settings.get("total_batch_size"):
+            own.pop("total_batch_size", None)
+        found = {key: (value, self.settings.get(key)) for key, value in own.items()}
+        return {key: pair for key, pair in found.items() if _text(pair[0]) != _text(pair[1])}
+
+    @property
+    def command(self) -> list[str]:
+        """The command that started the run, word by word; empty if it is not recorded."""
+        words = self.environment.get("command")
+        return [str(word) for word in words] if isinstance(words, list) else []
 
 
 def main(config: ReportConfig) -> None:
     """Writes the page.
 
     Raises:
-        InputError: A folder or file is missing or is not what it should be, or ``--output`` is missing.
+        InputError: A folder or file is missing or unreadable, or ``--output`` is missing or is somebody else's file.
     """
-    if not config.output:
-        raise InputError("-o is missing: the page to write, such as -o report.html")
-    if Path(config.output).is_dir():
-        raise InputError(f"-o {config.output} is a folder: give a file, such as {Path(config.output) / 'report.html'}")
-    runs = read_runs(config.runs, config.recipe)
-    for run in runs:
-        if run.skipped_lines:
-            logger.warning("%s: %d lines that cannot be read were skipped", run.path / "log.txt", run.skipped_lines)
-    text = compose(runs, config.title, config.pictures, config.results).encode()
-    if len(text) > MOST_BYTES:
-        logger.warning("the page has %.1f MB: give fewer runs at once", len(text) / 1e6)
-    _write(Path(config.output), text)
-    logger.info("%s written: %d runs, %.1f MB", config.output, len(runs), len(text) / 1e6)
+    output = Path(config.output)
+    if not config.output or output.is_dir():
+        raise InputError(f"-o {config.output}: give the file to write, such as {output / 'report.html'}")
+    before = output.read_bytes() if output.is_file() else b""
+    if before and not (before.startswith(b"<!DOCTYPE html>") and b"beit report" in before):
+        raise InputError(f"-o {output} exists and was not written by `beit report`: give another name")
+    page = render(read_runs(config.runs, config.recipe), config.title, config.pictures, config.results).encode()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(output) as file:
+        file.write(page)
+    logger.info("wrote %s: %d runs, %.1f MB", output, len(config.runs), len(page) / 1e6)
 
 
-def _write(path: Path, text: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {path.parent}: {error.strerror}") from error
-    with atomic_write(path) as file:
-        file.write(text)
-
-
-def read_runs(paths: Sequence[str], recipes: Sequence[str] = ()) -> list[RunRecord]:
-    """Reads run folders, each named by its path below the folder that they share.
-
-    Raises:
-        InputError: A folder is given twice or is none of a run, or there are not as many recipes as folders.
-    """
-    folders = [Path(os.path.abspath(path)) for path in paths]
-    for folder in folders:
-        if folders.count(folder) > 1:
-            raise InputError(f"{folder} is given twice")
-    if len(recipes) not in (0, 1, len(folders)):
-        raise InputError(f"--recipe: {len(recipes)} names for {len(folders)} runs: give one for all, or one each")
-    shared = os.path.commonpath([folder.parent for folder in folders])
-    names = [str(folder.relative_to(shared)) for folder in folders]
-    compared = list(recipes) * len(folders) if len(recipes) == 1 else list(recipes) or [""] * len(folders)
-    return [
-        read_run(Path(path), name, "" if recipe == "-" else recipe)
-        for path, name, recipe in zip(paths, names, compared, strict=True)
-    ]
-
-
-def compose(runs: Sequence[RunRecord], title: str, pictures: Sequence[str] = (), results: Sequence[str] = ()) -> str:
+def render(runs: Sequence[Run], title: str, pictures: Sequence[str] = (), results: Sequence[str] = ()) -> str:
     """Returns the page.
 
     Args:
-        runs: What it is about.
-        title: What stands above.
-        pictures: Further PNG files.
+        runs: The runs it is about.
+        title: Its title.
+        pictures: Further picture files.
         results: Further JSON files of results.
 
     Raises:
-        InputError: One of these files is missing, or is not what it should be.
+        InputError: A JSON file is missing or does not hold an object.
     """
-    further = report_results.read_files(results)
-    shown = _pictures(runs, pictures)
-    parts = [
-        section("summary", "Summary", report_results.summary(runs)),
-        section("results", "Results", report_results.tables(runs, further)),
-        section("curves", "Curves", _curves(runs)),
-        section("pictures", "Pictures", *shown) if shown else None,
-        section("runs", "Runs", *(report_runs.article(run, number) for number, run in enumerate(runs))),
-    ]
-    names = {"summary": "Summary", "results": "Results", "curves": "Curves", "pictures": "Pictures", "runs": "Runs"}
-    links = [
-        element("li", element("a", name, href=f"#{key}")) for key, name in names.items() if key != "pictures" or shown
-    ]
-    header = [
-        element("h1", title),
-        element("p", _lead(runs), class_="lead"),
-        element("nav", element("ul", *links), aria_label="Contents"),
-    ]
-    return page(title, header, parts, _footer())
-
-
-def _lead(runs: Sequence[RunRecord]) -> str:
-    kinds = list(dict.fromkeys(run.kind.name for run in runs))
-    listed = kinds[0] if len(kinds) == 1 else f"{', '.join(kinds[:-1])} and {kinds[-1]}"
-    count = "One run" if len(runs) == 1 else f"{len(runs)} runs"
-    return f"{count} of BEiT: {listed}. Settings, results, curves and commands, as the run folders tell them."
-
-
-def _footer() -> Content:
-    now = datetime.now(timezone.utc)
-    return [
-        element(
-            "p",
-            report_results.QUOTED, " is a number that a recipe's source states; it was not measured here. ",
-            report_results.MEASURED, " is a number from the log of a run on this page.",
-        ),
-        element("p", f"Written by beit report on {now:%Y-%m-%d} at {now:%H:%M} UTC. It loads nothing from elsewhere."),
-    ]  # fmt: skip
-
-
-# Curves
-
-
-def _curves(runs: Sequence[RunRecord]) -> Content:
-    kinds = list(dict.fromkeys(run.kind for run in runs))
-    groups = [(kind, *_diagrams([run for run in runs if run.kind is kind])) for kind in kinds]
-    count = sum(len(curves) for _, main, rest in groups for curves in (*main.values(), *rest.values()))
-    most, number, parts = MOST_POINTS // max(count, 1), 0, []
-    for kind, first, rest in groups:
-        drawn: list[list[Markup]] = []
-        unit = next(run.unit for run in runs if run.kind is kind)
-        for part in (first, rest):
-            drawn.append([])
-            for metric, curves in part.items():
-                kept = [thinned(curve, most) for curve in curves]
-                drawn[-1].append(diagram(_title(metric), kept, x_label=unit, number=number))
-                number += 1
-        parts.append(_group(kind, drawn[0], drawn[1]))
-    hint = (
-        "Drag across a diagram to zoom in, double-click to see all. "
-        "The pointer, a finger or the arrow keys read values off."
+    files = {path: _read_object(Path(path)) for path in results}
+    for run in runs:
+        for file in sorted(run.path.glob("*.json")):
+            with contextlib.suppress(InputError):  # not every JSON file holds results
+                files |= {} if file.name in NOT_RESULTS else {f"{run.name}/{file.name}": _read_object(file)}
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"value": _text, "shell": shlex.join}
+    template = environment.from_string((resources.files("beit.commands") / "report.html").read_text(encoding="utf-8"))
+    kinds = {run.kind: [other for other in runs if other.kind == run.kind] for run in runs}
+    return template.render(
+        title=title,
+        now=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
+        runs=[(run, _results(run)) for run in runs],
+        curves={kind: _curves(same) for kind, same in kinds.items()},
+        pictures=list(_pictures(runs, pictures)),
+        results={name: flat(content) for name, content in files.items()},
     )
-    return [element("p", hint, class_="note tip") if number else None, *parts]
 
 
-def _group(kind: Kind, first: list[Markup], rest: list[Markup]) -> list[Content]:
-    title = element("h3", kind.name[0].upper() + kind.name[1:])
-    if not first and not rest:
-        return [title, element("p", "One entry in the log: there is no curve to draw, see its results.", class_="note")]
-    more = fold("More curves", element("div", *rest, class_="diagrams"), remark=f"{len(rest)}", class_="more")
-    return [title, element("div", *first, class_="diagrams"), more if rest else None]
-
-
-def _title(metric: str) -> str:
-    name = METRICS.get(metric) or OTHER_METRICS.get(metric)
-    return name if name else metric
-
-
-def _diagrams(runs: Sequence[RunRecord]) -> tuple[dict[str, list[Curve]], dict[str, list[Curve]]]:
-    """Returns the curves of runs of one kind by metric: those that tell most, and the rest."""
-    found = diagrams({run.name: run.entries for run in runs}, [])
-    if BASELINE in found and BASELINE_OF in found:
-        found[BASELINE_OF] += [_baseline(curve, len(runs) > 1) for curve in found.pop(BASELINE)]
-    for curves in found.values():
-        curves[:] = [_in_steps(curve, runs[curve.run]) for curve in curves]
-    drawn = {metric: curves for metric, curves in found.items() if any(len(curve.epochs) > 1 for curve in curves)}
-    drawn = {metric: curves for metric, curves in drawn.items() if metric not in BOOKKEEPING}
-    first = {metric: drawn.pop(metric) for metric in METRICS if metric in drawn}
-    return first, drawn
-
-
-def _baseline(curve: Curve, several: bool) -> Curve:
-    name = curve.label.rpartition(" ")[0] if several else ""
-    return replace(curve, label=f"{name} most frequent token".strip())
-
-
-def _in_steps(curve: Curve, run: RunRecord) -> Curve:
-    """Returns a curve over optimizer steps, where the run counts those."""
-    if not run.counts_steps:
-        return curve
-    steps = {entry["epoch"] + 1: run.position(entry) for entry in run.entries}
-    return replace(curve, epochs=[steps[epoch] for epoch in curve.epochs])
-
-
-# Pictures
-
-
-def _pictures(runs: Sequence[RunRecord], more: Sequence[str]) -> list[Content]:
-    """Returns the pictures that fit onto the page, and which do not."""
-    for path in map(Path, more):
-        if not path.is_file():
-            raise InputError(f"--pictures {path}: there is no such file")
-    chosen = [(Path(path), "") for path in more] + [(path, run.name) for run in runs for path in run.pictures]
-    shown, left_out, free = [], [], PICTURE_BYTES
-    for path, run in chosen:
-        words = path.stem.replace("_", " ").replace("-", " ")
-        origin = f"of {run}" if run else ""
-        caption = [
-            element("b", words[0].upper() + words[1:]),
-            f" {origin}, " if origin else ", ",
-            element("code", path.name),
-        ]
-        made = picture(path, caption, f"Picture {words} {origin}".strip())
-        if made is None or len(made) > free:
-            left_out.append(f"{run}/{path.name}" if run else path.name)
+def _results(run: Run) -> list[tuple[str, str, str, str]]:
+    """Returns the rows of a run: metric, quoted value, last value, best value and when it was reached."""
+    quoted, rows = dict(run.recipe.quoted) if run.recipe else {}, []
+    for key, label in METRICS.items():
+        values = run.values(key)
+        names = (key, key.removeprefix("test_"), key.removeprefix("n_"))
+        stated = _quoted(next((quoted.pop(name) for name in names if name in quoted), ""), key)
+        if not (values or stated):
             continue
-        free -= len(made)
-        shown.append(made)
-    if not chosen:
-        return []
-    missing = f"Left out, since they are no pictures or the page would become too large: {', '.join(left_out)}."
-    return [element("div", *shown, class_="pictures"), element("p", missing, class_="note") if left_out else None]
+        finite = [pair for pair in values if math.isfinite(pair[0])]
+        value, when = (min if key.endswith("loss") else max)(finite, key=lambda pair: pair[0], default=(0, 0))
+        best = f"{_shown(value, key)} ({run.unit} {when:,})" if len(finite) > 1 and key not in WITHOUT_BEST else ""
+        rows.append((label, stated, _shown(values[-1][0], key) if values else "", best))
+    return rows + [(key, _quoted(value, key.rpartition(" ")[2]), "", "") for key, value in flat(quoted).items()]
+
+
+def _quoted(value: object, key: str) -> str:
+    if not _is_number(value):
+        return str(value)
+    return _shown(value / 100 if key.removeprefix("test_") in FRACTIONS and value > 1 else value, key)
+
+
+def read_runs(paths: Sequence[str], recipes: Sequence[str] = ()) -> list[Run]:
+    """Reads run folders, each named by its path below their common parent; see :func:`read_run` for ``recipes``.
+
+    Raises:
+        InputError: A folder is given twice or holds no run, or the numbers of recipes and folders differ.
+    """
+    folders = [Path(os.path.abspath(path)) for path in paths]
+    if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
+        raise InputError(f"{twice} is given twice")
+    if len(recipes) not in (0, 1, len(folders)):
+        raise InputError(f"--recipe: {len(recipes)} names for {len(folders)} runs: give one for all, or one per run")
+    common = os.path.commonpath([folder.parent for folder in folders])
+    compared = list(recipes) * len(folders) if len(recipes) == 1 else list(recipes) or [""] * len(folders)
+    return [read_run(folder, str(folder.relative_to(common)), it) for folder, it in zip(folders, compared, strict=True)]
+
+
+def read_run(path: Path, name: str, recipe: str = "") -> Run:
+    """Reads a run folder.
+
+    Args:
+        path: The folder.
+        name: What to call the run.
+        recipe: The recipe to compare with; ``-`` for none, by default the one the run was started with.
+
+    Raises:
+        InputError: There is no such folder, it has no log with a finished epoch, or there is no such recipe.
+    """
+    if not (path / "log.txt").is_file():
+        inside = sorted(str(file.parent) for file in path.glob("*/log.txt"))[:6]
+        raise InputError(f"{path} has no log.txt" + (f"; runs inside it: {', '.join(inside)}" if inside else ""))
+    config, recorded = path / "config.yaml", path / ENVIRONMENT
+    settings, changed = read_run_settings(config) if config.is_file() else ({}, None)
+    environment = _read_object(recorded) if recorded.is_file() else {}
+    run = Run(name, path, read_log(path), settings, changed, environment)
+    return replace(run, recipe=None if recipe == "-" else read_recipe(recipe) if recipe else _recipe_of(run))
+
+
+def _read_object(path: Path) -> dict[str, object]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} does not hold a JSON object")
+    return content
+
+
+def _recipe_of(run: Run) -> Recipe | None:
+    """Returns the recipe that a run's command, or segmentation's setting ``config``, names."""
+    words = shlex.join(run.command).replace("--config=", "--config ").split()
+    named = [after for word, after in pairwise(words) if word == "--config"]
+    if name := next((name for name in named if name in recipe_names()), None):
+        return read_recipe(name)
+    configs = {Path(name).stem for name in [*named, str(run.settings.get("config") or "none")]}
+    recipes = (read_recipe(name) for name in recipe_names() if name.startswith("segment"))
+    return next((recipe for recipe in recipes if recipe.trains and recipe.fact("config") in configs), None)
+
+
+def _curves(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
+    """Returns the diagrams of runs of one kind as data URIs: the main ones, and the rest."""
+    found = overlaid({run.name: run.entries for run in runs})
+    drawn: tuple[list[str], list[str]] = ([], [])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "curves.svg"
+        for title, curves in found.items():
+            if any(len(curve.epochs) > 1 for curve in curves):
+                draw_curves(path, {title: curves})
+                drawn[title.split()[0] not in MAIN_CURVES].append(_data_uri("svg+xml", path.read_bytes()))
+    return drawn
+
+
+def _data_uri(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _pictures(runs: Sequence[Run], further: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yields names and data URIs of pictures, as long as they fit onto the page."""
+    paths = {path: Path(path) for path in further}
+    paths |= {f"{run.name}/{path.name}": path for run in runs for path in sorted(run.path.glob("*.png"))}
+    left = MAX_PICTURE_BYTES
+    for name, path in paths.items():
+        content = path.read_bytes()
+        if not content.startswith(b"\x89PNG") or len(content) > left:
+            logger.warning("%s left out: no PNG, or too large for the page", path)
+            continue
+        left -= len(content)
+        yield name, _data_uri("png", content)
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _shown(value: float, key: str = "") -> str:
+    """Returns a number for readers: accuracies in percent, whole numbers in groups of three, others with 4 digits."""
+    metric = key.removeprefix("test_").removeprefix("train_")
+    if metric in UNITS:
+        return f"{value * (100 if metric in FRACTIONS else 1):.2f}\N{NO-BREAK SPACE}%"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _text(value: object) -> str:
+    if isinstance(value, Mapping):
+        value = [f"{key}={item}" for key, item in value.items()]
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else "none" if value is None else str(value)

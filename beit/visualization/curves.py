@@ -15,10 +15,8 @@ BOOKKEEPING = {
 }  # fmt: skip
 PREFIXES = ("train_", "test_", "")
 PARTS = ("train", "test", "baseline")
-UNITS = {
-    **dict.fromkeys(("mlm_acc", "most_frequent_acc", "class_acc", "pixel_acc", "mIoU", "mAcc", "aAcc"), " (fraction)"),
-    **dict.fromkeys(("acc1", "acc5"), " (%)"),
-}
+FRACTIONS = ("mlm_acc", "most_frequent_acc", "class_acc", "pixel_acc", "mIoU", "mAcc", "aAcc")  # drawn in percent
+UNITS = dict.fromkeys((*FRACTIONS, "acc1", "acc5"), " (%)")
 BASELINES = {"mlm_acc": "most_frequent_acc"}  # metric -> the one it should beat, drawn beside it
 BASELINE_NAME = "most frequent token"
 Entry = Mapping[str, Any]
@@ -116,10 +114,10 @@ def overlaid(runs: Mapping[str, Sequence[Entry]], only: Sequence[str] = ()) -> d
 
 def _curves(metric: str, runs: Mapping[str, Sequence[Entry]], name: str = "") -> list[Curve]:
     """Returns a metric's curves, labelled with run and part, or with a name in place of the part."""
-    curves = []
+    curves, scale = [], 100 if metric in FRACTIONS else 1
     for number, (run, entries) in enumerate(runs.items()):
         for prefix in PREFIXES:
-            points = {e["epoch"] + 1: e[prefix + metric] for e in entries if _is_number(e.get(prefix + metric))}
+            points = {e["epoch"] + 1: scale * e[prefix + metric] for e in entries if _is_number(e.get(prefix + metric))}
             if points:
                 label = f"{run if len(runs) > 1 else ''} {name or prefix.rstrip('_')}".strip()
                 curves.append(Curve(label or run, list(points), list(points.values()), number))
