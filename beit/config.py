@@ -25,6 +25,7 @@ ConfigT = TypeVar("ConfigT")
 Size = int | tuple[int, int]
 
 RECIPE_KEYS = ("base", "recipe")  # in a YAML file: the file it builds on, and facts about the run that are no settings
+_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml where it is built in: ten times as fast
 NOTHING = ("None", "null")
 DEFAULTS_FOLLOW = "# The rest has its default."  # in a run's config.yaml
 
@@ -309,7 +310,7 @@ def _read_layers(name: str, folder: Path, seen: tuple[Path, ...] = ()) -> list[t
 
 def _parse(text: bytes, path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(text.decode("utf-8")) or {}
+        content = yaml.load(text.decode("utf-8"), Loader=_YAML) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from beit.tasks.options import share_out
 from torch.distributed.run import get_args_parser
 
-from beit.commands.published import plan, read_recipe
+from beit.commands.recipes import read_recipe
 from beit.config import read_command_line
+from beit.tasks.base import resolve_batch
 from beit.tasks.settings import PretrainingConfig
 
 ROOT = Path(__file__).parents[1]
@@ -27,17 +27,16 @@ class Expected:
     recipe: str
     machines: int
     gpus: int  # on all machines
-    gigabytes: int  # of a GPU
     amp_dtype: str
 
 
 FILES = {
-    "slurm_2x8_v100.sbatch": Expected("pretrain_base_22k", 2, 16, 32, "fp16"),
-    "slurm_elastic_2x8_v100.sbatch": Expected("pretrain_base_22k", 2, 16, 32, "fp16"),
-    "torchrun_2x8_v100.sh": Expected("pretrain_base_22k", 2, 16, 32, "fp16"),
-    "openmpi_2x8_v100.sh": Expected("pretrain_base_22k", 2, 16, 32, "fp16"),
-    "one_h200.sh": Expected("pretrain_base_22k", 1, 1, 141, "bf16"),
-    "slurm_8_h200.sbatch": Expected("pretrain_large_1k_800ep", 1, 8, 141, "bf16"),
+    "slurm_2x8_v100.sbatch": Expected("pretrain_base_22k", 2, 16, "fp16"),
+    "slurm_elastic_2x8_v100.sbatch": Expected("pretrain_base_22k", 2, 16, "fp16"),
+    "torchrun_2x8_v100.sh": Expected("pretrain_base_22k", 2, 16, "fp16"),
+    "openmpi_2x8_v100.sh": Expected("pretrain_base_22k", 2, 16, "fp16"),
+    "one_h200.sh": Expected("pretrain_base_22k", 1, 1, "bf16"),
+    "slurm_8_h200.sbatch": Expected("pretrain_large_1k_800ep", 1, 8, "bf16"),
 }
 BATCH_FILES = [name for name in FILES if name.endswith(".sbatch")]
 # sbatch's own options, by its manual.
@@ -101,9 +100,7 @@ def test_a_file_starts_the_published_run_shared_out_as_the_recipe_would(name, tm
     # Breaks with a flag that does not exist, a batch that is not the published one, a pattern that the shell expands.
     expected, config = FILES[name], config_of(start_of(name, tmp_path))
     recipe = read_recipe(expected.recipe)
-    how = plan(recipe, expected.gpus, expected.machines, expected.gigabytes)
-    shared = share_out(config, expected.gpus)
-    assert (shared.batch_size, shared.update_freq) == (how.images, how.update_freq)
+    shared = resolve_batch(config, expected.gpus)
     assert shared.batch_size * shared.update_freq * expected.gpus == recipe.batch == 2048
     departures = {key for key, value in recipe.settings.items() if value != getattr(config, key)}
     sharing = {"batch_size", "update_freq", "total_batch_size", "amp_dtype", "compile", "tokenizer_compile"}
@@ -134,7 +131,7 @@ def test_a_file_starts_one_process_for_each_gpu(name, tmp_path):
 
 
 def test_the_elastic_file_keeps_the_batch_on_one_machine(tmp_path):
-    shared = share_out(config_of(start_of("slurm_elastic_2x8_v100.sbatch", tmp_path)), 8)
+    shared = resolve_batch(config_of(start_of("slurm_elastic_2x8_v100.sbatch", tmp_path)), 8)
     assert (shared.batch_size, shared.update_freq) == (128, 2)
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from beit.commands.published import command, plan, read_recipe
+from beit.commands.recipes import command, read_recipe
 from beit.config import read_command_line, read_facts, read_yaml, recipe_names
+from beit.tasks.base import resolve_batch
 from beit.tasks.settings import FinetuningConfig, LinearProbeConfig, PretrainingConfig
-from semantic_segmentation.config import SETTINGS, check_settings, intervals, read_test, read_train
+from semantic_segmentation.config import SETTINGS, check, read_test, read_train
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "beit" / "recipes").glob("[!_]*.yaml"))
@@ -25,7 +26,7 @@ CONFIG_OF = {
 WITH_SETTINGS = [path for path in RECIPES if path.stem.partition("_")[0] in CONFIG_OF]
 SEGMENTATION = [path for path in RECIPES if path.stem.startswith("segment")]
 FACTS = {"task", "source", "data", "gpus", "hardware", "time", "quoted", "data_path", "start"}
-SEGMENTATION_FACTS = {"config", "model", "input_size", "batch_size", "update_freq", "updates"}
+SEGMENTATION_FACTS = {"config", "model", "batch_size", "total_batch_size", "max_steps"}
 
 # What the official README gives, after the launcher and the script.
 COMMON = """
@@ -93,22 +94,22 @@ PUBLISHED = {
 GPUS = {**dict.fromkeys(PUBLISHED, 16), "pretrain_base_1k_300ep_mmpretrain": 8}
 PROBE = {
     "model": "beit_base_patch16_224",
-    "batch_size_per_gpu": 128,
+    "batch_size": 128,
     "update_freq": 1,
     "lr": 4e-3,
     "epochs": 100,
-    "optimizer": "adamw",
+    "opt": "adamw",
     "weight_decay": 1e-4,
     "layers": (),
 }
 # Appendix D of the paper.
 LARGE_PROBE = {
     "model": "beit_large_patch16_224",
-    "batch_size_per_gpu": 128,
+    "batch_size": 128,
     "update_freq": 1,
     "lr": 4e-3,
     "epochs": 50,
-    "optimizer": "adamw",
+    "opt": "adamw",
     "weight_decay": 1e-4,
     "layers": (),
     "pool": ("mean",),
@@ -122,7 +123,7 @@ PAPER = {
     "linear_probe_large": {"acc1": 73.5},
 }
 # Segmentation, row by row: model, crop, images x interval on 8 GPUs, lr, layer decay, stochastic depth,
-# LayerScale, taps, channels of the head, stride. All take 160k updates of 16 images, after 1500 updates of warm-up.
+# LayerScale, taps, channels of the head, stride. All take 160k steps of 16 images, after 1500 steps of warm-up.
 SEGMENTATION_TABLE = """
 segment_base_512_pt     base_12   512 2 1 7e-4 0.65 0.1 0.1  3-5-7-11   768  341
 segment_base_512_pt2ft  base_12   512 2 1 3e-5 0.9  0.1 0.1  3-5-7-11   768  341
@@ -146,8 +147,8 @@ QUOTED_MIOU = {
 PATHS = ("data_path", "output_dir", "discrete_vae_weight_path")
 PATHS_OF = {
     "pretrain": PATHS,
-    "finetune": ("data_path", "output_dir", "finetune"),
-    "linear": ("data_path", "output_dir", "pretrained_weights"),
+    "finetune": ("data_path", "output_dir", "init_from"),
+    "linear": ("data_path", "output_dir", "checkpoint"),
 }
 
 
@@ -168,10 +169,9 @@ def facts_of(path):
     return read_facts(path.stem)
 
 
-def commanded(name, gpus, **how):
-    """What a recipe's command means: the number of processes, and the settings as its launcher reads them."""
-    recipe = read_recipe(name)
-    words = shlex.split(command(recipe, plan(recipe, gpus, **how)).replace("\\\n", ""))
+def commanded(name, gpus):
+    """What a recipe's command means: the number of processes, and the settings of its run, the batch split over them."""
+    words = shlex.split(command(read_recipe(name), gpus).replace("\\\n", ""))
     if name.startswith("segment"):
         return segmentation_commanded(words)
     processes = 1
@@ -180,7 +180,8 @@ def commanded(name, gpus, **how):
         words.pop(1)
     script, *flags = words[1:]
     assert (ROOT / script).is_file()
-    return processes, vars(read_command_line(config_class(name), flags, script, ""))
+    config = read_command_line(config_class(name), flags, script, "")
+    return processes, vars(resolve_batch(config, processes, 2 if name.startswith("finetune") else 1))
 
 
 def segmentation_commanded(words):
@@ -189,8 +190,8 @@ def segmentation_commanded(words):
     read, positional = (read_test, 2) if "test" in tool else (read_train, 1)
     processes = int(arguments.pop(positional)) if words[0] == "bash" else 1  # the shell scripts take it after CONFIG …
     config = read(arguments)
-    check_settings(config)
-    return processes, vars(config)
+    check(config)
+    return processes, vars(resolve_batch(config, processes) if read is read_train else config)
 
 
 def test_every_published_row_has_its_recipe():
@@ -209,25 +210,20 @@ class TestEveryRecipe:
     def test_holds_no_path_of_somebodys_machine(self, path):
         assert not read_yaml(config_class(path.stem), str(path)).keys() & {*paths_of(path.stem), "log_dir", "resume"}
 
-    def test_its_command_runs_it_on_as_many_gpus_as_the_source(self, path):
-        processes, settings = commanded(path.stem, facts_of(path)["gpus"])
-        assert processes == facts_of(path)["gpus"]
-        start = {paths_of(path.stem)[2]} if not facts_of(path)["start"] else set()
+    @pytest.mark.parametrize("gpus", [1, 2, 4, 8, 16])
+    def test_its_command_is_the_published_run_on_any_number_of_gpus(self, path, gpus):
+        expected, facts = settings_of(path.stem), facts_of(path)
+        processes, settings = commanded(path.stem, gpus)
+        assert processes == gpus
+        assert processes * settings["batch_size"] * settings["update_freq"] == expected["total_batch_size"]
+        assert settings["batch_size"] <= expected["batch_size"]
+        start = {paths_of(path.stem)[2]} if not facts["start"] else set()
         paths = {*paths_of(path.stem)} - start
         assert all(settings[name] for name in paths)
-        expected = settings_of(path.stem)
-        assert {name for name in settings if settings[name] != expected[name]} == paths
-
-    @pytest.mark.parametrize("gpus", [1, 2, 4, 8, 16])
-    def test_its_command_keeps_the_batch_on_other_gpus(self, path, gpus):
-        flag = "batch_size_per_gpu" if path.stem.startswith("linear") else "batch_size"
-        expected = settings_of(path.stem)
-        processes, settings = commanded(path.stem, gpus)
-        batch = expected[flag] * expected["update_freq"] * facts_of(path)["gpus"]
-        assert processes * settings[flag] * settings["update_freq"] == batch
-        assert processes == gpus
         changed = {name for name in settings if settings[name] != expected[name]}
-        assert changed <= {*paths_of(path.stem), flag, "update_freq"}
+        assert changed - {"batch_size", "update_freq"} == paths
+        if gpus == facts["gpus"]:
+            assert settings["batch_size"] == expected["batch_size"]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -265,8 +261,8 @@ def test_the_official_command_means_what_the_recipe_says(name):
     given = vars(read_command_line(PretrainingConfig, shlex.split(OFFICIAL[name]), "run_beit_pretraining.py", ""))
     assert {key: given[key] for key in PUBLISHED[name]} == PUBLISHED[name]
     assert [given[path] for path in PATHS] == ["${DATA_PATH}", "${OUTPUT_DIR}", "${TOKENIZER_PATH}"]
-    recipe = settings_of(name)
-    assert {key for key in given if given[key] != recipe[key]} == set(PATHS)
+    _, recipe = commanded(name, GPUS[name])
+    assert {key for key in given if given[key] != recipe[key]} == {*PATHS, "total_batch_size"}
 
 
 @pytest.mark.parametrize(("name", "row"), [("linear_probe_base", PROBE), ("linear_probe_large", LARGE_PROBE)])
@@ -292,14 +288,12 @@ class TestSegmentation:
     @pytest.mark.parametrize("name", SEGMENTATION_ROWS)
     @pytest.mark.parametrize("gpus", [1, 2, 4, 8, 16])
     def test_its_command_is_the_published_row(self, name, gpus):
-        # Broken by a count of iterations that does not grow with update_freq, or a batch that is not 16.
+        # Broken by a batch that is not 16, or a length that depends on how it is split.
         model, crop, images, interval, *rates, taps, channels, stride = SEGMENTATION_ROWS[name]
         processes, settings = commanded(name, gpus)
-        k = settings["update_freq"]
         assert settings["config"] == CONFIGS[name]
-        assert processes * settings["samples_per_gpu"] * k == 16
-        assert [settings[key] // k for key in ("max_iters", "warmup_iters", "eval_interval")] == [160000, 1500, 16000]
-        assert intervals(read_train([CONFIGS[name], "--max_iters", str(settings["max_iters"])]))
+        assert processes * settings["batch_size"] * settings["update_freq"] == 16
+        assert [settings[key] for key in ("max_steps", "warmup_steps", "eval_freq")] == [160000, 1500, 16000]
         row = {
             "model": f"beit_{model.partition('_')[0]}_patch16_224",
             "crop_size": int(crop),
@@ -310,21 +304,21 @@ class TestSegmentation:
         }
         assert {key: settings[key] for key in row} == row
         if gpus == 8:
-            assert (settings["samples_per_gpu"], k) == (int(images), int(interval))
+            assert (settings["batch_size"], settings["update_freq"]) == (int(images), int(interval))
         # UPerNet refuses to train on a single image: batch norm after pooling to 1 x 1 has one value.
-        assert processes * settings["samples_per_gpu"] >= 2
+        assert processes * settings["batch_size"] >= 2
 
     @pytest.mark.parametrize("name", SEGMENTATION_ROWS)
     def test_on_8_gpus_its_command_is_its_config(self, name):
         # The config is found by its name, as segmentation's launcher finds it: beit does not know that package.
         _, settings = commanded(name, 8)
         expected = vars(read_train([CONFIGS[name]]))
-        given = {"data_root", "pretrained", "work_dir", "deterministic", "launcher"}
+        given = {"data_path", "init_from", "output_dir", "deterministic", "launcher", "update_freq"}
         assert {key for key in settings if settings[key] != expected[key]} <= given
-        assert settings["pretrained"].startswith("beit_")
+        assert settings["init_from"].startswith("beit_")
         facts = read_facts(name)
-        assert (facts["model"], facts["input_size"]) == (expected["model"], expected["crop_size"])
-        assert (facts["batch_size"], facts["update_freq"]) == (expected["samples_per_gpu"], expected["update_freq"])
+        for key in ("model", "batch_size", "total_batch_size", "max_steps"):
+            assert facts[key] == expected[key]
 
     @pytest.mark.parametrize("name", MULTI_SCALE)
     @pytest.mark.parametrize("gpus", [1, 3, 8])

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from beit.commands.settings import RECIPE_TASKS, ListConfig, ShowConfig
-from beit.config import read_command_line, read_facts, read_yaml, recipe_names
+from beit.config import read_facts, read_yaml, recipe_names
 from beit.errors import InputError, did_you_mean
 from beit.tasks.settings import FinetuningConfig, LinearProbeConfig, PretrainingConfig
 
@@ -125,8 +125,8 @@ def read_recipe(name: str) -> Recipe:
         _check_facts(name, facts, _OF_SEGMENTATION)
         return Recipe(name, facts, {}, {key: facts[key] for key in ("model", "batch_size", "total_batch_size")})
     settings = JOBS[facts["task"]].settings
-    everything = vars(read_command_line(settings, ["--config", name], name, ""))
-    return Recipe(name, facts, read_yaml(settings, name), everything)
+    own = read_yaml(settings, name)
+    return Recipe(name, facts, own, vars(settings(**own)))
 
 
 def _check_facts(name: str, facts: Mapping[str, object], required: Iterable[str]) -> None:

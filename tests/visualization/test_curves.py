@@ -81,16 +81,16 @@ def test_a_log_without_a_metric_is_refused_in_one_line(entries):
 
 def test_what_has_to_be_cleared_stands_beside_what_clears_it():
     entries = [{"epoch": 0, "train_mlm_acc": 0.1, "test_mlm_acc": 0.2, "test_most_frequent_acc": 0.05}]
-    own = [Curve("train", [1], [0.1]), Curve("test", [1], [0.2]), Curve("most frequent token", [1], [0.05])]
-    assert overlaid({"run": entries}) == overlaid({"run": entries}, ["mlm_acc"]) == {"mlm_acc (fraction)": own}
+    own = [Curve("train", [1], [10.0]), Curve("test", [1], [20.0]), Curve("most frequent token", [1], [5.0])]
+    assert overlaid({"run": entries}) == overlaid({"run": entries}, ["mlm_acc"]) == {"mlm_acc (%)": own}
     assert [curve.part for curve in own] == ["train", "test", "baseline"]
-    both = overlaid({"a": entries, "b": entries})["mlm_acc (fraction)"]
+    both = overlaid({"a": entries, "b": entries})["mlm_acc (%)"]
     assert [(curve.label, curve.run) for curve in both[-2:]] == [
         ("a most frequent token", 0),
         ("b most frequent token", 1),
     ]
     alone = overlaid({"run": entries}, ["most_frequent_acc"])
-    assert alone == {"most_frequent_acc (fraction)": [Curve("test", [1], [0.05])]}
+    assert alone == {"most_frequent_acc (%)": [Curve("test", [1], [5.0])]}
 
 
 def test_segmentation_is_drawn_over_steps_and_beside_epochs_over_those():
@@ -100,10 +100,10 @@ def test_segmentation_is_drawn_over_steps_and_beside_epochs_over_those():
     ]
     assert overlaid({"run": segmentation}) == {
         "loss": [Curve("train", [200, 300], [2.0, 1.0], unit="step")],
-        "pixel_acc (fraction)": [Curve("train", [200, 300], [0.5, 0.6], unit="step")],
-        "mIoU (fraction)": [Curve("test", [200], [0.3], unit="step")],
+        "pixel_acc (%)": [Curve("train", [200, 300], [50.0, 60.0], unit="step")],
+        "mIoU (%)": [Curve("test", [200], [30.0], unit="step")],
     }
     found = overlaid({"a": segmentation, "b": [{"epoch": 4, "train_loss": 3.0, "test_acc1": 50.0}]})
     assert found["loss"] == [Curve("a train", [1, 2], [2.0, 1.0]), Curve("b train", [5], [3.0], 1)]
-    assert found["mIoU (fraction)"][0].epochs == [200]
+    assert found["mIoU (%)"][0].epochs == [200]
     assert found["acc1 (%)"] == [Curve("b test", [5], [50.0], 1)]
