@@ -142,7 +142,8 @@ def test_a_recipe_is_the_published_row(name):
 def test_the_official_command_means_what_the_recipe_says(name):
     # Broken by an official flag that is spelled otherwise here, or read into another setting.
     given, (_, recipe) = vars(command(OFFICIAL[name])), commanded(name, 16 if name.endswith("_22k") else 8)
-    assert {key for key in given if given[key] != recipe[key]} == {*PATHS, "enable_deepspeed", "total_batch_size"}
+    differing = {key for key in given if given[key] != recipe[key]}
+    assert differing - set(PATHS) == {"enable_deepspeed", "total_batch_size"}
     assert given["init_from"].startswith(BLOB)
 
 

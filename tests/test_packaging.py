@@ -60,7 +60,7 @@ def test_the_wheel_holds_all_that_a_run_needs(wheel):
     segmentation = ROOT / "semantic_segmentation"
     data = [*(ROOT / "beit" / "recipes").glob("*.yaml"), ROOT / "beit" / "py.typed"]
     data += [*segmentation.rglob("*.yaml"), *(segmentation / "tools").glob("*.sh"), segmentation / "ade20k.txt"]
-    data += [ROOT / "beit/visualization" / name for name in ("page.css", "page.js")]
+    data += [ROOT / "beit" / "commands" / "report.html"]
     needed = {str(path.relative_to(ROOT)) for path in [*sources, *data]} | set(LAUNCHERS)
     assert len(data) > 3
     assert {"run_beit_pretraining.py", "run_dvae_training.py", "dall_e/encoder.py"} <= needed

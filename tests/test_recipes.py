@@ -170,7 +170,7 @@ def facts_of(path):
 
 
 def commanded(name, gpus):
-    """What a recipe's command means: the number of processes, and the settings of its run, the batch split over them."""
+    """What a recipe's command means: the number of processes, and the settings of its run with the batch split."""
     words = shlex.split(command(read_recipe(name), gpus).replace("\\\n", ""))
     if name.startswith("segment"):
         return segmentation_commanded(words)

@@ -9,5 +9,5 @@ OUTPUT=${OUTPUT:-/path/to/run}
 
 export OMP_NUM_THREADS=1
 exec python run_beit_pretraining.py --config pretrain_base_22k \
-    --batch_size 512 --update_freq 4 --amp_dtype bf16 --compile --tokenizer_compile --num_workers 14 \
+    --batch_size 512 --amp_dtype bf16 --compile --tokenizer_compile --num_workers 14 \
     --data_path "$DATA" --discrete_vae_weight_path "$TOKENIZER" --output_dir "$OUTPUT"

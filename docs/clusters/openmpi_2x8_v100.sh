@@ -15,5 +15,5 @@ beit index "$DATA" # once, and not while 15 processes wait for it
 exec mpirun -np 16 --host "$HOSTS" --map-by ppr:8:node --bind-to none \
     -x MASTER_ADDR -x MASTER_PORT -x OMP_NUM_THREADS -x PATH $given \
     python run_beit_pretraining.py --dist_on_itp --config pretrain_base_22k \
-    --batch_size 128 --update_freq 1 --amp_dtype fp16 --num_workers 4 \
+    --batch_size 128 --amp_dtype fp16 --num_workers 4 \
     --data_path "$DATA" --discrete_vae_weight_path "$TOKENIZER" --output_dir "$OUTPUT"

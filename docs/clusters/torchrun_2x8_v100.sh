@@ -13,5 +13,5 @@ beit index "$DATA" # once, and not while 15 processes wait for it
 exec torchrun --nnodes=2 --nproc-per-node=8 \
     --rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:29500" --rdzv-id=beit-base \
     run_beit_pretraining.py --config pretrain_base_22k \
-    --batch_size 128 --update_freq 1 --amp_dtype fp16 --num_workers 4 \
+    --batch_size 128 --amp_dtype fp16 --num_workers 4 \
     --data_path "$DATA" --discrete_vae_weight_path "$TOKENIZER" --output_dir "$OUTPUT"
