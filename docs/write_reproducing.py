@@ -1,7 +1,7 @@
 """Writes docs/reproducing.md from beit/recipes/*.yaml: ``python docs/write_reproducing.py``."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from beit.commands.recipes import Recipe, command, read_recipe
@@ -106,7 +106,7 @@ def _section(recipes: Sequence[Recipe]) -> str:
         "quoted result",
         "published hardware",
     )
-    rows = [
+    rows: list[tuple[object, ...]] = [
         (f"`{r.name}`", f"`{r.settings['model']}`", r.batch, _rate(r), _length(r), r.expected(), _hardware(r))
         for r in recipes
     ]
@@ -159,8 +159,8 @@ def _ablations(recipes: Sequence[Recipe]) -> str:
 
 
 def _result(recipe: Recipe, key: str) -> str:
-    found = recipe.quoted.get(key, {})
-    return ", ".join(f"{metric} {value}" for metric, value in found.items())
+    found = recipe.quoted.get(key)
+    return ", ".join(f"{metric} {value}" for metric, value in found.items()) if isinstance(found, Mapping) else ""
 
 
 def _difference(recipe: Recipe, other: Recipe) -> str:

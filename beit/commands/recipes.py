@@ -2,8 +2,9 @@
 
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from beit.commands.settings import RECIPE_TASKS, ListConfig, ShowConfig
 from beit.config import read_facts, read_yaml, recipe_names
@@ -26,15 +27,8 @@ _OF_SEGMENTATION = ("config", "start", "model", "batch_size", "total_batch_size"
 _IN_WORDS = {str: "text (in quotes where YAML reads it otherwise)", int: "a whole number from 1", dict: "a mapping"}
 
 
-@dataclass(frozen=True)
-class Job:
-    """How runs of a task are launched.
-
-    Args:
-        script: The launcher.
-        settings: Class of its settings.
-        start: The flag that names what a run starts from.
-    """
+class Job(NamedTuple):
+    """How runs of a task are launched: script, class of the settings, and the flag for what a run starts from."""
 
     script: str
     settings: type
@@ -118,24 +112,25 @@ def read_recipe(name: str) -> Recipe:
         hint = did_you_mean(name, recipe_names())
         raise InputError(f"no recipe {name!r}{hint}; `beit recipes list` lists them, and a path ends in .yaml")
     facts = read_facts(name)
-    _check_facts(name, facts, _REQUIRED)
-    if facts["task"] not in RECIPE_TASKS:
-        raise InputError(f"{name}: unknown task {facts['task']!r}{did_you_mean(facts['task'], RECIPE_TASKS)}")
+    _check_facts(name, facts)
     if facts["task"] not in JOBS:
-        _check_facts(name, facts, _OF_SEGMENTATION)
         return Recipe(name, facts, {}, {key: facts[key] for key in ("model", "batch_size", "total_batch_size")})
     settings = JOBS[facts["task"]].settings
     own = read_yaml(settings, name)
     return Recipe(name, facts, own, vars(settings(**own)))
 
 
-def _check_facts(name: str, facts: Mapping[str, object], required: Iterable[str]) -> None:
+def _check_facts(name: str, facts: Mapping[str, object]) -> None:
+    task = facts.get("task")
+    required = _REQUIRED if task in JOBS or task not in RECIPE_TASKS else (*_REQUIRED, *_OF_SEGMENTATION)
     if missing := [key for key in required if key not in facts]:
         raise InputError(f"{name}: recipe lacks {', '.join(missing)}; build on a recipe of the package with base:")
     for key, kind in FACTS.items():
         value = facts.get(key)
         if key in facts and (type(value) is not kind or (isinstance(value, int) and value < 1)):
             raise InputError(f"{name}: recipe: {key} is {value!r}; it must be {_IN_WORDS[kind]}")
+    if task not in RECIPE_TASKS:
+        raise InputError(f"{name}: unknown task {task!r}{did_you_mean(str(task), RECIPE_TASKS)}")
 
 
 def command(recipe: Recipe, gpus: int) -> str:
