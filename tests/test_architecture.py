@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "dall_e.*": ("dall_e.*",),
     # the engine: any module on any loader, knowing neither models nor data
     "beit.training.*": ("beit.training.*", "beit.storage", "beit.checkpoints.pieces"),
+    "beit.launch": ("beit.config", "beit.training.*"),
     # the parts of the method
     "beit.modeling": ("beit.relative_position",),
     "beit.tokenizers.*": ("beit.tokenizers.*", "dall_e.*", "beit.storage", "beit.registry"),
@@ -43,12 +44,13 @@ MAY_IMPORT = {
     ),
     "beit.zoo": ("beit.modeling", "beit.checkpoints.*", "beit.registry"),
     "beit.inference": ("beit.modeling", "beit.checkpoints.*", "beit.zoo", "beit.data.*"),
+    "beit.features": ("beit.modeling", "beit.inference", "beit.data.*", "beit.training.precision"),
     # the jobs, their pictures, and the commands around them
     "beit.visualization.*": ("beit.visualization.*", *PARTS),
-    "beit.tasks.*": ("beit.tasks.*", "beit.visualization.*", *PARTS, "beit.training.*"),
+    "beit.tasks.*": ("beit.tasks.*", "beit.visualization.*", *PARTS, "beit.features", "beit.training.*"),
     "beit.commands.*": (
-        *("beit.commands.*", "beit.launch", "beit.features", "beit.tasks.*", "beit.visualization.*"),
-        *(*PARTS, "beit.training.*"),
+        *("beit.commands.*", "beit.tasks.*", "beit.launch", "beit.visualization.*", *PARTS),
+        *("beit.features", "beit.training.*"),
     ),
     # segmentation stands on all of beit, which does not know it
     "semantic_segmentation.tools.*": (
@@ -56,13 +58,13 @@ MAY_IMPORT = {
         "beit.launch",
     ),
     "semantic_segmentation.*": (
-        *("semantic_segmentation.*", "beit.commands.*", "beit.tasks.*", "beit.visualization.*", "examples.*"),
+        *("semantic_segmentation.*", "beit.commands.*", "beit.tasks.*", "beit.launch", "beit.visualization.*"),
         *(*PARTS, "beit.training.*"),
     ),
     # on top: the public names, the console command, the launchers
     "beit": PARTS,
     "beit.__main__": ("beit.commands.dispatch",),
-    "run_*": ("beit.tasks.*",),
+    "run_*": ("beit.launch", "beit.tasks.settings"),
 }
 
 PACKAGES = ("beit", "dall_e", "semantic_segmentation")
