@@ -36,7 +36,7 @@ from beit.training.logging import ScalarWriter
 from beit.training.loop import Trainer
 from beit.training.optim import create_optimizer, parameter_groups
 from beit.training.precision import Precision, resolve_amp_dtype
-from beit.training.schedules import WarmupCosine, duration_in_steps
+from beit.training.schedules import WarmupCosine, duration_in_steps, split_batch
 from beit.training.session import Session, open_session
 from beit.training.state import Average, Batch, LoopSettings, Period, StepFunction
 from beit.zoo import MODELS, create_model
@@ -348,35 +348,11 @@ def trainer_class(task: Task[Any]) -> Callable[..., Trainer]:
 
 
 def resolve_batch(config: BatchT, world_size: int, multiple: int = 1) -> BatchT:
-    """Returns the settings with ``--total_batch_size``, if given, split into batches; a step has as few as possible.
-
-    Args:
-        config: The settings.
-        world_size: Number of processes.
-        multiple: What the images of a batch must be a multiple of, such as 2 where they are mixed in pairs.
-
-    Raises:
-        InputError: The images cannot be split evenly.
-    """
-    total, unit = config.total_batch_size, world_size * multiple
-    if not total:
+    """Returns the settings with ``--total_batch_size``, if given, split by :func:`split_batch`."""
+    if not config.total_batch_size:
         return config
-    if total % unit:
-        near = [count for count in (total // unit * unit, (total // unit + 1) * unit) if count]
-        pairs = f" in multiples of {multiple}" if multiple > 1 else ""
-        raise InputError(
-            f"--total_batch_size {total} cannot be split evenly over {world_size} processes{pairs}; "
-            f"{' or '.join(map(str, near))} can"
-        )
-    share = total // world_size
-    images = max(size for size in range(multiple, min(share, config.batch_size) + 1, multiple) if share % size == 0)
-    if 2 * images < min(share, config.batch_size):
-        logger.warning(
-            "--total_batch_size %d over %d processes: %d images per batch, as %d has no larger divisor up to "
-            "--batch_size %d",
-            *(total, world_size, images, share, config.batch_size),
-        )
-    return dataclasses.replace(config, batch_size=images, update_freq=share // images)
+    images, batches = split_batch(config.total_batch_size, world_size, config.batch_size, multiple)
+    return dataclasses.replace(config, batch_size=images, update_freq=batches)
 
 
 def log_plan(config: BatchOptions, trainer: Trainer) -> None:

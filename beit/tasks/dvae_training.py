@@ -4,8 +4,7 @@ Source: BEiT (arXiv 2106.08254), section 2.1; DALL-E (arXiv 2102.12092), section
 """
 
 import logging
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from PIL import Image
@@ -31,6 +30,7 @@ from beit.tokenizers.dvae import (
     reconstruction_loss,
     save_dvae,
     to_signed_range,
+    warn_of_collapse,
 )
 from beit.training import distributed
 from beit.training.logging import ScalarWriter
@@ -43,7 +43,6 @@ __all__ = ["DvaeConfig", "main"]
 logger = logging.getLogger(__name__)
 
 PICTURE = "reconstructions.png"
-COLLAPSED_BELOW = 0.05  # codebook perplexity, as a share of the most it could be
 COLLAPSE_COUNTS_FROM = 0.25  # share of the run; before that every codebook looks collapsed
 
 
@@ -228,25 +227,3 @@ class HardTokenEvaluation:
             "kl_per_token": kl / tokens,
             "tokens": tokens,
         }
-
-
-def warn_of_collapse(results: Mapping[str, float]) -> None:
-    """Warns when few codes carry everything, and says what to change.
-
-    Args:
-        results: Of an evaluation. A small ``kl_per_token`` means that the encoder commits to no code.
-    """
-    vocabulary = results["used_codes"] + results["dead_codes"]
-    if results["perplexity"] >= COLLAPSED_BELOW * min(vocabulary, results["tokens"]):
-        return
-    undecided = results["kl_per_token"] < 0.25 * math.log(vocabulary)
-    remedy = (
-        "the encoder hardly decides between codes: lower --kl_weight or lengthen its warm-up (--kl_warmup_share)"
-        if undecided
-        else "the encoder settled on few codes too early: raise --kl_weight, lower --lr or --clip_grad, or lengthen "
-        "the annealing (--temperature_share)"
-    )
-    logger.warning(
-        "the codebook has collapsed: perplexity %.1f of %d codes, %d in use; %s",
-        *(results["perplexity"], vocabulary, results["used_codes"], remedy),
-    )

@@ -15,8 +15,10 @@ the posterior stays near the prior and the images stay blurred.
 """
 
 import json
+import logging
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,6 +30,9 @@ from beit.errors import InputError
 from beit.storage import atomic_write, load_checkpoint, require_file, save_checkpoint
 from beit.tokenizers.base import LogitTokenizer
 
+logger = logging.getLogger(__name__)
+
+COLLAPSED_BELOW = 0.05  # codebook perplexity, as a share of the most it could be
 OFFICIAL_SIZES: dict[str, Any] = {
     "image_size": 112,
     "num_tokens": 8192,
@@ -321,6 +326,28 @@ def codebook_statistics(counts: Tensor) -> CodebookStatistics:
     shares = counts[counts > 0].double() / counts.sum()
     perplexity = math.exp(-(shares * shares.log()).sum().item()) if used else 0.0
     return CodebookStatistics(perplexity, used, counts.numel() - used)
+
+
+def warn_of_collapse(results: Mapping[str, float]) -> None:
+    """Warns when few codes carry everything, and says what to change.
+
+    Args:
+        results: Of an evaluation. A small ``kl_per_token`` means that the encoder commits to no code.
+    """
+    vocabulary = results["used_codes"] + results["dead_codes"]
+    if results["perplexity"] >= COLLAPSED_BELOW * min(vocabulary, results["tokens"]):
+        return
+    undecided = results["kl_per_token"] < 0.25 * math.log(vocabulary)
+    remedy = (
+        "the encoder hardly decides between codes: lower --kl_weight or lengthen its warm-up (--kl_warmup_share)"
+        if undecided
+        else "the encoder settled on few codes too early: raise --kl_weight, lower --lr or --clip_grad, or lengthen "
+        "the annealing (--temperature_share)"
+    )
+    logger.warning(
+        "the codebook has collapsed: perplexity %.1f of %d codes, %d in use; %s",
+        *(results["perplexity"], vocabulary, results["used_codes"], remedy),
+    )
 
 
 class CustomizedTokenizer(LogitTokenizer):

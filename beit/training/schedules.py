@@ -1,7 +1,12 @@
 """Values that change with the optimizer step: learning rate, weight decay, temperatures."""
 
+import logging
 import math
 from dataclasses import dataclass
+
+from beit.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,3 +78,37 @@ class WarmupPoly:
 def duration_in_steps(*, epochs: float, steps: int, steps_per_epoch: int) -> int:
     """Resolves a duration that can be given in optimizer steps (which win when positive) or in epochs."""
     return steps if steps > 0 else round(epochs * steps_per_epoch)
+
+
+def split_batch(total: int, world_size: int, most: int, multiple: int = 1) -> tuple[int, int]:
+    """Splits the images of a step into batches, as few as possible.
+
+    Args:
+        total: Images per step, over all processes.
+        world_size: Number of processes.
+        most: Most images per process and batch.
+        multiple: What the images of a batch must be a multiple of, such as 2 where they are mixed in pairs.
+
+    Returns:
+        Images per process and batch, and batches per step.
+
+    Raises:
+        InputError: The images cannot be split evenly.
+    """
+    unit = world_size * multiple
+    if total % unit:
+        near = [count for count in (total // unit * unit, (total // unit + 1) * unit) if count]
+        pairs = f" in multiples of {multiple}" if multiple > 1 else ""
+        raise InputError(
+            f"--total_batch_size {total} cannot be split evenly over {world_size} processes{pairs}; "
+            f"{' or '.join(map(str, near))} can"
+        )
+    share = total // world_size
+    images = max(size for size in range(multiple, min(share, most) + 1, multiple) if share % size == 0)
+    if 2 * images < min(share, most):
+        logger.warning(
+            "--total_batch_size %d over %d processes: %d images per batch, as %d has no larger divisor up to "
+            "--batch_size %d",
+            *(total, world_size, images, share, most),
+        )
+    return images, share // images
