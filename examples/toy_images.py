@@ -373,7 +373,7 @@ def _crop(photograph: Image.Image, region: Region, size: tuple[int, int], rng: n
     return crop
 
 
-def write_digits(folder: Folder, size: Size = 32, seed: int = 0) -> None:
+def write_digits(folder: Folder, size: Size = 32, seed: int = 0, per_class: int | None = None) -> None:
     """Writes the 1797 handwritten digits in scikit-learn's wheel as ``folder/<split>/<digit>/<number>.png``.
 
     A quarter of each class goes to ``val``, the rest to ``train``. The originals have 8 x 8 pixels and 17 grey levels.
@@ -383,6 +383,7 @@ def write_digits(folder: Folder, size: Size = 32, seed: int = 0) -> None:
         folder: Created if missing.
         size: Size of a picture.
         seed: Seed of the split.
+        per_class: Number of digits of each class; all by default.
 
     Raises:
         InputError: scikit-learn is not installed.
@@ -401,6 +402,7 @@ def write_digits(folder: Folder, size: Size = 32, seed: int = 0) -> None:
     for digit in range(10):
         numbers = np.flatnonzero(digits.target == digit)
         np.random.default_rng((seed % 2**64, digit)).shuffle(numbers)
+        numbers = numbers[:per_class]
         held_out = round(VALIDATION_SHARE * len(numbers))
         for split, members in (("val", numbers[:held_out]), ("train", numbers[held_out:])):
             for number in members.tolist():
@@ -410,4 +412,4 @@ def write_digits(folder: Folder, size: Size = 32, seed: int = 0) -> None:
 
 def _save(image: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, **({"quality": JPEG_QUALITY} if path.suffix == ".jpg" else {}))
+    image.save(path, quality=JPEG_QUALITY)  # PNG has no such setting and ignores it
