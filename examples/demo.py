@@ -179,7 +179,7 @@ def draw(demo: Demo) -> None:
 def draw_segmentations(demo: Demo) -> None:
     """Draws some held-out scenes, their labels and the predictions of both segmentors."""
     config = demo.segmentation("scratch")
-    root = Path(config.data_root)
+    root = Path(config.data_path)
     classes = find_classes(root, config.classes, config.reduce_zero_label)
     pairs = find_pairs(root / config.val_images, root / config.val_annotations)
     images = TestImages(pairs, num_classes=len(classes), reduce_zero_label=config.reduce_zero_label)
@@ -198,7 +198,7 @@ def draw_segmentations(demo: Demo) -> None:
 def segmented(images: list[Tensor], demo: Demo, start: str, classes: SegmentationClasses) -> list[Tensor]:
     """Returns images with a segmentor's predictions painted over them."""
     config = demo.segmentation(start)
-    segmentor = segmentor_from(*read_weights(demo.run_folder(start) / f"checkpoint-{config.max_iters}.pth"))
+    segmentor = segmentor_from(*read_weights(demo.run_folder(start) / f"checkpoint-{config.max_steps}.pth"))
     precision = Precision(torch.float32, torch.device("cpu"))
     how: dict[str, Any] = {**Statistics()._asdict(), "precision": precision}
     predictions = predict_each(segmentor, ((image, image) for image in images), test_settings(config), **how)

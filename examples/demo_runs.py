@@ -10,9 +10,7 @@ from typing import Any
 from beit.commands.knn import KnnConfig
 from beit.config import option, read_yaml
 from beit.errors import InputError
-from beit.tasks.dvae_training import DvaeConfig
-from beit.tasks.finetuning_config import FinetuningConfig
-from beit.tasks.pretraining_config import PretrainingConfig
+from beit.tasks.settings import DvaeConfig, FinetuningConfig, PretrainingConfig
 from examples.toy_images import (
     BACKGROUND,
     SHAPES,
@@ -222,7 +220,7 @@ class Demo:
             data_path=str(self.images / train),
             eval_data_path=str(self.images / val),
             output_dir=str(self.folder / f"finetune-{start}"),
-            finetune=str(self.checkpoint) if start == "pretrained" else "",
+            init_from=str(self.checkpoint) if start == "pretrained" else "",
             model="beit_tiny_patch16_224",
             model_kwargs=MODEL,
             input_size=IMAGE_PIXELS,
@@ -248,18 +246,18 @@ class Demo:
         steps = self.budget.segmentation_steps
         settings: dict[str, Any] = {
             **read_yaml(TrainConfig, "upernet_beit_tiny_64_slide_ade20k"),
-            "data_root": str(self.folder / "segmentation" / "scenes"),
+            "data_path": str(self.folder / "segmentation" / "scenes"),
             "reduce_zero_label": False,  # the background is a class here
             "model_kwargs": MODEL,
             "crop_size": IMAGE_PIXELS,
-            "pretrained": str(self.checkpoint) if start == "pretrained" else "",
+            "init_from": str(self.checkpoint) if start == "pretrained" else "",
             "lr": 8e-3,
             "layer_decay": SEGMENTATION_DECAY[start],
-            "warmup_iters": steps // 10,
-            "max_iters": steps,
-            "eval_interval": steps,
-            "checkpoint_interval": steps,
-            "work_dir": str(self.run_folder(start)),
+            "warmup_steps": steps // 10,
+            "max_steps": steps,
+            "eval_freq": steps,
+            "save_ckpt_freq": steps,
+            "output_dir": str(self.run_folder(start)),
             **self._machine(),
         }
         return TrainConfig(**settings)
