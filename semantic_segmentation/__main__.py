@@ -28,7 +28,7 @@ COMMANDS = {
         "semantic_segmentation.predict", "PredictConfig", "semantic_segmentation.predict", "segment images: IMAGE ..."
     ),
     "demo": Command(
-        "examples.demo_segmentation", "DemoConfig", "examples.demo_segmentation", "watch a segmentor learn, in minutes"
+        "examples.demo", "DemoConfig", "examples.demo", "watch BEiT learn on this machine; segmentation comes last"
     ),
 }
 
