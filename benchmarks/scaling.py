@@ -36,10 +36,11 @@ from beit.targets import PixelTarget
 from beit.tasks.pretraining import MaskedPrediction, with_patch_index
 from beit.training import distributed
 from beit.training.fsdp import FullyShardedTrainer
-from beit.training.loop import LoopSettings, Trainer
+from beit.training.loop import Trainer
 from beit.training.optim import create_optimizer, parameter_groups
 from beit.training.precision import Precision, resolve_amp_dtype
 from beit.training.session import open_session
+from beit.training.state import LoopSettings
 from beit.zoo import create_model
 
 ONE, DDP, FSDP = "one process", "DDP", "FSDP"

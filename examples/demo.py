@@ -22,9 +22,9 @@ from beit.checkpoints.load import read_weights
 from beit.commands import knn, visualize
 from beit.commands.visualize import ReconstructConfig
 from beit.data.datasets import index_images
+from beit.launch import launch
 from beit.storage import atomic_write
 from beit.tasks import dvae_training, finetuning, pretraining
-from beit.tasks.launch import launch
 from beit.training.precision import Precision
 from beit.visualization.curves import overlaid, read_log
 from beit.visualization.figures import draw_segmentation

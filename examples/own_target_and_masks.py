@@ -15,9 +15,9 @@ from einops import reduce
 from numpy.typing import NDArray
 from torch import Tensor
 
+from beit.launch import launch
 from beit.registry import MASK_STRATEGIES, TARGETS
 from beit.targets import Batch, PredictionTarget
-from beit.tasks.launch import launch
 from beit.tasks.settings import PretrainingConfig
 
 

@@ -23,8 +23,8 @@ from beit.data.datasets import ImageDataset
 from beit.data.loaders import EpochLoader
 from beit.data.transforms import normalize, size_pair
 from beit.errors import InputError
+from beit.launch import launch
 from beit.tasks.base import Evaluation, Metrics, Task, find_together, named_model, normalization, run, to_device
-from beit.tasks.launch import launch
 from beit.tasks.settings import BatchOptions, CosineOptions, DataOptions, EpochOptions, RunOptions, TrainedModelOptions
 from beit.training import distributed
 from beit.training.state import Batch, StepFunction

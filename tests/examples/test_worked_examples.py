@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from beit.errors import InputError
-from beit.tasks.launch import launch
+from beit.launch import launch
 from beit.tasks.settings import PretrainingConfig
 from examples import rotation
 from examples.rotation import RotatedCrop, Rotation, RotationConfig
