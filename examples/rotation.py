@@ -21,12 +21,14 @@ from beit.checkpoints.load import load_pretrained
 from beit.config import Size, option
 from beit.data.datasets import ImageDataset
 from beit.data.loaders import EpochLoader
+from beit.data.preprocessing import normalization
 from beit.data.transforms import normalize, size_pair
 from beit.errors import InputError
 from beit.launch import launch
-from beit.tasks.base import Evaluation, Metrics, Task, find_together, named_model, normalization, run, to_device
+from beit.tasks.base import Evaluation, Metrics, Task, find_together, named_model, run
 from beit.tasks.settings import BatchOptions, CosineOptions, DataOptions, EpochOptions, RunOptions, TrainedModelOptions
 from beit.training import distributed
+from beit.training.loop import to_device
 from beit.training.state import Batch, StepFunction
 
 TURNS = 4  # 0, 90, 180 and 270 degrees
