@@ -4,7 +4,7 @@
 
 The task below says what differs from other jobs; everything else comes with it: distributed training, mixed precision,
 exact resume, logs, checkpoints and every shared flag (``--help`` lists them). Its checkpoints are BEiT classifiers, so
-fine-tuning takes them as they are: ``run_class_finetuning.py --init_from output/rotation/checkpoint-99.pth``.
+fine-tuning takes them as they are: ``run_class_finetuning.py --init_from output/rotation/checkpoint-299.pth``.
 """
 
 import sys
@@ -41,7 +41,6 @@ class RotationConfig(DataOptions, TrainedModelOptions, BatchOptions, EpochOption
 
     input_size: Size = option(224, "size of the square crops, in pixels")
     min_crop: float = option(0.5, "smallest crop, as a share of the image's area", within="(0, 1]")
-    epochs: int = option(100, "passes over the data", within="[1, inf)")
 
 
 class Rotation(Task[RotationConfig]):
@@ -51,9 +50,8 @@ class Rotation(Task[RotationConfig]):
 
     def check(self) -> None:
         """Refuses a size that a quarter turn would change."""
-        height, width = size_pair(self.config.input_size)
-        if height != width:
-            raise InputError(f"--input_size {height}x{width}: must be square, as images are rotated by 90 degrees")
+        if len(set(size_pair(self.config.input_size))) > 1:
+            raise InputError(f"--input_size {self.config.input_size}: must be square, as images are rotated")
 
     def build_model(self) -> nn.Module:
         """Creates the classifier, from the weights of ``--init_from`` if given."""
