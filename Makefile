@@ -1,4 +1,4 @@
-# `make` lists the verbs. Each prepares .venv on its first use and again only when the dependencies change.
+# `make` lists the verbs. They create .venv on first use and update it when the dependencies change.
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -10,8 +10,8 @@ BENCHMARKS := pretrain_step finetune_step resolution segmentation_inference scal
 DEMO_RUNS := dvae pretrain finetune-pretrained finetune-scratch segmentation/pretrained segmentation/scratch
 REQUIREMENTS := pyproject.toml requirements.txt setup.py
 
-# A file's tests stay together: they share what is expensive to make. TEST_PROCESSES=0 runs all in one process. A test
-# that ends its process is the end of the run; with another process in its place xdist would wait for ever.
+# Tests of a file stay in one process: they share expensive fixtures. TEST_PROCESSES=0 runs everything in one process.
+# A crashed worker ends the run, since xdist would wait forever for a restarted one.
 PYTEST = $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --max-worker-restart=0 $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
@@ -22,16 +22,15 @@ help: ## list the verbs
 	@echo "make VERB [PYTHON=python3.12] [PYTEST_ARGS='-k masking']"
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
 
-demo: $(VENV)/installed-demo ## pre-train, fine-tune and segment in the small on this machine, with pictures and a report in demo/
-	$(BIN)/python -m beit demo --output_dir demo
-	$(BIN)/python -m semantic_segmentation demo --output_dir demo
+demo: $(VENV)/installed-demo ## train a small BEiT on this machine, with pictures and a report in demo/
+	$(BIN)/python -m examples.demo --output_dir demo
 	$(BIN)/python -m beit report $(DEMO_RUNS:%=demo/%) --title 'What the demo learnt' \
 		--pictures demo/reconstructions.png demo/segmentation.png --results demo/summary.json -o demo/report.html
 
 test: $(VENV)/installed-test ## run all tests
 	$(PYTEST)
 
-test-fast: $(VENV)/installed-test ## run the tests of single modules, without whole commands
+test-fast: $(VENV)/installed-test ## run all tests but whole commands and kill tests
 	$(PYTEST) -m "not slow"
 
 lint: $(VENV)/installed-test ## check style and types, change nothing
@@ -39,15 +38,15 @@ lint: $(VENV)/installed-test ## check style and types, change nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/installed-test ## run every benchmark of speed, beside the peers, and write docs/speed.md
+bench: $(VENV)/installed-test ## run every speed benchmark against its peers and write docs/speed.md
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python benchmarks/summary.py
 
-clean: ## delete what builds and tests left; .venv, demo/ and your runs stay
+clean: ## delete build and test output; keep .venv, demo/ and your runs
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
 
-# pip is the last thing that venv puts there: an environment that was left half made is made again.
+# venv installs pip last: an incomplete environment is created again.
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or \
 		sys.exit("Python 3.10 or newer is needed, %s is %d.%d: make VERB PYTHON=..." % (sys.executable, *v[:2]))'
@@ -62,6 +61,6 @@ $(VENV)/installed-demo: $(REQUIREMENTS) | $(BIN)/pip
 $(VENV)/installed-test: $(REQUIREMENTS) | $(BIN)/pip
 	@echo "Installing the library and what the tests need; the first time this downloads PyTorch ..."
 	$(BIN)/python -m pip install -e '.[test]'
-	@# OpenAI's package is compared with, apart: it is called dall_e like ours, and would hide it from the command beit.
+	@# OpenAI's package, to compare with, goes in a folder of its own: it is called dall_e too and would shadow ours.
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/peers 'DALL-E==0.1'
 	@touch $@ $(VENV)/installed-demo

@@ -36,10 +36,11 @@ from beit.targets import PixelTarget
 from beit.tasks.pretraining import MaskedPrediction, with_patch_index
 from beit.training import distributed
 from beit.training.fsdp import FullyShardedTrainer
-from beit.training.loop import LoopSettings, Trainer
+from beit.training.loop import Trainer
 from beit.training.optim import create_optimizer, parameter_groups
 from beit.training.precision import Precision, resolve_amp_dtype
 from beit.training.session import open_session
+from beit.training.state import LoopSettings, Period
 from beit.zoo import create_model
 
 ONE, DDP, FSDP = "one process", "DDP", "FSDP"
@@ -125,11 +126,22 @@ def make_trainer(way: str, sizes: Sizes, loader: Ready, device: torch.device) ->
         fused=True,
     )
     precision = Precision(resolve_amp_dtype("auto", device), device)
-    settings = LoopSettings(epochs=1 + WINDOWS, log_every=sizes.steps)
-    arguments = (model, MaskedPrediction(target, mean, std), loader, optimizer, precision, settings, lambda _: LR)
+    settings = LoopSettings(
+        total_steps=(1 + WINDOWS) * sizes.steps, period=Period("epoch", sizes.steps), log_every=sizes.steps, save=False
+    )
+    arguments = {
+        "model": model,
+        "step": MaskedPrediction(target, mean, std),
+        "loader": loader,
+        "optimizer": optimizer,
+        "precision": precision,
+        "settings": settings,
+        "lr": lambda _: LR,
+        "prepare": with_patch_index,
+    }
     if way != FSDP:
-        return Trainer(*arguments, prepare=with_patch_index)
-    return FullyShardedTrainer(*arguments, prepare=with_patch_index, layers=lambda model: model.blocks)
+        return Trainer(**arguments)
+    return FullyShardedTrainer(**arguments, layers=lambda model: model.blocks)
 
 
 # ----------------------------------------------------------------------------------------------------------- all of it

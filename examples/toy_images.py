@@ -1,7 +1,8 @@
-"""Images made on the spot: scenes of textured shapes, with masks if wanted; crops of photographs; handwritten digits.
+"""Toy images, generated locally: scenes of textured shapes, crops of photographs and handwritten digits.
 
-They are for demonstrations and tests: small, free, the same on every machine for the same seed, and with enough
-structure that a model which sees half of an image can tell what the other half holds.
+They are small, free and identical on every machine for the same seed, and structured enough that a model which sees
+half of an image can infer the rest. The demo, the tests and the benchmarks use them. Sizes are in pixels, ``(H, W)`` or
+one number for a square.
 """
 
 import importlib.util
@@ -15,17 +16,19 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from beit.data.transforms import size_pair
-from beit.errors import InputError, did_you_mean
+from beit.errors import InputError
 
-Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
-Field = NDArray[np.floating]  # (h, w), 0 to 1: how much of a texture's second colour a pixel has
+Field = NDArray[np.floating]  # (h, w) in [0, 1]: the weight of a texture's second colour at each pixel
+Region = tuple[int, int, int, int]  # left, top, right, bottom in pixels
+Size = int | tuple[int, int]
+Folder = str | os.PathLike[str]
 
-SUPERSAMPLING = 4  # shapes are drawn this many times larger, then reduced, for smooth edges
+SUPERSAMPLING = 4  # shapes are drawn this many times larger, then reduced, to antialias their edges
 JPEG_QUALITY = 92
-MOST_DRAWS = 20
-DIGIT_SIDE = 8
+MAX_DRAWS = 20
+VALIDATION_SHARE = 0.25  # of the digits of each class
 
-# Sixteen clearly different colours; every use varies them a little.
+# Sixteen distinct colours; each use varies them slightly.
 PALETTE = np.array(
     [
         (214, 57, 51), (240, 138, 40), (247, 205, 70), (120, 178, 62), (38, 124, 82), (52, 168, 176), (55, 110, 190),
@@ -35,7 +38,7 @@ PALETTE = np.array(
     dtype=np.float32,
 )  # fmt: skip
 
-# In scikit-image's wheel, each with the side at which a third of it is held out.
+# Photographs in scikit-image's wheel, each with the side whose outer third is held out.
 PHOTOGRAPHS = {
     "astronaut.png": "left",
     "chelsea.png": "left",
@@ -46,12 +49,10 @@ PHOTOGRAPHS = {
     "rocket.jpg": "left",
 }
 HELD_OUT_SHARE = 1 / 3
-CROP_SHARES = (0.25, 0.8)  # side of a crop, of the photograph's shorter side
-DULL_DEVIATION = 14.0  # of a crop's grey levels, below which another is drawn
-BLACK, BLACK_SHARE = 12, 0.25  # a crop of which so much is darker than this is dull as well: the border of retina.jpg
-
-
-# Shapes: the outline as polygons, for a shape of radius 1 around (0, 0). A second polygon is a hole.
+CROP_SHARES = (0.25, 0.8)  # side of a crop relative to the photograph's shorter side
+# A crop with less contrast or more black than this is drawn again: sky, or the border of retina.jpg.
+MIN_DEVIATION = 14.0  # standard deviation in grey levels
+BLACK, MAX_BLACK_SHARE = 12, 0.25
 
 
 def _regular(corners: int, radius: float = 1.0, turn: float = -math.pi / 2) -> NDArray[np.float64]:
@@ -80,6 +81,7 @@ def _crescent() -> NDArray[np.float64]:
     return np.concatenate([np.stack(arc, axis=1) for arc in arcs])
 
 
+# Outlines as polygons, for a shape of radius 1 around (0, 0). A second polygon is a hole.
 OUTLINES: dict[str, tuple[NDArray[np.float64], ...]] = {
     "crescent": (_crescent(),),
     "cross": (_cross(0.36),),
@@ -91,9 +93,10 @@ OUTLINES: dict[str, tuple[NDArray[np.float64], ...]] = {
     "triangle": (_regular(3, 1.1),),
 }
 SHAPES = tuple(OUTLINES)
+BACKGROUND = "background 200 200 200"  # name and colour in classes.txt, where the background is a class
 
 
-# Textures: fields over coordinates x, y in units of the scene's shorter side.
+# Textures are fields over coordinates x, y in units of the scene's shorter side.
 
 
 def _plain(x: Field, _y: Field, _rng: np.random.Generator) -> Field:
@@ -133,7 +136,7 @@ def _ripples(x: Field, y: Field, rng: np.random.Generator) -> Field:
 
 
 def _square_wave(phase: Field) -> Field:
-    # A clipped triangle wave: stripes whose edges are as soft as a photograph's.
+    # A clipped triangle wave: its edges are as soft as a photograph's.
     return np.clip((np.abs((phase % 1) - 0.5) - 0.25) * 9 + 0.5, 0, 1)
 
 
@@ -146,39 +149,33 @@ TEXTURES: dict[str, Callable[[Field, Field, np.random.Generator], Field]] = {
     "noise": _noise,
     "ripples": _ripples,
 }
-BACKGROUNDS = ("plain", "stripes", "checks", "gradient", "gradient", "noise", "noise")
+BACKGROUND_TEXTURES = ("plain", "stripes", "checks", "gradient", "gradient", "noise", "noise")
 
 
 def draw_scene(
-    size: int | tuple[int, int],
-    rng: np.random.Generator,
-    dominant: str,
-    shapes: Sequence[str] = SHAPES,
-    coloured: bool = False,
+    size: Size, rng: np.random.Generator, dominant: str, coloured: bool = False
 ) -> tuple[Image.Image, NDArray[np.uint8]]:
-    """Draws one large textured shape and up to three smaller ones, which may hide parts of each other.
+    """Draws one large textured shape and up to three smaller ones, which may overlap.
 
     Args:
-        size: Pixels, ``(H, W)`` or one number.
-        rng: Decides everything else.
+        size: Size of the scene.
+        rng: Source of all randomness.
         dominant: The shape that covers more pixels than any other.
-        shapes: What the smaller ones are chosen from.
-        coloured: Whether each kind of shape has two colours of its own, as things have in photographs; else all have
-            any colours. The background has any.
+        coloured: Give each kind of shape its own pair of colours, as objects have in photographs. Otherwise, as for the
+            background, colours are random.
 
     Returns:
-        The RGB image, and the labels of its pixels, uint8 ``(H, W)``: 0 is background, ``k + 1`` is ``shapes[k]``.
+        The RGB image, and its label map, uint8 ``(H, W)``: 0 is background, ``k + 1`` is ``SHAPES[k]``.
     """
     height, width = size_pair(size)
-    label = shapes.index(dominant) + 1
-    for _ in range(MOST_DRAWS):
+    for _ in range(MAX_DRAWS):
         labels = np.zeros((height, width), dtype=np.uint8)
-        canvas = _texture(BACKGROUNDS, (0, 0, width, height), min(height, width), (width / 2, height / 2), rng)
-        below, above = (int(rng.integers(0, 2)), int(rng.integers(0, 3)))
-        for shape, large in [("", False)] * below + [(dominant, True)] + [("", False)] * above:
-            _draw_shape(canvas, labels, shape or str(rng.choice(shapes)), shapes, large, coloured, rng)
-        covered = np.bincount(labels.ravel(), minlength=len(shapes) + 1)[1:]
-        if covered.argmax() == label - 1:
+        region = (0, 0, width, height)
+        canvas = _texture(BACKGROUND_TEXTURES, region, min(height, width), (width / 2, height / 2), rng)
+        below, above = int(rng.integers(0, 2)), int(rng.integers(0, 3))
+        for shape in [None] * below + [dominant] + [None] * above:
+            _draw_shape(canvas, labels, shape, coloured, rng)
+        if np.bincount(labels.ravel(), minlength=len(SHAPES) + 1)[1:].argmax() == SHAPES.index(dominant):
             break
     light = np.linspace(-1, 1, width)[None] * rng.uniform(-12, 12) + np.linspace(-1, 1, height)[:, None] * 10
     grain = rng.standard_normal((height, width), dtype=np.float32) * 2
@@ -188,37 +185,37 @@ def draw_scene(
 def _draw_shape(
     canvas: NDArray[np.float32],
     labels: NDArray[np.uint8],
-    shape: str,
-    shapes: Sequence[str],
-    large: bool,
+    dominant: str | None,
     coloured: bool,
     rng: np.random.Generator,
 ) -> None:
+    """Draws the dominant shape or, without one, a small shape chosen at random."""
+    shape = dominant or str(rng.choice(SHAPES))
     height, width = labels.shape
     unit = min(height, width)
-    radius = unit * (rng.uniform(0.3, 0.44) if large else rng.uniform(0.13, 0.22))
-    spread = 0.18 if large else 0.42
+    radius = unit * (rng.uniform(0.3, 0.44) if dominant else rng.uniform(0.13, 0.22))
+    spread = 0.18 if dominant else 0.42
     centre = (width * (0.5 + rng.uniform(-spread, spread)), height * (0.5 + rng.uniform(-spread, spread)))
     reach = math.ceil(1.15 * radius) + 1
     left, top = max(0, int(centre[0]) - reach), max(0, int(centre[1]) - reach)
     right, bottom = min(width, int(centre[0]) + reach + 1), min(height, int(centre[1]) + reach + 1)
-    box = (left, top, right, bottom)
-    cover = _coverage(OUTLINES[shape], box, centre, radius, rng.uniform(0, 2 * math.pi))
-    region = canvas[top:bottom, left:right]
+    region = (left, top, right, bottom)
+    cover = _coverage(OUTLINES[shape], region, centre, radius, rng.uniform(0, 2 * math.pi))
     colours = PALETTE.reshape(len(SHAPES), 2, 3)[SHAPES.index(shape)] if coloured else None
-    region += cover[..., None] * (_texture(tuple(TEXTURES), box, unit, centre, rng, colours) - region)
-    labels[top:bottom, left:right][cover > 0.5] = shapes.index(shape) + 1
+    pixels = canvas[top:bottom, left:right]
+    pixels += cover[..., None] * (_texture(tuple(TEXTURES), region, unit, centre, rng, colours) - pixels)
+    labels[top:bottom, left:right][cover > 0.5] = SHAPES.index(shape) + 1
 
 
 def _coverage(
     outline: tuple[NDArray[np.float64], ...],
-    box: Box,
+    region: Region,
     centre: tuple[float, float],
     radius: float,
     turn: float,
 ) -> Field:
-    """Returns which share of each pixel of ``box`` the shape covers, float32 ``(h, w)`` in [0, 1]."""
-    left, top, right, bottom = box
+    """Returns the share of each pixel of a region that a shape covers, float32 ``(h, w)`` in [0, 1]."""
+    left, top, right, bottom = region
     mask = Image.new("L", ((right - left) * SUPERSAMPLING, (bottom - top) * SUPERSAMPLING))
     draw = ImageDraw.Draw(mask)
     rotation = np.array([(math.cos(turn), math.sin(turn)), (-math.sin(turn), math.cos(turn))])
@@ -230,142 +227,113 @@ def _coverage(
 
 def _texture(
     names: Sequence[str],
-    box: Box,
+    region: Region,
     unit: int,
     centre: tuple[float, float],
     rng: np.random.Generator,
     colours: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
-    """Returns the colours of a region in a texture drawn at random, float32 ``(h, w, 3)`` in 0 to 255."""
-    left, top, right, bottom = box
+    """Fills a region with a random texture: float32 ``(h, w, 3)``, 0 to 255."""
+    left, top, right, bottom = region
     turn = rng.uniform(0, math.pi)
     across = (np.arange(left, right, dtype=np.float32) + 0.5 - centre[0])[None] / unit
     down = (np.arange(top, bottom, dtype=np.float32) + 0.5 - centre[1])[:, None] / unit
     x = across * math.cos(turn) + down * math.sin(turn)
     y = down * math.cos(turn) - across * math.sin(turn)
     field = TEXTURES[names[int(rng.integers(len(names)))]](x, y, rng)[..., None]
-    drawn = PALETTE[rng.choice(len(PALETTE), 2, replace=False)]
+    drawn = PALETTE[rng.choice(len(PALETTE), 2, replace=False)]  # drawn in any case: the numbers that follow stay
     first, second = (drawn if colours is None else colours) + rng.normal(0, 7, (2, 3)).astype(np.float32)
     return first + field * (second - first)
 
 
-def write_scenes(
-    folder: str | os.PathLike[str],
-    count: int,
-    size: int | tuple[int, int] = 64,
-    seed: int = 0,
-    classes: Sequence[str] = SHAPES,
-) -> None:
-    """Writes scenes of textured shapes as JPEG files in class folders: ``folder/<shape>/<number>.jpg``.
+def write_scenes(folder: Folder, count: int, size: Size = 64, seed: int = 0) -> None:
+    """Writes scenes as JPEG files in class folders, ``folder/<shape>/<number>.jpg``.
 
-    The class of a scene is its dominant shape; classes take turns. A scene depends on ``seed`` and its number, not on
-    how many are written.
+    The class of a scene is its dominant shape; classes take turns. A scene depends only on the seed and its number.
 
     Args:
-        folder: Made if it is missing.
-        count: How many scenes.
-        size: Pixels, ``(H, W)`` or one number, at least 16.
-        seed: Other seeds give other scenes.
-        classes: Some of ``SHAPES``.
-
-    Raises:
-        InputError: An argument cannot work, or the folder cannot be written.
+        folder: Created if missing.
+        count: Number of scenes.
+        size: Size of a scene.
+        seed: Seed of the scenes.
     """
-    _check(count, size, classes)
-    for name in classes[:count]:
-        _make_folder(Path(folder) / name)
     for number in range(count):
-        image, _ = _scene(number, size, seed, classes)
-        image.save(Path(folder) / classes[number % len(classes)] / f"{number:06d}.jpg", quality=JPEG_QUALITY)
+        image, _ = _scene(number, size, seed)
+        _save(image, Path(folder) / SHAPES[number % len(SHAPES)] / f"{number:06d}.jpg")
 
 
 def write_segmentation_scenes(
-    folder: str | os.PathLike[str],
+    folder: Folder,
     count: int,
-    size: int | tuple[int, int] = 64,
+    size: Size = 64,
     seed: int = 0,
-    classes: Sequence[str] = SHAPES,
-    validation_count: int | None = None,
+    validation_count: int = 1,
     coloured: bool = False,
 ) -> None:
-    """Writes scenes with a label for every pixel, in ADE20K's folders.
+    """Writes scenes with a label for every pixel, laid out as ADE20K.
 
-    ``images/training/ADE_train_00000001.jpg`` has its labels in ``annotations/training/ADE_train_00000001.png``, and
-    ``validation`` likewise (``ADE_val_…``). Labels are 8-bit greys as in ADE20K: ``k`` from 1 on is ``classes[k - 1]``,
-    and 0 is everything else, here the background, which training and metrics leave out. ``classes.txt`` has one name
-    a line. The training scenes are those of :func:`write_scenes` with the same arguments, if they are not coloured.
+    The labels of ``images/training/ADE_train_00000001.jpg`` are in ``annotations/training/ADE_train_00000001.png``;
+    ``validation`` (``ADE_val_…``) is laid out likewise. Labels are 8-bit grey levels as in ADE20K: ``k`` from 1 on is
+    ``SHAPES[k - 1]``, and 0, the background, is ignored by training and metrics. ``classes.txt`` lists the names, one
+    per line. Unless coloured, the training scenes are those of :func:`write_scenes`.
 
     Args:
-        folder: Made if it is missing.
-        count: How many scenes for training.
-        size: Pixels, ``(H, W)`` or one number, at least 16.
-        seed: Other seeds give other scenes.
-        classes: Some of ``SHAPES``.
-        validation_count: How many scenes for validation; ``None`` is a fifth of ``count``, at least one.
-        coloured: As for :func:`draw_scene`: far easier to segment than shapes of any colours.
-
-    Raises:
-        InputError: An argument cannot work, or the folder cannot be written.
+        folder: Created if missing.
+        count: Number of training scenes.
+        size: Size of a scene.
+        seed: Seed of the scenes.
+        validation_count: Number of validation scenes.
+        coloured: As for :func:`draw_scene`; coloured shapes are far easier to segment.
     """
-    _check(count, size, classes)
-    validation = max(1, count // 5) if validation_count is None else validation_count
-    for split, short, first, scenes in (("training", "train", 0, count), ("validation", "val", count, validation)):
-        images, annotations = (Path(folder) / kind / split for kind in ("images", "annotations"))
-        _make_folder(images)
-        _make_folder(annotations)
+    for split, short, first, scenes in (
+        ("training", "train", 0, count),
+        ("validation", "val", count, validation_count),
+    ):
         for number in range(scenes):
-            image, labels = _scene(first + number, size, seed, classes, coloured)
+            image, labels = _scene(first + number, size, seed, coloured)
             name = f"ADE_{short}_{number + 1:08d}"
-            image.save(images / f"{name}.jpg", quality=JPEG_QUALITY)
-            Image.fromarray(labels).save(annotations / f"{name}.png")
-    (Path(folder) / "classes.txt").write_text("\n".join(classes) + "\n", encoding="utf-8")
+            _save(image, Path(folder) / "images" / split / f"{name}.jpg")
+            _save(Image.fromarray(labels), Path(folder) / "annotations" / split / f"{name}.png")
+    (Path(folder) / "classes.txt").write_text("\n".join(SHAPES) + "\n", encoding="utf-8")
 
 
-def _scene(
-    number: int, size: int | tuple[int, int], seed: int, classes: Sequence[str], coloured: bool = False
-) -> tuple[Image.Image, NDArray[np.uint8]]:
+def _scene(number: int, size: Size, seed: int, coloured: bool = False) -> tuple[Image.Image, NDArray[np.uint8]]:
     rng = np.random.default_rng((seed % 2**64, number))
-    return draw_scene(size, rng, classes[number % len(classes)], classes, coloured)
+    return draw_scene(size, rng, SHAPES[number % len(SHAPES)], coloured)
 
 
-def write_photograph_crops(
-    folder: str | os.PathLike[str], count: int, size: int | tuple[int, int] = 64, seed: int = 0, held_out: bool = False
-) -> None:
-    """Writes crops of the photographs inside scikit-image's wheel as JPEG files ``folder/<photograph>_<number>.jpg``.
+def write_photograph_crops(folder: Folder, count: int, size: Size = 64, seed: int = 0, held_out: bool = False) -> None:
+    """Writes crops of the photographs in scikit-image's wheel as JPEG files, ``folder/<photograph>_<number>.jpg``.
 
-    Crops have the shape of ``size``, are cut at many scales, and are rarely dull. One side of every photograph, a
-    third of it, is kept for held-out crops, which therefore share no pixel with those for training. Nothing is
-    downloaded.
+    Crops come at many scales and are rarely dull. The outer third of each photograph is reserved for held-out crops,
+    which therefore share no pixel with training crops. Nothing is downloaded.
 
     Args:
-        folder: Made if it is missing.
-        count: How many crops; the photographs take turns.
-        size: Pixels, ``(H, W)`` or one number, at least 16.
-        seed: Other seeds give other crops.
-        held_out: Crops of the parts that are held out instead of the rest.
+        folder: Created if missing.
+        count: Number of crops; the photographs take turns.
+        size: Size of a crop.
+        seed: Seed of the crops.
+        held_out: Crop the held-out parts.
 
     Raises:
-        InputError: scikit-image is not installed, an argument cannot work, or the folder cannot be written.
+        InputError: scikit-image is not installed, or has none of the photographs.
     """
-    _check(count, size, SHAPES)
     photographs = _photographs(held_out)
-    _make_folder(Path(folder))
     for number in range(count):
         rng = np.random.default_rng((seed % 2**64, number, int(held_out)))
         name, photograph, region = photographs[number % len(photographs)]
-        crop = _crop(photograph, region, size_pair(size), rng)
-        crop.save(Path(folder) / f"{name}_{number:06d}.jpg", quality=JPEG_QUALITY)
+        _save(_crop(photograph, region, size_pair(size), rng), Path(folder) / f"{name}_{number:06d}.jpg")
 
 
-def _photographs(held_out: bool) -> list[tuple[str, Image.Image, Box]]:
-    """Returns name, picture, and the region that is held out (or that is not) of the photographs that are there."""
+def _photographs(held_out: bool) -> list[tuple[str, Image.Image, Region]]:
+    """Returns name, picture and permitted region of the available photographs."""
     package = importlib.util.find_spec("skimage")
     if package is None or package.origin is None:
         raise InputError("the photographs come with scikit-image, which is not installed: pip install 'beit[demo]'")
     found = []
     for file, side in PHOTOGRAPHS.items():
         path = Path(package.origin).parent / "data" / file
-        if path.exists():  # which ones the wheel holds varies with its release
+        if path.exists():  # releases of scikit-image ship different ones
             with Image.open(path) as photograph:
                 found.append((path.stem, photograph.convert("RGB"), photograph_region(photograph.size, side, held_out)))
     if not found:
@@ -373,13 +341,13 @@ def _photographs(held_out: bool) -> list[tuple[str, Image.Image, Box]]:
     return found
 
 
-def photograph_region(size: tuple[int, int], side: str, held_out: bool) -> Box:
-    """Returns (left, top, right, bottom) of the third of a photograph at ``side``, or of the rest of it.
+def photograph_region(size: tuple[int, int], side: str, held_out: bool) -> Region:
+    """Returns the held-out third of a photograph, or the rest of it.
 
     Args:
-        size: ``(width, height)`` in pixels.
-        side: Where the held-out part is: left, right or bottom.
-        held_out: That part, instead of the rest.
+        size: ``(width, height)`` of the photograph.
+        side: Side of the held-out part: left, right or bottom.
+        held_out: Return the held-out part instead of the rest.
     """
     width, height = size
     if side == "bottom":
@@ -389,90 +357,59 @@ def photograph_region(size: tuple[int, int], side: str, held_out: bool) -> Box:
     return (0, 0, border, height) if held_out == (side == "left") else (border, 0, width, height)
 
 
-def _crop(photograph: Image.Image, region: Box, size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
+def _crop(photograph: Image.Image, region: Region, size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
     height, width = size
-    left, top, right, bottom = region
-    # Cut first: resizing a part of the whole photograph would look at pixels beyond the region's border.
-    part = photograph.crop(region)
-    fits = min((right - left) / width, (bottom - top) / height)
+    part = photograph.crop(region)  # first: resizing a box of the whole would read pixels beyond the region's border
+    fits = min(part.width / width, part.height / height)
     whole = min(photograph.width / width, photograph.height / height)
-    for _ in range(MOST_DRAWS):
+    for _ in range(MAX_DRAWS):
         zoom = rng.uniform(CROP_SHARES[0] * whole, min(CROP_SHARES[1] * whole, fits))
         w, h = round(width * zoom), round(height * zoom)
         x, y = int(rng.integers(part.width - w + 1)), int(rng.integers(part.height - h + 1))
         crop = part.resize((width, height), Image.Resampling.LANCZOS, (x, y, x + w, y + h))
         grey = np.asarray(crop.convert("L"))
-        if grey.std() > DULL_DEVIATION and (grey < BLACK).mean() < BLACK_SHARE:
+        if grey.std() > MIN_DEVIATION and (grey < BLACK).mean() < MAX_BLACK_SHARE:
             break
     return crop
 
 
-def write_digits(
-    folder: str | os.PathLike[str],
-    size: int | tuple[int, int] = 32,
-    seed: int = 0,
-    held_out_share: float = 0.25,
-) -> None:
-    """Writes the 1797 handwritten digits inside scikit-learn's wheel as ``folder/<split>/<digit>/<number>.png``.
+def write_digits(folder: Folder, size: Size = 32, seed: int = 0, per_class: int | None = None) -> None:
+    """Writes the 1797 handwritten digits in scikit-learn's wheel as ``folder/<split>/<digit>/<number>.png``.
 
-    The splits are ``train`` and ``val``; a digit is in one of them. They are drawn for each class on its own, so both
-    have the classes in the same shares. The originals are 8 x 8 pixels with 17 levels of grey. Nothing is downloaded.
+    A quarter of each class goes to ``val``, the rest to ``train``. The originals have 8 x 8 pixels and 17 grey levels.
+    Nothing is downloaded.
 
     Args:
-        folder: Made if it is missing.
-        size: Pixels, ``(H, W)`` or one number, at least 8.
-        seed: Other seeds hold other digits out.
-        held_out_share: Share of every class that goes into ``val``, above 0 and below 1.
+        folder: Created if missing.
+        size: Size of a picture.
+        seed: Seed of the split.
+        per_class: Number of digits of each class; all by default.
 
     Raises:
-        InputError: scikit-learn is not installed, an argument cannot work, or the folder cannot be written.
+        InputError: scikit-learn is not installed.
 
     Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI repository, 1998.
     """
-    height, width = size_pair(size)
-    if min(height, width) < DIGIT_SIDE:
-        raise InputError(f"digits of at least {DIGIT_SIDE} pixels can be made, got {size}")
-    if not 0 < held_out_share < 1:
-        raise InputError(f"the share of digits held out must be above 0 and below 1, got {held_out_share}")
-    greys, digits = _digits()
-    for digit in range(10):
-        numbers = np.flatnonzero(digits == digit)
-        np.random.default_rng((seed % 2**64, digit)).shuffle(numbers)
-        held_out = round(held_out_share * len(numbers))
-        for split, members in (("val", numbers[:held_out]), ("train", numbers[held_out:])):
-            target = Path(folder) / split / str(digit)
-            _make_folder(target)
-            for number in members.tolist():
-                image = Image.fromarray(greys[number]).resize((width, height), Image.Resampling.BICUBIC)
-                image.save(target / f"{number:04d}.png")
-
-
-def _digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Returns the pictures, uint8 ``(1797, 8, 8)``, and the digits that they show."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise InputError(
             "the digits come with scikit-learn, which is not installed: pip install 'beit[demo]'"
         ) from error
-    found = load_digits()
-    return np.round(found.images * (255 / 16)).astype(np.uint8), found.target
+    height, width = size_pair(size)
+    digits = load_digits()
+    greys = np.round(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)
+    for digit in range(10):
+        numbers = np.flatnonzero(digits.target == digit)
+        np.random.default_rng((seed % 2**64, digit)).shuffle(numbers)
+        numbers = numbers[:per_class]
+        held_out = round(VALIDATION_SHARE * len(numbers))
+        for split, members in (("val", numbers[:held_out]), ("train", numbers[held_out:])):
+            for number in members.tolist():
+                image = Image.fromarray(greys[number]).resize((width, height), Image.Resampling.BICUBIC)
+                _save(image, Path(folder) / split / str(digit) / f"{number:04d}.png")
 
 
-def _check(count: int, size: int | tuple[int, int], classes: Sequence[str]) -> None:
-    if count < 1:
-        raise InputError(f"the number of images must be at least 1, got {count}")
-    if min(size_pair(size)) < 16:
-        raise InputError(f"images of at least 16 pixels can be made, got {size}")
-    for name in classes:
-        if name not in SHAPES:
-            raise InputError(f"unknown shape {name!r}{did_you_mean(name, SHAPES)}: there are {', '.join(SHAPES)}")
-    if not classes or len(set(classes)) < len(classes):
-        raise InputError(f"give one shape or more, each once, got {', '.join(classes) or 'none'}")
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {folder}: {error.strerror}") from error
+def _save(image: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, quality=JPEG_QUALITY)  # PNG has no such setting and ignores it

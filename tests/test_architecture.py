@@ -142,7 +142,7 @@ def matches(name, patterns):
 
 
 def is_ours(name):
-    return matches(name, ("beit.*", "dall_e.*", "semantic_segmentation.*", "examples.*", "run_*"))
+    return matches(name, ("beit.*", "dall_e.*", "semantic_segmentation.*", "run_*"))
 
 
 # ---------------------------------------------------------------------------------------------------- the checks

@@ -19,14 +19,13 @@ from beit.tasks import linear_probe
 from beit.tasks import pretraining as masked_image_modeling
 from beit.tasks.settings import DvaeConfig, FinetuningConfig, LinearProbeConfig, PretrainingConfig
 from beit.visualization.curves import read_log
-from examples.toy_images import SHAPES, write_digits, write_photograph_crops, write_segmentation_scenes
+from examples.toy_images import BACKGROUND, SHAPES, write_digits, write_photograph_crops, write_segmentation_scenes
 from semantic_segmentation import task as segmentation
 from semantic_segmentation.config import TrainConfig
 
 from .settings import ROWS, Preset
 
 CLASSIFIER, PRETRAINER = "beit_tiny_patch16_224", "beit_tiny_patch16_224_8k_vocab"
-BACKGROUND = "background 200 200 200"  # a class of the scenes: its name and colour
 UNLABELLED = "unlabelled.txt"
 SEEDS_APART = 10_000  # between the seeds of the scenes with labels and of those without: they share no scene
 FEW_CHECKPOINTS = {"save_ckpt_freq": 100_000, "save_ckpt_steps": 200}

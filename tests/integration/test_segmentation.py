@@ -14,8 +14,6 @@ import pytest
 import torch
 from PIL import Image
 
-from beit.zoo import create_model
-from examples.demo import MODEL as DEMO_MODEL
 from examples.toy_images import SHAPES, write_segmentation_scenes
 from semantic_segmentation.__main__ import main
 from tests.shell import ROOT, run
@@ -313,51 +311,3 @@ def test_two_processes_learn_what_one_learns(tmp_path, few_scenes, free_port):
     one, two = (weights_of(tmp_path / name / f"checkpoint-{ITERATIONS}.pth") for name in ("one", "two"))
     for name, tensor in one.items():
         assert torch.allclose(two[name].double(), tensor.double(), rtol=1e-4, atol=1e-5), name
-
-
-# The demo
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory) -> tuple[Path, str]:
-    """`demo --quick` in a folder as `beit demo` leaves it, as far as it is looked at."""
-    folder = tmp_path_factory.mktemp("demo")
-    (folder / "pretrain").mkdir()
-    torch.manual_seed(0)
-    model = create_model("beit_tiny_patch16_224_8k_vocab", img_size=64, vocab_size=256, **DEMO_MODEL)
-    torch.save({"model": model.state_dict()}, folder / "pretrain" / "checkpoint-16.pth")
-    return folder, run("-m", "semantic_segmentation", "demo", "--quick", "--output_dir", folder).stderr
-
-
-def test_the_demo_ends_with_a_picture_and_both_scores(demo):
-    folder, said = demo
-    summary = json.loads((folder / "segmentation.json").read_text())
-    last = {start: log_of(folder / "segmentation" / start)[-1]["test_mIoU"] for start in ("pretrained", "scratch")}
-    assert summary == {"mIoU": last}
-    with Image.open(folder / "segmentation.png") as picture:
-        pixels = np.asarray(picture.convert("RGB"))
-    assert min(pixels.shape[:2]) > 200
-    assert pixels.std() > 20
-    assert f"{folder / 'pretrain' / 'checkpoint-16.pth'}" in said
-    assert "mIoU on held-out scenes: " in said
-
-
-def test_the_demo_run_again_makes_nothing_anew(demo):
-    folder, _ = demo
-    kept = [*(folder / "segmentation").rglob("*.jpg"), *(folder / "segmentation").rglob("*.pth")]
-    before = {path: path.stat().st_mtime_ns for path in kept}
-    assert main(["demo", "--quick", "--output_dir", str(folder)]) == 0
-    assert {path: path.stat().st_mtime_ns for path in kept} == before
-
-
-def errors(capfd) -> list[str]:
-    return [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-
-
-def test_the_demo_of_another_budget_or_without_a_backbone_is_refused(demo, tmp_path, capfd):
-    folder, _ = demo
-    assert main(["demo", "--output_dir", str(folder)]) == 2
-    assert main(["demo", "--quick", "--output_dir", str(tmp_path)]) == 2
-    first, second = errors(capfd)
-    assert "use another --output_dir" in first
-    assert f"{tmp_path} holds no pre-trained backbone: run `beit demo" in second
