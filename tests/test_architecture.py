@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "beit.errors": (),
     "beit.registry": (),  # names what it lists as "module:object"
     "beit.relative_position": (),
+    "beit.attention": (),
     "beit.masking": (),
     "beit.storage": (),
     "beit.config": (),
@@ -32,7 +33,7 @@ MAY_IMPORT = {
     # the engine: any module on any loader, knowing neither models nor data
     "beit.training.*": ("beit.training.*", "beit.storage", "beit.checkpoints.pieces"),
     # the parts of the method
-    "beit.modeling": ("beit.relative_position",),
+    "beit.modeling": ("beit.relative_position", "beit.attention"),
     "beit.tokenizers.*": ("beit.tokenizers.*", "dall_e.*", "beit.storage", "beit.registry"),
     "beit.data.*": ("beit.data.*", "beit.masking", "beit.storage"),
     "beit.targets": ("beit.tokenizers.*", "beit.data.*"),
