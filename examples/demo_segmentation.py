@@ -15,7 +15,7 @@ from beit.errors import InputError
 from beit.storage import atomic_write
 from beit.training.precision import Precision
 from beit.visualization.curves import read_log
-from beit.visualization.figures import draw_segmentation
+from beit.visualization.figures import save_figure, segmentation_figure
 from examples.demo import IMAGE_PIXELS, MODEL, STORED_PIXELS, make_once, pretrained_checkpoint
 from examples.toy_images import SHAPES, write_segmentation_scenes
 from semantic_segmentation import task
@@ -145,7 +145,7 @@ def draw(folder: Path, config: TrainConfig) -> None:
     for start, title in zip(STARTS, ("from pre-training", "from scratch"), strict=True):
         panels[title] = column(segmented(scenes, run_folder(folder, start), config, classes))
     legend = list(zip(classes.names, classes.colours, strict=True))
-    draw_segmentation(folder / "segmentation.png", panels, legend, "Held-out scenes")
+    save_figure(segmentation_figure(panels, legend, "Held-out scenes"), folder / "segmentation.png")
 
 
 def segmented(images: list[Tensor], run: Path, config: TrainConfig, classes: SegmentationClasses) -> list[Tensor]:

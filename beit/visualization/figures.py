@@ -238,18 +238,14 @@ def _bare(axes: "Axes") -> None:
         spine.set_visible(False)
 
 
-def draw_segmentation(
-    path: str | Path,
-    panels: Mapping[str, Tensor],
-    legend: Sequence[tuple[str, tuple[int, int, int]]],
-    title: str = "",
-) -> None:
-    """Draws versions of one image side by side, and under them what the colours mean.
+def segmentation_figure(
+    panels: Mapping[str, Tensor], legend: Sequence[tuple[str, tuple[int, int, int]]], title: str = ""
+) -> "Figure":
+    """Draws versions of one image side by side, and a legend below; :func:`save_figure` writes the figure.
 
     Args:
-        path: The PNG or SVG file to write.
-        panels: Title of a version → its picture, uint8 ``(3, H, W)``; all are of one size.
-        legend: Names and colours (red, green, blue, 0 to 255), in the order in which to list them, down the columns.
+        panels: Title of a version → its picture, uint8 ``(3, H, W)``, all of the same size.
+        legend: Names and colours (red, green, blue, 0 to 255), listed down the columns in this order.
         title: A line above all.
     """
     height, width = next(iter(panels.values())).shape[-2:]
@@ -272,7 +268,7 @@ def draw_segmentation(
         _draw_legend(figure, legend, columns)
     if title:
         figure.suptitle(title, fontsize=10, y=1 - 0.08 / total_height, va="top")
-    save_figure(figure, path)
+    return figure
 
 
 def legend_shape(names: Sequence[str], inches: float, symbol: int = 5) -> tuple[int, int]:
