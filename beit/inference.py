@@ -65,7 +65,7 @@ def inference_model(
     metadata = known if metadata is None else metadata
     classifier = _classifier(opened)
     names = class_names(dict(metadata), classifier.num_classes) or _numbered(classifier.num_classes)
-    images, several = _listed(image_or_paths)
+    images, several = images_of(image_or_paths)
     predictions = []
     with _evaluating(classifier):
         for batch in _batches(classifier, images, preprocessing_of(classifier, metadata)):
@@ -100,7 +100,7 @@ def extract_feat(
     opened, metadata = _opened(model)
     known_pool(pool)
     number = block_number(opened, layer)
-    images, _ = _listed(image_or_paths)
+    images, _ = images_of(image_or_paths)
     with _evaluating(opened):
         batches = _batches(opened, images, preprocessing_of(opened, metadata))
         outputs = (opened.get_intermediate_layers(batch, n=[number])[0] for batch in batches)
@@ -227,8 +227,12 @@ def _bytes_of(image: Tensor) -> Tensor:
     return (image.detach().cpu().float() * 255).round().to(torch.uint8)
 
 
-def _listed(images: OneImage | Sequence[OneImage]) -> tuple[Sequence[OneImage], bool]:
-    """Returns the images one by one, and whether several could have been meant."""
+def images_of(images: OneImage | Sequence[OneImage]) -> tuple[Sequence[OneImage], bool]:
+    """Returns the images as a sequence, and whether several could have been meant.
+
+    Raises:
+        InputError: There is none.
+    """
     if isinstance(images, (Tensor, np.ndarray)):
         several = images.ndim == 4
     else:

@@ -25,7 +25,7 @@ COMMANDS = {
         "semantic_segmentation.config", "TestConfig", "semantic_segmentation.testing", "score one: CONFIG CHECKPOINT"
     ),
     "predict": Command(
-        "semantic_segmentation.predict", "PredictConfig", "semantic_segmentation.predict", "segment images: IMAGE ..."
+        "semantic_segmentation.config", "PredictConfig", "semantic_segmentation.predict", "segment images: IMAGE ..."
     ),
     "demo": Command(
         "examples.demo_segmentation", "DemoConfig", "examples.demo_segmentation", "watch a segmentor learn, in minutes"

@@ -21,9 +21,10 @@ from beit.inference import OneImage, decoded, images_of
 from beit.training.distributed import select_device
 from beit.training.precision import Precision, resolve_amp_dtype
 from beit.visualization.figures import save_figure
+from semantic_segmentation.config import read_test, segmentor_arguments
 from semantic_segmentation.data import SegmentationClasses, ade20k_classes, find_classes, named_classes, read_classes
 from semantic_segmentation.inference import TestSettings, predict_each, statistics_of
-from semantic_segmentation.modeling import Segmentor, build_segmentor, load_segmentor, segmentor_from
+from semantic_segmentation.modeling import Segmentor, build_segmentor, heads_in, load_segmentor, segmentor_from
 from semantic_segmentation.overlays import OPACITY, result_figure
 
 if TYPE_CHECKING:
@@ -38,9 +39,9 @@ def init_model(
     """Opens a segmentor.
 
     Args:
-        config: A settings file, or the name of one of the package's: the model must be the one it describes. None: the
-            checkpoint describes itself.
-        checkpoint: A path, a released name, a URL or a hub id. None, with a config: initialised from scratch.
+        config: A settings file, or the name of one of the package's, to build the model from; None: the checkpoint
+            describes itself.
+        checkpoint: A path, a released name, a URL or a hub id; None, with a config: initialised from scratch.
         device: Device of the model; the CPU is used if there is no CUDA.
 
     Returns:
@@ -48,22 +49,22 @@ def init_model(
         the model's size; ``.metadata`` holds what the checkpoint records.
 
     Raises:
-        InputError: Neither is given, or there is no such file, or it is no segmentor or another one.
+        InputError: Neither is given, a file does not exist, or the checkpoint is no segmentor or not the config's.
     """
-    if config is None and checkpoint is None:
+    if checkpoint is None and config is None:
         raise InputError("init_model needs a checkpoint or a config")
     opened = None if checkpoint is None else read_weights(os.fspath(checkpoint))
-    if config is None:
-        assert opened is not None
-        segmentor = segmentor_from(*opened)
-    else:
-        from semantic_segmentation.config import read_test, segmentor_arguments
-
+    if config is not None:
         settings = read_test([os.fspath(config), "-"])
-        classes = find_classes(settings.data_path, settings.classes, settings.reduce_zero_label)
-        segmentor = build_segmentor(**segmentor_arguments(settings, len(classes)))
+        if opened is None:
+            count = len(find_classes(settings.data_path, settings.classes, settings.reduce_zero_label))
+        else:
+            count = heads_in(opened[0], str(checkpoint)).num_classes
+        segmentor = build_segmentor(**segmentor_arguments(settings, count))
         if opened is not None:
             load_segmentor(segmentor, *opened, str(checkpoint))
+    elif opened is not None:
+        segmentor = segmentor_from(*opened)
     return segmentor.to(select_device(str(device), 0)).eval()
 
 
@@ -150,32 +151,46 @@ def classes_of(segmentor: Segmentor, file: PathLike = "") -> SegmentationClasses
     return named_classes([str(name) for name in names], segmentor.metadata.get("palette") or ())
 
 
-def settings_of(segmentor: Segmentor, **given: Any) -> TestSettings:
+def settings_of(
+    segmentor: Segmentor,
+    *,
+    test_mode: str | None = None,
+    test_ratios: tuple[float, ...] | None = None,
+    test_flip: bool | None = None,
+    test_short_at_least_crop: bool | None = None,
+    test_batch_size: int = 4,
+) -> TestSettings:
     """Returns how to test images: as the checkpoint's run did, else as the published ones, at the model's size.
 
     With several sizes the short side is never below a window, as in the published tests.
 
     Args:
         segmentor: The segmentor, with its ``metadata``.
-        **given: ``test_mode``, ``test_ratios``, ``test_flip``, ``test_short_at_least_crop`` and ``test_batch_size``, which
-            take precedence unless None.
+        test_mode: Like the following ones, a setting that takes precedence over the recorded one of the same name.
+        test_ratios: See :class:`TestSettings`.
+        test_flip: See :class:`TestSettings`.
+        test_short_at_least_crop: Never resize the short side below a window.
+        test_batch_size: Windows per batch.
     """
-    given = {name: value for name, value in given.items() if value is not None}
     recorded: Mapping[str, Any] = segmentor.metadata.get("args", {})
-    chosen = {**recorded, **given}
-    ratios, crop = tuple(chosen.get("test_ratios", (1.0,))), segmentor.img_size
-    bounded = chosen.get("test_short_at_least_crop", len(ratios) > 1)
-    if "test_ratios" in given and "test_short_at_least_crop" not in given:
-        bounded = len(ratios) > 1
+
+    def setting(name: str, given: Any, otherwise: Any) -> Any:
+        return recorded.get(name, otherwise) if given is None else given
+
+    ratios, crop = tuple(setting("test_ratios", test_ratios, (1.0,))), segmentor.img_size
+    several = len(ratios) > 1
+    bounded = setting("test_short_at_least_crop", test_short_at_least_crop, several)
+    if test_ratios is not None and test_short_at_least_crop is None:
+        bounded = several
     stride = size_pair(recorded["slide_stride"]) if "slide_stride" in recorded else (crop[0] * 2 // 3, crop[1] * 2 // 3)
     long, short = recorded.get("image_scale", (4 * min(crop), min(crop)))
     return TestSettings(
-        mode=chosen.get("test_mode", "slide"),
+        mode=setting("test_mode", test_mode, "slide"),
         crop=crop,
         stride=(min(stride[0], crop[0]), min(stride[1], crop[1])),
         image_scale=(long, short),
         ratios=ratios,
-        flip=chosen.get("test_flip", False),
+        flip=setting("test_flip", test_flip, False),
         short_at_least=min(crop) if bounded else 0,
-        batch_size=given.get("test_batch_size", 4),
+        batch_size=test_batch_size,
     )

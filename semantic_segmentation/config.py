@@ -129,6 +129,11 @@ class SegmentationConfig:
         return self.work_dir
 
     @property
+    def data_path(self) -> str:
+        """The folder of the data."""
+        return self.data_root
+
+    @property
     def dist_on_itp(self) -> bool:
         """Whether Open MPI's ``mpirun`` started the processes, under the name that the engine's options have for it."""
         return self.launcher == "mpi"
@@ -350,3 +355,27 @@ def _check_test(config: TestConfig) -> None:
 
 def _spaced(values: Sequence[object]) -> str:
     return " ".join(map(str, values))
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """The arguments of ``predict``; those left out default to what the checkpoint records."""
+
+    images: tuple[str, ...] = option((), "image files and folders of images", positional=True)
+    checkpoint: str = option("", "segmentor: a path, a released name, a URL or a hub id")
+    output_dir: str = option("segmentation", "folder for NAME.png, the label map, and NAME_overlay.png")
+    classes: str = option("", "file with one class per line, if the checkpoint does not name them")
+    test_mode: str | None = option(
+        None, "slide: windows of the size of the training crops; whole: the image at once", choices=("slide", "whole")
+    )
+    test_ratios: tuple[float, ...] | None = option(None, "factors on the image size whose results are averaged")
+    test_flip: bool | None = option(None, "average over the mirrored image too", off="--no_test_flip")
+    test_short_at_least_crop: bool | None = option(
+        None,
+        "never resize the short side below a window, whatever the ratio; the default with several --test_ratios",
+        off="--no_test_short_at_least_crop",
+    )
+    test_batch_size: int = option(4, "windows per batch; changes speed and memory, not the result")
+    opacity: float = option(0.5, "opacity of the colours over the image, above 0 and at most 1")
+    device: str = option("cuda", "cuda, cpu or mps; falls back to the CPU without CUDA")
+    amp_dtype: str = option("auto", "number format of the forward pass", choices=AMP_CHOICES)

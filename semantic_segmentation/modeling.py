@@ -264,7 +264,7 @@ def segmentor_from(weights: Mapping[str, Tensor], metadata: Metadata) -> Segment
         InputError: The checkpoint is no segmentor.
     """
     source = str(metadata.get("source", "the checkpoint"))
-    heads = _heads(weights, source)
+    heads = heads_in(weights, source)
     scales = metadata.get("pool_scales", POOL_SCALES)
     if heads.kind == "uper" and heads.stages != len(scales):
         raise InputError(f"{source} pools to {heads.stages} grids and does not record which; only {scales} is known")
@@ -287,8 +287,12 @@ def segmentor_from(weights: Mapping[str, Tensor], metadata: Metadata) -> Segment
     return segmentor.eval()
 
 
-def _heads(weights: Mapping[str, Tensor], source: str) -> Heads:
-    """Describes the heads of a checkpoint.
+def heads_in(weights: Mapping[str, Tensor], source: str) -> Heads:
+    """Describes the heads of a segmentor's checkpoint.
+
+    Args:
+        weights: From :func:`beit.checkpoints.read.read_weights`.
+        source: Name of the checkpoint in messages.
 
     Raises:
         InputError: It has no decode head, or an unknown one.
@@ -354,7 +358,7 @@ def _check_build(segmentor: Segmentor, weights: Mapping[str, Tensor], metadata: 
     The last do not show in any shape: the weights would load, and segment badly. :func:`load_weights` compares the
     number of attention heads.
     """
-    heads, head, auxiliary = _heads(weights, source), segmentor.decode_head, segmentor.auxiliary_head
+    heads, head, auxiliary = heads_in(weights, source), segmentor.decode_head, segmentor.auxiliary_head
     if heads.kind != (kind := "uper" if isinstance(head, UPerHead) else "setr_pup"):
         raise InputError(f"{source} has the head {heads.kind} and the segmentor {kind}: give decode_head={heads.kind}")
     if heads.num_classes != segmentor.num_classes:

@@ -78,7 +78,7 @@ def check_writable(flag: str, folder: Path) -> None:
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
-        raise InputError(f"{flag} {folder}: cannot write to {place}: {error.strerror}") from error
+        raise InputError(f"{flag} {folder}: cannot write into {place}: {error.strerror}") from error
 
 
 def save_label_map(path: str | Path, prediction: Tensor, add_one: bool = False) -> None:
