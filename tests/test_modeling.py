@@ -562,6 +562,25 @@ def test_shared_bias_is_gathered_once(monkeypatch):
     assert len(calls) == 1
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+def test_biases_that_were_looked_up_before_give_the_same_tokens(own, shared, autocast, monkeypatch):
+    # Breaks when a bias is left out, added twice, of another dtype, or looked up again in each pass.
+    model = randomize(classifier(use_rel_pos_bias=own, use_shared_rel_pos_bias=shared))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        tokens = model.embed(images(model))
+        expected, kept = model.forward_blocks(tokens, stop=2, keep=[0])
+        biases = model.position_biases()
+        monkeypatch.setattr("beit.modeling.relative_position_bias", lambda *_: pytest.fail("looked up again"))
+        found, kept_too = model.forward_blocks(tokens, stop=2, keep=[0], biases=biases)
+    assert len(biases) == 3
+    assert all((bias is not None) == (own or shared) for bias in biases)
+    assert torch.equal(found, expected)
+    assert torch.equal(kept_too[0], kept[0])
+
+
 def test_shared_bias_comes_to_the_blocks_as_they_compute(monkeypatch):
     # Breaks when each block brings the bias into the number format of its attention by itself, or gradients stay away.
     seen, fused = [], F.scaled_dot_product_attention
