@@ -65,8 +65,8 @@ def inference_model(
     metadata = known if metadata is None else metadata
     classifier = _classifier(opened)
     numbered = tuple(f"class {number}" for number in range(classifier.num_classes))
-    names = class_names(metadata, classifier.num_classes) or numbered
-    images, several = _listed(image_or_paths)
+    names = class_names(dict(metadata), classifier.num_classes) or numbered
+    images, several = images_of(image_or_paths)
     predictions = []
     with _evaluating(classifier):
         for batch in _batches(classifier, images, preprocessing_of(classifier, metadata)):
@@ -101,7 +101,7 @@ def extract_feat(
     opened, metadata = _opened(model)
     known_pool(pool)
     number = block_number(opened, layer)
-    images, _ = _listed(image_or_paths)
+    images, _ = images_of(image_or_paths)
     with _evaluating(opened):
         batches = _batches(opened, images, preprocessing_of(opened, metadata))
         outputs = (opened.get_intermediate_layers(batch, n=[number])[0] for batch in batches)
@@ -222,7 +222,7 @@ def _bytes_of(image: Tensor) -> Tensor:
     return (image.detach().cpu().float() * 255).round().to(torch.uint8)
 
 
-def _listed(images: OneImage | Sequence[OneImage]) -> tuple[Sequence[OneImage], bool]:
+def images_of(images: OneImage | Sequence[OneImage]) -> tuple[Sequence[OneImage], bool]:
     """Returns a list of images, and whether more than one could have been given."""
     if isinstance(images, (Tensor, np.ndarray)):
         several = images.ndim == 4

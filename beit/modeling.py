@@ -1,16 +1,14 @@
-"""The BEiT architecture, from the bottom up: patches, attention, a block, the backbone, and its two tasks.
+"""The BEiT architecture, bottom up: patch embedding, attention, block, backbone, and the models of the two tasks.
 
-Shapes: ``B`` images, ``N = h * w`` patches in a grid ``(h, w)``, ``D`` channels, ``H`` heads.
-Token 0 is the class token.
+Shapes: ``B`` images, ``N = h * w`` patches in a grid ``(h, w)``, ``D`` channels, ``H`` heads. Token 0 is the class
+token.
 
 Source: BEiT: BERT Pre-Training of Image Transformers (arXiv 2106.08254).
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from inspect import Parameter, Signature, signature
 from itertools import islice
 from typing import Any, ClassVar, cast
 
@@ -19,30 +17,36 @@ import torch.nn.functional as F
 from einops import rearrange
 from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from beit.attention import attend, attention_probabilities, ready_for_kernels
 from beit.errors import InputError
 from beit.relative_position import num_table_rows, relative_position_bias, relative_position_index, resize_table
 
 Size = int | tuple[int, int]
 NormLayer = Callable[[int], nn.Module]
+Biases = Sequence[Tensor | None]  # of each block's attention, (H, N + 1, N + 1)
 
 LAYER_NORM: NormLayer = partial(nn.LayerNorm, eps=1e-6)
-ROW_ALIGNMENT = 8  # of an attention bias, in numbers, for the efficient CUDA kernel
+
+WITHOUT_MEANING = {  # official keywords accepted at None only -> what to use instead
+    "qk_scale": "queries are scaled by the square root of the head width, which num_heads sets",
+    "attn_head_dim": "the head width is embed_dim / num_heads",
+    "drop_block_rate": "use drop_path_rate",
+}
 
 
 class PatchEmbed(nn.Module):
-    """Cuts images into patches and projects each to one token.
+    """Splits images into patches and projects each to a token.
 
     Args:
-        img_size: Height and width of the images, in pixels.
-        patch_size: Height and width of a patch, in pixels.
-        in_chans: Channels of the images.
-        embed_dim: Channels of a token.
+        img_size: Image height and width, in pixels.
+        patch_size: Patch height and width, in pixels.
+        in_chans: Image channels.
+        embed_dim: Token channels.
 
     Raises:
-        InputError: The image cannot be cut into whole patches.
+        InputError: The image size is not a multiple of the patch size.
     """
 
     def __init__(self, *, img_size: Size, patch_size: Size, in_chans: int, embed_dim: int) -> None:
@@ -52,7 +56,7 @@ class PatchEmbed(nn.Module):
         self.set_input_size(img_size)
 
     def set_input_size(self, img_size: Size) -> None:
-        """Takes images of another size ``(H, W)`` from now on; the projection does not depend on it."""
+        """Switches to images of size ``(H, W)``; the projection does not depend on it."""
         (height, width), (patch_height, patch_width) = _pair(img_size), self.patch_size
         if min(height, width) < 1 or height % patch_height or width % patch_width:
             raise InputError(
@@ -68,26 +72,25 @@ class PatchEmbed(nn.Module):
         return self.grid_size[0] * self.grid_size[1]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Turns images ``(B, C, H, W)`` into tokens ``(B, N, D)``, row by row."""
+        """Embeds images ``(B, C, H, W)`` as tokens ``(B, N, D)``, row by row."""
         if images.ndim != 4 or images.shape[1] != self.proj.in_channels:
             raise InputError(
                 f"images must have shape (B, {self.proj.in_channels}, height, width), not {tuple(images.shape)}"
             )
-        if tuple(images.shape[2:]) != self.img_size:
-            height, width = images.shape[2:]
+        if (size := tuple(images.shape[2:])) != self.img_size:
             raise InputError(
-                f"images are {height} x {width} pixels, but the model is set to {self.img_size[0]} x "
-                f"{self.img_size[1]}: resize them, or call model.set_input_size(({height}, {width}))"
+                f"images are {size[0]} x {size[1]} pixels, but the model is set to {self.img_size[0]} x "
+                f"{self.img_size[1]}: resize them, or call model.set_input_size({size})"
             )
         return rearrange(self.proj(images), "b d h w -> b (h w) d")
 
 
 class RelativePositionBias(nn.Module):
-    """One bias table that all blocks share.
+    """A relative position bias shared by all blocks.
 
     Args:
         window_size: The patch grid ``(h, w)``.
-        num_heads: Columns of the table.
+        num_heads: Number of heads, the columns of the table.
     """
 
     def __init__(self, window_size: tuple[int, int], num_heads: int) -> None:
@@ -96,25 +99,25 @@ class RelativePositionBias(nn.Module):
         self.relative_position_bias_table = nn.Parameter(torch.zeros(num_table_rows(window_size), num_heads))
 
     def forward(self, index: Tensor) -> Tensor:
-        """Gathers the rows of ``index`` ``(N + 1, N + 1)`` into a bias ``(H, N + 1, N + 1)``."""
+        """Looks up the rows ``index`` ``(N + 1, N + 1)``: a bias ``(H, N + 1, N + 1)``."""
         return relative_position_bias(self.relative_position_bias_table, index, self.window_size)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention with an additive relative position bias.
 
-    The query and the value have a bias, the key has none: it would cancel in the softmax.
+    Query and value have a bias, the key has none: it would cancel in the softmax.
 
     Args:
-        dim: Channels of a token.
+        dim: Token channels.
         num_heads: Number of heads, a divisor of ``dim``.
-        qkv_bias: Learn the biases of query and value.
+        qkv_bias: Learn biases for query and value.
         attn_drop: Dropout of the attention probabilities.
         proj_drop: Dropout of the output.
-        window_size: The patch grid ``(h, w)`` of a bias table of this layer's own; None for no table.
+        window_size: The patch grid ``(h, w)`` for a bias table in this layer; None for no table.
 
     Attributes:
-        fused: Use ``scaled_dot_product_attention``; False: the eager path, the same in plain operations.
+        fused: Use ``scaled_dot_product_attention``; False for the same in plain operations.
 
     Raises:
         InputError: ``num_heads`` does not divide ``dim``.
@@ -134,7 +137,6 @@ class Attention(nn.Module):
         if dim % num_heads:
             raise InputError(f"embed_dim {dim} cannot be split into {num_heads} heads: make num_heads a divisor of it")
         self.num_heads = num_heads
-        self.scale = (dim // num_heads) ** -0.5
         self.fused = True
         self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
         self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
@@ -142,113 +144,52 @@ class Attention(nn.Module):
         self.relative_position_bias_table = (
             nn.Parameter(torch.zeros(num_table_rows(window_size), num_heads)) if window_size else None
         )
-        self.held_bias: tuple[nn.Parameter, int, Tensor] | None = None  # the table, its version, the bias it gave
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, index: Tensor | None = None, shared_bias: Tensor | None = None) -> Tensor:
-        """Mixes the tokens.
+    def forward(self, x: Tensor, index: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """Attends over the tokens.
 
         Args:
             x: Tokens ``(B, N + 1, D)``.
-            index: Rows of this layer's own table, int64 ``(N + 1, N + 1)``; not read where it has none.
-            shared_bias: A bias ``(H, N + 1, N + 1)`` from outside, added to this layer's own.
+            index: Rows to look up in this layer's own table, int64 ``(N + 1, N + 1)``; None to leave the table out.
+            bias: A bias ``(H, N + 1, N + 1)`` from outside, added to this layer's own.
 
         Returns:
             Tokens ``(B, N + 1, D)``.
         """
         query, key, value = self._query_key_value(x)
-        bias = self._bias(index, shared_bias)
-        # Backward of the memory-efficient kernel crashes in some torch releases where the bias alone needs a gradient.
-        only_bias_learns = bias is not None and bias.requires_grad and not query.requires_grad
-        if self.fused and not only_bias_learns:
-            mixed = self._fused_attention(query, key, value, bias)
-        else:
-            mixed = self.attn_drop(self._probabilities(query, key, bias).to(value.dtype)) @ value
+        dropout = self.attn_drop.p if self.training else 0.0
+        mixed = attend(query, key, value, self.position_bias(index, bias), dropout=dropout, fused=self.fused)
         return self.proj_drop(self.proj(rearrange(mixed, "b heads n d -> b n (heads d)")))
 
-    def attention_map(self, x: Tensor, index: Tensor | None = None, shared_bias: Tensor | None = None) -> Tensor:
-        """Returns the attention probabilities ``(B, H, N + 1, N + 1)``: each row (a query) sums to 1."""
+    def attention_map(self, x: Tensor, index: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """Returns the attention probabilities ``(B, H, N + 1, N + 1)``; each row (a query) sums to 1."""
         query, key, _ = self._query_key_value(x)
-        return self._probabilities(query, key, self._bias(index, shared_bias))
+        return attention_probabilities(query, key, self.position_bias(index, bias))
 
-    def _query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def position_bias(self, index: Tensor | None, bias: Tensor | None = None) -> Tensor | None:
+        """Returns the sum of this layer's own bias and one from outside, ``(H, N + 1, N + 1)``; None without either."""
+        if self.relative_position_bias_table is None or self.window_size is None or index is None:
+            return bias
+        own = relative_position_bias(self.relative_position_bias_table, index, self.window_size)
+        return own if bias is None else own + bias
+
+    def _query_key_value(self, x: Tensor) -> tuple[Tensor, ...]:
         bias = None
         if self.q_bias is not None and self.v_bias is not None:
             bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias, requires_grad=False), self.v_bias))
         qkv = F.linear(x, self.qkv.weight, bias)
-        qkv = rearrange(qkv, "b n (three heads d) -> three b heads n d", three=3, heads=self.num_heads)
-        query, key, value = qkv.unbind(0)
-        return query, key, value
-
-    def _bias(self, index: Tensor | None, shared_bias: Tensor | None) -> Tensor | None:
-        if self.relative_position_bias_table is None or self.window_size is None or index is None:
-            return shared_bias
-        own = self._held()
-        if own is None:
-            own = relative_position_bias(self.relative_position_bias_table, index, self.window_size)
-        return own if shared_bias is None else own + shared_bias
-
-    def _held(self) -> Tensor | None:
-        if self.held_bias is None or torch.is_grad_enabled():
-            return None
-        table, version, bias = self.held_bias
-        return bias if table is self.relative_position_bias_table and version == _version(table) else None
-
-    def _probabilities(self, query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
-        logits = (query * self.scale) @ key.transpose(-2, -1)  # (B, H, N+1, N+1)
-        if bias is not None:
-            logits = logits + bias
-        return logits.softmax(dim=-1)
-
-    def _fused_attention(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-        dropout = self.attn_drop.p if self.training else 0.0
-        if bias is None:
-            return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-        # The query may have a lower precision than the table; and the efficient kernel takes only a 4-D bias.
-        bias = bias.to(query.dtype).unsqueeze(0)  # (1, H, N+1, N+1)
-        with kernels_with_bias_gradient(query.device.type):
-            return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
-
-
-def kernels_with_bias_gradient(device_type: str) -> AbstractContextManager[None]:
-    """Keeps ``scaled_dot_product_attention`` to the CUDA kernels that return the gradient of an additive bias.
-
-    Recent torch prefers cuDNN's kernel on Hopper, whose backward has no output for the bias; flash takes no bias.
-    Where deterministic algorithms are wanted, the plain one is left: where that is with a warning only, the efficient
-    one adds up as it comes.
-    """
-    if device_type != "cuda":
-        return nullcontext()
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    return sdpa_kernel([SDPBackend.MATH, *([] if deterministic else [SDPBackend.EFFICIENT_ATTENTION])])
-
-
-def ready_for_kernels(bias: Tensor) -> Tensor:
-    """Returns a bias ``(H, N + 1, N + 1)`` in the number format that autocast computes in, aligned where that counts.
-
-    The efficient CUDA kernel reads rows that are a multiple of 8 numbers apart; of any other bias it makes a copy, at
-    every call. The gradients of all blocks that share the bias are added up in its number format.
-    """
-    device_type = bias.device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        bias = bias.to(torch.get_autocast_dtype(device_type))
-    return aligned(bias) if device_type == "cuda" else bias
-
-
-def aligned(bias: Tensor) -> Tensor:
-    """Returns a tensor of the same values whose rows, the last dimension, are a multiple of 8 numbers apart."""
-    length = bias.shape[-1]
-    return F.pad(bias, (0, -length % ROW_ALIGNMENT))[..., :length]
+        return rearrange(qkv, "b n (three heads d) -> three b heads n d", three=3, heads=self.num_heads).unbind(0)
 
 
 class Mlp(nn.Module):
-    """Two linear layers with a GELU between them; dropout only after the second, as official.
+    """Two linear layers with a GELU in between; dropout after the second only, as in the official code.
 
     Args:
-        dim: Channels of a token.
+        dim: Token channels.
         hidden_dim: Channels between the layers.
         drop: Dropout of the output.
     """
@@ -261,21 +202,21 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps each token of ``(B, N + 1, D)`` on its own."""
+        """Transforms each token of ``(B, N + 1, D)`` independently."""
         return self.drop(self.fc2(self.act(self.fc1(x))))
 
 
 class Block(nn.Module):
-    """A pre-norm transformer layer, each branch scaled by LayerScale and dropped whole by stochastic depth.
+    """A pre-norm transformer block, its branches scaled by LayerScale and dropped by stochastic depth.
 
     Args:
-        dim: Channels of a token.
-        num_heads: As for :class:`Attention`, with ``qkv_bias``, ``attn_drop`` and ``window_size``.
-        mlp_ratio: Width of the MLP over ``dim``.
+        dim: Token channels.
+        num_heads: See :class:`Attention`, also for ``qkv_bias``, ``attn_drop`` and ``window_size``.
+        mlp_ratio: Hidden width of the MLP, as a multiple of ``dim``.
         drop: Dropout of the outputs of attention and MLP.
-        drop_path: Probability that a branch is dropped for an image.
+        drop_path: Probability of dropping a branch for an image.
         init_values: Initial value of LayerScale; 0 or None for none.
-        norm_layer: Makes a normalisation layer from its number of channels.
+        norm_layer: Builds a normalisation layer for a number of channels.
 
     Source: LayerScale is arXiv 2103.17239, stochastic depth arXiv 1603.09382.
     """
@@ -305,9 +246,9 @@ class Block(nn.Module):
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, hidden_dim=int(dim * mlp_ratio), drop=drop)
 
-    def forward(self, x: Tensor, index: Tensor | None = None, shared_bias: Tensor | None = None) -> Tensor:
-        """Takes tokens ``(B, N + 1, D)`` to the next layer; the other arguments are those of :class:`Attention`."""
-        x = x + self._branch(self.attn(self.norm1(x), index, shared_bias), self.gamma_1)
+    def forward(self, x: Tensor, index: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """Transforms tokens ``(B, N + 1, D)``; for ``index`` and ``bias`` see :class:`Attention`."""
+        x = x + self._branch(self.attn(self.norm1(x), index, bias), self.gamma_1)
         return x + self._branch(self.mlp(self.norm2(x)), self.gamma_2)
 
     def _branch(self, x: Tensor, gamma: Tensor | None) -> Tensor:
@@ -315,50 +256,37 @@ class Block(nn.Module):
 
 
 class Backbone(nn.Module):
-    """What the tasks share: all from the image to the last block. A subclass adds norms, head and initialisation.
+    """Everything from the image to the last block. Subclasses add norms, a head and the initialisation.
 
     Args:
-        img_size: Height and width of the images in pixels; one number for a square.
-        patch_size: Height and width of a patch in pixels; one number for a square.
-        in_chans: Channels of the images.
-        embed_dim: Channels of a token, ``D``.
+        img_size: Image height and width in pixels; one number for a square.
+        patch_size: Patch height and width in pixels; one number for a square.
+        in_chans: Image channels.
+        embed_dim: Token channels, ``D``.
         depth: Number of blocks.
-        num_heads: Attention heads of a block.
-        mlp_ratio: Width of a block's MLP over ``embed_dim``.
-        qkv_bias: Learn the biases of query and value.
+        num_heads: Attention heads per block.
+        mlp_ratio: Hidden width of the MLPs, as a multiple of ``embed_dim``.
+        qkv_bias: Learn biases for query and value.
         drop_rate: Dropout of the tokens and of each branch.
         attn_drop_rate: Dropout of the attention probabilities.
-        drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 in the first.
-        norm_layer: Makes a normalisation layer from its number of channels; None for LayerNorm with eps 1e-6.
+        drop_path_rate: Stochastic depth rate of the last block; grows linearly from 0 in the first.
+        norm_layer: Builds a normalisation layer for a number of channels; None for LayerNorm with eps 1e-6.
         init_values: Initial value of LayerScale; 0 or None for none.
-        use_abs_pos_emb: Learn a position embedding.
+        use_abs_pos_emb: Learn absolute position embeddings.
         use_rel_pos_bias: Learn a relative position bias in each block.
         use_shared_rel_pos_bias: Learn one relative position bias for all blocks.
-        qk_scale: No meaning here; None.
-        attn_head_dim: No meaning here; None.
-        drop_block_rate: No meaning here; None.
-
-    Attributes:
-        grad_checkpointing: Recompute the blocks in the backward pass; set by :meth:`set_grad_checkpointing`.
+        **official: Official keywords that have no meaning here (``WITHOUT_MEANING``), at their default, None.
 
     Raises:
-        InputError: Sizes that do not fit each other, or an official keyword that has no meaning here.
+        InputError: Sizes that do not go together, or a value for a keyword that has no meaning here.
+        TypeError: An unknown keyword.
 
-    Deviation: Official classifiers default to no ``qkv_bias``, although every published model has it.
+    Deviation: ``qkv_bias`` defaults to True, as every published model has it; official classifiers default to False.
     """
 
     has_mask_token: ClassVar[bool] = False
-    __signature__: ClassVar[Signature]
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Shows the keywords of this class in the signature of a subclass, which passes them on as ``**backbone``."""
-        super().__init_subclass__(**kwargs)
-        if "__init__" not in cls.__dict__:
-            return  # the keywords are those of the class above, as in what FSDP makes of a model's class
-        own = [p for p in signature(cls.__init__).parameters.values() if p.kind is Parameter.KEYWORD_ONLY]
-        names = {parameter.name for parameter in own}
-        inherited = signature(cls.__mro__[1]).parameters.values()
-        cls.__signature__ = Signature([*own, *(p for p in inherited if p.name not in names)])
+    init_std: float = 0.02
+    init_limit: float = 2.0  # 100 standard deviations: effectively not truncated, as official except for MIM
 
     def __init__(
         self,
@@ -379,22 +307,22 @@ class Backbone(nn.Module):
         use_abs_pos_emb: bool = True,
         use_rel_pos_bias: bool = False,
         use_shared_rel_pos_bias: bool = False,
-        qk_scale: None = None,
-        attn_head_dim: None = None,
-        drop_block_rate: None = None,
+        **official: object,
     ) -> None:
         super().__init__()
-        self.metadata: Mapping[str, Any] = {}  # what a checkpoint says besides the weights: labels, mean and std, …
-        _refuse("qk_scale", qk_scale, "queries are scaled by the square root of their width, set by num_heads")
-        _refuse("attn_head_dim", attn_head_dim, "the width of a head is embed_dim / num_heads")
-        _refuse("drop_block_rate", drop_block_rate, "use drop_path_rate")
+        for keyword, value in official.items():
+            if keyword not in WITHOUT_MEANING:
+                raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {keyword!r}")
+            if value is not None:
+                raise InputError(f"{keyword}={value} has no meaning here: {WITHOUT_MEANING[keyword]}")
+        self.metadata: Mapping[str, Any] = {}  # what a checkpoint records besides weights: labels, mean and std, …
         self.embed_dim = self.num_features = embed_dim
         self.num_heads = num_heads
         self.init_values = init_values
         self.norm_layer = norm_layer or LAYER_NORM
-        self.grad_checkpointing = False
+        self.grad_checkpointing = False  # recompute the blocks in the backward pass
 
-        # The order of registration is the order of the official optimizer states.
+        # Parameters are registered in the order of the official optimizer states.
         patch_embed = PatchEmbed(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim)
         window = patch_embed.grid_size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -405,7 +333,7 @@ class Backbone(nn.Module):
         self.patch_embed = patch_embed
         self.pos_drop = nn.Dropout(drop_rate)
         self.rel_pos_bias = RelativePositionBias(window, num_heads) if use_shared_rel_pos_bias else None
-        layers = nn.ModuleList(
+        blocks = nn.ModuleList(
             Block(
                 embed_dim,
                 num_heads=num_heads,
@@ -420,8 +348,8 @@ class Backbone(nn.Module):
             )
             for layer in range(depth)
         )
-        self.blocks = cast("Sequence[Block]", layers)
-        # One index serves every table. It follows from the window, so it is in no checkpoint of ours.
+        self.blocks = cast("Sequence[Block]", blocks)
+        # One index for all tables. It follows from the window, so our checkpoints leave it out.
         index = relative_position_index(window) if use_rel_pos_bias or use_shared_rel_pos_bias else None
         self.register_buffer("relative_position_index", index, persistent=False)
         self.relative_position_index: Tensor | None
@@ -429,15 +357,15 @@ class Backbone(nn.Module):
 
     @property
     def img_size(self) -> tuple[int, int]:
-        """Height and width of the images, in pixels."""
+        """Image height and width, in pixels."""
         return self.patch_embed.img_size
 
     def embed(self, x: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
-        """Turns images ``(B, C, H, W)`` into the tokens ``(B, N + 1, D)`` that enter the first block.
+        """Embeds images as the tokens ``(B, N + 1, D)`` that enter the first block.
 
         Args:
-            x: Images, normalised.
-            bool_masked_pos: Which patches give way to the mask token, ``(B, N)`` or ``(B, h, w)``.
+            x: Normalised images ``(B, C, H, W)``.
+            bool_masked_pos: Patches to replace with the mask token, ``(B, N)`` or ``(B, h, w)``.
         """
         tokens = self.patch_embed(x)  # (B, N, D)
         if bool_masked_pos is not None:
@@ -452,50 +380,41 @@ class Backbone(nn.Module):
         return self.pos_drop(tokens)
 
     def forward_blocks(
-        self, x: Tensor, *, stop: int | None = None, keep: Collection[int] = ()
+        self, x: Tensor, *, stop: int | None = None, keep: Collection[int] = (), biases: Biases | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """Runs tokens through the blocks.
 
         Args:
             x: Tokens ``(B, N + 1, D)`` from :meth:`embed`.
-            stop: Run only the first so many blocks; None for all.
-            keep: Blocks, counted from 0, whose outputs are wanted.
+            stop: Number of blocks to run; None for all.
+            keep: Blocks, counted from 0, to return the outputs of.
+            biases: From :meth:`position_biases`, to look up no table here.
 
         Returns:
-            The output of the last block run, and those of ``keep`` in the order of the blocks, all ``(B, N + 1, D)``
+            The output of the last block run and those of ``keep``, in the order of the blocks, all ``(B, N + 1, D)``
             before any norm.
         """
-        shared_bias = self._shared_bias()
-        if shared_bias is not None:
-            shared_bias = ready_for_kernels(shared_bias)  # here, once, and not in each block
+        index, shared = self.relative_position_index, None if biases else self._shared_bias()
         kept = []
         for layer, block in enumerate(islice(self.blocks, stop)):
+            inputs = (x, None, biases[layer]) if biases else (x, index, shared)
             if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, self.relative_position_index, shared_bias, use_reentrant=False)
+                x = checkpoint(block, *inputs, use_reentrant=False)
             else:
-                x = block(x, self.relative_position_index, shared_bias)
+                x = block(*inputs)
             if layer in keep:
                 kept.append(x)
         return x, kept
 
-    @contextmanager
-    def holding_biases(self) -> Iterator[None]:
-        """Gathers the blocks' own biases once for many forward passes, in the number format of autocast.
+    def position_biases(self) -> Biases:
+        """Looks up the attention bias of every block, for many calls of :meth:`forward_blocks` without gradients.
 
-        They take ``depth * H * (N + 1)**2`` numbers, and are let go at the end. They are not read where gradients are
-        recorded, nor once a table has changed; a change through ``.data`` goes unseen.
+        They are in the dtype of autocast, up to ``depth * H * (N + 1)**2`` elements, and hold until a table or the
+        image size changes.
         """
-        layers = [block.attn for block in self.blocks if block.attn.relative_position_bias_table is not None]
-        try:
-            with torch.no_grad():
-                for layer in layers:
-                    bias = cast("Tensor", layer._bias(self.relative_position_index, None))
-                    table = cast("nn.Parameter", layer.relative_position_bias_table)
-                    layer.held_bias = table, _version(table), ready_for_kernels(bias)
-            yield
-        finally:
-            for layer in layers:
-                layer.held_bias = None
+        shared = self._shared_bias()
+        biases = (block.attn.position_bias(self.relative_position_index, shared) for block in self.blocks)
+        return [bias if bias is None or bias is shared else ready_for_kernels(bias) for bias in biases]
 
     def get_intermediate_layers(
         self, x: Tensor, n: int | Collection[int] | None = None, reshape: bool = False
@@ -504,11 +423,11 @@ class Backbone(nn.Module):
 
         Args:
             x: Images ``(B, C, H, W)``.
-            n: The last ``n`` blocks, or the blocks with these numbers (from 0); None for all.
-            reshape: Leave the class token out and arrange the patches as images.
+            n: The last ``n`` blocks, or the numbers of the blocks, from 0; None for all.
+            reshape: Drop the class token and arrange the patches as a feature map.
 
         Returns:
-            For each block, in their order, ``(B, N + 1, D)``; reshaped, ``(B, D, h, w)``.
+            For each block, in order, ``(B, N + 1, D)``, or ``(B, D, h, w)`` with ``reshape``.
 
         Raises:
             InputError: There is no such block.
@@ -523,15 +442,12 @@ class Backbone(nn.Module):
         return [rearrange(out[:, 1:], "b (h w) d -> b d h w", h=self.patch_embed.grid_size[0]) for out in outputs]
 
     def get_attention_maps(self, x: Tensor, block: int = -1, bool_masked_pos: Tensor | None = None) -> Tensor:
-        """Returns the attention probabilities of one block for images ``(B, C, H, W)``.
+        """Returns the attention probabilities of a block, ``(B, H, N + 1, N + 1)``; each row (a query) sums to 1.
 
         Args:
-            x: Images.
-            block: The block, counted from 0, or from the end if negative.
-            bool_masked_pos: Masked patches, as in :meth:`embed`.
-
-        Returns:
-            ``(B, H, N + 1, N + 1)``, indexed by query and key; each row sums to 1.
+            x: Images ``(B, C, H, W)``.
+            block: Number of the block, from 0; negative from the end.
+            bool_masked_pos: Masked patches, as for :meth:`embed`.
 
         Raises:
             InputError: There is no such block.
@@ -541,32 +457,33 @@ class Backbone(nn.Module):
             raise InputError(f"block={block}: the model has {depth} blocks, numbered from 0")
         tokens, _ = self.forward_blocks(self.embed(x, bool_masked_pos), stop=block % depth)
         layer = self.blocks[block]
-        return layer.attn.attention_map(layer.norm1(tokens), self.relative_position_index, self._shared_bias())
+        shared = None if self.rel_pos_bias is None else self.rel_pos_bias(self.relative_position_index)
+        return layer.attn.attention_map(layer.norm1(tokens), self.relative_position_index, shared)
 
     def get_num_layers(self) -> int:
         """Returns the number of blocks."""
         return len(self.blocks)
 
     def no_weight_decay(self) -> set[str]:
-        """Names the parameters without weight decay besides those of one dimension; the mask token has it."""
+        """Returns the parameters exempt from weight decay besides 1-D ones; the mask token is not, as official."""
         return {"pos_embed", "cls_token"}
 
     def layer_id(self, parameter_name: str) -> int:
-        """Returns a parameter's depth: 0 for tokens and patches, i + 1 for block i, the last for all the others."""
+        """Returns a parameter's depth: 0 for tokens and patch embedding, i + 1 for block i, depth + 1 for the rest."""
         head, *rest = parameter_name.split(".")
         if head in ("cls_token", "mask_token", "pos_embed", "patch_embed"):
             return 0
         return int(rest[0]) + 1 if head == "blocks" else self.get_num_layers() + 1
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trades time for memory: keeps only the inputs of the blocks and runs each again in the backward pass."""
+        """Trades compute for memory: stores only the blocks' inputs and reruns each block in the backward pass."""
         self.grad_checkpointing = enable
 
     def set_attention(self, implementation: str) -> None:
-        """Chooses the attention: ``"sdpa"`` (the default, fused) or ``"eager"`` (plain operations, the same numbers).
+        """Selects the attention: ``"sdpa"`` (fused, the default) or ``"eager"`` (plain operations, same result).
 
         Raises:
-            InputError: Another name.
+            InputError: An unknown name.
         """
         if implementation not in ("sdpa", "eager"):
             raise InputError(f"unknown attention {implementation!r}: choose 'sdpa' or 'eager'")
@@ -575,9 +492,9 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def set_input_size(self, img_size: Size) -> None:
-        """Takes images of another size ``(H, W)`` from now on, resizing bias tables and position embedding.
+        """Switches to images of size ``(H, W)``, resizing bias tables and position embeddings.
 
-        The resized parameters are new objects: call this before building an optimizer.
+        Resized parameters are new objects: call this before building an optimizer.
 
         Raises:
             InputError: The size is not a multiple of the patch size.
@@ -589,17 +506,18 @@ class Backbone(nn.Module):
             return
         for module in self.modules():
             if isinstance(module, RelativePositionBias | Attention) and module.relative_position_bias_table is not None:
-                table = module.relative_position_bias_table
-                module.relative_position_bias_table = _like(table, resize_table(table, source, target))
-                module.window_size = target
+                table, module.window_size = module.relative_position_bias_table, target
+                resized = resize_table(table, source, target)
+                module.relative_position_bias_table = nn.Parameter(resized, requires_grad=table.requires_grad)
         if self.pos_embed is not None:
-            self.pos_embed = _like(self.pos_embed, resize_position_embedding(self.pos_embed, source, target))
+            resized = resize_position_embedding(self.pos_embed, source, target)
+            self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
         if self.relative_position_index is not None:
             self.relative_position_index = relative_position_index(target).to(self.relative_position_index.device)
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draws every parameter anew, each branch of block ``i`` (from 1) ending in weights divided by sqrt(2 i)."""
+        """Reinitialises every parameter; ``proj`` and ``fc2`` of block ``i`` (from 1) are divided by sqrt(2 i)."""
         for name, parameter in self.named_parameters():
             leaf = name.rpartition(".")[2]
             if leaf.startswith("gamma_"):
@@ -610,18 +528,19 @@ class Backbone(nn.Module):
                 parameter.fill_(1.0)
             else:
                 self.draw_(parameter)
-        if self.relative_position_index is not None:  # filled too, for a model that comes from the meta device
+        if self.relative_position_index is not None:  # for a model that comes from the meta device
             self.relative_position_index.copy_(relative_position_index(self.patch_embed.grid_size))
         for layer, block in enumerate(self.blocks, start=1):
             block.attn.proj.weight.div_(math.sqrt(2.0 * layer))
             block.mlp.fc2.weight.div_(math.sqrt(2.0 * layer))
 
     def draw_(self, parameter: Tensor) -> None:
-        """Fills a matrix or a token from the task's distribution."""
-        raise NotImplementedError
+        """Samples a matrix or a token in place from N(0, init_std²), truncated at ±init_limit."""
+        trunc_normal_(parameter, std=self.init_std, a=-self.init_limit, b=self.init_limit)
 
     def _shared_bias(self) -> Tensor | None:
-        return None if self.rel_pos_bias is None else self.rel_pos_bias(self.relative_position_index)
+        """Returns the bias that all blocks share, made ready here once rather than in each of them."""
+        return None if self.rel_pos_bias is None else ready_for_kernels(self.rel_pos_bias(self.relative_position_index))
 
     def _flat_mask(self, bool_masked_pos: Tensor, batch_size: int) -> Tensor:
         grid = self.patch_embed.grid_size
@@ -634,10 +553,10 @@ class Backbone(nn.Module):
 
 
 class VisionTransformer(Backbone):
-    """Classifier: the mean of the patch tokens, or the class token, into a linear head.
+    """Classifier: a linear head on the mean patch token or on the class token.
 
     Args:
-        num_classes: Classes of the head; 0 for no head, so that the model returns features.
+        num_classes: Number of classes; 0 for no head, so that the model returns features.
         use_mean_pooling: Classify ``fc_norm(mean of the patch tokens)``; False: the class token after the final norm.
         init_scale: Factor on the head's initial weights.
         **backbone: Keywords of :class:`Backbone`.
@@ -659,38 +578,32 @@ class VisionTransformer(Backbone):
         return self.head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Returns the features ``(B, D)`` that enter the head."""
+        """Returns the pooled features ``(B, D)`` that enter the head."""
         tokens, _ = self.forward_blocks(self.embed(x))
         if self.fc_norm is not None:
             return self.fc_norm(tokens[:, 1:].mean(dim=1))
         return self.norm(tokens[:, 0])
 
     def get_classifier(self) -> nn.Module:
-        """Returns the head, an ``nn.Identity`` where there is none."""
+        """Returns the head; ``nn.Identity`` without one."""
         return self.head
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replaces the head by a fresh one, initialised as in a new model; 0 for none.
+        """Replaces the head by a new one, initialised as in a new model; 0 classes for none.
 
         Deviation: The official code leaves the new head at torch's default, a thousand times larger.
         """
         self.num_classes = num_classes
-        if num_classes > 0:
-            self.head = nn.Linear(self.embed_dim, num_classes).to(self.cls_token)
-            self._init_head()
-        else:
-            self.head = nn.Identity()
+        self.head = nn.Linear(self.embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+        self.head.to(self.cls_token)
+        self._init_head()
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draws every parameter anew; the patch projection keeps torch's own distribution, as official."""
+        """Reinitialises every parameter; the patch projection gets torch's default, as official."""
         super().init_weights()
         self.patch_embed.proj.reset_parameters()
         self._init_head()
-
-    def draw_(self, parameter: Tensor) -> None:
-        """Draws from N(0, 0.02²) truncated at ±2, 100 standard deviations: in effect not truncated, as official."""
-        trunc_normal_(parameter, std=0.02, a=-2.0, b=2.0)
 
     @torch.no_grad()
     def _init_head(self) -> None:
@@ -701,10 +614,10 @@ class VisionTransformer(Backbone):
 
 
 class VisionTransformerForMaskedImageModeling(Backbone):
-    """Predicts the visual token of each masked patch, or whatever else a target asks of it.
+    """Predicts the visual tokens of masked patches, or any other target of ``vocab_size`` numbers per patch.
 
     Args:
-        vocab_size: Number of visual tokens; of another target, how many numbers describe a patch.
+        vocab_size: Number of visual tokens, or of regressed values per patch.
         init_std: Standard deviation of the initial weights before truncation.
         **backbone: Keywords of :class:`Backbone`.
     """
@@ -714,31 +627,26 @@ class VisionTransformerForMaskedImageModeling(Backbone):
     def __init__(self, *, vocab_size: int = 8192, init_std: float = 0.02, **backbone: Any) -> None:
         super().__init__(**backbone)
         self.vocab_size = vocab_size
-        self.init_std = init_std
+        self.init_std = self.init_limit = init_std  # truncated at one standard deviation
         self.norm = self.norm_layer(self.embed_dim)
         self.lm_head = nn.Linear(self.embed_dim, vocab_size)
         self.init_weights()
 
     def forward(
-        self,
-        x: Tensor,
-        bool_masked_pos: Tensor,
-        return_all_tokens: bool = False,
-        masked_index: Tensor | None = None,
+        self, x: Tensor, bool_masked_pos: Tensor, return_all_tokens: bool = False, masked_index: Tensor | None = None
     ) -> Tensor:
         """Predicts visual tokens.
 
         Args:
-            x: Images ``(B, C, H, W)``, normalised.
-            bool_masked_pos: True where a patch is masked, ``(B, N)`` or ``(B, h, w)``.
+            x: Normalised images ``(B, C, H, W)``.
+            bool_masked_pos: True for masked patches, ``(B, N)`` or ``(B, h, w)``.
             return_all_tokens: Predict all patches, not only the masked ones.
-            masked_index: ``bool_masked_pos.flatten().nonzero().flatten()``, for those who know it already: finding it
-                on a GPU makes the host wait for the number of masked patches. Or the places of other patches among
-                all ``B * N``, whose predictions are then returned in that order.
+            masked_index: The patches to predict, as positions among all ``B * N``; by default the masked ones,
+                ``bool_masked_pos.flatten().nonzero().flatten()``, which on a GPU makes the host wait for their number.
 
         Returns:
-            Logits ``(M, vocab_size)`` of the ``M`` masked patches, image by image and row by row; or, of all of them,
-            ``(B, N, vocab_size)``.
+            Logits ``(M, vocab_size)`` for the ``M`` masked patches, image by image and row by row; with
+            ``return_all_tokens``, ``(B, N, vocab_size)``.
 
         Raises:
             InputError: Images or mask do not have the model's size.
@@ -752,22 +660,17 @@ class VisionTransformerForMaskedImageModeling(Backbone):
         return self.lm_head(self.norm(patches))
 
     def forward_features(self, x: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
-        """Returns all tokens after the final norm, ``(B, N + 1, D)``; without a mask, those of the whole image."""
-        tokens, _ = self.forward_blocks(self.embed(x, bool_masked_pos))
-        return self.norm(tokens)
-
-    def draw_(self, parameter: Tensor) -> None:
-        """Draws from N(0, init_std²) truncated at ±1 standard deviation."""
-        trunc_normal_(parameter, std=self.init_std, a=-self.init_std, b=self.init_std)
+        """Returns all tokens after the final norm, ``(B, N + 1, D)``; without a mask nothing is hidden."""
+        return self.norm(self.forward_blocks(self.embed(x, bool_masked_pos))[0])
 
 
 def resize_position_embedding(pos_embed: Tensor, source_grid: tuple[int, int], target_grid: tuple[int, int]) -> Tensor:
-    """Carries a position embedding to another patch grid by bicubic interpolation; the class token keeps its own.
+    """Resizes a position embedding to another patch grid, bicubic; that of the class token is kept.
 
     Args:
         pos_embed: ``(1, 1 + h * w, D)``.
         source_grid: The grid ``(h, w)`` it was trained with.
-        target_grid: The grid ``(h', w')`` it is wanted for.
+        target_grid: The grid ``(h', w')`` to resize it to.
 
     Returns:
         ``(1, 1 + h' * w', D)``.
@@ -786,25 +689,11 @@ def resize_position_embedding(pos_embed: Tensor, source_grid: tuple[int, int], t
     return torch.cat((pos_embed[:, :1], rearrange(resized, "one d h w -> one (h w) d")), dim=1)
 
 
-def _version(tensor: Tensor) -> int:
-    """Returns how often a tensor was changed in place, as far as that is counted."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
 def _pair(size: Size) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def _like(old: nn.Parameter, value: Tensor) -> nn.Parameter:
-    return nn.Parameter(value, requires_grad=old.requires_grad)
-
-
-def _refuse(keyword: str, value: object, replacement: str) -> None:
-    if value is not None:
-        raise InputError(f"{keyword}={value} has no meaning here: {replacement}")
-
-
 def _drop_relative_position_index(_module: nn.Module, state_dict: dict[str, Tensor], *_unused: object) -> None:
-    """Leaves out the index buffers of official checkpoints, which follow from the window size."""
+    """Drops the index buffers of official checkpoints, which follow from the window size."""
     for key in [key for key in state_dict if key.endswith("relative_position_index")]:
         del state_dict[key]

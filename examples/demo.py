@@ -27,7 +27,7 @@ from beit.storage import atomic_write
 from beit.tasks import dvae_training, finetuning, pretraining
 from beit.training.precision import Precision
 from beit.visualization.curves import overlaid, read_log
-from beit.visualization.figures import draw_segmentation
+from beit.visualization.figures import save_figure, segmentation_figure
 from beit.visualization.plots import draw_curves
 from examples.demo_runs import LABELLED, NUM_TOKENS, STARTS, Demo, DemoConfig
 from semantic_segmentation import task as segmentation
@@ -192,7 +192,7 @@ def draw_segmentations(demo: Demo) -> None:
     for start, title in zip(STARTS, ("from pre-training", "from scratch"), strict=True):
         panels[title] = column(segmented(scenes, demo, start, classes))
     legend = list(zip(classes.names, classes.colours, strict=True))
-    draw_segmentation(demo.folder / "segmentation.png", panels, legend, "Held-out scenes")
+    save_figure(segmentation_figure(panels, legend, "Held-out scenes"), demo.folder / "segmentation.png")
 
 
 def segmented(images: list[Tensor], demo: Demo, start: str, classes: SegmentationClasses) -> list[Tensor]:

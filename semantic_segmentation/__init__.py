@@ -1,1 +1,20 @@
-"""Semantic segmentation on a BEiT backbone: UPerNet and SETR-PUP as mmsegmentation has them, without mmsegmentation."""
+"""Semantic segmentation on a BEiT backbone: UPerNet and SETR-PUP as in mmsegmentation, without mmsegmentation.
+
+The public names below are loaded on first use, so that importing the package does without torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from semantic_segmentation.api import inference_model, init_model, show_result_pyplot
+    from semantic_segmentation.modeling import Segmentor, build_segmentor
+
+__all__ = ["Segmentor", "build_segmentor", "inference_model", "init_model", "show_result_pyplot"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'semantic_segmentation' has no attribute {name!r}")
+    home = "modeling" if name in ("Segmentor", "build_segmentor") else "api"
+    return getattr(import_module(f"semantic_segmentation.{home}"), name)

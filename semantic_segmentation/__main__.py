@@ -13,7 +13,7 @@ COMMANDS = {
         "semantic_segmentation.config:TestConfig", "semantic_segmentation.testing:main", "score one: CONFIG CHECKPOINT"
     ),
     "predict": Command(
-        "semantic_segmentation.predict:PredictConfig", "semantic_segmentation.predict:main", "segment images: IMAGE ..."
+        "semantic_segmentation.config:PredictConfig", "semantic_segmentation.predict:main", "segment images: IMAGE ..."
     ),
 }
 REMOVED = {"demo": "`make demo` in a clone of the repository"}

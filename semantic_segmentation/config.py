@@ -307,6 +307,32 @@ class TestConfig(SegmentationConfig):
     )
 
 
+@dataclass(frozen=True)
+class PredictConfig:
+    """The settings of ``predict``; those left out default to what the checkpoint records."""
+
+    images: tuple[str, ...] = option((), "image files and folders of images", positional=True)
+    checkpoint: str = option("", f"segmentor: {ANY_MODEL}")
+    output_dir: str = option("segmentation", "folder for NAME.png, the label map, and NAME_overlay.png")
+    classes: str = option("", "file with one class per line, if the checkpoint does not name them")
+    test_mode: str | None = option(
+        None, "slide: windows of the size of the training crops; whole: the image at once", choices=("slide", "whole")
+    )
+    test_ratios: tuple[float, ...] | None = option(
+        None, "factors on the image size whose results are averaged", within="(0, inf)"
+    )
+    test_flip: bool | None = option(None, "average over the mirrored image too", off="--no_test_flip")
+    test_short_at_least_crop: bool | None = option(
+        None,
+        "never resize the short side below a window, whatever the ratio; the default with several --test_ratios",
+        off="--no_test_short_at_least_crop",
+    )
+    test_batch_size: int = option(4, "windows per batch; changes speed and memory, not the result", within="[1, inf)")
+    opacity: float = option(0.5, "opacity of the colours over the image", within="(0, 1]")
+    device: str = option("cuda", "cuda, cpu or mps; the CPU where there is no CUDA")
+    amp_dtype: str = option("auto", "number format of the forward pass", choices=AMP_CHOICES)
+
+
 ConfigT = TypeVar("ConfigT", bound=SegmentationConfig)
 
 

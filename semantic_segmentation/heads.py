@@ -1,7 +1,7 @@
-"""What turns the features of a backbone into logits: UPerNet, SETR-PUP, the auxiliary FCN, in mmsegmentation's names.
+"""Heads that turn feature levels into logits: UPerNet, SETR-PUP and the auxiliary FCN, with mmsegmentation's names.
 
-Shapes: ``B`` images, ``C`` channels of the features, ``K`` classes, ``(h, w)`` the size of a level. Each head takes all
-levels of the backbone, a list from fine to coarse, and picks what it reads.
+Shapes: ``B`` images, ``C`` feature channels, ``K`` classes, ``(h, w)`` the size of a level. Each head takes all levels
+of the backbone, a list from fine to coarse, and picks those it reads.
 """
 
 from collections import OrderedDict
@@ -18,16 +18,16 @@ from beit.errors import InputError
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Resizes ``(B, C, h, w)`` to ``size`` pixels, bilinear, as images are resized: ``align_corners=False``."""
+    """Resizes ``(B, C, h, w)`` to ``size`` pixels, bilinear with ``align_corners=False``, as images are resized."""
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def convolved_resized(x: Tensor, weight: Tensor, size: Sequence[int]) -> Tensor:
-    """Returns what ``conv2d(resize(x, size), weight, padding="same")`` does, without convolving at the large size.
+    """Computes ``conv2d(resize(x, size), weight, padding="same")`` without convolving at the large size.
 
-    Resizing mixes places and a tap of the kernel mixes channels, so the two may change places: every tap is applied at
-    the small size, and one matrix for the rows and one for the columns, which resize and move, bring the taps together
-    at the large one. Twice the height and width cost a quarter of the products, eight times a 64th.
+    Resizing mixes positions and a kernel tap mixes channels, so the two commute: every tap is applied at the small
+    size, and one matrix for the rows and one for the columns, which resize and shift, sum the taps at the large size.
+    That takes a quarter of the products for twice the height and width, a 64th for eight times.
 
     Args:
         x: ``(B, C, h, w)``.
@@ -46,11 +46,11 @@ def convolved_resized(x: Tensor, weight: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _resized_taps(x: Tensor, axis: int, new: int, side: int) -> Tensor:
-    """Returns what each place on an axis of ``x`` gives to each tap at each of ``new`` places, ``(new, old * k)``."""
+    """Returns the weight of each position on an axis of ``x`` in each tap at ``new`` positions, ``(new, old * k)``."""
     exact = torch.promote_types(x.dtype, torch.float32)
     places = torch.eye(x.shape[axis], device=x.device, dtype=exact)
     resized = F.interpolate(places[None], size=new, mode="linear", align_corners=False)[0]  # (old, new)
-    padded = F.pad(resized, (side // 2, side // 2))  # beyond the ends a kernel finds nothing
+    padded = F.pad(resized, (side // 2, side // 2))  # zero padding of the convolution
     return rearrange(padded.unfold(1, side, 1), "old new tap -> new (old tap)").to(x.dtype)
 
 
@@ -58,9 +58,9 @@ class ConvNormReLU(nn.Sequential):
     """A convolution without bias that keeps the size, batch normalisation, ReLU.
 
     Args:
-        in_channels: Channels that come in.
-        out_channels: Channels that go out.
-        kernel_size: Side of the kernel, odd.
+        in_channels: Input channels.
+        out_channels: Output channels.
+        kernel_size: Kernel size, odd.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, kernel_size: int) -> None:
@@ -68,10 +68,10 @@ class ConvNormReLU(nn.Sequential):
         super().__init__(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_channels), activate=nn.ReLU()))
 
     def fuse(self, levels: Sequence[Tensor]) -> Tensor:
-        """Returns what this makes of levels ``(B, C, h, w)``, all at the size of the first and one after the other.
+        """Applies this to levels ``(B, C, h, w)``, concatenated at the size of the first.
 
-        Equal to ``self(torch.cat([resize(level, size) for level in levels], dim=1))`` but for rounding, that of a
-        sum of the levels in their number format. Hooks on this module and on its convolution are not called.
+        Equal to ``self(torch.cat([resize(level, size) for level in levels], dim=1))`` up to rounding in the dtype of
+        the levels. Hooks on this module and on its convolution are not called.
         """
         conv, norm, activate = cast("tuple[nn.Conv2d, nn.Module, nn.Module]", tuple(self))
         size, padding = levels[0].shape[2:], conv.padding
@@ -86,12 +86,12 @@ class ConvNormReLU(nn.Sequential):
 
 
 class Head(nn.Module):
-    """What the heads share: the classifier of each position, and how all weights are drawn.
+    """The common part of the heads: the classifier of each position, and the initialisation.
 
     Args:
-        channels: Channels that enter the classifier.
+        channels: Input channels of the classifier.
         num_classes: ``K``.
-        dropout: Probability that a channel of an image is dropped before the classifier.
+        dropout: Probability of dropping a channel of an image before the classifier.
     """
 
     def __init__(self, *, channels: int, num_classes: int, dropout: float) -> None:
@@ -101,11 +101,11 @@ class Head(nn.Module):
         self.dropout = nn.Dropout2d(dropout)
 
     def classify(self, x: Tensor) -> Tensor:
-        """Turns features ``(B, channels, h, w)`` into logits ``(B, K, h, w)``."""
+        """Classifies features ``(B, channels, h, w)``: logits ``(B, K, h, w)``."""
         return self.conv_seg(self.dropout(x))
 
     def init_weights(self) -> None:
-        """Draws every weight anew: the classifier from N(0, 0.01²), the other convolutions by He's rule, fan out."""
+        """Reinitialises every weight: the classifier from N(0, 0.01²), other convolutions by He's rule, fan out."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -116,14 +116,14 @@ class Head(nn.Module):
 
 
 class UPerHead(Head):
-    """UPerNet: the coarsest level pooled at several scales, a feature pyramid from top to bottom, all levels fused.
+    """UPerNet: pyramid pooling of the coarsest level, a top-down feature pyramid, and the fusion of all levels.
 
     Args:
         in_channels: Channels of each level, ``C``.
-        levels: How many levels there are.
-        channels: Channels of every convolution's output.
+        levels: Number of levels.
+        channels: Output channels of every convolution.
         num_classes: ``K``.
-        pool_scales: Sides of the grids that the coarsest level is pooled to.
+        pool_scales: Grid sizes that the coarsest level is pooled to.
         dropout: As for :class:`Head`.
 
     Source: Unified Perceptual Parsing for Scene Understanding (arXiv 1807.10221).
@@ -154,31 +154,28 @@ class UPerHead(Head):
         self.init_weights()
 
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
-        """Classifies ``levels`` of ``(B, C, h, w)``, from fine to coarse: logits of the finest level's size.
+        """Classifies ``levels`` of ``(B, C, h, w)``, from fine to coarse: logits at the size of the finest.
 
         Raises:
-            InputError: Training on one image, of which a 1 x 1 pooling leaves nothing to normalise over.
+            InputError: Training on a single image, which 1 x 1 pooling leaves nothing to normalise over.
         """
-        top = self._pool(levels[-1])
-        path = [top]  # from coarse to fine, each level with all that is coarser added
+        if self.training and len(levels[-1]) == 1:
+            self._check_single_image()
+        top = self.bottleneck.fuse([levels[-1], *(module(levels[-1]) for module in self.psp_modules)])
+        path = [top]  # from fine to coarse, each level with all coarser ones added
         for level, lateral in zip(reversed(levels[:-1]), reversed(self.lateral_convs), strict=True):
             path.insert(0, lateral(level) + resize(path[0], level.shape[2:]))
         outputs = [conv(level) for conv, level in zip(self.fpn_convs, path, strict=False)] + [top]
         return self.classify(self.fpn_bottleneck.fuse(outputs))
 
-    def _pool(self, level: Tensor) -> Tensor:
-        if self.training and len(level) == 1:
-            self._check_single_image()
-        return self.bottleneck.fuse([level, *(module(level) for module in self.psp_modules)])
-
     def _check_single_image(self) -> None:
         for module in self.psp_modules:
             pool, conv = cast("nn.Sequential", module)
-            # The synchronised kinds of normalisation see the images of other processes too.
+            # Synchronised batch norms see the images of other processes too.
             if pool.output_size == 1 and type(conv.bn) is nn.BatchNorm2d:
                 raise InputError(
-                    "one image at a time cannot train UPerNet: pooled to 1 x 1 it leaves batch normalisation a single "
-                    "value; take at least 2 images a step (samples_per_gpu), or several processes"
+                    "UPerNet cannot be trained on one image at a time: pooled to 1 x 1 it leaves batch normalisation a "
+                    "single value; use at least 2 images per process (batch_size), or several processes"
                 )
 
 
@@ -187,9 +184,9 @@ class FCNHead(Head):
 
     Args:
         in_channels: Channels of the level.
-        channels: Channels of the convolution's output.
+        channels: Output channels of the convolution.
         num_classes: ``K``.
-        index: Which level is read.
+        index: The level to read.
         dropout: As for :class:`Head`.
 
     Source: Fully Convolutional Networks for Semantic Segmentation (arXiv 1411.4038).
@@ -204,19 +201,19 @@ class FCNHead(Head):
         self.init_weights()
 
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
-        """Classifies one of ``levels`` ``(B, C, h, w)``: logits of its size."""
+        """Classifies one of ``levels`` ``(B, C, h, w)``: logits at its size."""
         return self.classify(self.convs(levels[self.index]))
 
 
 class SETRUPHead(Head):
-    """SETR-PUP: the last level through convolutions, each followed by an upsampling to twice the size.
+    """SETR-PUP: convolutions on the last level, each followed by upsampling to twice the size.
 
     Args:
         in_channels: Channels of the level.
-        channels: Channels of every convolution's output.
+        channels: Output channels of every convolution.
         num_classes: ``K``.
-        num_convs: How many times the size doubles; 4 lead from patches of 16 pixels back to the image's size.
-        kernel_size: Side of the convolutions' kernels.
+        num_convs: Number of doublings; 4 lead from patches of 16 pixels back to the image size.
+        kernel_size: Kernel size of the convolutions.
         dropout: As for :class:`Head`.
 
     Source: SETR (arXiv 2012.15840), section 3.2; the head of BEiT's own paper (arXiv 2106.08254, section 3.2).

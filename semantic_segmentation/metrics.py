@@ -1,4 +1,4 @@
-"""How good a segmentation is: mIoU, mAcc and aAcc over a data set, and the same for each class."""
+"""Segmentation metrics over a data set: mIoU, mAcc and aAcc, and IoU and accuracy per class."""
 
 import math
 from collections.abc import Sequence
@@ -9,62 +9,54 @@ from torch import Tensor
 
 from beit.errors import InputError
 
-IGNORED = 255  # the label of pixels that have none: no loss and no metric looks at them
+IGNORED = 255  # label of pixels that no loss and no metric counts
 
 
 class Confusion:
-    """Counts, over many images, which class was predicted where which was right.
-
-    The counts stay on the device, and on a GPU an update waits for nothing.
+    """A confusion matrix over many images, kept on the device: on a GPU an update waits for nothing.
 
     Args:
         num_classes: Number of classes, ``K``.
-        device: Where the counts are kept; predictions and labels are brought there.
+        device: Device of the counts; predictions and labels are moved there.
     """
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
         self.num_classes = num_classes
-        # One bin more than there are pairs of classes takes the pixels that do not count: to leave them out instead,
-        # the host would have to know how many there are.
+        # An extra bin takes the ignored pixels: to drop them, the host would have to wait for their number.
         self._counts = torch.zeros(num_classes**2 + 1, dtype=torch.int64, device=device)
 
     @property
     def matrix(self) -> Tensor:
-        """Pixels by class and predicted class, int64 ``(K, K)``; a view, which processes may sum in place."""
+        """Pixels by label and predicted class, int64 ``(K, K)``; a view, which processes may sum in place."""
         return self._counts[:-1].view(self.num_classes, self.num_classes)
 
     def update(self, prediction: Tensor, label: Tensor) -> None:
         """Adds the pixels of an image.
 
         Args:
-            prediction: Predicted class of each pixel, ``(H, W)``, integers in [0, K).
-            label: Right class, ``(H, W)``, integers; 255 where there is none, and the pixel does not count.
+            prediction: Predicted classes, integers ``(H, W)`` in [0, K).
+            label: Labels, integers ``(H, W)``; 255 is ignored.
 
         Raises:
-            InputError: The two differ in size, or a label in host memory is no class. (For labels on a GPU one would
-                have to wait: there it is taken for 255. Data sets look at their labels when they read them.)
+            InputError: The two differ in size, or a label in host memory is no class. On a GPU such a label is ignored,
+                since checking would wait; data sets check their labels when they read them.
         """
         if prediction.shape != label.shape:
             raise InputError(f"the prediction is {_size(prediction)} pixels and its label map {_size(label)}")
-        if label.device.type == "cpu":
-            self._check(label)
+        if label.device.type == "cpu" and len(wrong := label[(label >= self.num_classes) & (label != IGNORED)]):
+            raise InputError(
+                f"a label map has the label {int(wrong[0])}, but there are {self.num_classes} classes (0 to "
+                f"{self.num_classes - 1}; {IGNORED} is ignored): check classes and reduce_zero_label"
+            )
         device = self._counts.device
-        # Brought over as they are: int64 made in host memory is not pinned, and its copy makes the host wait.
+        # Moved as they are: int64 made in host memory is not pinned, and copying it makes the host wait.
         right, found = (
             pixels.to(device, non_blocking=True).to(torch.int64).flatten() for pixels in (label, prediction)
         )
         unused = self.num_classes**2
         pairs = torch.where(right < self.num_classes, right * self.num_classes + found, unused)
-        # Not `bincount`, which on a GPU makes the host wait for the largest value.
+        # Not `bincount`, which on a GPU waits for the largest value.
         self._counts.scatter_add_(0, pairs, torch.ones_like(pairs))
-
-    def _check(self, label: Tensor) -> None:
-        wrong = label[(label >= self.num_classes) & (label != IGNORED)]
-        if len(wrong):
-            raise InputError(
-                f"a label map has the label {int(wrong[0])}, but there are {self.num_classes} classes (0 to "
-                f"{self.num_classes - 1}; {IGNORED} is left out): check classes and reduce_zero_label"
-            )
 
 
 @dataclass(frozen=True)
@@ -74,10 +66,9 @@ class SegmentationScores:
     Attributes:
         mIoU: Mean of ``iou`` over the classes that have one.
         mAcc: Mean of ``accuracy`` over the classes that have one.
-        aAcc: Rightly predicted pixels over all pixels with a label; nan without any.
-        iou: Of each class, its rightly predicted pixels over those that it is predicted for or right for; nan for a
-            class that is neither anywhere.
-        accuracy: Of each class, its rightly predicted pixels over those that it is right for; nan where there are none.
+        aAcc: Pixel accuracy over all labelled pixels; nan without any.
+        iou: Intersection over union per class; nan for a class that is neither labelled nor predicted anywhere.
+        accuracy: Recall per class; nan for a class that is not labelled anywhere.
     """
 
     mIoU: float
@@ -87,7 +78,7 @@ class SegmentationScores:
     accuracy: tuple[float, ...]
 
     def table(self, names: Sequence[str]) -> str:
-        """Returns a table in text: a line for each class and one for the means, in percent."""
+        """Returns a text table: a line per class and one for the means, in percent."""
         width = max(map(len, [*names, "class"]))
         lines = [f"{'class':<{width}}  {'IoU':>6}  {'Acc':>6}"]
         for name, iou, accuracy in zip(names, self.iou, self.accuracy, strict=True):
@@ -97,18 +88,18 @@ class SegmentationScores:
         return "\n".join(lines)
 
     def summary(self) -> str:
-        """Returns the three numbers in a line, in percent."""
+        """Returns the three metrics in one line, in percent."""
         return f"mIoU {100 * self.mIoU:.2f} mAcc {100 * self.mAcc:.2f} aAcc {100 * self.aAcc:.2f}"
 
 
 def scores(matrix: Tensor) -> SegmentationScores:
-    """Works out the results from the counts of :class:`Confusion`, summed over all processes.
+    """Computes the metrics from the counts of :class:`Confusion`, summed over all processes.
 
-    A class that is in no label map and in no prediction counts in no mean. One that is predicted, but in no label map,
+    A class that is neither labelled nor predicted anywhere counts in no mean. One that is predicted but never labelled
     has IoU 0 and counts in mIoU, but not in mAcc.
 
     Args:
-        matrix: int64 ``(K, K)``, rows by the right class, columns by the predicted one.
+        matrix: int64 ``(K, K)``, rows by label, columns by predicted class.
 
     Source: mmsegmentation 0.11, ``mmseg.core.evaluation.eval_metrics``.
     """

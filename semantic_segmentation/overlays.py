@@ -1,4 +1,4 @@
-"""Segmentations as files: label maps to score or to go on with, and pictures to look at."""
+"""Predictions as files: label maps, and figures with the classes painted over the image."""
 
 import tempfile
 from collections import deque
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ParamSpec
 
 import torch
 from PIL import Image
@@ -14,23 +14,24 @@ from torch import Tensor
 
 from beit.errors import InputError
 from beit.storage import atomic_write
-from beit.visualization.figures import draw_segmentation
+from beit.visualization import figures
+from semantic_segmentation.data import Colour, SegmentationClasses
 from semantic_segmentation.metrics import IGNORED
 
 if TYPE_CHECKING:
-    from semantic_segmentation.data import SegmentationClasses
+    from matplotlib.figure import Figure
 
-Colour = tuple[int, int, int]
+P = ParamSpec("P")
 
 OPACITY = 0.5
-MOST_WAITING = 16  # results to write: their images stay in memory until then
-SMALLEST_SHARE = 0.0005  # of an image: a class with fewer pixels cannot be seen, and is left out of the legend
+MOST_WAITING = 16  # queued results, whose images stay in memory
+SMALLEST_SHARE = 0.0005  # of an image: classes with fewer pixels cannot be seen and are left out of the legend
 
 
 class WritingThread:
-    """Makes calls one after the other beside the work, such as those that write what was predicted.
+    """Runs calls in order in a background thread, such as those that write predictions.
 
-    An error of a call is raised by a later one, or where the block ends, which waits for all calls::
+    An error in a call is raised by a later call or at the end of the block, which waits for all calls::
 
         with WritingThread() as write:
             write(save_label_map, path, prediction)
@@ -40,9 +41,9 @@ class WritingThread:
         self._pool = ThreadPoolExecutor(max_workers=1)
         self._waiting: deque[Future[None]] = deque()
 
-    def __call__(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Has a function called soon; waits where too many calls are ahead of it."""
-        self._waiting.append(self._pool.submit(function, *arguments))
+    def __call__(self, function: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Queues a call; blocks while too many calls are queued."""
+        self._waiting.append(self._pool.submit(function, *args, **kwargs))
         while self._waiting and (self._waiting[0].done() or len(self._waiting) > MOST_WAITING):
             self._waiting.popleft().result()
 
@@ -55,20 +56,20 @@ class WritingThread:
         try:
             while self._waiting and kind is None:
                 self._waiting.popleft().result()
-        finally:  # what was predicted before a failure is still written; who interrupts the work does not wait for it
+        finally:  # after a failure, earlier predictions are still written; after an interrupt nobody waits for them
             failed = kind is not None and issubclass(kind, Exception)
             self._pool.shutdown(cancel_futures=not failed)
 
 
 def check_writable(flag: str, folder: Path) -> None:
-    """Looks whether files can be written into a folder, or into one that is to be made, and leaves nothing there.
+    """Checks that files can be written to a folder, which need not exist yet; leaves nothing behind.
 
     Args:
-        flag: What to call it.
+        flag: Name of the setting, for the message.
         folder: The folder.
 
     Raises:
-        InputError: They cannot.
+        InputError: It is not writable.
     """
     place = folder.absolute()
     while not place.exists():
@@ -81,20 +82,18 @@ def check_writable(flag: str, folder: Path) -> None:
 
 
 def save_label_map(path: str | Path, prediction: Tensor, add_one: bool = False) -> None:
-    """Writes the class of each pixel into a grey PNG file of 8 bits.
+    """Writes the class of each pixel to an 8-bit grey PNG file.
 
     Args:
-        path: The file; a folder that is missing is made.
-        prediction: Classes, ``(H, W)``, integers from 0 on.
-        add_one: Write class 0 as 1 and so on, and 255 (ignored) as 0: as ADE20K's annotations are, and as its server
-            wants them.
+        path: The file; missing folders are created.
+        prediction: Classes, integers ``(H, W)``.
+        add_one: Write class 0 as 1 and so on, and 255 (ignored) as 0, as in ADE20K's annotations and on its server.
 
     Raises:
         InputError: A class does not fit in 8 bits, or the file cannot be written.
     """
     numbers = prediction.cpu().to(torch.int64)
-    largest = int(numbers.max())
-    if largest > IGNORED:
+    if (largest := int(numbers.max())) > IGNORED:
         raise InputError(f"cannot write {path}: class {largest} does not fit in a PNG file of 8 bits (0 to 255)")
     numbers = (numbers + 1) % 256 if add_one else numbers
     with atomic_write(path) as file:
@@ -106,9 +105,9 @@ def overlay(image: Tensor, prediction: Tensor, colours: Sequence[Colour], opacit
 
     Args:
         image: uint8 ``(3, H, W)``.
-        prediction: Classes or a label map, ``(H, W)``; where it is 255 the image stays as it is.
+        prediction: Classes or a label map, ``(H, W)``; pixels of 255 are left as they are.
         colours: Red, green and blue of each class, 0 to 255.
-        opacity: From 0, the image alone, to 1, the colours alone.
+        opacity: From 0, only the image, to 1, only the colours.
 
     Returns:
         uint8 ``(3, H, W)`` in host memory.
@@ -130,40 +129,54 @@ def overlay(image: Tensor, prediction: Tensor, colours: Sequence[Colour], opacit
     return torch.where(painted, mixed, image)
 
 
+def result_figure(
+    image: Tensor,
+    prediction: Tensor,
+    classes: SegmentationClasses,
+    label: Tensor | None = None,
+    *,
+    opacity: float = OPACITY,
+    title: str = "",
+) -> "Figure":
+    """Draws an image, its segmentation, the labels if there are any, and a legend.
+
+    Args:
+        image: uint8 ``(3, H, W)``.
+        prediction: Classes, ``(H, W)``.
+        classes: Names and colours.
+        label: The labels, ``(H, W)``, 255 for none.
+        opacity: As for :func:`overlay`.
+        title: A line above all.
+
+    Raises:
+        InputError: As for :func:`overlay`.
+    """
+    maps = {"prediction": prediction} if label is None else {"prediction": prediction, "label": label}
+    painted = {name: overlay(image, map_, classes.colours, opacity) for name, map_ in maps.items()}
+    seen = occurring(list(maps.values()), len(classes))
+    legend = [(classes.names[number], classes.colours[number]) for number in seen]
+    return figures.segmentation_figure({"image": image.cpu(), **painted}, legend, title)
+
+
 def save_figure(
     path: str | Path,
     image: Tensor,
     prediction: Tensor,
-    classes: "SegmentationClasses",
+    classes: SegmentationClasses,
     label: Tensor | None = None,
     *,
     opacity: float = OPACITY,
 ) -> None:
-    """Writes a PNG file with an image, its segmentation, the right one if there is one, and a legend.
-
-    Args:
-        path: The file; a folder that is missing is made.
-        image: uint8 ``(3, H, W)``.
-        prediction: Classes, ``(H, W)``.
-        classes: Names and colours.
-        label: The right classes, ``(H, W)``, 255 where there is none.
-        opacity: As for :func:`overlay`.
+    """Writes :func:`result_figure` to a PNG or SVG file; missing folders are created.
 
     Raises:
         InputError: As for :func:`overlay`, or the file cannot be written.
     """
-    panels = {"image": image.cpu(), "prediction": overlay(image, prediction, classes.colours, opacity)}
-    shown = [prediction]
-    if label is not None:
-        panels["label"] = overlay(image, label, classes.colours, opacity)
-        shown.append(label)
-    numbers = occurring(shown, len(classes.names))
-    legend = [(classes.names[number], classes.colours[number]) for number in numbers]
-    draw_segmentation(path, panels, legend)
+    figures.save_figure(result_figure(image, prediction, classes, label, opacity=opacity), path)
 
 
 def occurring(maps: Sequence[Tensor], num_classes: int) -> list[int]:
-    """Returns the classes that can be seen in some label maps, those with most pixels first.
+    """Returns the classes that are visible in label maps, sorted by size.
 
     Args:
         maps: Integers, ``(H, W)`` each; 255 is no class.

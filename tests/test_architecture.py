@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "beit.errors": (),
     "beit.registry": (),  # names what it lists as "module:object"
     "beit.relative_position": (),
+    "beit.attention": (),
     "beit.masking": (),
     "beit.storage": (),
     "beit.config": (),
@@ -33,7 +34,7 @@ MAY_IMPORT = {
     "beit.training.*": ("beit.training.*", "beit.storage", "beit.checkpoints.pieces"),
     "beit.launch": ("beit.config", "beit.training.*"),
     # the parts of the method
-    "beit.modeling": ("beit.relative_position",),
+    "beit.modeling": ("beit.relative_position", "beit.attention"),
     "beit.tokenizers.*": ("beit.tokenizers.*", "dall_e.*", "beit.storage", "beit.registry"),
     "beit.data.*": ("beit.data.*", "beit.masking", "beit.storage"),
     "beit.targets": ("beit.tokenizers.*", "beit.data.*"),

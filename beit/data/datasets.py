@@ -222,7 +222,7 @@ def read_image(path: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
         UnreadableImageError: The file is missing, empty, damaged, cut short or no image, or decodes to more than
             179 million pixels (Pillow's limit against decompression bombs).
     """
-    with _opened(path) as image:
+    with opened_image(path) as image:
         return _decoded(image)
 
 
@@ -244,14 +244,14 @@ def read_pixels(
     Raises:
         UnreadableImageError: See :func:`read_image`.
     """
-    with _opened(path) as image:
+    with opened_image(path) as image:
         full_size = None if reduction is None or image.format != "JPEG" else _reduce(image, reduction)
         pixels = _plain_jpeg(image) if full_size is None else None
         return F.pil_to_tensor(_decoded(image)) if pixels is None else pixels, full_size
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike[str] | IO[bytes]) -> Iterator[ImageFile.ImageFile]:
+def opened_image(path: str | os.PathLike[str] | IO[bytes]) -> Iterator[ImageFile.ImageFile]:
     """Opens an image file; any error in the block becomes an ``UnreadableImageError``, except for lack of memory."""
     try:
         with Image.open(path) as image:

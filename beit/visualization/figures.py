@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -82,8 +82,7 @@ class Picture:
         return shown.shape[-2], shown.shape[-1]
 
 
-def draw_pictures(
-    path: str | Path,
+def pictures_figure(
     rows: Sequence[Sequence[Picture]],
     title: str = "",
     *,
@@ -94,11 +93,10 @@ def draw_pictures(
     bar: bool = False,
     legend: Sequence[tuple[str, tuple[int, int, int]]] = (),
     inches: float = PANEL_INCHES,
-) -> None:
+) -> "Figure":
     """Draws pictures in a table, keeping their aspect ratios; the most elongated one fills its cell.
 
     Args:
-        path: PNG or SVG file to write.
         rows: The pictures, row by row; rows may differ in length.
         title: Title of the figure.
         note: Text at the bottom; not together with a legend.
@@ -140,7 +138,12 @@ def draw_pictures(
         _draw_legend(figure, legend, legend_columns)
     if note:
         figure.text(0.5, 0.05 / height, "\n".join(lines), fontsize=7.5, ha="center", va="bottom")
-    save_figure(figure, path)
+    return figure
+
+
+def draw_pictures(path: str | Path, rows: Sequence[Sequence[Picture]], title: str = "", **layout: Any) -> None:
+    """Writes the figure of :func:`pictures_figure` to a PNG or SVG file."""
+    save_figure(pictures_figure(rows, title, **layout), path)
 
 
 def draw_panels(path: str | Path, panels: Mapping[str, Tensor], captions: Sequence[str] = (), title: str = "") -> None:
@@ -159,22 +162,18 @@ def draw_panels(path: str | Path, panels: Mapping[str, Tensor], captions: Sequen
     draw_pictures(path, rows, title)
 
 
-def draw_segmentation(
-    path: str | Path,
-    panels: Mapping[str, Tensor],
-    legend: Sequence[tuple[str, tuple[int, int, int]]],
-    title: str = "",
-) -> None:
+def segmentation_figure(
+    panels: Mapping[str, Tensor], legend: Sequence[tuple[str, tuple[int, int, int]]], title: str = ""
+) -> "Figure":
     """Draws versions of one image side by side, with a legend of the classes below.
 
     Args:
-        path: PNG or SVG file to write.
         panels: Title of a version -> its picture, uint8 ``(3, H, W)``; all have the same size.
-        legend: Names and colours, as in :func:`draw_pictures`.
+        legend: Names and colours, as in :func:`pictures_figure`.
         title: Title of the figure.
     """
     row = [Picture(picture.float() / 255, title=name) for name, picture in panels.items()]
-    draw_pictures(path, [row], title, legend=legend, inches=SEGMENTATION_INCHES)
+    return pictures_figure([row], title, legend=legend, inches=SEGMENTATION_INCHES)
 
 
 def _panel_inches(sizes: Sequence[tuple[int, int]], longest: float) -> tuple[float, float]:

@@ -59,4 +59,6 @@ def test_a_run_of_two_steps_and_what_its_segmentor_sees(tmp_path, amp_dtype):
 def segmented(segmentor, image, settings, dtype):
     """The classes of an image, computed where the segmentor is."""
     precision = Precision(dtype, next(segmentor.parameters()).device)
-    return inference.predict(segmentor, image, settings, **inference.Statistics()._asdict(), precision=precision).cpu()
+    how = {**inference.Statistics()._asdict(), "precision": precision}
+    ((_, classes),) = inference.predict_each(segmentor, [(None, image)], settings, **how)
+    return classes.cpu()

@@ -83,7 +83,7 @@ def test_a_missing_annotation(capfd, data, training):
 def test_an_empty_folder_and_one_that_is_not_there(capfd, data, training):
     shutil.rmtree(data / "images" / "training")
     line = refused(capfd, *training)
-    assert line.startswith(f"error: no such folder of images: {data}/images/training")
+    assert line.startswith(f"error: no such folder or list of images: {data}/images/training")
     (data / "images" / "training").mkdir()
     line = refused(capfd, *training)
     assert line.startswith("error: no images in ")

@@ -2,7 +2,6 @@
 
 import logging
 import os
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,18 +9,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from beit.checkpoints.formats.segmentation import leaves_zero_out
-from beit.config import read_command_line
 from beit.errors import InputError
-from semantic_segmentation.data import ade20k_classes
+from semantic_segmentation.config import PredictConfig
 from semantic_segmentation.modeling import build_segmentor
-from semantic_segmentation.predict import (
-    PredictConfig,
-    classes_of,
-    find_images,
-    main,
-    settings_of,
-)
+from semantic_segmentation.predict import find_images, main
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 8, "depth": 4, "num_heads": 2}
 HEADS = {"out_indices": (0, 1, 2, 3), "channels": 4, "auxiliary_channels": 0, "use_rel_pos_bias": True}
@@ -88,91 +79,6 @@ def test_what_is_not_there_is_named(tmp_path, missing):
         find_images([str(write_image(tmp_path / "a.jpg")), str(tmp_path / missing)])
 
 
-# Classes and settings
-
-
-def segmentor_of(num_classes, img_size=(48, 32)):
-    return SimpleNamespace(num_classes=num_classes, img_size=img_size)
-
-
-def test_classes_are_those_of_the_file_then_of_the_checkpoint(tmp_path):
-    file = tmp_path / "classes.txt"
-    file.write_text("sky 1 2 3\na road\n")
-    recorded = {"labels": ("ground", "air"), "palette": ((9, 8, 7), (6, 5, 4))}
-    given = classes_of(segmentor_of(2), recorded, str(file))
-    assert (given.names, given.colours[0]) == (("sky", "a road"), (1, 2, 3))
-    own = classes_of(segmentor_of(2), recorded, "")
-    assert (own.names, own.colours) == (("ground", "air"), ((9, 8, 7), (6, 5, 4)))
-    with pytest.raises(InputError, match=r"classes\.txt has 2 classes and the checkpoint 3"):
-        classes_of(segmentor_of(3), recorded, str(file))
-
-
-def test_150_classes_without_names_are_ade20ks_and_others_numbers():
-    assert classes_of(segmentor_of(150), {}, "") == ade20k_classes()
-    numbered = classes_of(segmentor_of(3), {}, "")
-    assert numbered.names == ("class 0", "class 1", "class 2")
-    assert len(set(numbered.colours)) == 3
-    # names of another task, such as those of the ImageNet classes that the backbone was fine-tuned on
-    assert classes_of(segmentor_of(3), {"labels": ("tench",) * 1000}, "").names == numbered.names
-
-
-@pytest.mark.parametrize(
-    ("metadata", "count", "expected"),
-    [
-        ({"reduce_zero_label": True}, 3, True),
-        ({"reduce_zero_label": False}, 150, False),
-        ({}, 150, True),  # a released checkpoint
-        ({}, 3, False),
-    ],
-)
-def test_label_maps_are_numbered_as_the_training_data(metadata, count, expected):
-    assert leaves_zero_out(metadata, count) is expected
-
-
-def test_images_are_segmented_as_the_run_tested_them():
-    recorded = {"args": {"slide_stride": [24, 16], "image_scale": [256, 64]}}
-    settings = settings_of(segmentor_of(3), recorded, PredictConfig(test_batch_size=7))
-    assert (settings.crop, settings.stride, settings.image_scale) == ((48, 32), (24, 16), (256, 64))
-    assert (settings.mode, settings.ratios, settings.flip, settings.batch_size) == ("slide", (1.0,), False, 7)
-    assert settings.short_at_least == 0
-
-
-TESTED = {
-    "test_mode": "whole",
-    "test_ratios": [0.5, 1.0],
-    "test_flip": True,
-    "test_short_at_least_crop": False,
-}
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        ({}, ("whole", (0.5, 1.0), True, 0)),
-        ({"test_mode": "slide", "test_flip": False}, ("slide", (0.5, 1.0), False, 0)),
-        ({"test_short_at_least_crop": True}, ("whole", (0.5, 1.0), True, 32)),
-        ({"test_ratios": (0.5, 2.0)}, ("whole", (0.5, 2.0), True, 32)),
-        ({"test_ratios": (2.0,)}, ("whole", (2.0,), True, 0)),
-    ],
-)
-def test_what_no_flag_says_is_as_the_run_tested(flags, expected):
-    # Broken by defaults of our own in the place of what the checkpoint records.
-    settings = settings_of(segmentor_of(3), {"args": TESTED}, PredictConfig(**flags))
-    assert (settings.mode, settings.ratios, settings.flip, settings.short_at_least) == expected
-
-
-def test_flags_can_say_what_the_run_did_not_do():
-    words = "a.jpg --checkpoint x.pth --no_test_flip --test_mode slide --no_test_short_at_least_crop --test_ratios 1 2"
-    settings = settings_of(segmentor_of(3), {"args": TESTED}, read_command_line(PredictConfig, words.split(), "", ""))
-    assert (settings.mode, settings.ratios, settings.flip, settings.short_at_least) == ("slide", (1.0, 2.0), False, 0)
-
-
-def test_of_a_published_checkpoint_they_are_the_published_ones():
-    settings = settings_of(segmentor_of(150, (640, 640)), {}, PredictConfig(test_ratios=(0.5, 1.0), test_flip=True))
-    assert (settings.crop, settings.stride, settings.image_scale) == ((640, 640), (426, 426), (2560, 640))
-    assert (settings.ratios, settings.flip, settings.short_at_least) == ((0.5, 1.0), True, 640)
-
-
 # The whole command, in this process
 
 
@@ -226,7 +132,7 @@ def test_what_cannot_be_read_is_named_when_the_rest_is_done(tmp_path, checkpoint
         ({"checkpoint": ""}, "--checkpoint is missing"),
         ({"opacity": 0.0}, "--opacity 0.0: must be above 0 and at most 1"),
         ({"test_mode": "slides"}, "slide or whole, not 'slides'"),
-        ({"test_batch_size": 0}, "at least 1 window at once"),
+        ({"test_batch_size": 0}, "at least 1 window"),
         ({"images": ()}, "no image"),
         ({"output_dir": "/proc/version/x"}, "--output_dir /proc/version/x: cannot write into /proc/version"),
     ],

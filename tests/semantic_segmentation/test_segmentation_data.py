@@ -141,10 +141,10 @@ def test_a_list_of_classes_that_is_none(tmp_path):
 def test_which_list_of_classes_counts(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     assert find_classes(tmp_path) == ade20k_classes()
-    assert "the classes are the 150 of ADE20K" in caplog.text
+    assert "using the 150 classes of ADE20K" in caplog.text
     assert "reduce_zero_label" not in caplog.text
     find_classes(tmp_path, reduce_zero_label=False)
-    assert "reduce_zero_label is off: label 0, which ADE20K leaves out, is taken for 'wall'" in caplog.text
+    assert "reduce_zero_label is off: label 0, ignored in ADE20K, is taken for 'wall'" in caplog.text
     (tmp_path / "classes.txt").write_text("own\n", encoding="utf-8")
     (tmp_path / "other.txt").write_text("other\n", encoding="utf-8")
     assert find_classes(tmp_path).names == ("own",)
@@ -197,18 +197,16 @@ def test_two_images_for_one_label_map(folders):
 def test_folders_that_are_missing_or_empty(folders):
     with pytest.raises(InputError) as error:
         find_pairs(folders / "images", folders / "label")
-    assert one_line(error) == f"no such folder of label maps: {folders / 'label'} (did you mean 'labels'?)"
-    with pytest.raises(
-        InputError, match=r"no such folder of images: .* \(.*nowhere is missing or empty too\)"
-    ) as error:
+    assert one_line(error) == f"no such folder or list of images: {folders / 'label'} (did you mean 'labels'?)"
+    with pytest.raises(InputError, match=r"no such folder .*/images \(.*nowhere does not exist either\)") as error:
         find_pairs(folders / "nowhere" / "images")
     one_line(error)
-    with pytest.raises(InputError, match=r"a\.png is not a folder; give the folder of the label maps") as error:
-        find_pairs(folders / "images", folders / "labels" / "a.png")
-    one_line(error)
-    with pytest.raises(InputError, match=r"a-\*\.tar: images with label maps are not read from tar shards") as error:
-        find_pairs(folders / "a-*.tar", folders / "labels")
-    one_line(error)
+    for images, labels in (("images", "labels/a.png"), ("images", "a-*.tar"), ("a-*.tar", "labels")):
+        with pytest.raises(
+            InputError, match=r"(a\.png|a-\*\.tar) is not a folder: images with label maps are"
+        ) as error:
+            find_pairs(folders / images, folders / labels)
+        one_line(error)
     (folders / "empty").mkdir()
     for arguments in ((folders / "empty",), (folders / "images", folders / "empty")):
         with pytest.raises(InputError, match=r"no images in .*empty or the folders below: .*no files at all") as error:
@@ -227,11 +225,10 @@ def test_folders_that_are_missing_or_empty(folders):
 
 def test_zero_is_left_out_and_the_rest_moves_down():
     expected = [255, *range(254), 255]
-    for labels in (torch.arange(256, dtype=torch.uint8), torch.arange(256), np.arange(256, dtype=np.uint8)):
+    for labels in (torch.arange(256, dtype=torch.uint8), torch.arange(256)):
         before = labels.tolist()
         reduced = reduce_zero(labels)
         assert reduced.dtype == labels.dtype
-        assert type(reduced) is type(labels)
         assert reduced.tolist() == expected
         assert labels.tolist() == before
 
@@ -414,7 +411,7 @@ def test_how_many_classes_a_label_map_can_tell_apart(folders):
         with pytest.raises(InputError, match=f"1 to {most} classes in label maps of 8 bits, got {count}"):
             dataset(folders, count, reduce_zero_label)
     pairs = find_pairs(folders / "images")
-    with pytest.raises(InputError, match=r"training needs label maps; the images in .*images come without"):
+    with pytest.raises(InputError, match=r"training needs label maps; the images in .*images have none"):
         SegmentationDataset(pairs, as_decoded, num_classes=3, reduce_zero_label=False)
     assert data.TestImages(pairs, num_classes=3, reduce_zero_label=False)[2][2] is None
 
@@ -441,7 +438,9 @@ def test_images_of_other_kinds(folders):
     assert image[:, 10, 20].argmax() == 2
     assert image[:, 50, 20].argmax() == 0
     write(folders / "labels" / "c.png", np.zeros((40, 60), np.uint8))
-    with pytest.raises(InputError, match=r"c\.png is 40x60 pixels .* 60x40; its EXIF data say .* upright") as error:
+    with pytest.raises(
+        InputError, match=r"c\.png is 40x60 pixels .* 60x40; its EXIF data rotate it, .* upright"
+    ) as error:
         samples[0, 2]
     one_line(error)
 

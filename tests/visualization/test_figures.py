@@ -20,7 +20,8 @@ from beit.visualization.figures import (
     _balanced,
     draw_panels,
     draw_pictures,
-    draw_segmentation,
+    save_figure,
+    segmentation_figure,
 )
 
 
@@ -50,7 +51,7 @@ def test_a_segmentation_is_drawn_with_its_legend(tmp_path, size, entries):
     red, green = (torch.zeros(3, *size, dtype=torch.uint8) for _ in range(2))
     red[0], green[1] = 255, 255
     legend = [(f"a class {number}", (0, 100, number)) for number in range(entries)]
-    draw_segmentation(tmp_path / "a.png", {"image": red, "overlay": green}, legend, "Title")
+    save_figure(segmentation_figure({"image": red, "overlay": green}, legend, "Title"), tmp_path / "a.png")
     pixels = read(tmp_path / "a.png")
     enlarged = [side * SEGMENTATION_INCHES * DPI / max(size) for side in size]
     for colour in ((255, 0, 0), (0, 255, 0)):

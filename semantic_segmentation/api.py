@@ -1,0 +1,196 @@
+"""A segmentor put to use, by the names of ``mmseg.apis``: open it, segment images, look at the result.
+
+model = init_model(checkpoint="beit_base_patch16_640_pt22k_ft22ktoade20k")
+result = inference_model(model, "street.jpg")  # (H, W)
+show_result_pyplot(model, "street.jpg", result, out_file="street.png")
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from beit.checkpoints.load import read_weights
+from beit.data.transforms import size_pair
+from beit.errors import InputError
+from beit.inference import OneImage, decoded, images_of
+from beit.training.distributed import select_device
+from beit.training.precision import Precision, resolve_amp_dtype
+from beit.visualization.figures import save_figure
+from semantic_segmentation.config import read_test, segmentor_arguments
+from semantic_segmentation.data import SegmentationClasses, ade20k_classes, find_classes, named_classes, read_classes
+from semantic_segmentation.inference import TestSettings, predict_each, statistics_of
+from semantic_segmentation.modeling import Segmentor, build_segmentor, heads_in, load_segmentor, segmentor_from
+from semantic_segmentation.overlays import OPACITY, result_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PathLike = str | os.PathLike[str]
+
+
+def init_model(
+    config: PathLike | None = None, checkpoint: PathLike | None = None, device: str | torch.device = "cuda"
+) -> Segmentor:
+    """Opens a segmentor.
+
+    Args:
+        config: A settings file, or the name of one of the package's, to build the model from; None: the checkpoint
+            describes itself.
+        checkpoint: A path, a released name, a URL or a hub id; None, with a config: initialised from scratch.
+        device: Device of the model; the CPU is used if there is no CUDA.
+
+    Returns:
+        The segmentor in evaluation mode. ``.segment(images)`` returns logits ``(B, K, H, W)`` for normalised images of
+        the model's size; ``.metadata`` holds what the checkpoint records.
+
+    Raises:
+        InputError: Neither is given, a file does not exist, or the checkpoint is no segmentor or not the config's.
+    """
+    if checkpoint is None and config is None:
+        raise InputError("init_model needs a checkpoint or a config")
+    opened = None if checkpoint is None else read_weights(os.fspath(checkpoint))
+    if config is not None:
+        settings = read_test([os.fspath(config), "-"])
+        if opened is None:
+            count = len(find_classes(settings.data_path, settings.classes, settings.reduce_zero_label))
+        else:
+            count = heads_in(opened[0], str(checkpoint)).num_classes
+        segmentor = build_segmentor(**segmentor_arguments(settings, count))
+        if opened is not None:
+            load_segmentor(segmentor, *opened, str(checkpoint))
+    elif opened is not None:
+        segmentor = segmentor_from(*opened)
+    return segmentor.to(select_device(str(device), 0)).eval()
+
+
+def inference_model(
+    model: Segmentor,
+    image_or_images: OneImage | Sequence[OneImage],
+    *,
+    settings: TestSettings | None = None,
+    amp_dtype: str = "fp32",
+) -> Tensor | list[Tensor]:
+    """Segments images of any size.
+
+    Args:
+        model: From :func:`init_model`.
+        image_or_images: An image or several, as for :func:`beit.inference_model`: paths, Pillow images, arrays or
+            tensors.
+        settings: Windows, sizes and flip; by default as the checkpoint's run tested, see :func:`settings_of`.
+        amp_dtype: Dtype of the forward pass: ``fp32``, as the published numbers were measured, ``bf16`` or ``fp16``.
+
+    Returns:
+        The class of each pixel, integers ``(H, W)`` on the model's device; for several images a list.
+
+    Raises:
+        InputError: An image cannot be read.
+    """
+    device = next(model.parameters()).device
+    images, several = images_of(image_or_images)
+    pixels = ((None, F.pil_to_tensor(decoded(image))) for image in images)
+    statistics = statistics_of(model.metadata, model.num_classes)._asdict()
+    precision = Precision(resolve_amp_dtype(amp_dtype, device), device)
+    predictions = predict_each(model, pixels, settings or settings_of(model), precision=precision, **statistics)
+    results = [classes for _, classes in predictions]
+    return results if several else results[0]
+
+
+def show_result_pyplot(
+    model: Segmentor,
+    image: OneImage,
+    result: Tensor,
+    *,
+    opacity: float = OPACITY,
+    title: str = "",
+    out_file: PathLike | None = None,
+) -> "Figure":
+    """Draws an image, its segmentation and a legend of the classes; no window is opened.
+
+    Args:
+        model: From :func:`init_model`; its checkpoint names the classes.
+        image: The image, as for :func:`inference_model`.
+        result: Classes ``(H, W)`` from :func:`inference_model`.
+        opacity: Opacity of the colours over the image, from 0 to 1.
+        title: A line above all.
+        out_file: A PNG or SVG file to write as well.
+
+    Returns:
+        The matplotlib figure; notebooks show it.
+
+    Raises:
+        InputError: Image and result differ in size, or the file cannot be written.
+    """
+    figure = result_figure(F.pil_to_tensor(decoded(image)), result, classes_of(model), opacity=opacity, title=title)
+    if out_file is not None:
+        save_figure(figure, Path(out_file))
+    return figure
+
+
+def classes_of(segmentor: Segmentor, file: PathLike = "") -> SegmentationClasses:
+    """Returns names and colours: from a file, or as recorded, or ADE20K's for 150 classes, or numbers.
+
+    Raises:
+        InputError: The file has another number of classes.
+    """
+    count = segmentor.num_classes
+    if file:
+        classes = read_classes(file)
+        if len(classes) != count:
+            raise InputError(f"{file} has {len(classes)} classes and the checkpoint {count}")
+        return classes
+    names = segmentor.metadata.get("labels")
+    if names is None or len(names) != count:
+        if count == len(ade20k := ade20k_classes()):
+            return ade20k
+        names = [f"class {number}" for number in range(count)]
+    return named_classes([str(name) for name in names], segmentor.metadata.get("palette") or ())
+
+
+def settings_of(
+    segmentor: Segmentor,
+    *,
+    test_mode: str | None = None,
+    test_ratios: tuple[float, ...] | None = None,
+    test_flip: bool | None = None,
+    test_short_at_least_crop: bool | None = None,
+    test_batch_size: int = 4,
+) -> TestSettings:
+    """Returns how to test images: as the checkpoint's run did, else as the published ones, at the model's size.
+
+    With several sizes the short side is never below a window, as in the published tests.
+
+    Args:
+        segmentor: The segmentor, with its ``metadata``.
+        test_mode: Like the following ones, a setting that takes precedence over the recorded one of the same name.
+        test_ratios: See :class:`TestSettings`.
+        test_flip: See :class:`TestSettings`.
+        test_short_at_least_crop: Never resize the short side below a window.
+        test_batch_size: Windows per batch.
+    """
+    recorded: Mapping[str, Any] = segmentor.metadata.get("args", {})
+
+    def setting(name: str, given: Any, otherwise: Any) -> Any:
+        return recorded.get(name, otherwise) if given is None else given
+
+    ratios, crop = tuple(setting("test_ratios", test_ratios, (1.0,))), segmentor.img_size
+    several = len(ratios) > 1
+    bounded = setting("test_short_at_least_crop", test_short_at_least_crop, several)
+    if test_ratios is not None and test_short_at_least_crop is None:
+        bounded = several
+    stride = size_pair(recorded["slide_stride"]) if "slide_stride" in recorded else (crop[0] * 2 // 3, crop[1] * 2 // 3)
+    long, short = recorded.get("image_scale", (4 * min(crop), min(crop)))
+    return TestSettings(
+        mode=setting("test_mode", test_mode, "slide"),
+        crop=crop,
+        stride=(min(stride[0], crop[0]), min(stride[1], crop[1])),
+        image_scale=(long, short),
+        ratios=ratios,
+        flip=setting("test_flip", test_flip, False),
+        short_at_least=min(crop) if bounded else 0,
+        batch_size=test_batch_size,
+    )
