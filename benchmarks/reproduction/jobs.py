@@ -207,7 +207,7 @@ class Jobs:
         }
         config = FinetuningConfig(
             **self._digits(few),
-            finetune=backbone,
+            init_from=backbone,
             output_dir=str(run),
             model=CLASSIFIER,
             model_kwargs=dict(self.preset.model),
@@ -223,14 +223,14 @@ class Jobs:
     def _probe(self, backbone: str, run: Path, settings: Mapping[str, Any]) -> float:
         config = LinearProbeConfig(
             **self._digits("train"),
-            pretrained_weights=backbone,
+            checkpoint=backbone,
             output_dir=str(run),
             model=CLASSIFIER,
             model_kwargs=dict(self.preset.model),
             patch_size=self.preset.model["patch_size"],
             input_size=self.preset.images.pixels,
             crop_pct=1.0,
-            val_freq=settings["epochs"],
+            eval_freq=settings["epochs"],
             **settings,
             **self._run_options(),
         )
@@ -251,21 +251,21 @@ class Jobs:
         return knn.best_of(knn.evaluate(config)).acc1
 
     def _segment(self, backbone: str, run: Path, settings: Mapping[str, Any]) -> float:
-        pixels, iterations = self.preset.images.pixels, settings["max_iters"]
+        pixels, steps = self.preset.images.pixels, settings["max_steps"]
         config = TrainConfig(
             **{
                 **read_yaml(TrainConfig, "upernet_beit_tiny_64_slide_ade20k"),
-                "data_root": str(self.images() / "scenes"),
+                "data_path": str(self.images() / "scenes"),
                 "reduce_zero_label": False,  # here the background is a class
                 "model_kwargs": dict(self.preset.model),
                 "crop_size": pixels,
                 "image_scale": (4 * pixels, pixels),
                 "slide_stride": pixels * 2 // 3,
-                "pretrained": backbone,
-                "work_dir": str(run),
-                "warmup_iters": iterations // 10,
-                "eval_interval": iterations,
-                "checkpoint_interval": iterations,
+                "init_from": backbone,
+                "output_dir": str(run),
+                "warmup_steps": steps // 10,
+                "eval_freq": steps,
+                "save_ckpt_freq": steps,
                 **self.preset.machine,
                 "seed": self.seed,
                 **settings,

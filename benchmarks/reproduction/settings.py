@@ -107,12 +107,12 @@ CPU = Preset(
         "pretrained": {"lr": 1e-3, "layer_decay": 1.0, "epochs": 40},
     },
     probe={
-        "scratch": {"lr": 1.0, "epochs": 6, "batch_size_per_gpu": 64},
-        "pretrained": {"lr": 3.0, "epochs": 6, "batch_size_per_gpu": 64},
+        "scratch": {"lr": 1.0, "epochs": 6, "batch_size": 64},
+        "pretrained": {"lr": 3.0, "epochs": 6, "batch_size": 64},
     },
     segmentation={
-        "scratch": {"lr": 1.6e-2, "layer_decay": 1.0, "max_iters": 150},
-        "pretrained": {"lr": 8e-3, "layer_decay": 0.75, "max_iters": 150},
+        "scratch": {"lr": 1.6e-2, "layer_decay": 1.0, "max_steps": 150},
+        "pretrained": {"lr": 8e-3, "layer_decay": 0.75, "max_steps": 150},
     },
 )  # fmt: skip
 
@@ -124,7 +124,7 @@ QUICK = replace(
     pretraining={**CPU.pretraining, "epochs": 1, "warmup_steps": 5},
     finetuning={start: {**recipe, "epochs": 2} for start, recipe in CPU.finetuning.items()},
     probe={start: {**recipe, "epochs": 1} for start, recipe in CPU.probe.items()},
-    segmentation={start: {**recipe, "max_iters": 10} for start, recipe in CPU.segmentation.items()},
+    segmentation={start: {**recipe, "max_steps": 10} for start, recipe in CPU.segmentation.items()},
 )
 
 # For one large GPU: 12 times the weights, about 9 times the images seen in pre-training, four times the pixels. The
@@ -141,9 +141,9 @@ H200 = Preset(
         "scratch": {"lr": 1e-3, "layer_decay": 1.0, "epochs": 60},
         "pretrained": {"lr": 1e-3, "layer_decay": 0.8, "epochs": 60},
     },
-    probe={start: {**recipe, "epochs": 15, "batch_size_per_gpu": 128} for start, recipe in CPU.probe.items()},
+    probe={start: {**recipe, "epochs": 15, "batch_size": 128} for start, recipe in CPU.probe.items()},
     segmentation={
-        start: {**recipe, "lr": 3e-3, "max_iters": 600, "out_indices": [1, 3, 5, 7]}
+        start: {**recipe, "lr": 3e-3, "max_steps": 600, "out_indices": [1, 3, 5, 7]}
         for start, recipe in CPU.segmentation.items()
     },
     machine={"device": "cuda", "num_workers": 12, "pin_mem": True},
