@@ -13,19 +13,21 @@ from PIL import Image
 from beit.errors import InputError
 from beit.tasks.dvae_training import (
     DvaeConfig,
+    DvaeTraining,
     EvenlySpread,
     HardTokenEvaluation,
     Reconstruction,
     RelaxedAutoencoder,
     batch_perplexity,
-    check,
     loss_schedules,
     main,
     side_by_side,
     warn_of_collapse,
 )
+from beit.tasks.base import run as run_task
 from beit.tokenizers.base import load_tokenizer
 from beit.tokenizers.dvae import DiscreteVAE
+from beit.training.state import LoopSettings, Period
 from tests.shell import run
 
 CPU = torch.device("cpu")
@@ -46,8 +48,12 @@ def some_images(count: int) -> torch.Tensor:
 # Schedules
 
 
+def settings_of(total_steps: int) -> LoopSettings:
+    return LoopSettings(total_steps, Period("epoch", total_steps))
+
+
 def test_the_temperature_is_a_cosine_over_its_share_of_the_run_and_then_constant():
-    temperature, _ = loss_schedules(DvaeConfig(temperature_share=0.5), total_steps=200)
+    temperature, _ = loss_schedules(DvaeConfig(temperature_share=0.5), settings_of(200))
     naive = [1 / 16 + (1 - 1 / 16) * (1 + math.cos(math.pi * min(step, 100) / 100)) / 2 for step in range(200)]
     assert [temperature(step) for step in range(200)] == pytest.approx(naive)
     assert temperature(0) == 1
@@ -55,7 +61,7 @@ def test_the_temperature_is_a_cosine_over_its_share_of_the_run_and_then_constant
 
 
 def test_the_kl_weight_grows_linearly_from_zero_and_stays():
-    _, weight = loss_schedules(DvaeConfig(kl_weight=0.5, kl_warmup_share=0.1), total_steps=110)
+    _, weight = loss_schedules(DvaeConfig(kl_weight=0.5, kl_warmup_share=0.1), settings_of(110))
     assert weight(0) == 0  # a weight from the first step on closes codes before they mean anything
     assert [weight(step) for step in range(11)] == pytest.approx([0.05 * step for step in range(11)])
     assert {weight(step) for step in range(11, 110)} == {0.5}
@@ -63,7 +69,7 @@ def test_the_kl_weight_grows_linearly_from_zero_and_stays():
 
 def test_durations_in_steps_win_over_shares():
     config = DvaeConfig(temperature_steps=10, kl_warmup_steps=0, kl_weight=0.5)
-    temperature, weight = loss_schedules(config, total_steps=1000)
+    temperature, weight = loss_schedules(config, settings_of(1000))
     assert temperature(10) == 1 / 16
     assert weight(0) == 0.5
 
@@ -83,7 +89,7 @@ def test_durations_in_steps_win_over_shares():
 )
 def test_settings_that_cannot_work_are_named(setting, flag):
     with pytest.raises(InputError, match=flag):
-        check(DvaeConfig(**{"data_path": "images", **setting}))
+        run_task(DvaeTraining(DvaeConfig(**{"data_path": "images", "device": "cpu", **setting})))
 
 
 # The objective
@@ -152,7 +158,7 @@ class FakeLoader:
 
 def test_the_evaluation_weighs_every_image_alike():
     images, vae = some_images(10), small_vae()
-    evaluation = HardTokenEvaluation(vae, FakeLoader(images), DvaeConfig(), CPU)
+    evaluation = HardTokenEvaluation(vae, FakeLoader(images), "mse", 20, CPU)
     results = evaluation(None, 0)
 
     with torch.no_grad():
@@ -276,13 +282,13 @@ def call(self, model, batch, step):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(self, model, batch, step)
 dvae.Reconstruction.__call__ = call
-publish, seen = dvae.publish, []
+publish, seen = dvae.DvaeTraining.publish, []
 def killed_publish(*arguments):
     seen.append(1)
     if len(seen) == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
     publish(*arguments)
-dvae.publish = killed_publish
+dvae.DvaeTraining.publish = killed_publish
 sys.exit(launch.launch(dvae.DvaeConfig, dvae.main, "", sys.argv[3:]))
 """
 
@@ -333,5 +339,5 @@ def test_two_processes_evaluate_what_one_evaluates(tmp_path):
 
 
 def test_gumbel_noise_does_not_reach_the_evaluation():
-    evaluation = HardTokenEvaluation(small_vae(), FakeLoader(some_images(4)), DvaeConfig(), CPU)
+    evaluation = HardTokenEvaluation(small_vae(), FakeLoader(some_images(4)), "mse", 20, CPU)
     assert evaluation(None, 0) == evaluation(None, 1)

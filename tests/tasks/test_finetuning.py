@@ -19,15 +19,13 @@ from beit.errors import InputError
 from beit.launch import launch
 from beit.modeling import VisionTransformer, VisionTransformerForMaskedImageModeling
 from beit.storage import load_checkpoint, save_checkpoint
+from beit.tasks.base import find_labelled
 from beit.tasks.finetuning import (
     Classification,
-    build_ema,
+    Finetuning,
     build_model,
-    build_objective,
-    build_optimizer,
     evaluate,
     evaluate_checkpoint,
-    find_data,
     main,
 )
 from beit.tasks.settings import FinetuningConfig
@@ -117,6 +115,15 @@ def log_of(folder):
     return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
 
 
+def task_of(config, classes=6) -> Finetuning:
+    """A task as it is before training, without images and without a session."""
+    task = Finetuning(config)
+    task.class_names = tuple(f"class{label:02}" for label in range(classes))
+    (task.mean, task.std), task.device = HALF, CPU
+    task.model = build_model(config, classes)
+    return task
+
+
 # The objective
 
 
@@ -160,19 +167,20 @@ def test_bytes_are_normalised_and_normalised_images_are_taken_as_they_are():
 def test_mixing_follows_from_the_seed_of_the_step(options, mode):
     # Breaks if mixup draws from a generator that the loop does not seed: a resumed run would mix differently.
     config = parse(*MODEL, *options, "--mixup_mode", mode)
-    model = build_model(config, 6).eval()
+    task = task_of(config)
+    model, objective = task.model.eval(), task.build_objective()
     torch.nn.init.normal_(model.head.weight)
     losses = []
     for step in (3, 3, 4):
         seed_step(0, step, 0)
-        losses.append(build_objective(config, 6)(model, random_batch(), step)[0].item())
+        losses.append(objective(model, random_batch(), step)[0].item())
     assert losses[0] == losses[1] != losses[2]
 
 
 def test_mixed_targets_are_smoothed_and_add_up_to_one():
-    config = parse("--mixup", 0.8, "--smoothing", 0.2)
+    objective = task_of(parse(*MODEL, "--mixup", 0.8, "--smoothing", 0.2)).build_objective()
     seed_step(0, 0, 0)
-    _, targets = build_objective(config, 6).mixup(torch.rand(8, 3, 4, 4), torch.arange(8) % 6)
+    _, targets = objective.mixup(torch.rand(8, 3, 4, 4), torch.arange(8) % 6)
     torch.testing.assert_close(targets.sum(1), torch.ones(8))
     assert targets.min().item() == pytest.approx(0.2 / 6)
 
@@ -188,12 +196,11 @@ def test_optimizer_groups_equal_the_reference(golden):
         ("finetune_ld0.65_wd0.05", ()),
         ("finetune_ld0.65_wd0.05_disable_wd_relpos", ("--disable_weight_decay_on_rel_pos_bias",)),
     ):
-        config = parse(*flags, *more)
-        model = build_model(config, 10)
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        task = task_of(parse(*flags, *more), 10)
+        names = {id(parameter): name for name, parameter in task.model.named_parameters()}
         ours = {
             names[id(parameter)]: (pytest.approx(group["lr_scale"]), group["weight_decay"])
-            for group in build_optimizer(config, model, CPU).param_groups
+            for group in task.build_optimizer().param_groups
             for parameter in group["params"]
         }
         expected = {
@@ -203,8 +210,7 @@ def test_optimizer_groups_equal_the_reference(golden):
 
 
 def test_without_layer_decay_all_layers_learn_alike():
-    config = parse(*MODEL, "--layer_decay", 1.0)
-    groups = build_optimizer(config, build_model(config, 6), CPU).param_groups
+    groups = task_of(parse(*MODEL, "--layer_decay", 1.0)).build_optimizer().param_groups
     assert {group["lr_scale"] for group in groups} == {1.0}
 
 
@@ -237,10 +243,10 @@ def test_flags_of_the_model_reach_it():
 
 def test_a_moving_average_in_host_memory():
     config = parse(*MODEL, "--model_ema", "--model_ema_force_cpu", "--model_ema_decay", 0.5)
-    ema = build_ema(config, build_model(config, 6))
+    ema = task_of(config).build_average()
     assert next(ema.module.parameters()).device == CPU
     assert ema.decay == 0.5
-    assert build_ema(parse(*MODEL), build_model(config, 6)) is None
+    assert task_of(parse(*MODEL)).build_average() is None
 
 
 # The evaluation
@@ -279,6 +285,11 @@ def test_evaluation_equals_a_naive_count(data, classes, batch_size):
 
 
 FP32 = Precision(torch.float32, CPU)
+
+
+def class_names(config):
+    *_, names = find_labelled(config, config.nb_classes)
+    return names
 
 
 # Whole runs
@@ -508,7 +519,7 @@ def test_evaluate_checkpoint_refuses_a_part_of_a_model(good_flags, tmp_path):
 def test_evaluation_refuses_a_checkpoint_of_other_classes_or_another_network(good_flags, tmp_path, changes, message):
     # Breaks if only what is missing counts: the numbers would be those of something else.
     flags = ("--data_path", good_flags["--data_path"], *MODEL)
-    _, _, names = find_data(parse(*flags))
+    names = class_names(parse(*flags))
     weights = build_model(parse(*flags), len(names)).state_dict()
     labels = [*changes.get("labels", []), *names][: len(names)] if "labels" in changes else list(names)
     save_checkpoint(tmp_path / "other.pth", {"model": weights, "labels": labels})
@@ -520,7 +531,7 @@ def test_an_image_that_cannot_be_read_is_left_out_of_the_evaluation(good_flags, 
     # Breaks if another image is counted in its place, as training does.
     shutil.copytree(good_flags["--data_path"], tmp_path / "data")
     flags = ("--data_path", tmp_path / "data", "--num_workers", 0, *MODEL)
-    _, _, names = find_data(parse(*flags))
+    names = class_names(parse(*flags))
     torch.manual_seed(0)
     save_checkpoint(tmp_path / "model.pth", {"model": build_model(parse(*flags), len(names)).state_dict()})
     pictures = sorted(path for path in (tmp_path / "data" / "val").rglob("*.*"))

@@ -19,9 +19,10 @@ from beit.features import FrozenFeatures
 from beit.launch import launch
 from beit.storage import load_checkpoint, save_checkpoint
 from beit.tasks import linear_probe
-from beit.tasks.linear_probe import LinearHeads, SideBySide, build_backbone, evaluate, main, peak_lr
+from beit.tasks.linear_probe import LinearHeads, LinearProbe, SideBySide, build_backbone, evaluate, main, peak_lr
 from beit.tasks.settings import LinearProbeConfig
 from beit.training.precision import Precision
+from beit.training.session import Session
 from beit.zoo import create_model
 
 CPU = torch.device("cpu")
@@ -60,10 +61,10 @@ def test_the_published_run():
     assert peak_lr(parse(), 8) == pytest.approx(4e-3)
     assert peak_lr(parse("--update_freq", 4), 2) == pytest.approx(4e-3)
     recipe = parse("--config", "linear_probe_base")
-    assert (recipe.lr, recipe.batch_size_per_gpu, recipe.epochs, recipe.optimizer) == (4e-3, 128, 100, "adamw")
-    groups = linear_probe.build_optimizer(recipe, small_heads(), 4e-3).param_groups
+    assert (recipe.lr, recipe.batch_size, recipe.epochs, recipe.opt) == (4e-3, 128, 100, "adamw")
+    groups = optimizer_of(recipe, small_heads()).param_groups
     assert [(group["lr"], group["weight_decay"]) for group in groups] == [(4e-3, 1e-4)]
-    sgd = linear_probe.build_optimizer(parse("--optimizer", "sgd"), small_heads(), 0.1)
+    sgd = optimizer_of(parse("--optimizer", "sgd"), small_heads())
     assert [group["weight_decay"] for group in sgd.param_groups] == [0.0]
     assert isinstance(sgd, torch.optim.SGD)
 
@@ -172,12 +173,12 @@ def test_features_are_the_class_token_and_the_mean_of_the_patches():
         (("--pool", "cls", "mean"), ["cls", "mean"]),
     ],
 )
-def test_what_the_heads_read(flags, pools):
-    class Session:
-        device = CPU
-
-    features = linear_probe.freeze(parse(*NAMED, *flags), create_model("beit_tiny_patch16_224", **TINY), Session())
-    assert [feature.pool for feature in features.features] == pools * 3
+def test_what_the_heads_read(flags, pools, images):
+    task = LinearProbe(parse(*NAMED, *flags, "--data_path", images))
+    task.device = CPU
+    task.prepare()
+    assert [feature.pool for feature in task.features.features] == pools * 3
+    assert task.features.precision.dtype == torch.float32
 
 
 # The heads
@@ -188,15 +189,27 @@ def batch_of(labels):
     return {"image": torch.randint(0, 256, (len(labels), 3, 32, 32), dtype=torch.uint8), "label": torch.tensor(labels)}
 
 
+def optimizer_of(config, heads):
+    task = LinearProbe(config)
+    task.model, task.session = heads, Session(CPU, 0, 1, None)
+    return task.build_optimizer()
+
+
+def loop_settings_of(config):
+    task = LinearProbe(config)
+    task.loader = EpochLoader([0] * 1000, 10)
+    return task.loop_settings()
+
+
 def train(features, heads, steps=4):
     heads = heads.train()
     objective = SideBySide(features)
-    optimizer = linear_probe.build_optimizer(parse("--lr", "0.01"), heads, 0.01)
+    optimizer = optimizer_of(parse("--lr", "0.01"), heads)
     precision = Precision(torch.float32, CPU)
     for _ in range(steps):
         loss, metrics = objective(heads, batch_of([0, 1, 2, 3, 4, 5]), 0)
         precision.backward(loss)
-        precision.step(optimizer, heads.parameters(), linear_probe.loop_settings(parse()).clip_grad)
+        precision.step(optimizer, heads.parameters(), loop_settings_of(parse()).clip_grad)
     return loss, metrics
 
 
@@ -370,7 +383,9 @@ def test_a_mistake_is_one_clear_line_and_exit_status_2(mistake, good_flags, tmp_
 
 def test_any_number_of_classes_may_be_told(good_flags, images, checkpoints):
     for labels in (0, 7, 1000):
-        config = parse("--data_path", images, "--num_labels", labels)
-        assert len(linear_probe.find_data(config)[2]) == 7
+        task = LinearProbe(parse(*NAMED, "--data_path", images, "--num_labels", labels))
+        task.device = CPU
+        task.prepare()
+        assert len(task.class_names) == 7
     with pytest.raises(InputError, match="8"):
-        linear_probe.find_data(parse("--data_path", images, "--num_labels", 8))
+        LinearProbe(parse("--data_path", images, "--num_labels", 8)).prepare()

@@ -313,16 +313,16 @@ class TestOtherTargets:
     def test_flags_that_the_target_does_not_read_are_said_once(self, good_flags, pixel_flags, caplog):
         with caplog.at_level(logging.WARNING):
             call({**pixel_flags, "--second_input_size": 64, "--discrete_vae_type": "customized"})
-        assert caplog.text.count("without effect") == 1
-        assert "without effect beside --target pixels: --discrete_vae_type, --second_input_size" in caplog.text
+        assert caplog.text.count("no effect") == 1
+        assert "no effect with --target pixels: --discrete_vae_type, --second_input_size" in caplog.text
         caplog.clear()
         run = good_flags["--output_dir"]
         call({**good_flags, "--mask_strategy": "random", "--no_pixel_norm": [], "--output_dir": run / "random"})
-        assert "without effect beside --target tokens: --pixel_norm" in caplog.text
-        assert "without effect beside --mask_strategy random: --min_mask_patches_per_block" in caplog.text
+        assert "no effect with --target tokens: --pixel_norm" in caplog.text
+        assert "no effect with --mask_strategy random: --min_mask_patches_per_block" in caplog.text
         caplog.clear()
         call({**good_flags, "--output_dir": run / "good"})
-        assert "without effect" not in caplog.text
+        assert "no effect" not in caplog.text
 
     @pytest.mark.parametrize("other", [{"--target": "tokens"}, {"--no_pixel_norm": []}], ids=["tokens", "raw pixels"])
     def test_a_run_goes_on_with_the_same_target_only(self, pixel_flags, good_flags, other, capsys):

@@ -1,0 +1,155 @@
+"""What all jobs share: batches, trainers, optimizers, and checks of their settings."""
+
+import dataclasses
+from dataclasses import replace
+
+import pytest
+import torch
+
+from beit.config import read_command_line
+from beit.errors import InputError
+from beit.tasks.base import resolve_batch, run, trainer_class
+from beit.tasks.dvae_training import DvaeTraining
+from beit.tasks.finetuning import Finetuning
+from beit.tasks.linear_probe import LinearProbe
+from beit.tasks.pretraining import Pretraining
+from beit.tasks.settings import (
+    NOT_WITH_FSDP,
+    SHARDABLE_OPTIMIZERS,
+    DvaeConfig,
+    FinetuningConfig,
+    LinearProbeConfig,
+    PretrainingConfig,
+    check_sharding,
+)
+from beit.training.fsdp import FullyShardedTrainer
+from beit.training.loop import Trainer
+from beit.training.zero import DeepSpeedTrainer
+from semantic_segmentation.config import TrainConfig
+from semantic_segmentation.task import Segmentation
+
+JOBS = {
+    Pretraining: PretrainingConfig,
+    Finetuning: FinetuningConfig,
+    LinearProbe: LinearProbeConfig,
+    DvaeTraining: DvaeConfig,
+    Segmentation: TrainConfig,
+}
+SHARDED_JOBS = [Pretraining, Finetuning]
+WRONG = {"enable_deepspeed": True, "compile": True, "log_images": 2, "model_ema_force_cpu": True}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "images", "batches"),
+    [
+        (16, 128, 1),  # 2048 / 16 = 128
+        (1, 128, 16),
+        (8, 128, 2),
+        (24, 96, 1),  # 2304 / 24 = 96, which is less than 128
+        (32, 72, 1),  # 2304 / 32
+        (12, 96, 2),  # 2304 / 12 = 192 = 2 x 96
+    ],
+)
+def test_the_total_batch_is_kept_on_any_number_of_processes(world_size, images, batches):
+    config = PretrainingConfig(batch_size=128, update_freq=7, total_batch_size=images * batches * world_size)
+    split = resolve_batch(config, world_size)
+    assert (split.batch_size, split.update_freq) == (images, batches)
+
+
+def test_without_a_total_batch_the_flags_stay_as_given():
+    config = PretrainingConfig(batch_size=100, update_freq=7)
+    assert resolve_batch(config, 3) == config
+
+
+def test_mixed_images_come_in_pairs():
+    # 36 / 4 processes = 9 images each, which are 3 x 3 alone but no pairs; of 10 each, 5 x 2 are.
+    config = PretrainingConfig(batch_size=4, total_batch_size=40)
+    assert (resolve_batch(config, 4).batch_size, resolve_batch(config, 4, multiple=2).batch_size) == (2, 2)
+    assert resolve_batch(replace(config, total_batch_size=36), 4).batch_size == 3
+    with pytest.raises(InputError, match=r"36 .* 4 processes in multiples of 2; 32 or 40 can"):
+        resolve_batch(replace(config, total_batch_size=36), 4, multiple=2)
+    assert [Finetuning(FinetuningConfig(**flags)).batch_multiple for flags in ({}, {"cutmix": 1.0})] == [1, 2]
+
+
+def test_a_total_batch_that_cannot_be_split_names_the_next_that_can():
+    with pytest.raises(InputError, match=r"--total_batch_size 2048 .* 24 processes; 2040 or 2064 can"):
+        resolve_batch(PretrainingConfig(total_batch_size=2048), 24)
+    with pytest.raises(InputError, match=r"--total_batch_size 2 .* 4 processes; 4 can"):
+        resolve_batch(PretrainingConfig(total_batch_size=2), 4)
+
+
+def test_small_batches_are_warned_of(caplog):
+    resolve_batch(PretrainingConfig(batch_size=128, total_batch_size=2 * 127), 1)  # 254 = 2 x 127
+    assert not caplog.text
+    resolve_batch(PretrainingConfig(batch_size=64, total_batch_size=2 * 127), 1)
+    assert "254 over 1 processes: 2 images per batch" in caplog.text
+
+
+def fields(config_class):
+    return {field.name for field in dataclasses.fields(config_class)}
+
+
+@pytest.mark.parametrize("job", SHARDED_JOBS)
+def test_the_flags_choose_the_trainer(job):
+    for flags, expected in (
+        ({}, Trainer),
+        ({"enable_deepspeed": True, "zero_stage": 1}, DeepSpeedTrainer),
+        ({"shard": "fsdp"}, FullyShardedTrainer),
+    ):
+        chosen = trainer_class(job(JOBS[job](**flags)))
+        assert getattr(chosen, "func", chosen) is expected
+
+
+@pytest.mark.parametrize("job", SHARDED_JOBS)
+def test_what_cannot_be_split_is_refused_in_one_line(job):
+    config_class = JOBS[job]
+    assert WRONG.keys() == NOT_WITH_FSDP.keys() <= fields(PretrainingConfig) | fields(FinetuningConfig)
+    for name in WRONG.keys() & fields(config_class):
+        check_sharding(config_class(**{name: WRONG[name]}), "adamw")
+        config = config_class(shard="fsdp", **{name: WRONG[name]})
+        with pytest.raises(InputError, match=f"^--{name} does not go with --shard fsdp: "):
+            check_sharding(config, "adamw")
+        with pytest.raises(InputError, match=f"^--{name} does not go with --shard fsdp: "):
+            run(job(config))
+    with pytest.raises(InputError, match=r"^--opt adafactor .*choose one of adamw"):
+        check_sharding(config_class(shard="fsdp"), "adafactor")
+    with pytest.raises(InputError, match=r"^--zero_stage 3"):
+        run(job(config_class(zero_stage=3)))
+
+
+@pytest.mark.parametrize("name", [*SHARDABLE_OPTIMIZERS, "fusedadamw"])
+def test_optimizers_for_parts_use_fused_kernels_only_where_those_take_parts(name):
+    task = Pretraining(PretrainingConfig(shard="fsdp", opt=name))
+    check_sharding(task.config, name)
+    task.device = torch.device("cpu")
+    task.parameter_groups = lambda: [{"params": [torch.nn.Parameter(torch.ones(2))]}]
+    assert bool(task.build_optimizer().defaults.get("fused")) == (name in ("adamw", "adam", "fusedadamw"))
+
+
+@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("dist_timeout", 0.0), ("dist_timeout", -1.0), ("dist_timeout", float("nan")), ("dist_timeout", float("inf")),
+     ("seed", -1)],
+)  # fmt: skip
+def test_a_setting_that_cannot_be_is_refused_by_every_job(job, name, value):
+    # Breaks when it gets past the settings of a job, and a library ends in a traceback.
+    with pytest.raises(InputError, match=f"--{name} {value}"):
+        run(job(replace(JOBS[job](), **{name: value})))
+
+
+def test_a_removed_flag_names_its_replacement(tmp_path):
+    with pytest.raises(InputError, match="--tokenizer_compile") as caught:
+        read_command_line(PretrainingConfig, ["--tokenizer_stream"], "prog", "")
+    assert "\n" not in str(caught.value)
+    for value in ("true", "false"):
+        (tmp_path / f"{value}.yaml").write_text(f"epochs: 3\ntokenizer_stream: {value}\n")
+    with pytest.raises(InputError, match="--tokenizer_compile"):
+        read_command_line(PretrainingConfig, ["--config", str(tmp_path / "true.yaml")], "prog", "")
+
+
+def test_the_settings_of_an_earlier_run_folder_are_read(tmp_path):
+    # Version 0.1 wrote every setting, also those that are gone.
+    (tmp_path / "config.yaml").write_text("epochs: 3\ntokenizer_stream: false\n")
+    config = read_command_line(PretrainingConfig, ["--config", str(tmp_path / "config.yaml")], "prog", "")
+    assert config == PretrainingConfig(epochs=3)
