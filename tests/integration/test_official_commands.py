@@ -239,9 +239,9 @@ def test_the_official_linear_probe_means_what_the_recipe_says():
     # Broken by an official flag that is spelled otherwise here, or read into another setting.
     given = vars(read_command_line(LinearProbeConfig, shlex.split(LINEAR_PROBE), "run_linear_eval.py", ""))
     recipe = settings_of("linear_probe_base")
-    assert WEIGHT_DECAY[given.pop("optimizer")] == recipe["weight_decay"]  # what it is where no flag gives it
+    assert WEIGHT_DECAY[given["opt"]] == recipe["weight_decay"]  # what it is where no flag gives it
     assert {name for name in given if given[name] != recipe[name]} == {*PATHS_OF["linear"], "weight_decay"}
-    row = {"batch_size_per_gpu": 128, "lr": 4e-3, "epochs": 100, "weight_decay": None, "input_size": None}
+    row = {"batch_size": 128, "lr": 4e-3, "epochs": 100, "weight_decay": None, "input_size": None}
     assert {name: given[name] for name in row} == row
     assert given["avgpool_patchtokens"]
 

@@ -49,7 +49,7 @@ def some_images(count: int) -> torch.Tensor:
 
 
 def settings_of(total_steps: int) -> LoopSettings:
-    return LoopSettings(total_steps, Period("epoch", total_steps))
+    return LoopSettings(total_steps=total_steps, period=Period("epoch", total_steps))
 
 
 def test_the_temperature_is_a_cosine_over_its_share_of_the_run_and_then_constant():

@@ -34,7 +34,7 @@ from beit.tasks.pretraining import (
 from beit.tokenizers.base import load_tokenizer
 from beit.tokenizers.dvae import DiscreteVAE, save_dvae
 from beit.training.precision import Precision
-from beit.visualization.image_log import ImageLog, spread_samples
+from beit.visualization.image_log import reconstruction_picture, spread_samples
 from beit.zoo import create_model
 
 CPU = torch.device("cpu")
@@ -462,7 +462,8 @@ class TestImageLog:
         samples = spread_samples(dataset, 5)
         assert torch.equal(samples["image"][1], dataset[0, 4]["image"])  # every fourth of 20
         precision = Precision(torch.float32, CPU)
-        picture = ImageLog(model.train(), objective.outputs_of_all, target, samples, precision).picture()
+        outputs, autocast = objective.outputs_of_all, precision.autocast
+        picture = reconstruction_picture(model.train(), outputs, target, samples, autocast)
         assert model.training
         tiles = [
             [picture[:, 2 + 34 * row :, 2 + 34 * column :][:, :32, :32] for column in range(3)] for row in range(5)
