@@ -14,6 +14,7 @@ from beit.targets import TokenTarget
 from beit.tasks.pretraining import MaskedPrediction, PretrainingConfig, tokenizer_dtype, with_patch_index
 from beit.tokenizers.base import load_tokenizer
 from beit.tokenizers.dvae import CustomizedTokenizer, DiscreteVAE, save_dvae
+from beit.training.compilation import uncompiled
 
 GRID, MOST = (4, 4), 7
 HALF = ((0.5,) * 3, (0.5,) * 3)
@@ -92,7 +93,7 @@ def test_training_is_one_graph_that_is_compiled_once(objective, autocast, checkp
     assert list(compiled.state_dict()) == list(plain.state_dict())  # checkpoints stay what they are
 
     compiled.eval()
-    with torch.no_grad():
+    with torch.no_grad(), uncompiled():
         everything = objective.outputs_of_all(compiled, batches[0])
     assert everything.shape == (3, 16, 16)
     assert counter.frame_count == 1  # a picture is not worth minutes

@@ -28,6 +28,7 @@ from beit.tasks.settings import (
     OptimizerOptions,
     RunOptions,
     ShardingOptions,
+    check_betas,
     check_sharding,
 )
 from beit.training import distributed
@@ -303,6 +304,8 @@ def opened(task: Task[Any], *, writes: bool = True) -> Iterator[Session]:
     """
     check_settings(task.config)
     task.check()
+    if isinstance(task.config, OptimizerOptions):
+        check_betas(task.config)
     if isinstance(task.config, ShardingOptions):
         check_sharding(task.config, getattr(task.config, "opt", ""))
     with session_of(task.config, writes=writes) as session:

@@ -102,6 +102,12 @@ class OptimizerOptions:
     min_lr: float = option(1e-5, "learning rate at the end of the schedule", within="[0, inf)")
 
 
+def check_betas(config: OptimizerOptions) -> None:
+    """Raises :class:`InputError` for decay rates that are not a pair."""
+    if config.opt_betas is not None and len(config.opt_betas) != 2:
+        raise InputError(f"--opt_betas {' '.join(map(str, config.opt_betas))}: must be two numbers")
+
+
 @dataclass(frozen=True)
 class CosineOptions(OptimizerOptions):
     """The schedules of jobs that count epochs."""

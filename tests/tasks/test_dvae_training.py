@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from beit.errors import InputError
+from beit.tasks.base import run as run_task
 from beit.tasks.dvae_training import (
     DvaeConfig,
     DvaeTraining,
@@ -24,7 +25,6 @@ from beit.tasks.dvae_training import (
     side_by_side,
     warn_of_collapse,
 )
-from beit.tasks.base import run as run_task
 from beit.tokenizers.base import load_tokenizer
 from beit.tokenizers.dvae import DiscreteVAE
 from beit.training.state import LoopSettings, Period

@@ -54,7 +54,11 @@ def test_every_official_flag_parses_with_its_default(golden):
         default = getattr(defaults, name)
         assert (list(default) if isinstance(default, tuple) else default) == flag["default"], spelling
         if flag["kind"] == "Store":
-            value = flag["default"] if flag["default"] not in (None, "") else {"opt_betas": 0.5}.get(name, 3)
+            value = (
+                flag["default"]
+                if flag["default"] not in (None, "")
+                else {"opt_betas": 0.5, "cutmix_minmax": 0.5}.get(name, 3)
+            )
             values = value if isinstance(value, list) else [value]
             parsed = getattr(parse(spelling, *values), name)
             parsed = parsed[0] if isinstance(parsed, tuple) else parsed

@@ -363,7 +363,10 @@ MISTAKES = {
     "no such checkpoint": ({"--pretrained_weights": "nowhere.pth"}, ["nowhere.pth"]),
     "another model": ({"--model": "beit_tiny_patch16_224"}, ["another model"]),
     "nothing to read the model off": ({"--pretrained_weights": ""}, ["--model auto", "--checkpoint"]),
-    "a pre-training model": ({"--model": "beit_tiny_patch16_224_8k_vocab"}, ["pre-training", "needs beit_tiny_patch16_224"]),
+    "a pre-training model": (
+        {"--model": "beit_tiny_patch16_224_8k_vocab"},
+        ["pre-training", "needs beit_tiny_patch16_224"],
+    ),
     "unknown model": ({"--model": "beit_tinny_patch16_224"}, ["did you mean 'beit_tiny_patch16_224'"]),
     "other classes": ({"--num_labels": 10}, ["--nb_classes 10", "7 classes"]),
     "negative classes": ({"--num_labels": -1}, ["--nb_classes -1"]),

@@ -200,7 +200,7 @@ MISTAKES = {
     "wrong tokenizer path": ({"--discrete_vae_weight_path": "nowhere"}, ["nowhere"]),
     "no tokenizer path": ({"--discrete_vae_weight_path": ""}, ["beit download tokenizer"]),
     "unknown kind of tokenizer": ({"--discrete_vae_type": "customised"}, ["customized"]),
-    "mismatched grids": ({"--second_input_size": 64}, ["8×8", "4×4", "second_input_size to 32"]),
+    "mismatched grids": ({"--second_input_size": 64}, ["64×64", "4×4", "second_input_size to 32"]),
     "no masked patch": ({"--num_mask_patches": 0}, ["--num_mask_patches 0"]),
     "more masked patches than patches": ({"--num_mask_patches": 17}, ["17", "16"]),
     "no block can fit": ({"--min_mask_patches_per_block": 16, "--num_mask_patches": 16}, ["block"]),
