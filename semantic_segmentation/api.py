@@ -28,7 +28,7 @@ from semantic_segmentation.modeling import Segmentor, build_segmentor, heads_in,
 from semantic_segmentation.overlays import OPACITY, result_figure
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from beit.visualization.figures import Figure
 
 PathLike = str | os.PathLike[str]
 

@@ -19,7 +19,7 @@ from semantic_segmentation.data import Colour, SegmentationClasses
 from semantic_segmentation.metrics import IGNORED
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from beit.visualization.figures import Figure
 
 P = ParamSpec("P")
 

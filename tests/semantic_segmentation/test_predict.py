@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from beit.config import check_settings
 from beit.errors import InputError
 from semantic_segmentation.config import PredictConfig
 from semantic_segmentation.modeling import build_segmentor
@@ -130,7 +131,6 @@ def test_what_cannot_be_read_is_named_when_the_rest_is_done(tmp_path, checkpoint
     ("options", "message"),
     [
         ({"checkpoint": ""}, "--checkpoint is missing"),
-        ({"opacity": 0.0}, "--opacity 0.0: must be above 0 and at most 1"),
         ({"test_mode": "slides"}, "slide or whole, not 'slides'"),
         ({"test_batch_size": 0}, "at least 1 window"),
         ({"images": ()}, "no image"),
@@ -144,6 +144,11 @@ def test_mistakes_are_said_before_anything_is_written(tmp_path, checkpoint, opti
     with pytest.raises(InputError, match=message):
         main(PredictConfig(**settings))
     assert not output.exists()
+
+
+def test_an_opacity_that_shows_nothing_is_refused():
+    with pytest.raises(InputError, match=r"--opacity 0\.0: must be "):
+        check_settings(PredictConfig(opacity=0.0))
 
 
 def test_an_image_is_not_overwritten_by_its_own_labels(tmp_path, checkpoint):
