@@ -14,7 +14,11 @@ from semantic_segmentation.__main__ import COMMANDS as SEGMENTATION_COMMANDS
 from semantic_segmentation.config import TestConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "semantic_segmentation" / "README.md"]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    ROOT / "semantic_segmentation" / "README.md",
+]
 LAUNCHERS = [*sorted(ROOT.glob("run_*.py")), *sorted((ROOT / "semantic_segmentation" / "tools").glob("*.py"))]
 SCRIPTS = {
     "run_beit_pretraining.py": PretrainingConfig,
