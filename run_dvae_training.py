@@ -1,6 +1,6 @@
 r"""Trains a discrete VAE on a folder of images: the tokenizer that BEiT pre-training predicts.
 
-One process on a CPU, a small tokenizer for small images:
+One CPU, a small tokenizer for small images:
 
     python run_dvae_training.py --data_path images/ --output_dir output/dvae \
         --input_size 64 --num_tokens 256 --codebook_dim 64 --hidden_dim 32 --batch_size 32 --epochs 20 --num_workers 2
@@ -10,15 +10,15 @@ One GPU, a vocabulary of 8192 tokens of 8 x 8 pixels, for pre-training with --se
     python run_dvae_training.py --data_path images/ --eval_data_path held_out/ --output_dir output/dvae \
         --log_dir output/dvae/tensorboard --batch_size 128 --epochs 20
 
-16 GPUs, ImageNet-1k:
+16 GPUs, ImageNet-1k, 512 images per step:
 
     torchrun --nproc_per_node=16 run_dvae_training.py --data_path /path/to/imagenet/train --output_dir output/dvae \
-        --eval_data_path /path/to/imagenet/val --batch_size 32 --epochs 20
+        --eval_data_path /path/to/imagenet/val --total_batch_size 512 --epochs 20
 
-The tokenizer is output/dvae itself, from the end of the first epoch on: give pre-training
+output/dvae is the tokenizer, from the end of the first epoch on: start pre-training with
 `--discrete_vae_type customized --discrete_vae_weight_path output/dvae`. Watch test_perplexity in log.txt, the effective
-number of codes in use; a warning says when it is too low and what to change. A run that was stopped goes on with the
-same command.
+number of codes in use; if it is too low, a warning suggests what to change. To resume a stopped run, run the same
+command again.
 """
 
 import sys

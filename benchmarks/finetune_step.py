@@ -147,14 +147,14 @@ def compare(args: argparse.Namespace, precision: str, device: torch.device) -> d
     if args.compile:
         ratios["ours, compiled"] = found["timm, compiled"]["whole"] / found["ours, compiled"]["whole"]
     for name, ratio in ratios.items():
-        headline(f"{name} against timm likewise, {precision}", ratio, GOAL)
+        headline(f"{name} against timm in the same loop, {precision}", ratio, GOAL)
     rows = []
     for name, seconds in found.items():
         rate = flops[name] / seconds["whole"]
         parts = [f"{seconds[part]:.2f}" for part in PARTS]
         rows.append((name, *parts, args.batch_size / seconds["whole"], rate / 1e12, f"{rate / peak:.0%}"))
     title = f"{precision}, batch {args.batch_size}, {args.input_size} pixels"
-    show(title, ("s a step", *PARTS, "images/s", "TFLOP/s", "of peak"), rows)
+    show(title, ("s/step", *PARTS, "images/s", "TFLOP/s", "of peak"), rows)
     return {
         "ratio": ratios,
         "goal": GOAL,
@@ -170,7 +170,7 @@ def main() -> None:
     made = parser(__doc__)
     made.add_argument("--model", choices=[*MODELS], default="base")
     made.add_argument("--precision", nargs="+", choices=["float32", "bf16"], default=["float32", "bf16"])
-    made.add_argument("--batch_size", type=int, default=8, help="images a step")
+    made.add_argument("--batch_size", type=int, default=8, help="images per step")
     made.add_argument("--input_size", type=int, default=224, help="side of the images, in pixels")
     made.add_argument("--compile", action="store_true", help="both models compiled as well; takes minutes to begin")
     args = made.parse_args()

@@ -230,7 +230,7 @@ def measure_order(folder: Path, count: int, repeats: int) -> dict[str, Any]:
     seconds = median_seconds(contenders, repeats)
     stages = medians(interleave(staged, repeats))
     usual = seconds["usual order"]
-    headline("images a second and core, same filters", usual / seconds["ours"], GOALS["same filters"])
+    headline("images/s per core, same filters", usual / seconds["ours"], GOALS["same filters"])
     bicubic = seconds["ours, second view bicubic"]
     headline("with --second_interpolation bicubic", usual / bicubic, GOALS["second view bicubic"])
     headline("same filters, the usual order stopping at uint8 too", seconds["usual order, uint8"] / seconds["ours"])
@@ -239,7 +239,7 @@ def measure_order(folder: Path, count: int, repeats: int) -> dict[str, Any]:
     names = list(dict.fromkeys(itertools.chain(*(parts for parts in stages.values()))))
     per_image = {name: {part: s / count * 1e3 for part, s in parts.items()} for name, parts in stages.items()}
     table = [(n, *(f"{p[n]:.3f}" if n in p else "-" for p in per_image.values())) for n in names if n != "whole"]
-    show("stages, ms an image", ("stage", *per_image), table)
+    show("stages, ms/image", ("stage", *per_image), table)
     return {
         "images_per_second": {name: count / s for name, s in seconds.items()},
         "ratio_to_usual_order": {name: usual / s for name, s in seconds.items()},
@@ -297,9 +297,9 @@ def measure_files_and_shards(folder: Path, count: int, repeats: int) -> dict[str
             ("images/s, one core, 112-pixel views", "images_per_second", ".0f"),
             ("listing, s", "listing_seconds", ".2f"),
             ("start-up with the kept index, s", "start_up_seconds_with_kept_index", ".3f"),
-            ("index, MB a million images", "index_mb_per_million", ".0f"),
-            ("peak while listing, MB a million", "listing_peak_mb_per_million", ".0f"),
-            ("goes on at a batch to the bit", "resume_exact", ""),
+            ("index, MB per million images", "index_mb_per_million", ".0f"),
+            ("peak while listing, MB per million", "listing_peak_mb_per_million", ".0f"),
+            ("resumes at any batch to the bit", "resume_exact", ""),
         )
     ]
     show(f"{count} images of 32 x 32 pixels", ("", *sources), rows)

@@ -370,7 +370,7 @@ def compare(args: argparse.Namespace, sizes: Sizes, precision: str, device: torc
         images, tera, of_peak = sizes.batch / seconds["whole"], rate / 1e12, f"{rate / peak:.0%}"
         held = f"{memory[name]:.1f}" if name in memory else "-"
         rows.append((name, *parts, images, tera, of_peak, held, f"{same[name]:.2%}"))
-    header = ("s a step", "tokenizer", "fwd+bwd", "optimizer", "whole", "images/s", "TFLOP/s", "of peak")
+    header = ("s/step", "tokenizer", "fwd+bwd", "optimizer", "whole", "images/s", "TFLOP/s", "of peak")
     show(f"{precision}, batch {sizes.batch}, {sizes.image} pixels", (*header, "GiB", "same ids"), rows)
     return {
         "ratio": ratios,
@@ -389,7 +389,7 @@ def main() -> None:
     made = parser(__doc__)
     made.add_argument("--model", choices=[*MODELS], default="base")
     made.add_argument("--precision", nargs="+", choices=["float32", "bf16"], default=["float32", "bf16"])
-    made.add_argument("--batch_size", type=int, default=0, help="images a step; 0 for 8 (2 with --quick)")
+    made.add_argument("--batch_size", type=int, default=0, help="images per step; 0 for 8 (2 with --quick)")
     made.add_argument("--input_size", type=int, default=0, help="side of the images, in pixels; 0 for 224")
     made.add_argument("--no_compile", dest="compile", action="store_false", help="leave the compiled contender out")
     made.add_argument("--no_memory", dest="memory", action="store_false", help="do not measure memory")

@@ -88,7 +88,7 @@ def main() -> None:
     made = parser(__doc__, repeats=2)
     made.add_argument("--model", choices=[*MODELS], default="base")
     made.add_argument("--precision", choices=[*DTYPES], default="float32")
-    made.add_argument("--batch_size", type=int, default=1, help="images a step (1)")
+    made.add_argument("--batch_size", type=int, default=1, help="images per step (1)")
     made.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="sides of the images, in pixels")
     made.add_argument("--one", default="", help=argparse.SUPPRESS)
     made.add_argument("--input_size", type=int, default=0, help=argparse.SUPPRESS)
@@ -114,7 +114,7 @@ def main() -> None:
                 (name, size, tokens, f"{seconds:.2f}", f"{seconds / first:.1f}x", f"{one['peak_memory_gib']:.1f}")
             )
     title = f"fine-tuning step, {args.model}, {args.precision}, batch {args.batch_size}"
-    show(title, ("", "pixels", "tokens", "s a step", f"of {args.sizes[0]}", "peak GiB"), rows)
+    show(title, ("", "pixels", "tokens", "s/step", f"of {args.sizes[0]}", "peak GiB"), rows)
     if device.type != "cuda":
         print("CUDA: not measured.")
     sizes = {"model": args.model, "batch": args.batch_size, "precision": args.precision}

@@ -203,8 +203,8 @@ def tell(rows: list[dict[str, Any]], sizes: Sizes, places: int, what: str) -> No
         )
         for row in rows
     ]
-    title = f"BEiT-{sizes.model}, {sizes.batch} images of {sizes.image} pixels a process"
-    show(title, ("", "processes", "images/s", "of one", "overhead", "MiB a process"), table)
+    title = f"BEiT-{sizes.model}, {sizes.batch} images of {sizes.image} pixels per process"
+    show(title, ("", "processes", "images/s", "of one", "overhead", "MiB per process"), table)
 
 
 def main() -> None:

@@ -207,7 +207,7 @@ def compare(
         for contender in contenders
     ]
     title = f"{name}, {len(images)} images of {images[0].shape[1]} x {images[0].shape[2]}"
-    show(title, ("", "images/s", "s an image", "TFLOP an image", "peak MB", "same class"), rows)
+    show(title, ("", "images/s", "s/image", "TFLOP/image", "peak MB", "same class"), rows)
     results = {
         "ratio": ratios,
         "goal": GOALS[device.type],
@@ -241,7 +241,7 @@ def by_resolution(args: argparse.Namespace, name: str, device: torch.device) -> 
         median, flops = statistics.median(seconds), counter.get_total_flops()
         results[str(side)] = {"median_seconds": median, "seconds": seconds, "flops": flops}
         rows.append((side, (side // 16) ** 2 + 1, f"{median:.3f}", flops / 1e9, flops / median / 1e9))
-    header = ("pixels", "tokens", "s an image", "GFLOP", "GFLOP/s")
+    header = ("pixels", "tokens", "s/image", "GFLOP", "GFLOP/s")
     show(f"{name}, forward pass of the backbone by resolution", header, rows)
     return results
 

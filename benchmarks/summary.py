@@ -1,7 +1,7 @@
-"""Puts what all result files tell, ratios first, into the part of docs/speed.md between its markers.
+"""Writes what the result files hold into the docs: ratios to docs/speed.md, all tables to docs/measured/speed.md.
 
-python benchmarks/summary.py            write it
-python benchmarks/summary.py --print    only print it
+python benchmarks/summary.py            write both
+python benchmarks/summary.py --print    only print them
 """
 
 import argparse
@@ -12,35 +12,49 @@ from typing import Any
 
 from measure import RESULTS
 
-PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE, TABLES = DOCS / "speed.md", DOCS / "measured" / "speed.md"
 BEGIN, END = "<!-- measured -->\n", "<!-- end -->\n"
+ABOUT = """# All speed measurements
+
+Written by `python benchmarks/summary.py` from the files in [benchmarks/results](../../benchmarks/results/);
+[speed.md](../speed.md) explains them.
+
+"""
 
 
 def results() -> Iterator[Mapping[str, Any]]:
-    """Returns what is in the files of :func:`measure.write` that tell ratios."""
+    """Yields the contents of the files of :func:`measure.write` that have ratios."""
     for path in sorted(RESULTS.glob("*.json")):
-        told = json.loads(path.read_text(encoding="utf-8"))
-        if "headlines" in told:
-            yield {**told, "file": path.name}
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if "headlines" in content:
+            yield {**content, "file": path.name}
 
 
-def markdown() -> str:
-    """Returns the tables of each result file, that of the ratios first."""
+def ratios() -> str:
+    """Returns one table with the ratios of all benchmarks, in Markdown."""
+    lines = ["| benchmark | ratio | of what | goal |", "| --- | ---: | --- | --- |"]
+    for result in results():
+        name = f"[{result['benchmark']}](measured/speed.md#{result['benchmark']})"
+        lines += [_row([name, f"{line['ratio']:.2f}", line["what"], _goal(line)]) for line in result["headlines"]]
+    return "\n".join([*lines, ""])
+
+
+def tables() -> str:
+    """Returns a page with the machine and the tables of each benchmark, in Markdown."""
     lines = []
-    for told in results():
-        facts = told["machine"]
+    for result in results():
+        facts = result["machine"]
         where = facts.get("gpu") or f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} thread(s)"
         lines += [
-            f"**[{told['benchmark']}](../benchmarks/results/{told['file']})**: `{facts['command']}`; {where}; "
+            f"## {result['benchmark']}",
+            "",
+            f"`{facts['command']}` ([file](../../benchmarks/results/{result['file']})); {where}; "
             f"PyTorch {facts['packages']['torch']}; {facts['seconds_are']}, "
             f"load {facts['load_average_at_start']} before; {facts['date'][:10]}",
             "",
-            "| ratio | of what | goal |",
-            "| ---: | --- | --- |",
-            *(f"| {line['ratio']:.2f} | {line['what']} | {_goal(line)} |" for line in told["headlines"]),
-            "",
         ]
-        for table in told.get("tables", []):
+        for table in result.get("tables", []):
             (first, *header), *rows = table["rows"]
             lines += [
                 f"{table['title']}:",
@@ -50,7 +64,7 @@ def markdown() -> str:
                 *map(_row, rows),
                 "",
             ]
-    return "\n".join(lines)
+    return ABOUT + "\n".join(lines)
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -64,15 +78,16 @@ def _goal(line: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    """Writes the tables."""
+    """Writes both pages."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--print", action="store_true", help="write nothing, print the tables")
     if made.parse_args().print:
-        print(markdown())
+        print(ratios(), tables(), sep="\n", end="")
         return
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    PAGE.write_text(before + BEGIN + markdown() + END + after, encoding="utf-8")
+    PAGE.write_text(before + BEGIN + ratios() + END + after, encoding="utf-8")
+    TABLES.write_text(tables(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/bin/bash
-# BEiT-base on ImageNet-22k, 2 machines x 8 V100 of 32 GB, without a scheduler: run it on both, with the address of the
-# first one.
+# BEiT-base on ImageNet-22k, 2 machines x 8 V100 of 32 GB, without a scheduler. Run it on both, with the address of
+# the first one.
 #   MASTER_ADDR=10.0.0.1 bash docs/clusters/torchrun_2x8_v100.sh
 set -eu
 
@@ -9,7 +9,7 @@ TOKENIZER=${TOKENIZER:-/path/to/tokenizer}
 OUTPUT=${OUTPUT:-/path/to/run}
 
 export OMP_NUM_THREADS=1
-beit index "$DATA" # once, and not while 15 processes wait for it
+beit index "$DATA" # once, before 15 processes wait for it
 exec torchrun --nnodes=2 --nproc-per-node=8 \
     --rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:29500" --rdzv-id=beit-base \
     run_beit_pretraining.py --config pretrain_base_22k \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Tests on several GPUs:   dist_test.sh CONFIG CHECKPOINT GPUS [flags of test.py]
-# PORT is where the processes meet, PYTHON runs them. On several machines: NNODES, NODE_RANK and MASTER_ADDR.
+# Tests on several GPUs: dist_test.sh CONFIG CHECKPOINT GPUS [flags of test.py]
+# Environment: PORT (29500), PYTHON; for several machines NNODES, NODE_RANK and MASTER_ADDR.
 set -euo pipefail
 
 if [[ $# -lt 3 || ! $3 =~ ^[1-9][0-9]*$ ]]; then

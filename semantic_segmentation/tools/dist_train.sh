@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains on several GPUs:   dist_train.sh CONFIG GPUS [flags of train.py]
-# PORT is where the processes meet, PYTHON runs them. On several machines: NNODES, NODE_RANK and MASTER_ADDR.
+# Trains on several GPUs: dist_train.sh CONFIG GPUS [flags of train.py]
+# Environment: PORT (29500), PYTHON; for several machines NNODES, NODE_RANK and MASTER_ADDR.
 set -euo pipefail
 
 if [[ $# -lt 2 || ! $2 =~ ^[1-9][0-9]*$ ]]; then

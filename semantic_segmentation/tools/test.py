@@ -1,15 +1,15 @@
-r"""Tests a segmentor, with mmsegmentation's flags: mIoU, mAcc and aAcc, label maps, pictures.
+r"""Tests a segmentor, with mmsegmentation's flags: mIoU, mAcc, aAcc, label maps and pictures.
 
-One process, CPU or GPU, a run's best checkpoint with its own settings:
+One CPU or GPU, a run's best checkpoint with its own settings:
 
     python semantic_segmentation/tools/test.py output/tiny/config.yaml output/tiny/checkpoint-best.pth --eval mIoU
 
-One GPU, a released checkpoint, whose results are also painted over the images:
+One GPU, a released checkpoint, with the results painted over the images:
 
     python semantic_segmentation/tools/test.py upernet_beit_base_12_640_slide_160k_ade20k_pt2ft \
-        beit_base_patch16_640_pt22k_ft22ktoade20k --data_root /path/to/ADEChallengeData2016 --show-dir output/pictures
+        beit_base_patch16_640_pt22k_ft22ktoade20k --data_path /path/to/ADEChallengeData2016 --show-dir output/pictures
 
-8 GPUs, at six scales and mirrored:
+8 GPUs, multi-scale (six sizes) + flip:
 
     bash semantic_segmentation/tools/dist_test.sh \
         configs/beit/upernet/upernet_beit_base_12_640_slide_160k_ade20k_ms.py \

@@ -1,18 +1,17 @@
 r"""Trains BEiT for semantic segmentation (arXiv 2106.08254, section 2.5), with mmsegmentation's flags.
 
-One process on a CPU, a small model on small scenes, in minutes:
+One CPU, a small model on small scenes, in minutes:
 
     python semantic_segmentation/tools/train.py upernet_beit_tiny_64_slide_ade20k \
-        --work-dir output/tiny --data_root output/scenes --device cpu
+        --output_dir output/tiny --data_path output/scenes --device cpu
 
-One GPU, the published batch of 16:
+One GPU, the published 16 images per step (--total_batch_size of the config), at most 8 at once:
 
     python semantic_segmentation/tools/train.py upernet_beit_base_12_512_slide_160k_ade20k_pt2ft \
-        --work-dir output/base --options data_root=/path/to/ADEChallengeData2016 \
-        model.pretrained=beit_base_patch16_224_pt22k_ft22k data.samples_per_gpu=8 optimizer_config.update_interval=2 \
-        runner.max_iters=320000 lr_config.warmup_iters=3000
+        --output_dir output/base --data_path /path/to/ADEChallengeData2016 \
+        --init_from beit_base_patch16_224_pt22k_ft22k --batch_size 8
 
-8 GPUs, the published run:
+8 GPUs, the published run, with the official flags:
 
     bash semantic_segmentation/tools/dist_train.sh \
         configs/beit/upernet/upernet_beit_base_12_640_slide_160k_ade20k_pt2ft.py 8 --work-dir output/base \
@@ -23,7 +22,7 @@ SLURM, 8 processes:
     srun --ntasks=8 --ntasks-per-node=8 --gres=gpu:8 python semantic_segmentation/tools/train.py \
         upernet_beit_base_12_640_slide_160k_ade20k_pt2ft --work-dir output/base --launcher slurm
 
-A run that was stopped goes on with the same command.
+To resume a stopped run, run the same command again.
 """
 
 import sys

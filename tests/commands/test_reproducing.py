@@ -126,9 +126,9 @@ class TestFaq:
             f"k-NN on frozen features {digits['pretrained']:.1f} % against {digits['untrained']:.1f} %",
             f"fine-tuning for {self.MEASURED['fine_tuning_epochs']} epochs {tuned['pretrained']:.1f} % "
             f"against {tuned['scratch']:.1f} % from scratch",
-            f"gets {100 * summary['masked_token_accuracy']:.1f} % right, against "
+            f"it reaches {100 * summary['masked_token_accuracy']:.1f} %, against "
             f"{100 * summary['most_frequent_token_accuracy']:.1f} % for the most frequent token",
-            f"256 tokens of perplexity {summary['codebook_perplexity']:.0f}",
+            f"256 tokens, perplexity {summary['codebook_perplexity']:.0f}",
         ):
             assert sentence in text
         assert f"{self.MEASURED['pretraining']['17']['n_parameters']:,}" in text
@@ -162,6 +162,6 @@ def test_the_commands_for_linear_probes_can_be_given():
     assert len(configs) == 3
     starts = [config.checkpoint for config in configs]
     assert all(start in RELEASED or start.startswith("output/") for start in starts)
-    paper = configs[1]  # appendix D of the paper
+    paper = configs[2]  # appendix D of the paper
     assert (paper.epochs, paper.lr, paper.weight_decay, paper.pool, paper.layers) == (50, 4e-3, 1e-4, ("mean",), (8,))
     assert (paper.rel_pos_bias, paper.abs_pos_emb, paper.layer_scale_init_value) == (False, True, 0)
