@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import IO, Any
@@ -35,6 +35,8 @@ except ImportError:  # Windows has no flock; it refuses to delete open files ins
     fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
+
+Checkpoint = Mapping[str, Any]  # what a run saves, and :func:`load_checkpoint` reads
 
 TEMPORARY_SUFFIX = ".beit-tmp"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -156,7 +158,7 @@ def _remove_stale_temporaries(target: Path) -> None:
                 entry.unlink()
 
 
-def _lock(file: IO[Any], wait: bool) -> bool:
+def _lock(file: IO[bytes] | io.FileIO, wait: bool) -> bool:
     """Locks an open file until it is closed or its process dies; False if that is taken or impossible."""
     if fcntl is None:
         return True
@@ -177,7 +179,7 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def save_checkpoint(path: str | os.PathLike[str], obj: Any) -> None:
+def save_checkpoint(path: str | os.PathLike[str], obj: object) -> None:
     """Saves an object with ``torch.save``, atomically; raises as :func:`atomic_write` does."""
     with atomic_write(path) as file:
         torch.save(obj, file)

@@ -7,7 +7,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from beit.errors import InputError
-from beit.storage import load_checkpoint, save_checkpoint
+from beit.storage import Checkpoint, load_checkpoint, save_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -60,14 +60,8 @@ class RunFolder:
         self._take_lock(patience)
 
     def _take_lock(self, patience: float) -> None:
-        # A POSIX record lock dies with this very process. flock() would live on in data-loading workers that
-        # outlast a killed parent by seconds, and a restart would find its own folder locked.
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            return
         last, told = time.monotonic() + patience, False
-        while not self._try_lock(fcntl.lockf, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        while not self._try_lock():
             self._lock.seek(0)
             owner = self._lock.read().strip() or "another process"
             if time.monotonic() >= last:
@@ -83,10 +77,16 @@ class RunFolder:
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._lock.flush()
 
-    def _try_lock(self, lock: Callable[[Any, int], None], how: int) -> bool:
+    def _try_lock(self) -> bool:
         """Whether the folder is ours now, or its file system knows no locks."""
+        # A POSIX record lock dies with this very process. flock() would live on in data-loading workers that
+        # outlast a killed parent by seconds, and a restart would find its own folder locked.
         try:
-            lock(self._lock, how)
+            import fcntl
+
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows
+            return True
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 return False
@@ -98,7 +98,7 @@ class RunFolder:
         """Lets another run use the folder."""
         self._lock.close()
 
-    def save(self, name: str, state: Mapping[str, Any]) -> None:
+    def save(self, name: str, state: Checkpoint) -> None:
         """Writes a checkpoint and removes the oldest of the epochs' beyond ``keep``, each with the folder it names.
 
         Folders of rolling checkpoints before this one go too. No other folder is ever removed.
@@ -180,7 +180,7 @@ def _remove(path: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _check_folder(checkpoint: Mapping[str, Any], path: Path) -> Path | None:
+def _check_folder(checkpoint: Checkpoint, path: Path) -> Path | None:
     """Returns the folder that a checkpoint names, if it names one.
 
     Raises:
@@ -195,7 +195,7 @@ def _check_folder(checkpoint: Mapping[str, Any], path: Path) -> Path | None:
     return folder
 
 
-def position_of(checkpoint: Mapping[str, Any]) -> tuple[int, int]:
+def position_of(checkpoint: Checkpoint) -> tuple[int, int]:
     """Returns where a run continues from a checkpoint: the epoch, and the optimizer steps already done in it."""
     progress = checkpoint.get("progress")
     if progress is not None:

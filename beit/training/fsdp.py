@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from beit.checkpoints.pieces import OPTIMIZER, WEIGHTS, read_optimizer, split_optimizer, write_pieces, write_state
 from beit.errors import InputError
+from beit.storage import Checkpoint
 from beit.training import distributed
 from beit.training.checkpoint import PIECES, folder_beside, load_exactly
 from beit.training.sharded import ShardedTrainer
@@ -104,10 +105,10 @@ class FullyShardedTrainer(ShardedTrainer):
                 weights[name] = whole.cpu()
         return weights
 
-    def _training_state(self) -> dict[str, Any]:
+    def _training_state(self) -> dict[str, object]:
         return {"optimizer_class": type(self.optimizer).__name__, "scaler": self.precision.state_dict()}
 
-    def _write_pieces(self, folder: Path, state: Mapping[str, Any]) -> None:
+    def _write_pieces(self, folder: Path, state: Checkpoint) -> None:
         tensors, rest = split_optimizer(self.optimizer.state_dict())
         modules = {"model": self.model, **({"model_ema": self.ema.module} if self.ema is not None else {})}
         for key, module in modules.items():
@@ -120,7 +121,7 @@ class FullyShardedTrainer(ShardedTrainer):
         own = module.state_dict()
         load_exactly(module, {name: _part_of(tensor, own.get(name)) for name, tensor in weights.items()}, source)
 
-    def _optimizer_state(self, checkpoint: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    def _optimizer_state(self, checkpoint: Checkpoint, source: str) -> Checkpoint:
         """Returns this process's part of the optimizer's state, from pieces or from a plain checkpoint."""
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
