@@ -116,9 +116,6 @@ def parse_assignment(text: str) -> tuple[str, object]:
     return key, _yaml_value(value)
 
 
-# Reading settings
-
-
 def read_command_line(config_class: type[ConfigT], argv: Sequence[str], prog: str, description: str) -> ConfigT:
     """Builds a configuration from command-line arguments and the YAML file that they name.
 
@@ -192,7 +189,7 @@ def read_run_settings(path: Path) -> tuple[Values, set[str] | None]:
     return _parse(text, path), set(_parse(before, path)) if marker else None
 
 
-def from_plain(config_class: type[ConfigT], values: Values) -> ConfigT:
+def from_plain(config_class: type[ConfigT], values: Mapping) -> ConfigT:
     """Builds a configuration from a checkpoint's ``args``; settings that the job does not have are left out."""
     known = {key: value for key, value in values.items() if key in _names(config_class)}
     return config_class(**_in_steps(config_class, dict(_converted(config_class, known.items(), ""))))
@@ -318,9 +315,6 @@ def _parse(text: bytes, path: Path) -> Values:
     return content
 
 
-# Writing settings
-
-
 def to_plain(config: object) -> Values:
     """Returns the settings as a dict of plain values, as they go into checkpoints and YAML files."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(config).items()}
@@ -335,9 +329,6 @@ def dump_yaml(config: object) -> str:
         (given if getattr(config, key) != defaults[key] else rest)[key] = value
     parts = [yaml.safe_dump(part, sort_keys=False) if part else "" for part in (given, rest)]
     return f"{parts[0]}{DEFAULTS_FOLLOW}\n{parts[1]}"
-
-
-# Assignments
 
 
 _OVERRIDES = "assignments to settings"  # where the parser keeps them: no field can be called so
@@ -397,9 +388,6 @@ def _yaml_value(text: str) -> object:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise InputError(f"{text!r} is no value: {' '.join(str(error).split())}") from error
-
-
-# The parser
 
 
 class _Parser(argparse.ArgumentParser):
@@ -490,9 +478,6 @@ def _add_flag(
 class _CollectBatches(argparse.Action):
     def __call__(self, _parser: object, namespace: object, values: Any, option: str | None = None) -> None:
         setattr(namespace, self.dest, _Batches(values, str(option)))
-
-
-# Fields and how their values are read
 
 
 def _fields(config_class: type) -> dict[str, tuple[dataclasses.Field, Callable]]:

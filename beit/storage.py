@@ -26,6 +26,7 @@ from urllib.request import Request, urlopen
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from beit.errors import InputError, did_you_mean
 
@@ -217,6 +218,21 @@ def load_checkpoint(path: str | os.PathLike[str], mmap: bool = False) -> Any:
             raise  # not the file's fault
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} is truncated or damaged ({first_line}): fetch or copy it again") from error
+
+
+def differences(names: Sequence[str], given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """Shows the shapes of the first two tensors by which a file's and a model's differ.
+
+    Args:
+        names: All that differ.
+        given: The file's tensors.
+        own: The model's tensors.
+    """
+
+    def shape(tensors: Mapping[str, Tensor], name: str) -> str:
+        return str(tuple(tensors[name].shape)) if name in tensors else "absent"
+
+    return "; ".join(f"{n} {shape(given, n)} in the file, {shape(own, n)} in the model" for n in names[:2])
 
 
 def require_file(path: Path) -> None:

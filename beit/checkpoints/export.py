@@ -24,7 +24,7 @@ from beit.checkpoints.read import (
 )
 from beit.checkpoints.released import CHECKPOINT_SUFFIXES
 from beit.data.preprocessing import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from beit.errors import InputError
+from beit.errors import InputError, listed
 from beit.registry import resolve
 from beit.relative_position import relative_position_index
 from beit.storage import atomic_write, save_checkpoint
@@ -132,12 +132,11 @@ def _complete(weights: Weights, architecture: Architecture, source: str) -> dict
         own = list(architecture.build().state_dict())
     if is_segmentor(weights):
         if lacking := incomplete(weights, architecture.arguments["patch_size"][0]):
-            more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
-            raise InputError(f"{source} is not a whole segmentor: it lacks {lacking[0]}{more}")
+            raise InputError(f"{source} is not a whole segmentor: it lacks {listed(lacking, 1)}")
         parts = {name: tensor for name, tensor in weights.items() if name.startswith(PARTS)}
         own = [name for name in own if not name.startswith(("norm.", "fc_norm."))]
     if missing := [name for name in own if name not in weights]:
-        raise InputError(f"{source} is not a whole model: it lacks {missing[0]} and {len(missing) - 1} more tensors")
+        raise InputError(f"{source} is not a whole model: it lacks {listed(missing, 1)}")
     if left_out := [name for name in weights if name not in own and name not in parts]:
         logger.warning("left out, not part of BEiT: %s (%d tensors)", left_out[0], len(left_out))
     return {name: weights[name] for name in own} | parts

@@ -15,9 +15,10 @@ from torch import Tensor
 from beit.checkpoints.formats.dialect import Weights
 from beit.checkpoints.formats.unilm import TABLE
 from beit.checkpoints.read import SHARED_TABLE, Metadata, architecture_of, read_weights, window_of
-from beit.errors import InputError
+from beit.errors import InputError, listed
 from beit.modeling import Backbone, resize_position_embedding
 from beit.relative_position import resize_table
+from beit.storage import differences
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,6 @@ OTHER_TASKS = {
     "proposal_generator.": "of detection",
 }
 HEADS = ("head.", "lm_head.")
-_SHOWN = 2
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,12 @@ class KeyReport:
         reasons: dict[str, list[str]] = {}
         for name, reason in self.dropped.items():
             reasons.setdefault(reason, []).append(name)
-        parts += [f"dropped ({reason}): {_listed(names)}" for reason, names in reasons.items()]
+        parts += [f"dropped ({reason}): {listed(names)}" for reason, names in reasons.items()]
         if self.missing:
-            parts.append(f"not in the checkpoint: {_listed(self.missing)}")
+            parts.append(f"not in the checkpoint: {listed(self.missing)}")
         if self.unexpected:
-            parts.append(f"no place in the model: {_listed(self.unexpected)}")
+            parts.append(f"no place in the model: {listed(self.unexpected)}")
         return "; ".join(parts)
-
-
-def _listed(names: list[str] | tuple[str, ...]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def load_pretrained(
@@ -184,7 +180,8 @@ def _expand_shared_table(weights: Weights, own: Weights) -> tuple[dict[str, Tens
 
 def _check_backbone(given: Weights, own: Weights, source: str, metadata: Metadata) -> None:
     """Raises an :class:`InputError` unless the whole backbone is there in the right shapes, resizable tensors aside."""
-    needed = [name for name in own if _is_backbone(name)]
+    backbone = (name for name in own if name.startswith(("cls_token", "patch_embed.", "blocks.")))
+    needed = [name for name in backbone if not name.endswith(TABLE)]
     odd = [name for name in needed if name not in given or given[name].shape != own[name].shape]
     if 2 * len(odd) > len(needed):
         raise InputError(
@@ -217,29 +214,18 @@ def _check_recorded(model: Backbone, given: Weights, source: str, metadata: Meta
         logger.warning("%s was trained with a layer_norm_eps of %g, the model has %g", source, recorded, eps)
 
 
-def _is_backbone(name: str) -> bool:
-    return name.startswith(("cls_token", "patch_embed.", "blocks.")) and not name.endswith(TABLE)
-
-
 def _another_model(source: str, odd: list[str], given: Weights, own: Weights) -> InputError:
-    differences = [
-        f"{name} {_shape(given.get(name))} in the file, {_shape(own.get(name))} in the model" for name in odd
-    ]
     return InputError(
-        f"{source} is a checkpoint of another model: {len(odd)} tensors differ ({'; '.join(differences[:_SHOWN])}); "
+        f"{source} is a checkpoint of another model: {len(odd)} tensors differ ({differences(odd, given, own)}); "
         "check the model's name and options"
     )
-
-
-def _shape(tensor: Tensor | None) -> str:
-    return "absent" if tensor is None else str(tuple(tensor.shape))
 
 
 def _describe(weights: Weights, metadata: Metadata) -> str:
     try:
         found = architecture_of(weights, metadata)
     except (InputError, KeyError, ValueError):
-        return f"a part of a model, such as {_listed(list(weights))}"
+        return f"a part of a model, such as {listed(weights)}"
     a = found.arguments
     task = "pre-trained" if found.masked else "classifier"
     return (

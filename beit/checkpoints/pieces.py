@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from beit.errors import InputError
-from beit.storage import Checkpoint, load_checkpoint, save_checkpoint, sync_folder
+from beit.storage import Checkpoint, load_checkpoint, sync_folder
 
 INDEX_FILE = ".metadata"
 STATE_FILE = "state.pth"
@@ -37,15 +37,6 @@ ALLOWED_GLOBALS = {
 }
 
 Room = Callable[[str, torch.Size, torch.dtype], Tensor]  # allocates a tensor, given its name, size and dtype
-
-
-def write_state(folder: Path, state: Checkpoint) -> None:
-    """Writes everything but the tensors; one process calls it, before :func:`write_pieces`.
-
-    Raises:
-        InputError: The folder cannot be written.
-    """
-    save_checkpoint(folder / STATE_FILE, dict(state))
 
 
 def write_pieces(folder: Path, tensors: Mapping[str, Tensor]) -> None:

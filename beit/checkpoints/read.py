@@ -16,7 +16,7 @@ sees), ``palette`` (class colours), ``reduce_zero_label`` (0 is no class in labe
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from beit.checkpoints.formats.segmentation import PUBLISHED_TAPS, depth_of, is_s
 from beit.checkpoints.formats.unilm import INDEX, TABLE
 from beit.checkpoints.released import FOLDER_WEIGHTS, released_at, resolve
 from beit.data.preprocessing import default_crop_pct, normalization
-from beit.errors import InputError
+from beit.errors import InputError, listed
 from beit.modeling import Backbone, VisionTransformer, VisionTransformerForMaskedImageModeling
 from beit.relative_position import num_table_rows
 from beit.storage import load_checkpoint
@@ -72,7 +72,7 @@ def read_weights(
     state = _find_state(raw.content, model_key, prefix, str(source))
     dialect = recognise(state)
     if dialect == UNKNOWN:
-        raise InputError(f"{source} holds no BEiT: its tensors are called {_some(state) or 'nothing'}")
+        raise InputError(f"{source} holds no BEiT: its tensors are called {listed(state) or 'nothing'}")
     if (other := relative(dialect)) is not None and not other.loads:
         raise InputError(f"{source} is {other.name}, not BEiT: {other.remark}")
     weights = to_official(state, dialect)
@@ -114,7 +114,11 @@ def _read(path: Path) -> _Raw:
             hint = f"; give one of its files: {', '.join(checkpoints[-3:])}" if checkpoints else ""
             raise InputError(f"the folder {path} holds no {' or '.join(FOLDER_WEIGHTS[::2])}{hint}")
         path = found[0]
-    content = _read_shards(path) if path.name.endswith(".index.json") else load_checkpoint(path)
+    if path.name.endswith(".index.json"):
+        files = sorted(set(_read_json(path)["weight_map"].values()))
+        content = {name: tensor for file in files for name, tensor in load_checkpoint(path.parent / file).items()}
+    else:
+        content = load_checkpoint(path)
     if not isinstance(content, Mapping):
         raise InputError(f"{path} holds a {type(content).__name__}, not a dict of weights")
     if path.suffix == ".safetensors":
@@ -142,23 +146,18 @@ def _read_json(path: Path) -> Content:
         raise InputError(f"{path} is not valid JSON: {error}") from error
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
-    files = sorted(set(_read_json(index)["weight_map"].values()))
-    return {name: tensor for file in files for name, tensor in load_checkpoint(index.parent / file).items()}
-
-
 def _find_state(content: Mapping, model_key: str, prefix: str, source: str) -> dict[str, Tensor]:
     """Finds the weights: under the keys asked for, at the top level, or under another usual key."""
     asked = [key for key in model_key.split("|") if key]
-    found = next((content[key] for key in asked if isinstance(content.get(key), Mapping)), None)
+    found = _first_mapping(content, asked)
     if found is None:
         flat = _tensors(content)
         if not flat and not set(asked) <= set(STATE_KEYS[:3]):
-            raise InputError(f"{source} has nothing under {' or '.join(asked)!r}; it has {_some(content)}")
-        found = flat or _first_mapping(content)
+            raise InputError(f"{source} has nothing under {' or '.join(asked)!r}; it has {listed(content)}")
+        found = flat or _first_mapping(content, STATE_KEYS)
     if found is None:
-        raise InputError(f"{source} has no weights under {', '.join(STATE_KEYS)}; it has {_some(content)}")
-    state = _tensors(_first_mapping(found) or found)
+        raise InputError(f"{source} has no weights under {', '.join(STATE_KEYS)}; it has {listed(content)}")
+    state = _tensors(_first_mapping(found, STATE_KEYS) or found)
     if not prefix:
         return state
     if not (kept := {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}):
@@ -166,17 +165,12 @@ def _find_state(content: Mapping, model_key: str, prefix: str, source: str) -> d
     return kept
 
 
-def _first_mapping(content: Mapping) -> Mapping | None:
-    return next((content[key] for key in STATE_KEYS if isinstance(content.get(key), Mapping)), None)
+def _first_mapping(content: Mapping, keys: Sequence[str]) -> Mapping | None:
+    return next((content[key] for key in keys if isinstance(content.get(key), Mapping)), None)
 
 
 def _tensors(content: Mapping) -> dict[str, Tensor]:
     return {name: t for name, t in content.items() if isinstance(name, str) and isinstance(t, Tensor)}
-
-
-def _some(names: Iterable[object]) -> str:
-    listed = [str(name) for name in names]
-    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
 
 
 def _segmentor(weights: dict[str, Tensor], dialect: str, raw: _Raw) -> tuple[dict[str, Tensor], Metadata]:
@@ -309,6 +303,8 @@ def architecture_of(weights: Weights, metadata: Metadata) -> Architecture:
         logger.info("%s does not record its number of attention heads: using %d", source, heads)
     if not heads or embed_dim % heads:
         raise InputError(f"{source} does not record how many heads its {embed_dim} channels make")
+    hidden_dim = len(weights["blocks.0.mlp.fc1.weight"])
+    ratio = hidden_dim / embed_dim  # times embed_dim it may round to below the hidden dimension
     arguments: Content = {
         "img_size": (grid[0] * patch[0], grid[1] * patch[1]),
         "patch_size": tuple(patch),
@@ -316,7 +312,7 @@ def architecture_of(weights: Weights, metadata: Metadata) -> Architecture:
         "embed_dim": embed_dim,
         "depth": depth_of(weights),
         "num_heads": heads,
-        "mlp_ratio": _mlp_ratio(embed_dim, len(weights["blocks.0.mlp.fc1.weight"])),
+        "mlp_ratio": ratio if int(embed_dim * ratio) == hidden_dim else (hidden_dim + 0.5) / embed_dim,
         "qkv_bias": "blocks.0.attn.q_bias" in weights,
         "init_values": 0.1 if "blocks.0.gamma_1" in weights else None,
         "use_abs_pos_emb": "pos_embed" in weights,
@@ -329,12 +325,6 @@ def architecture_of(weights: Weights, metadata: Metadata) -> Architecture:
     classes = len(weights["head.weight"]) if "head.weight" in weights else 0
     mean_pooling = segmentor or "fc_norm.weight" in weights or "norm.weight" not in weights
     return Architecture(False, arguments | {"num_classes": classes, "use_mean_pooling": mean_pooling})
-
-
-def _mlp_ratio(embed_dim: int, hidden_dim: int) -> float:
-    """Returns a ratio with ``int(embed_dim * ratio) == hidden_dim``; the quotient itself can round below."""
-    ratio = hidden_dim / embed_dim
-    return ratio if int(embed_dim * ratio) == hidden_dim else (hidden_dim + 0.5) / embed_dim
 
 
 def preparation_of(metadata: Metadata, img_size: tuple[int, int]) -> Content:

@@ -24,10 +24,6 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from beit.data.jitter import ViewJitter
-from beit.data.preprocessing import IMAGENET_DEFAULT_MEAN as IMAGENET_DEFAULT_MEAN
-from beit.data.preprocessing import IMAGENET_DEFAULT_STD as IMAGENET_DEFAULT_STD
-from beit.data.preprocessing import IMAGENET_INCEPTION_MEAN as IMAGENET_INCEPTION_MEAN
-from beit.data.preprocessing import IMAGENET_INCEPTION_STD as IMAGENET_INCEPTION_STD
 from beit.errors import InputError, did_you_mean
 from beit.masking import MaskGenerator
 

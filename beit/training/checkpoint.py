@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from beit.errors import InputError
-from beit.storage import Checkpoint, load_checkpoint, save_checkpoint
+from beit.storage import Checkpoint, differences, load_checkpoint, save_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,6 @@ PIECES = "pieces"  # the key of a checkpoint that names the folder beside it, wh
 DEEPSPEED = "deepspeed"  # the key that names the folder where DeepSpeed wrote it
 _PIECES_INDEX = ".metadata"  # written last, see beit/checkpoints/pieces.py
 _NUMBERED_FILE = re.compile(r"checkpoint-(\d+)\.pth")
-_SHOWN_DIFFERENCES = 2
 
 
 def numbered_file(number: int) -> str:
@@ -130,17 +129,13 @@ class RunFolder:
             path.rename(aside / path.name)
         logger.warning("%d checkpoints of an earlier run were moved to %s", len(paths), aside)
 
-    def newest(self) -> Path | None:
-        """Returns the checkpoint that has got furthest, or None if there is none.
-
-        Raises:
-            InputError: There are checkpoints and none of them can be read: starting over would overwrite them.
-        """
-        return newest_checkpoint(self.path)
-
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Returns a folder's checkpoint that has got furthest, or None if there is none; see :meth:`RunFolder.newest`."""
+    """Returns a folder's checkpoint that has got furthest, or None if there is none.
+
+    Raises:
+        InputError: There are checkpoints and none of them can be read: starting over would overwrite them.
+    """
     candidates = [path for _, path in reversed(_numbered_files(folder))][:2]
     if (folder / LAST).exists():
         candidates.insert(0, folder / LAST)
@@ -221,28 +216,16 @@ def load_exactly(module: nn.Module, weights: Mapping[str, Tensor], source: str) 
     Raises:
         InputError: They do not; the message counts and shows the differences.
     """
-    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    given = {
-        name: tuple(tensor.shape)
-        for name, tensor in weights.items()
-        if not name.endswith("relative_position_index")  # derived from the window, in official files
-    }
-    differences = [
-        f"{name} {_shape(given.get(name))} in the file, {_shape(own.get(name))} in the model"
-        for name in sorted(own.keys() | given.keys())
-        if own.get(name) != given.get(name)
-    ]
-    if differences:
-        shown = "; ".join(differences[:_SHOWN_DIFFERENCES])
+    own = module.state_dict()
+    # The index, in official files, follows from the window.
+    given = {name: tensor for name, tensor in weights.items() if not name.endswith("relative_position_index")}
+    every = sorted(own.keys() | given.keys())
+    if odd := [name for name in every if name not in own or name not in given or own[name].shape != given[name].shape]:
         raise InputError(
-            f"{source} is a checkpoint of another model: {len(differences)} of {len(own.keys() | given.keys())} "
-            f"tensors differ ({shown}); check --model and its options"
+            f"{source} is a checkpoint of another model: {len(odd)} of {len(every)} tensors differ "
+            f"({differences(odd, given, own)}); check --model and its options"
         )
-    module.load_state_dict({name: weights[name] for name in given})
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "absent" if shape is None else str(shape)
+    module.load_state_dict(given)
 
 
 def to_cpu(state: Any) -> Any:

@@ -76,17 +76,11 @@ class DeepSpeedTrainer(ShardedTrainer):
             settings["torch_autocast"] = {"enabled": True, "dtype": dtype}
         return settings
 
-    # One step
-
     def _distribute(self) -> nn.Module:
         return self._engine
 
     def _backward(
-        self,
-        model: nn.Module,
-        batch: Batch,
-        global_step: int,
-        last: bool,
+        self, model: nn.Module, batch: Batch, global_step: int, last: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         loss, metrics = self.step(model, batch, global_step)
         self._engine.backward(loss)  # divides by the number of batches itself
@@ -106,8 +100,6 @@ class DeepSpeedTrainer(ShardedTrainer):
             return 1.0
         scaler = self._engine.torch_autocast_z0_gradscaler
         return float(scaler.get_scale() if scaler else getattr(self.optimizer, "cur_scale", 1.0))
-
-    # Checkpoints
 
     def _training_state(self) -> dict[str, object]:
         return {}  # it lies in DeepSpeed's folder
