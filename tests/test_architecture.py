@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "dall_e.*": ("dall_e.*",),
     # the engine: any module on any loader, knowing neither models nor data
     "beit.training.*": ("beit.training.*", "beit.storage", "beit.checkpoints.pieces"),
-    "beit.launch": ("beit.config", "beit.training.*"),
+    "beit.launch": ("beit.config", "beit.registry", "beit.training.*"),
     # the parts of the method
     "beit.modeling": ("beit.relative_position", "beit.attention"),
     "beit.tokenizers.*": ("beit.tokenizers.*", "dall_e.*", "beit.storage", "beit.registry"),

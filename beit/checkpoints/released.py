@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 from beit.data.preprocessing import default_crop_pct, normalization
 from beit.errors import InputError, did_you_mean
-from beit.storage import beit_home, describe_problem, download, offline
+from beit.storage import beit_home, download, offline
 
 RELEASES = "https://github.com/addf400/files/releases/download/v1.0"
 # Where the files used to be: many command lines still have these addresses, with or without an access token.
@@ -137,7 +137,7 @@ def resolve(source: str | os.PathLike[str]) -> Path:
     if path.exists():
         return path
     if (row := released_at(text)) is not None and path.parent == Path():
-        return download(row.urls, beit_home() / "checkpoints" / f"{row.name}.pth", verify=_refuse_damaged)
+        return download(row.urls, beit_home() / "checkpoints" / f"{row.name}.pth")
     is_path = path.suffix in CHECKPOINT_SUFFIXES or path.parent.is_dir()
     if (match := _HUB_ID.fullmatch(text)) and (":" in text or not is_path):
         return _fetch_from_hub(match[1])
@@ -155,17 +155,12 @@ def _fetch(url: str) -> Path:
     row = RELEASED.get(name.removesuffix(".pth"))
     if parts.hostname in DEAD_HOSTS or url.startswith(RELEASES):
         urls = row.urls if row else (f"{RELEASES}/{name}",)
-        return download(urls, beit_home() / "checkpoints" / name, verify=_refuse_damaged)
+        return download(urls, beit_home() / "checkpoints" / name)
     # Files of one name are at many addresses, and "?id=2" is another file than "?id=1".
     query = [pair for pair in parse_qsl(parts.query, keep_blank_values=True) if not ACCESS_TOKEN.fullmatch(pair[0])]
     address = f"{parts.scheme}://{parts.netloc}{parts.path}{'?' if query else ''}{urlencode(sorted(query))}"
     place = hashlib.sha256(address.encode()).hexdigest()[:12]
-    return download(url, beit_home() / "urls" / place / name, verify=_refuse_damaged)
-
-
-def _refuse_damaged(path: Path) -> None:
-    if problem := describe_problem(path):
-        raise InputError(f"{path.name.removesuffix('.part')} is no checkpoint: {problem}")
+    return download(url, beit_home() / "urls" / place / name)
 
 
 def _fetch_from_hub(repository: str) -> Path:
