@@ -19,22 +19,19 @@ if TYPE_CHECKING:
     from beit.tokenizers.base import VisualTokenizer, load_tokenizer
     from beit.tokenizers.dalle import download_tokenizer
     from beit.tokenizers.dvae import DiscreteVAE
-    from beit.zoo import (
-        beit_base_patch16_224,
-        beit_base_patch16_224_8k_vocab,
-        beit_base_patch16_384,
-        beit_large_patch16_224,
-        beit_large_patch16_224_8k_vocab,
-        beit_large_patch16_384,
-        beit_large_patch16_512,
-        beit_small_patch16_224,
-        beit_small_patch16_224_8k_vocab,
-        beit_tiny_patch16_224,
-        beit_tiny_patch16_224_8k_vocab,
-        create_model,
-        get_model,
-        list_models,
-    )
+    from beit.zoo import Model, create_model, get_model, list_models
+
+    beit_base_patch16_224: Model[VisionTransformer]
+    beit_base_patch16_224_8k_vocab: Model[VisionTransformerForMaskedImageModeling]
+    beit_base_patch16_384: Model[VisionTransformer]
+    beit_large_patch16_224: Model[VisionTransformer]
+    beit_large_patch16_224_8k_vocab: Model[VisionTransformerForMaskedImageModeling]
+    beit_large_patch16_384: Model[VisionTransformer]
+    beit_large_patch16_512: Model[VisionTransformer]
+    beit_small_patch16_224: Model[VisionTransformer]
+    beit_small_patch16_224_8k_vocab: Model[VisionTransformerForMaskedImageModeling]
+    beit_tiny_patch16_224: Model[VisionTransformer]
+    beit_tiny_patch16_224_8k_vocab: Model[VisionTransformerForMaskedImageModeling]
 
 __version__ = "0.1.0"
 
@@ -88,7 +85,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'beit' has no attribute {name!r}")
-    return getattr(import_module(f"beit.{_HOMES.get(name, 'zoo')}"), name)
+    home = import_module(f"beit.{_HOMES.get(name, 'zoo')}")
+    return home.MODELS[name] if name.startswith("beit_") else getattr(home, name)
 
 
 def __dir__() -> list[str]:

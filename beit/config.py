@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 ConfigT = TypeVar("ConfigT")
 Size = int | tuple[int, int]
+Values = dict[str, Any]  # settings by name; a value's type is its field's
 
 RECIPE_KEYS = ("base", "recipe")  # in a YAML file: the file it builds on, and facts about the run that are no settings
 _YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml where it is built in: ten times as fast
@@ -52,7 +53,7 @@ class SettingsFiles:
 
 
 def option(
-    default: Any,
+    default: object,
     help: str,
     *,
     aliases: Sequence[str] = (),
@@ -65,7 +66,7 @@ def option(
     short: str | None = None,
     must_exist: bool = False,
     yields_to: str = "",
-) -> Any:
+) -> Any:  # whatever the annotation of the field is
     """Declares a configuration field together with its flag.
 
     Args:
@@ -107,15 +108,12 @@ def parse_bool(text: str) -> bool:
     return words[text.lower()]
 
 
-def parse_assignment(text: str) -> tuple[str, Any]:
+def parse_assignment(text: str) -> tuple[str, object]:
     """Reads ``key=value``, the value as YAML does (``depth=6`` is a number, ``qkv_bias=false`` a truth value)."""
     key, equals, value = text.partition("=")
     if not (key and equals):
         raise ValueError(f"{text!r} is not of the form key=value")
     return key, _yaml_value(value)
-
-
-# Reading settings
 
 
 def read_command_line(config_class: type[ConfigT], argv: Sequence[str], prog: str, description: str) -> ConfigT:
@@ -125,15 +123,14 @@ def read_command_line(config_class: type[ConfigT], argv: Sequence[str], prog: st
         InputError: An unknown flag or key, a value of the wrong type or out of range, or a missing file.
     """
     parser = _build_parser(config_class, prog, description)
-    flags = vars(parser.parse_args([_underscored(argument) for argument in argv]))
-    yaml_name, assignments = flags.get("config"), flags.pop(_OVERRIDES, [])
-    if "config" not in _fields(config_class):
-        flags.pop("config", None)
+    given = vars(parser.parse_args([_underscored(argument) for argument in argv]))
+    yaml_name, assignments, fields = given.get("config"), given.pop(_OVERRIDES, []), _fields(config_class)
+    flags = {name: fields[name][1](v) if isinstance(v, list) else v for name, v in given.items() if name in fields}
     values = _read_keys(config_class, yaml_name) if yaml_name else {}
     values, assigned = _override(config_class, values, assignments)
-    values, given = {**values, **flags}, {*assigned, *flags}
-    for name, (field, _) in _fields(config_class).items():
-        if field.metadata["yields_to"] in given and name not in given:
+    values, chosen = {**values, **flags}, {*assigned, *flags}
+    for name, (field, _) in fields.items():
+        if field.metadata["yields_to"] in chosen and name not in chosen:
             values.pop(name, None)
     config = config_class(**_in_steps(config_class, values))
     check_settings(config)
@@ -141,7 +138,7 @@ def read_command_line(config_class: type[ConfigT], argv: Sequence[str], prog: st
     return config
 
 
-def read_yaml(config_class: type, name: str) -> dict[str, Any]:
+def read_yaml(config_class: type, name: str) -> Values:
     """Reads the settings of a YAML file: a path, or the name of a recipe that comes with the package.
 
     A file may name another one under ``base``, relative to itself or of the package, whose settings it overrides.
@@ -152,7 +149,7 @@ def read_yaml(config_class: type, name: str) -> dict[str, Any]:
     return _in_steps(config_class, _read_keys(config_class, name))
 
 
-def read_facts(name: str) -> dict[str, Any]:
+def read_facts(name: str) -> Values:
     """Reads what a recipe says about its run: ``recipe`` in its file, over the facts of the files it builds on.
 
     A ``note`` is the file's own.
@@ -160,7 +157,7 @@ def read_facts(name: str) -> dict[str, Any]:
     Raises:
         InputError: No such file, not YAML, or facts that are not ``key: value`` lines.
     """
-    facts: dict[str, Any] = {}
+    facts: Values = {}
     for path, content in _read_layers(name, SettingsFiles().folder):
         own = content.get("recipe") or {}
         if not isinstance(own, dict):
@@ -175,7 +172,7 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in SettingsFiles().folder.glob("[!_]*.yaml"))
 
 
-def read_run_settings(path: Path) -> tuple[dict[str, Any], set[str] | None]:
+def read_run_settings(path: Path) -> tuple[Values, set[str] | None]:
     """Reads the ``config.yaml`` of any job's run folder.
 
     Returns:
@@ -192,7 +189,7 @@ def read_run_settings(path: Path) -> tuple[dict[str, Any], set[str] | None]:
     return _parse(text, path), set(_parse(before, path)) if marker else None
 
 
-def from_plain(config_class: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+def from_plain(config_class: type[ConfigT], values: Mapping) -> ConfigT:
     """Builds a configuration from a checkpoint's ``args``; settings that the job does not have are left out."""
     known = {key: value for key, value in values.items() if key in _names(config_class)}
     return config_class(**_in_steps(config_class, dict(_converted(config_class, known.items(), ""))))
@@ -219,7 +216,7 @@ def check_settings(config: object) -> None:
             _check_exists(name, path)
 
 
-def _items(value: object) -> Sequence[Any]:
+def _items(value: object) -> Sequence:
     return value if isinstance(value, tuple | list) else (value,)
 
 
@@ -248,18 +245,18 @@ def _in_words(interval: str) -> str:
     return f"{lower} and {'at most' if interval[-1] == ']' else 'below'} {high}"
 
 
-def _read_keys(config_class: type, name: str) -> dict[str, Any]:
+def _read_keys(config_class: type, name: str) -> Values:
     """Reads a settings file and those it builds on, under the fields' own names."""
     files = _files_of(config_class)
     ignored = set(RECIPE_KEYS) | (set(_names(files.shared_with)) if files.shared_with else set())
-    values: dict[str, Any] = {}
+    values: Values = {}
     for path, content in _read_layers(name, files.folder):
         own = {key: value for key, value in content.items() if key in _names(config_class) or key not in ignored}
         values.update(_converted(config_class, own.items(), f"{path}: "))
     return values
 
 
-def _converted(config_class: type, items: Iterable[tuple[str, Any]], where: str) -> Iterator[tuple[str, Any]]:
+def _converted(config_class: type, items: Iterable[tuple[str, object]], where: str) -> Iterator[tuple[str, object]]:
     """Yields fields and values of settings that may go by any of their names."""
     names, fields, removed = _names(config_class), _fields(config_class), _removed(config_class)
     for key, value in items:
@@ -282,19 +279,19 @@ class _Batches:
     name: str
 
 
-def _in_steps(config_class: type, values: Mapping[str, Any]) -> dict[str, Any]:
+def _in_steps(config_class: type, values: Values) -> Values:
     """Returns the values with durations in optimizer steps, whatever they were given in."""
     settled = dict(values)
     for name, value in values.items():
         if isinstance(value, _Batches):
-            batches: int = values.get("update_freq", config_class.update_freq)  # type: ignore[attr-defined]
+            batches = values.get("update_freq", getattr(config_class, "update_freq", 1))
             if value.count % batches:
                 raise InputError(f"{value.name} {value.count}: must be a multiple of update_freq, {batches}")
             settled[name] = value.count // batches
     return settled
 
 
-def _read_layers(name: str, folder: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
+def _read_layers(name: str, folder: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, Values]]:
     """Returns the content of a settings file, after that of the files it builds on."""
     path = _find_yaml(name, folder)
     content = _parse(path.read_bytes(), path)
@@ -308,7 +305,7 @@ def _read_layers(name: str, folder: Path, seen: tuple[Path, ...] = ()) -> list[t
     return [*_read_layers(str(below), folder, seen), (path, content)]
 
 
-def _parse(text: bytes, path: Path) -> dict[str, Any]:
+def _parse(text: bytes, path: Path) -> Values:
     try:
         content = yaml.load(text.decode("utf-8"), Loader=_YAML) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -318,10 +315,7 @@ def _parse(text: bytes, path: Path) -> dict[str, Any]:
     return content
 
 
-# Writing settings
-
-
-def to_plain(config: object) -> dict[str, Any]:
+def to_plain(config: object) -> Values:
     """Returns the settings as a dict of plain values, as they go into checkpoints and YAML files."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(config).items()}
 
@@ -329,60 +323,18 @@ def to_plain(config: object) -> dict[str, Any]:
 def dump_yaml(config: object) -> str:
     """Returns the settings as a YAML text that ``--config`` reads back; first those that differ from their defaults."""
     defaults = {name: field.default for name, (field, _) in _fields(type(config)).items()}
-    given: dict[str, Any] = {}
-    rest: dict[str, Any] = {}
+    given: Values = {}
+    rest: Values = {}
     for key, value in to_plain(config).items():
         (given if getattr(config, key) != defaults[key] else rest)[key] = value
     parts = [yaml.safe_dump(part, sort_keys=False) if part else "" for part in (given, rest)]
     return f"{parts[0]}{DEFAULTS_FOLLOW}\n{parts[1]}"
 
 
-def to_flags(config: object) -> list[str]:
-    """Returns the arguments that make this configuration of the defaults; the inverse of :func:`read_command_line`.
-
-    A value that no flag can give (None, or nothing, where the default is something) is left out.
-    """
-    arguments, flags = [], []
-    for name, (field, reader) in _fields(type(config)).items():
-        value = getattr(config, name)
-        if value != field.default:
-            words = _words(value, reader)
-            if field.metadata["positional"]:
-                arguments += words
-            elif isinstance(value, bool):
-                flags.append(f"--{name}" if value else field.metadata["off"] or f"--no_{name}")
-            elif len(words) == 1 and words[0].startswith("-"):
-                flags.append(f"--{name}={words[0]}")
-            elif words:
-                flags += [f"--{name}", *words]
-    return arguments + flags
-
-
-def _words(value: Any, reader: Callable) -> list[str]:
-    """Returns a value as the words that stand after its flag."""
-    if value is None:
-        return []
-    if reader is parse_size:
-        return [str(value) if isinstance(value, int) else "x".join(map(str, value))]
-    if isinstance(value, dict):
-        return [f"{key}={_in_a_line(item)}" for key, item in value.items()]
-    return [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]
-
-
-def _in_a_line(value: Any) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, width=1_000_000)
-    return text.removesuffix("\n").removesuffix("\n...")  # which YAML writes after a value that is no list
-
-
-# Assignments
-
-
 _OVERRIDES = "assignments to settings"  # where the parser keeps them: no field can be called so
 
 
-def _override(
-    config_class: type, values: Mapping[str, Any], assignments: Sequence[str]
-) -> tuple[dict[str, Any], set[str]]:
+def _override(config_class: type, values: Values, assignments: Sequence[str]) -> tuple[Values, set[str]]:
     """Returns the values with ``KEY=VALUE`` assignments applied, the last one of a key, and the names of those."""
     files, result = _files_of(config_class), dict(values)
     given: dict[str, tuple[str, Any]] = {}
@@ -395,7 +347,7 @@ def _override(
             logger.warning("%s has no effect: %s", where, files.without_effect[key])
             continue
         name, item, (field, reader) = _find_setting(config_class, key, where)
-        value = _yaml_value(word) if item else _convert(field, reader, _from_text(word, field, reader), where)
+        value: Any = _yaml_value(word) if item else _convert(field, reader, _from_text(word, field, reader), where)
         other, same = given.get(f"{name}.{item}", (key, value))
         if other != key and same != value:
             raise InputError(f"{where}: {other} has set {name} to {same!r} already; here they are one setting")
@@ -412,45 +364,42 @@ def _find_setting(config_class: type, key: str, where: str) -> tuple[str, str, t
     names = {key: name for key, name in _names(config_class).items() if name in fields}
     name, _, item = (key, "", "") if key in names else files.keys.get(key, key).partition(".")
     name = names.get(name, name)
-    if name not in fields or (item and fields[name][1] is not _read_assignments):
+    if name not in fields or (item and fields[name][1] is not dict):
         hint = did_you_mean(key, {*names, *files.keys, *files.without_effect})
         raise InputError(f"{where}: unknown key {key!r}{hint}")
     return name, item, fields[name]
 
 
-def _from_text(text: str, field: dataclasses.Field, reader: Callable) -> Any:
+def _from_text(text: str, field: dataclasses.Field, reader: Callable) -> object:
     """Reads the value of an assignment: ``None``, ``True``, ``a,b``, ``[a, b]`` or ``(a, b)``, else the text itself."""
     if text in NOTHING and (field.default is None or field.default == ""):
         return field.default
     if reader is _read_bool:
         return {"true": True, "false": False}.get(text.lower(), text)
-    if reader is _read_assignments:
+    if reader is dict:
         return _yaml_value(text)
     if reader in (*_SEVERAL, parse_size) and ("," in text or text[:1] in ("(", "[")):
         return [item.strip(" '\"") for item in text.strip("()[] ").split(",") if item.strip()]
     return [text] if reader in (_read_floats, _read_ints) else text
 
 
-def _yaml_value(text: str) -> Any:
+def _yaml_value(text: str) -> object:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise InputError(f"{text!r} is no value: {' '.join(str(error).split())}") from error
 
 
-# The parser
-
-
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are :class:`InputError`, with near matches for unknown flags."""
 
-    removed: Mapping[str, tuple[Any, str]] = {}
+    removed: Mapping[str, tuple[object, str]] = {}
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see --help)")
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
-        parsed, unknown = self.parse_known_args(args, namespace)
+    def parse_args(self, args: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
+        parsed, unknown = self.parse_known_args(args)
         if unknown:
             flag = unknown[0].split("=")[0]
             if flag.removeprefix("--") in self.removed:
@@ -497,9 +446,9 @@ def _group(config_class: type, name: str) -> str:
 def _add_flag(
     parser: argparse._ActionsContainer, name: str, field: dataclasses.Field, reader: Callable, in_words: bool
 ) -> None:
-    meta, several = field.metadata, {"nargs": "+", "action": _CollectTuple}
+    meta = field.metadata
     if meta["positional"]:
-        how: dict[str, Any] = several if reader is _read_strings else {"type": reader}
+        how: dict[str, Any] = {"nargs": "+"} if reader is _read_strings else {"type": reader}
         parser.add_argument(name, help=meta["help"].replace("%", "%%"), metavar=name.upper(), **how)
         return
     default = "" if field.default in (None, "", ()) else f" (default: {field.default})"
@@ -515,33 +464,20 @@ def _add_flag(
         return
     if meta["choices"] is not None:
         arguments |= {"choices": list(meta["choices"])}
-    elif reader is _read_assignments:
-        arguments |= {"nargs": "+", "type": parse_assignment, "action": _CollectAssignments, "metavar": "KEY=VALUE"}
+    elif reader is dict:
+        arguments |= {"nargs": "+", "type": parse_assignment, "action": "extend", "metavar": "KEY=VALUE"}
     else:
         arguments |= {"type": _SEVERAL.get(reader, _size if reader is parse_size else reader), "metavar": name.upper()}
-        arguments |= several if reader in _SEVERAL else {}
+        arguments |= {"nargs": "+"} if reader in _SEVERAL else {}
     parser.add_argument(*flags, **arguments)
     for alias in (alias for alias in meta["counts_batches"] if "." not in alias):
         text = f"--{name} in batches, of which --update_freq make a step"
         parser.add_argument(f"--{alias}", dest=name, type=int, action=_CollectBatches, metavar=alias.upper(), help=text)
 
 
-class _CollectAssignments(argparse.Action):
-    def __call__(self, _parser: Any, namespace: Any, values: Any, _option: Any = None) -> None:
-        setattr(namespace, self.dest, {**getattr(namespace, self.dest, {}), **dict(values)})
-
-
-class _CollectTuple(argparse.Action):
-    def __call__(self, _parser: Any, namespace: Any, values: Any, _option: Any = None) -> None:
-        setattr(namespace, self.dest, tuple(values))
-
-
 class _CollectBatches(argparse.Action):
-    def __call__(self, _parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+    def __call__(self, _parser: object, namespace: object, values: Any, option: str | None = None) -> None:
         setattr(namespace, self.dest, _Batches(values, str(option)))
-
-
-# Fields and how their values are read
 
 
 def _fields(config_class: type) -> dict[str, tuple[dataclasses.Field, Callable]]:
@@ -552,14 +488,14 @@ def _fields(config_class: type) -> dict[str, tuple[dataclasses.Field, Callable]]
 
 def _names(config_class: type) -> dict[str, str]:
     """Returns every name of every setting -> its field."""
-    fields: dict[str, Mapping[str, Any]] = {name: field.metadata for name, (field, _) in _fields(config_class).items()}
+    fields: dict[str, Mapping] = {name: field.metadata for name, (field, _) in _fields(config_class).items()}
     names = {name: name for name in fields}
     for name, meta in fields.items():
         names |= dict.fromkeys((*meta["aliases"], *meta["counts_batches"]), name)
     return names
 
 
-def _removed(config_class: type) -> Mapping[str, tuple[Any, str]]:
+def _removed(config_class: type) -> Mapping[str, tuple[object, str]]:
     """Returns the settings of earlier versions that are gone -> their default then, and what to use instead."""
     return getattr(config_class, "REMOVED", {})
 
@@ -568,15 +504,15 @@ def _files_of(config_class: type) -> SettingsFiles:
     return getattr(config_class, "SETTINGS", None) or SettingsFiles()
 
 
-def _reader(annotation: Any) -> Callable[[Any], Any]:
+def _reader(annotation: object) -> Callable:
     members = set(typing.get_args(annotation))
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         if tuple[int, int] in members:
             return parse_size
         (annotation,) = members - {types.NoneType}
     if typing.get_origin(annotation) is dict:
-        return _read_assignments
-    readers: dict[Any, Callable[[Any], Any]] = {
+        return dict
+    readers: dict[object, Callable] = {
         bool: _read_bool,
         tuple[float, ...]: _read_floats,
         tuple[int, ...]: _read_ints,
@@ -588,17 +524,17 @@ def _reader(annotation: Any) -> Callable[[Any], Any]:
     return readers[annotation]
 
 
-def _read_bool(value: Any) -> bool:
+def _read_bool(value: object) -> bool:
     if not isinstance(value, bool):
         raise ValueError("true or false expected")
     return value
 
 
-def _read_floats(value: Any) -> tuple[float, ...]:
+def _read_floats(value: object) -> tuple[float, ...]:
     return tuple(float(item) for item in _listed(value))
 
 
-def _read_ints(value: Any) -> tuple[int, ...]:
+def _read_ints(value: object) -> tuple[int, ...]:
     return tuple(_read_int(item) for item in _listed(value))
 
 
@@ -608,7 +544,7 @@ def _read_int(value: Any) -> int:
     return int(value)
 
 
-def _listed(value: Any) -> Sequence[Any]:
+def _listed(value: object) -> Sequence:
     if not isinstance(value, list | tuple):
         raise ValueError("a list of numbers expected")
     return value
@@ -616,10 +552,6 @@ def _listed(value: Any) -> Sequence[Any]:
 
 def _read_strings(value: Any) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(str(item) for item in value)
-
-
-def _read_assignments(value: Any) -> dict[str, Any]:
-    return dict(value)
 
 
 _SEVERAL: dict[Callable, type] = {_read_floats: float, _read_ints: int, _read_strings: str}  # and the type of each

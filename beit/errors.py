@@ -16,3 +16,9 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Returns `` (did you mean 'a' or 'b'?)`` for the closest of ``choices``, or an empty string if none is close."""
     matches = get_close_matches(word, list(dict.fromkeys(choices)), n=3, cutoff=0.6)
     return f" (did you mean {' or '.join(repr(match) for match in matches)}?)" if matches else ""
+
+
+def listed(names: Iterable[object], most: int = 3) -> str:
+    """Returns the first names separated by commas, and how many more there are."""
+    words = [str(name) for name in names]
+    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")

@@ -7,7 +7,7 @@ beit.extract_feat(model, ["cat.jpg", "dog.jpg"], layer=8)  # (2, 768)
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from beit.checkpoints.read import class_names, preparation_of
+from beit.checkpoints.read import Metadata, class_names, preparation_of
 from beit.data.classification import ClassificationEvalTransform
 from beit.data.datasets import UnreadableImageError, read_image, to_rgb, upright
 from beit.data.transforms import normalize
@@ -28,7 +28,7 @@ from beit.errors import InputError, did_you_mean
 from beit.modeling import Backbone, VisionTransformer
 from beit.zoo import open_model
 
-OneImage = str | os.PathLike[str] | Image.Image | NDArray[Any] | Tensor
+OneImage = str | os.PathLike[str] | Image.Image | NDArray | Tensor
 Prediction = dict[str, Any]
 
 POOLS = ("mean", "cls", "cls_mean", "map")
@@ -40,7 +40,7 @@ def inference_model(
     image_or_paths: OneImage | Sequence[OneImage],
     *,
     topk: int = 5,
-    metadata: Mapping[str, Any] | None = None,
+    metadata: Metadata | None = None,
 ) -> Prediction | list[Prediction]:
     """Classifies images, prepared as the model's checkpoint records.
 
@@ -158,7 +158,7 @@ class Preprocessing:
     std: tuple[float, ...]
 
 
-def preprocessing_of(model: Backbone, metadata: Mapping[str, Any]) -> Preprocessing:
+def preprocessing_of(model: Backbone, metadata: Metadata) -> Preprocessing:
     """Returns how a model's images are prepared: as its checkpoint records, or else as for the published models.
 
     Args:
@@ -234,7 +234,7 @@ def images_of(images: OneImage | Sequence[OneImage]) -> tuple[Sequence[OneImage]
     return listed, several
 
 
-def _opened(model: Backbone | str | Path) -> tuple[Backbone, Mapping[str, Any]]:
+def _opened(model: Backbone | str | Path) -> tuple[Backbone, Metadata]:
     if isinstance(model, Backbone):
         return model, getattr(model, "metadata", None) or {}
     return open_model(model)

@@ -9,12 +9,12 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from itertools import pairwise
 from typing import TypeVar
 
 from beit.config import read_command_line
 from beit.errors import InputError
+from beit.registry import locate
 from beit.training.console import configure_console
 from beit.training.placement import find_placement
 
@@ -63,20 +63,12 @@ def launch(
     def run() -> None:
         configure_console(main_process=find_placement(use_open_mpi=open_mpi).rank == 0)
         config = read_command_line(config_class, arguments, name, description or "")
-        _located(main)(config)
+        locate(main)(config)
 
     status = run_and_report(run, open_mpi)
     if (argv is None if owns_process is None else owns_process) and _threads_left():
         end_at_once(status)
     return status
-
-
-def _located(main: Callable[..., object] | str) -> Callable[..., object]:
-    if not isinstance(main, str):
-        return main
-    module, _, function = main.partition(":")
-    found: Callable[..., object] = getattr(import_module(module), function)
-    return found
 
 
 def _threads_left() -> bool:

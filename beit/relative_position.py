@@ -112,7 +112,15 @@ def resize_table(table: Tensor, source_window: tuple[int, int], target_window: t
     Deviation: The official code supports square windows only. Here each axis has its own ratio, an axis of unchanged
         length keeps its values, and an axis of two patches (one patch) uses a spline of degree two (a constant).
     """
-    _check_resize(table, source_window, target_window)
+    for window in (source_window, target_window):
+        if len(window) != 2 or min(window) < 1:
+            raise InputError(f"a window is (height, width) in patches, both at least 1, not {window}")
+    expected = num_table_rows(source_window)
+    if table.ndim != 2 or len(table) != expected:
+        raise InputError(
+            f"a relative position table for {source_window[0]} x {source_window[1]} patches has shape "
+            f"({expected}, heads), but this one has {tuple(table.shape)}: give the window it was trained with"
+        )
     if source_window == target_window:
         return table.detach().clone()
 
@@ -175,15 +183,3 @@ def _resize_grid(values: FloatArray, target_window: tuple[int, int]) -> FloatArr
     spline = RectBivariateSpline(positions[1], positions[0], values.T, kx=degrees[1], ky=degrees[0])
     rows, columns = (np.arange(1.0 - target, target) for target in target_window)
     return spline(columns, rows).T
-
-
-def _check_resize(table: Tensor, source_window: tuple[int, int], target_window: tuple[int, int]) -> None:
-    for window in (source_window, target_window):
-        if len(window) != 2 or min(window) < 1:
-            raise InputError(f"a window is (height, width) in patches, both at least 1, not {window}")
-    expected = num_table_rows(source_window)
-    if table.ndim != 2 or len(table) != expected:
-        raise InputError(
-            f"a relative position table for {source_window[0]} x {source_window[1]} patches has shape "
-            f"({expected}, heads), but this one has {tuple(table.shape)}: give the window it was trained with"
-        )

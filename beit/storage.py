@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import IO, Any
@@ -26,6 +26,7 @@ from urllib.request import Request, urlopen
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from beit.errors import InputError, did_you_mean
 
@@ -35,6 +36,8 @@ except ImportError:  # Windows has no flock; it refuses to delete open files ins
     fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
+
+Checkpoint = Mapping[str, Any]  # what a run saves, and :func:`load_checkpoint` reads
 
 TEMPORARY_SUFFIX = ".beit-tmp"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -156,7 +159,7 @@ def _remove_stale_temporaries(target: Path) -> None:
                 entry.unlink()
 
 
-def _lock(file: IO[Any], wait: bool) -> bool:
+def _lock(file: IO[bytes] | io.FileIO, wait: bool) -> bool:
     """Locks an open file until it is closed or its process dies; False if that is taken or impossible."""
     if fcntl is None:
         return True
@@ -177,7 +180,7 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def save_checkpoint(path: str | os.PathLike[str], obj: Any) -> None:
+def save_checkpoint(path: str | os.PathLike[str], obj: object) -> None:
     """Saves an object with ``torch.save``, atomically; raises as :func:`atomic_write` does."""
     with atomic_write(path) as file:
         torch.save(obj, file)
@@ -215,6 +218,21 @@ def load_checkpoint(path: str | os.PathLike[str], mmap: bool = False) -> Any:
             raise  # not the file's fault
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} is truncated or damaged ({first_line}): fetch or copy it again") from error
+
+
+def differences(names: Sequence[str], given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """Shows the shapes of the first two tensors by which a file's and a model's differ.
+
+    Args:
+        names: All that differ.
+        given: The file's tensors.
+        own: The model's tensors.
+    """
+
+    def shape(tensors: Mapping[str, Tensor], name: str) -> str:
+        return str(tuple(tensors[name].shape)) if name in tensors else "absent"
+
+    return "; ".join(f"{n} {shape(given, n)} in the file, {shape(own, n)} in the model" for n in names[:2])
 
 
 def require_file(path: Path) -> None:
@@ -267,11 +285,7 @@ def offline() -> bool:
 
 
 def download(
-    url: str | Sequence[str],
-    destination: str | os.PathLike[str],
-    *,
-    sha256: str | None = None,
-    verify: Callable[[Path], None] | None = None,
+    url: str | Sequence[str], destination: str | os.PathLike[str], *, verify: Callable[[Path], None] | None = None
 ) -> Path:
     """Makes sure that ``destination`` holds the file at ``url``, downloading it at most once.
 
@@ -283,7 +297,6 @@ def download(
     Args:
         url: An http or https address, or several that hold the same file, tried in this order.
         destination: Where the file goes.
-        sha256: The published hash, if there is one; it takes precedence over the recorded one.
         verify: Called with the downloaded file while it is still named ``<destination>.part``; raises an
             :class:`InputError` to reject it.
 
@@ -291,7 +304,7 @@ def download(
         ``destination`` as a path.
 
     Raises:
-        InputError: No address delivers the file, its hash is wrong, what arrives is a web page or other text, or it is
+        InputError: No address delivers the file, it has changed, what arrives is a web page or other text, or it is
             missing and ``BEIT_OFFLINE=1`` is set.
     """
     destination = Path(os.path.realpath(destination))
@@ -301,30 +314,28 @@ def download(
             raise InputError(f"{destination} is missing and BEIT_OFFLINE is set: put the file of {urls[0]} there")
         with _one_process(destination):
             if not destination.exists():  # otherwise the process we waited for has downloaded it
-                _download_from_any(urls, destination, sha256, verify)
+                _download_from_any(urls, destination, verify)
                 return destination
-    check_recorded_hash(destination, sha256)
+    check_recorded_hash(destination)
     return destination
 
 
-def check_recorded_hash(path: Path, sha256: str | None = None) -> None:
-    """Compares a file with its published hash or the one recorded beside it; records it if there is none.
+def check_recorded_hash(path: Path) -> None:
+    """Compares a file with the hash recorded beside it; records it if there is none.
 
     Raises:
         InputError: They differ.
     """
     record = path.with_name(path.name + ".sha256")
     recorded = record.read_text().split()[:1] if record.exists() else []
-    expected = [sha256] if sha256 else recorded
     found = sha256_of(path)
-    if not expected:
+    if not recorded:
         if problem := describe_problem(path):
             raise InputError(f"{path} is not the file it should be: {problem}")
         _record_hash(path, found)
-    elif found != expected[0].lower():
-        source = "published" if sha256 else f"recorded in {record.name}"
+    elif found != recorded[0].lower():
         raise InputError(
-            f"{path} has changed: its sha256 is {found[:12]}…, the one {source} is {expected[0][:12]}…; "
+            f"{path} has changed: its sha256 is {found[:12]}…, the one in {record.name} is {recorded[0][:12]}…; "
             f"delete {path.name} and {record.name} to download it again"
         )
 
@@ -364,9 +375,7 @@ def _one_process(destination: Path) -> Iterator[None]:
         lock.release()
 
 
-def _download_from_any(
-    urls: list[str], destination: Path, sha256: str | None, verify: Callable[[Path], None] | None
-) -> None:
+def _download_from_any(urls: list[str], destination: Path, verify: Callable[[Path], None] | None) -> None:
     """Downloads from the first address whose file passes all checks."""
     failures = []
     part = destination.with_name(destination.name + ".part")
@@ -375,12 +384,9 @@ def _download_from_any(
             _fetch(url, part)
             if problem := describe_problem(part):
                 raise InputError(f"{url} does not deliver the file: {problem}")
-            digest = sha256_of(part)
-            if sha256 and digest != sha256.lower():
-                raise InputError(f"the sha256 of {url} is {digest[:12]}…, not the published {sha256[:12]}…")
             if verify is not None:
                 verify(part)
-            _record_hash(destination, digest)
+            _record_hash(destination, sha256_of(part))
             os.replace(part, destination)
             sync_folder(destination.parent)
             return

@@ -20,7 +20,7 @@ from beit.errors import InputError, did_you_mean
 from beit.registry import Factory, locate
 
 if TYPE_CHECKING:
-    from beit.checkpoints.load import Architecture, Metadata
+    from beit.checkpoints.read import Metadata
     from beit.modeling import Backbone, VisionTransformer, VisionTransformerForMaskedImageModeling
 
 M_co = TypeVar("M_co", bound="Backbone", covariant=True)
@@ -67,30 +67,18 @@ def _classifier(img_size: int, **size: float) -> "Model[VisionTransformer]":
     return Model("beit.modeling:VisionTransformer", {**shared, **size})
 
 
-beit_tiny_patch16_224_8k_vocab = _pretraining(**_TINY)
-beit_small_patch16_224_8k_vocab = _pretraining(**_SMALL)
-beit_base_patch16_224_8k_vocab = _pretraining(**_BASE)
-beit_large_patch16_224_8k_vocab = _pretraining(**_LARGE)
-beit_tiny_patch16_224 = _classifier(224, **_TINY)
-beit_small_patch16_224 = _classifier(224, **_SMALL)
-beit_base_patch16_224 = _classifier(224, **_BASE)
-beit_base_patch16_384 = _classifier(384, **_BASE)
-beit_large_patch16_224 = _classifier(224, **_LARGE)
-beit_large_patch16_384 = _classifier(384, **_LARGE)
-beit_large_patch16_512 = _classifier(512, **_LARGE)
-
 MODELS: dict[str, "Model[Backbone]"] = {
-    "beit_tiny_patch16_224_8k_vocab": beit_tiny_patch16_224_8k_vocab,
-    "beit_small_patch16_224_8k_vocab": beit_small_patch16_224_8k_vocab,
-    "beit_base_patch16_224_8k_vocab": beit_base_patch16_224_8k_vocab,
-    "beit_large_patch16_224_8k_vocab": beit_large_patch16_224_8k_vocab,
-    "beit_tiny_patch16_224": beit_tiny_patch16_224,
-    "beit_small_patch16_224": beit_small_patch16_224,
-    "beit_base_patch16_224": beit_base_patch16_224,
-    "beit_base_patch16_384": beit_base_patch16_384,
-    "beit_large_patch16_224": beit_large_patch16_224,
-    "beit_large_patch16_384": beit_large_patch16_384,
-    "beit_large_patch16_512": beit_large_patch16_512,
+    "beit_tiny_patch16_224_8k_vocab": _pretraining(**_TINY),
+    "beit_small_patch16_224_8k_vocab": _pretraining(**_SMALL),
+    "beit_base_patch16_224_8k_vocab": _pretraining(**_BASE),
+    "beit_large_patch16_224_8k_vocab": _pretraining(**_LARGE),
+    "beit_tiny_patch16_224": _classifier(224, **_TINY),
+    "beit_small_patch16_224": _classifier(224, **_SMALL),
+    "beit_base_patch16_224": _classifier(224, **_BASE),
+    "beit_base_patch16_384": _classifier(384, **_BASE),
+    "beit_large_patch16_224": _classifier(224, **_LARGE),
+    "beit_large_patch16_384": _classifier(384, **_LARGE),
+    "beit_large_patch16_512": _classifier(512, **_LARGE),
 }
 
 
@@ -108,7 +96,8 @@ def create_model(name: str, pretrained: bool | str | Path = False, **overrides: 
         InputError: There is no such model or checkpoint, or the checkpoint is of another model.
         TypeError: The constructor has no such keyword.
     """
-    from beit.checkpoints.load import load_pretrained, released_for
+    from beit.checkpoints.load import load_pretrained
+    from beit.checkpoints.released import released_for
 
     if name not in MODELS:
         raise InputError(
@@ -142,19 +131,10 @@ def open_model(name_or_path: str | Path) -> "tuple[Backbone, Metadata]":
     Raises:
         InputError: There is no such checkpoint, or it is of another kind of model.
     """
-    from beit.checkpoints.load import open_checkpoint, released_for
+    from beit.checkpoints.load import open_checkpoint
+    from beit.checkpoints.released import released_for
 
     return open_checkpoint(released_for(str(name_or_path)).name if name_or_path in MODELS else name_or_path)
-
-
-def build(architecture: "Architecture", layer_norm_eps: float | None = None) -> "Backbone":
-    """Builds the model that an architecture describes.
-
-    Args:
-        architecture: From :func:`beit.checkpoints.load.architecture_of`.
-        layer_norm_eps: Epsilon of the layer norms if it is not 1e-6, as in some other libraries' checkpoints.
-    """
-    return architecture.build(layer_norm_eps)
 
 
 def list_models(pattern: str = "*") -> list[str]:

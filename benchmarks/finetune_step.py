@@ -34,7 +34,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from beit.data.transforms import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from beit.data.preprocessing import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from beit.tasks.finetuning import Classification
 from beit.training.optim import create_optimizer, parameter_groups
 from beit.training.precision import Precision

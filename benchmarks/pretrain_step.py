@@ -46,7 +46,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from beit.data.transforms import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD, normalize, to_unit_range
+from beit.data.preprocessing import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from beit.data.transforms import normalize, to_unit_range
 from beit.masking import BlockwiseMaskGenerator
 from beit.targets import TokenTarget
 from beit.tasks.pretraining import MaskedPrediction, with_patch_index

@@ -29,7 +29,7 @@ import torch
 from measure import announce, default_device, headline, machine, parser, peak_memory, prepare, show, write
 from torch import Tensor
 
-from beit.data.transforms import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from beit.data.preprocessing import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from beit.launch import end_at_once
 from beit.masking import BlockwiseMaskGenerator
 from beit.targets import PixelTarget

@@ -37,7 +37,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BeitForSemanticSegmentation
 
 from beit.checkpoints.export import convert
-from beit.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, normalize
+from beit.data.preprocessing import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from beit.data.transforms import normalize
 from beit.storage import save_checkpoint
 from beit.training.precision import Precision
 from beit.zoo import create_model

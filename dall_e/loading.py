@@ -1,19 +1,20 @@
 """Opens encoder and decoder files of any age without running code in them.
 
-OpenAI published whole pickled modules, and unpickling a module runs what the file says. Here a restricted unpickler
-only collects: objects of the listed classes become inert records of their state, tensors are views of the file's
-storages, and any name that is not listed is an error. A new :class:`Encoder` or :class:`Decoder` is then filled with
-the tensors, so files of 2021, whose submodules lack attributes that torch needs today, work with any version.
+OpenAI published whole pickled modules, and unpickling a module runs what the file says. Here ``torch.load`` gets an
+unpickler that only collects: objects of the listed classes become inert records of their state, and any name that is
+not listed is an error. (Its own weights-only reader refuses modules in the format before torch 1.6.) A new
+:class:`Encoder` or :class:`Decoder` is then filled with the tensors, so files of 2021, whose submodules lack attributes
+that torch needs today, work with any version.
 """
 
-import io
 import json
 import pickle
-import struct
+import tarfile
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -33,21 +34,11 @@ _RECORDED_CLASSES = {
     *("torch.nn.modules.pooling.MaxPool2d", "torch.nn.modules.linear.Identity"),
     "torch.nn.modules.upsampling.Upsample",
 }
-_STORAGE_TYPES = {
-    "torch.DoubleStorage": torch.float64,
-    "torch.FloatStorage": torch.float32,
-    "torch.HalfStorage": torch.float16,
-    "torch.BFloat16Storage": torch.bfloat16,
-}
 _FUNCTIONS: dict[str, Callable[..., object]] = {
-    # torch refuses sizes that reach beyond the storage
-    "torch._utils._rebuild_tensor_v2": lambda storage, offset, size, stride, *_: storage.as_strided(
-        size, stride, offset
-    ),
+    "torch._utils._rebuild_tensor_v2": lambda *where: torch._utils._rebuild_tensor(*where[:4]),
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
     "torch.device": lambda *names: ":".join(map(str, names)),
 }
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _TRUNCATED = "it is a truncated or damaged download or copy"
 
 
@@ -81,17 +72,7 @@ class _Function:
 
 
 class _Collector(pickle.Unpickler):
-    """An unpickler that knows only the listed names, and builds nothing but records, tensors and plain containers.
-
-    Args:
-        file: The pickle.
-        size: Size of the whole file in bytes; a larger storage is refused.
-    """
-
-    def __init__(self, file: IO[bytes], size: int) -> None:
-        super().__init__(file, encoding="utf-8")
-        self.storages: dict[str, Tensor] = {}  # to be filled with the numbers, which follow the pickle
-        self.size = size
+    """An unpickler that knows only the listed names, and builds nothing but records, tensors and plain containers."""
 
     def find_class(self, module: str, name: str) -> object:
         """Returns what stands for ``module.name``; classes are new each time, so that a file cannot alter ours."""
@@ -100,68 +81,31 @@ class _Collector(pickle.Unpickler):
             return type(name, (_Record,), {})
         if full_name in _FUNCTIONS:
             return _Function(_FUNCTIONS[full_name])
-        if full_name in _STORAGE_TYPES:
-            return _STORAGE_TYPES[full_name]
         if full_name == "collections.OrderedDict":
             return type(name, (_Mapping,), {})
         if full_name in ("builtins.set", "__builtin__.set"):
             return set
         raise ModelFileError(f"it asks to import {full_name}, and code inside model files is never run")
 
-    def persistent_load(self, pid: object) -> object:
-        """Returns a storage, or in the format before torch 1.6 a class, whose source text is ignored."""
-        match pid:
-            case ("module", name, *_):
-                return name
-            case ("storage", torch.dtype() as dtype, key, _, int(numel), *view) if not any(view):
-                if not 0 <= numel * dtype.itemsize <= self.size:
-                    raise ModelFileError(f"{_TRUNCATED}; fetch it again")
-                if str(key) not in self.storages:
-                    self.storages[str(key)] = torch.empty(numel, dtype=dtype)
-                return self.storages[str(key)]
-        raise ModelFileError("it holds references of an unknown kind: the file is damaged")
 
-
-def _fill(storage: Tensor, data: bytes) -> None:
-    if len(data) != storage.nbytes:
-        raise ModelFileError(f"{_TRUNCATED}: it ends in the middle of a tensor; fetch it again")
-    if data:
-        storage.copy_(torch.frombuffer(bytearray(data), dtype=storage.dtype))
-
-
-def _read_zip(path: Path) -> object:
-    """Returns the root object of a file in the zip format (torch 1.6 and later)."""
-    with zipfile.ZipFile(path) as archive:
-        names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        if len(names) != 1:
-            raise ModelFileError("it is a zip archive that torch did not write")
-        folder = names[0].removesuffix("data.pkl")
-        if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
-            raise ModelFileError("it was written on a big-endian machine, which is not supported")
-        collector = _Collector(io.BytesIO(archive.read(names[0])), path.stat().st_size)
-        root = collector.load()
-        for key, storage in collector.storages.items():
-            _fill(storage, archive.read(f"{folder}data/{key}"))
-        return root
-
-
-def _read_legacy(path: Path) -> object:
-    """Returns the root object of a file in the format before torch 1.6: five pickles, then the storages in a row."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        if _Collector(file, size).load() != _LEGACY_MAGIC:
-            raise ModelFileError("it is a pickle that torch.save did not write")
-        _Collector(file, size).load()  # version of the format
-        if not _Collector(file, size).load().get("little_endian", True):
-            raise ModelFileError("it was written on a big-endian machine, which is not supported")
-        collector = _Collector(file, size)
-        root = collector.load()
-        for key in _Collector(file, size).load():
-            storage = collector.storages[str(key)]
-            if struct.unpack("<q", file.read(8))[0] != storage.numel():
-                raise ModelFileError(f"{_TRUNCATED}: its tensors do not follow; fetch it again")
-            _fill(storage, file.read(storage.nbytes))
-        return root
+def _read_pickle(path: Path) -> object:
+    """Returns what ``torch.save`` wrote, in either of its formats, with records in place of modules."""
+    names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else ["/data.pkl"]
+    if [name.rpartition("/")[2] for name in names if name.endswith((".pkl", ".py"))] != ["data.pkl"]:
+        raise ModelFileError("it is a zip archive that torch did not write, or TorchScript")
+    if tarfile.is_tarfile(path):
+        raise ModelFileError("it is a tar archive, not a file of torch.save")
+    unpickling = SimpleNamespace(
+        __name__="pickle", Unpickler=_Collector, load=lambda file, **how: _Collector(file, **how).load()
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the old format holds the source text of classes, which is not compared
+            return torch.load(path, map_location="cpu", pickle_module=unpickling, weights_only=False)
+    except RuntimeError as error:
+        if "magic number" in str(error):
+            raise ModelFileError("it is a pickle that torch.save did not write") from error
+        raise
 
 
 def _tensors_of(state: object, prefix: str = "") -> dict[str, Tensor]:
@@ -217,7 +161,7 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], Mapping[str, object]]:
         config = path.with_name("config.json")
         return load_file(path), json.loads(config.read_text()).get(path.stem, {}) if config.exists() else {}
     _check_kind(path)
-    return _read_tensors(_read_zip(path) if zipfile.is_zipfile(path) else _read_legacy(path))
+    return _read_tensors(_read_pickle(path))
 
 
 def _build(tensors: Mapping[str, Tensor], attributes: Mapping[str, object]) -> Encoder | Decoder:

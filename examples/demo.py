@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from beit.checkpoints.load import read_weights
+from beit.checkpoints.read import read_weights
 from beit.commands import knn, visualize
 from beit.commands.visualize import ReconstructConfig
 from beit.data.datasets import index_images

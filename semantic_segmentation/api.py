@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from beit.checkpoints.load import read_weights
+from beit.checkpoints.read import read_weights
 from beit.data.transforms import size_pair
 from beit.errors import InputError
 from beit.inference import OneImage, decoded, images_of

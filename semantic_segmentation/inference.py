@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit.checkpoints.formats.segmentation import ADE20K_CLASSES
-from beit.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, normalize
+from beit.data.preprocessing import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN
+from beit.data.transforms import normalize
 from beit.errors import InputError
 from beit.modeling import Biases
 from beit.training.precision import Precision

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from beit.checkpoints.formats.segmentation import HEADS, POOL_SCALES, Heads, heads_of, is_segmentor, taps_of
 from beit.checkpoints.load import KeyReport, load_weights
 from beit.checkpoints.read import Metadata, architecture_of
-from beit.errors import InputError
+from beit.errors import InputError, listed
 from beit.modeling import Backbone, Biases, Size
 from semantic_segmentation.heads import FCNHead, Head, SETRUPHead, UPerHead, resize
 
@@ -346,8 +346,7 @@ def load_segmentor(
     optional = ("auxiliary_head.",) if not any(name.startswith("auxiliary_head.") for name in given) else ()
     needed = [n for n in report.missing if not n.endswith("num_batches_tracked") and not n.startswith(optional)]
     if needed:
-        more = f" and {len(needed) - 3} more" if len(needed) > 3 else ""
-        raise InputError(f"{source} is not a whole segmentor of this kind: it lacks {', '.join(needed[:3])}{more}")
+        raise InputError(f"{source} is not a whole segmentor of this kind: it lacks {listed(needed)}")
     (logger.warning if report.unexpected else logger.info)("%s", report.summary())
     return report
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beit.checkpoints.load import load_weights, read_weights
+from beit.checkpoints.load import load_weights
+from beit.checkpoints.read import read_weights
 from beit.data.loaders import EpochLoader
 from beit.data.transforms import normalize, size_pair
 from beit.tasks.base import Evaluation, Metrics, Schedule, Task, run

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from beit.checkpoints.load import read_weights
+from beit.checkpoints.read import read_weights
 from beit.config import check_settings
 from beit.data.loaders import EpochLoader
 from beit.data.transforms import size_pair

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "dall_e.*": ("dall_e.*",),
     # the engine: any module on any loader, knowing neither models nor data
     "beit.training.*": ("beit.training.*", "beit.storage", "beit.checkpoints.pieces"),
-    "beit.launch": ("beit.config", "beit.training.*"),
+    "beit.launch": ("beit.config", "beit.registry", "beit.training.*"),
     # the parts of the method
     "beit.modeling": ("beit.relative_position", "beit.attention"),
     "beit.tokenizers.*": ("beit.tokenizers.*", "dall_e.*", "beit.storage", "beit.registry"),
@@ -42,6 +42,7 @@ MAY_IMPORT = {
     "beit.checkpoints.formats.*": ("beit.checkpoints.formats.*", "beit.registry"),
     "beit.checkpoints.*": (
         *("beit.checkpoints.*", "beit.storage", "beit.registry", "beit.relative_position", "beit.modeling"),
+        "beit.data.preprocessing",
     ),
     "beit.zoo": ("beit.modeling", "beit.checkpoints.*", "beit.registry"),
     "beit.inference": ("beit.modeling", "beit.checkpoints.*", "beit.zoo", "beit.data.*"),

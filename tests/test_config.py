@@ -18,7 +18,6 @@ from beit.config import (
     read_command_line,
     read_run_settings,
     read_yaml,
-    to_flags,
     to_plain,
 )
 from beit.errors import InputError
@@ -120,22 +119,6 @@ def test_dumped_settings_begin_with_those_that_differ(tmp_path):
     assert read_run_settings(file)[1] == set()
     file.write_text("lr: 1\n")  # of another library, or older
     assert read_run_settings(file) == ({"lr": 1}, None)
-
-
-@pytest.mark.parametrize(
-    "argv",
-    [
-        [],
-        ["--epochs", "3", "--lr", "1e-05", "--clip_grad", "3.0", "--opt_betas", "0.9", "0.98", "--no_pin_mem"],
-        ["--abs_pos_emb", "--input_size", "192x256", "--layers", "3", "-1", "--no_amp_forward", "--local_rank=-2"],
-        ["--model", "it's; $HOME/a b", "--input_size", "96"],
-        ["--model=--odd", "--model_kwargs", "depth=6", "qkv_bias=false", "eps=1.0e-05", "act='12'", "sizes=[1, 2]"],
-    ],
-)
-def test_flags_of_a_configuration_make_it_again(argv):
-    config = read(*argv)
-    assert read(*to_flags(config)) == config
-    assert len(to_flags(config)) <= len(argv)  # nothing that has its default
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from beit.checkpoints.load import RELEASED
+from beit.checkpoints.released import RELEASED
 from beit.config import read_command_line
 from beit.tasks.finetuning import build_eval_transform
 from beit.tasks.settings import FinetuningConfig

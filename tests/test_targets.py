@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from beit.data.preprocessing import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from beit.modeling import VisionTransformerForMaskedImageModeling
 from beit.registry import TARGETS, resolve
 from beit.targets import PixelTarget, PredictionTarget, TokenTarget

@@ -4,14 +4,13 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from beit.checkpoints.formats import dialects
-from beit.checkpoints.formats.dialect import Dialect, WholeModel
+from beit.checkpoints.formats.dialect import Content, Dialect, Weights, WholeModel
 from beit.checkpoints.formats.recorded import RECORDED, VISUAL_TOKENS
 from beit.checkpoints.formats.segmentation import PARTS, heads_of, incomplete, is_segmentor
 from beit.checkpoints.read import (
@@ -23,8 +22,9 @@ from beit.checkpoints.read import (
     preparation_of,
     read_weights,
 )
-from beit.checkpoints.released import CHECKPOINT_SUFFIXES, IMAGENET_MEAN, IMAGENET_STD
-from beit.errors import InputError
+from beit.checkpoints.released import CHECKPOINT_SUFFIXES
+from beit.data.preprocessing import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from beit.errors import InputError, listed
 from beit.registry import resolve
 from beit.relative_position import relative_position_index
 from beit.storage import atomic_write, save_checkpoint
@@ -89,7 +89,7 @@ def check_segmentors(to: str, supported: bool, metadata: Metadata) -> None:
         )
 
 
-def whole_model(weights: Mapping[str, Tensor], metadata: Metadata) -> WholeModel:
+def whole_model(weights: Weights, metadata: Metadata) -> WholeModel:
     """Returns what a checkpoint holds of a model, and what an export needs to know about it.
 
     Args:
@@ -107,7 +107,7 @@ def whole_model(weights: Mapping[str, Tensor], metadata: Metadata) -> WholeModel
         labels = metadata.get("labels") or ()
         labels = tuple(map(str, labels)) if len(labels) == heads.num_classes else None
         # Segmentors are trained on images resized bilinearly, whatever their backbones were trained on.
-        images = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, **metadata, "interpolation": "bilinear"}
+        images = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, **metadata, "interpolation": "bilinear"}
     if "palette" in metadata:
         metadata = {**metadata, "palette": [list(colour) for colour in metadata["palette"]]}
     index = None
@@ -125,32 +125,31 @@ def whole_model(weights: Mapping[str, Tensor], metadata: Metadata) -> WholeModel
     )
 
 
-def _complete(weights: Mapping[str, Tensor], architecture: Architecture, source: str) -> dict[str, Tensor]:
+def _complete(weights: Weights, architecture: Architecture, source: str) -> dict[str, Tensor]:
     """Keeps what belongs to the model, in its order; a segmentor has no norm after the last block."""
     parts: dict[str, Tensor] = {}
     with torch.device("meta"):
         own = list(architecture.build().state_dict())
     if is_segmentor(weights):
         if lacking := incomplete(weights, architecture.arguments["patch_size"][0]):
-            more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
-            raise InputError(f"{source} is not a whole segmentor: it lacks {lacking[0]}{more}")
+            raise InputError(f"{source} is not a whole segmentor: it lacks {listed(lacking, 1)}")
         parts = {name: tensor for name, tensor in weights.items() if name.startswith(PARTS)}
         own = [name for name in own if not name.startswith(("norm.", "fc_norm."))]
     if missing := [name for name in own if name not in weights]:
-        raise InputError(f"{source} is not a whole model: it lacks {missing[0]} and {len(missing) - 1} more tensors")
+        raise InputError(f"{source} is not a whole model: it lacks {listed(missing, 1)}")
     if left_out := [name for name in weights if name not in own and name not in parts]:
         logger.warning("left out, not part of BEiT: %s (%d tensors)", left_out[0], len(left_out))
     return {name: weights[name] for name in own} | parts
 
 
-def _recorded(model: WholeModel) -> dict[str, Any]:
+def _recorded(model: WholeModel) -> Content:
     """Returns what weights do not show, to be read back by :func:`beit.checkpoints.read.read_weights`."""
     found = {key: model.metadata[key] for key in RECORDED if key in model.metadata and key != "labels"}
     found |= {"num_heads": model.arguments["num_heads"], "image_size": model.arguments["img_size"]}
     return found | ({"labels": model.labels} if model.labels else {})
 
 
-def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], recorded: Mapping[str, Any]) -> None:
+def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], recorded: Content) -> None:
     metadata = {"format": "pt"} | ({FILE_METADATA: json.dumps(recorded)} if recorded else {})
     with atomic_write(path) as file:
         file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=metadata))

@@ -6,43 +6,19 @@ print(report.summary())
 
 import logging
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from beit.checkpoints.formats.dialect import Weights
 from beit.checkpoints.formats.unilm import TABLE
-from beit.checkpoints.read import (
-    SHARED_TABLE,
-    Architecture,
-    Metadata,
-    architecture_of,
-    class_names,
-    read_weights,
-    window_of,
-)
-from beit.checkpoints.released import RELEASED, ReleasedCheckpoint, released_for, resolve
-from beit.errors import InputError
+from beit.checkpoints.read import SHARED_TABLE, Metadata, architecture_of, read_weights, window_of
+from beit.errors import InputError, listed
 from beit.modeling import Backbone, resize_position_embedding
 from beit.relative_position import resize_table
-
-__all__ = [
-    "RELEASED",
-    "Architecture",
-    "KeyReport",
-    "Metadata",
-    "ReleasedCheckpoint",
-    "architecture_of",
-    "class_names",
-    "load_pretrained",
-    "load_weights",
-    "open_checkpoint",
-    "read_weights",
-    "released_for",
-    "resolve",
-]
+from beit.storage import differences
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +37,6 @@ OTHER_TASKS = {
     "proposal_generator.": "of detection",
 }
 HEADS = ("head.", "lm_head.")
-_SHOWN = 2
 
 
 @dataclass(frozen=True)
@@ -96,16 +71,12 @@ class KeyReport:
         reasons: dict[str, list[str]] = {}
         for name, reason in self.dropped.items():
             reasons.setdefault(reason, []).append(name)
-        parts += [f"dropped ({reason}): {_listed(names)}" for reason, names in reasons.items()]
+        parts += [f"dropped ({reason}): {listed(names)}" for reason, names in reasons.items()]
         if self.missing:
-            parts.append(f"not in the checkpoint: {_listed(self.missing)}")
+            parts.append(f"not in the checkpoint: {listed(self.missing)}")
         if self.unexpected:
-            parts.append(f"no place in the model: {_listed(self.unexpected)}")
+            parts.append(f"no place in the model: {listed(self.unexpected)}")
         return "; ".join(parts)
-
-
-def _listed(names: list[str] | tuple[str, ...]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def load_pretrained(
@@ -160,9 +131,7 @@ def open_checkpoint(source: str | Path) -> tuple[Backbone, Metadata]:
     return model.eval(), metadata
 
 
-def load_weights(
-    model: Backbone, weights: Mapping[str, Tensor], metadata: Metadata, *, drop_head: bool = False
-) -> KeyReport:
+def load_weights(model: Backbone, weights: Weights, metadata: Metadata, *, drop_head: bool = False) -> KeyReport:
     """Loads weights in official names, as :func:`load_pretrained` does.
 
     Args:
@@ -199,7 +168,7 @@ def load_weights(
     )
 
 
-def _expand_shared_table(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+def _expand_shared_table(weights: Weights, own: Weights) -> tuple[dict[str, Tensor], int]:
     """Copies a shared bias table into every block, unless the model shares it too."""
     given = dict(weights)
     tables = [name for name in own if name.endswith(TABLE)]
@@ -209,9 +178,10 @@ def _expand_shared_table(weights: Mapping[str, Tensor], own: Mapping[str, Tensor
     return given | {name: shared + given[name] if name in given else shared for name in tables}, len(tables)
 
 
-def _check_backbone(given: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str, metadata: Metadata) -> None:
+def _check_backbone(given: Weights, own: Weights, source: str, metadata: Metadata) -> None:
     """Raises an :class:`InputError` unless the whole backbone is there in the right shapes, resizable tensors aside."""
-    needed = [name for name in own if _is_backbone(name)]
+    backbone = (name for name in own if name.startswith(("cls_token", "patch_embed.", "blocks.")))
+    needed = [name for name in backbone if not name.endswith(TABLE)]
     odd = [name for name in needed if name not in given or given[name].shape != own[name].shape]
     if 2 * len(odd) > len(needed):
         raise InputError(
@@ -231,7 +201,7 @@ def _check_backbone(given: Mapping[str, Tensor], own: Mapping[str, Tensor], sour
         raise _another_model(source, odd, given, own)
 
 
-def _check_recorded(model: Backbone, given: Mapping[str, Tensor], source: str, metadata: Metadata) -> None:
+def _check_recorded(model: Backbone, given: Weights, source: str, metadata: Metadata) -> None:
     """Compares what shapes do not show, if it is recorded: attention heads (columns of bias tables) and eps."""
     heads = metadata.get("num_heads", model.num_heads)
     if heads != model.num_heads and not any(name.endswith(TABLE) for name in given):
@@ -244,29 +214,18 @@ def _check_recorded(model: Backbone, given: Mapping[str, Tensor], source: str, m
         logger.warning("%s was trained with a layer_norm_eps of %g, the model has %g", source, recorded, eps)
 
 
-def _is_backbone(name: str) -> bool:
-    return name.startswith(("cls_token", "patch_embed.", "blocks.")) and not name.endswith(TABLE)
-
-
-def _another_model(source: str, odd: list[str], given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> InputError:
-    differences = [
-        f"{name} {_shape(given.get(name))} in the file, {_shape(own.get(name))} in the model" for name in odd
-    ]
+def _another_model(source: str, odd: list[str], given: Weights, own: Weights) -> InputError:
     return InputError(
-        f"{source} is a checkpoint of another model: {len(odd)} tensors differ ({'; '.join(differences[:_SHOWN])}); "
+        f"{source} is a checkpoint of another model: {len(odd)} tensors differ ({differences(odd, given, own)}); "
         "check the model's name and options"
     )
 
 
-def _shape(tensor: Tensor | None) -> str:
-    return "absent" if tensor is None else str(tuple(tensor.shape))
-
-
-def _describe(weights: Mapping[str, Tensor], metadata: Metadata) -> str:
+def _describe(weights: Weights, metadata: Metadata) -> str:
     try:
         found = architecture_of(weights, metadata)
     except (InputError, KeyError, ValueError):
-        return f"a part of a model, such as {_listed(list(weights))}"
+        return f"a part of a model, such as {listed(weights)}"
     a = found.arguments
     task = "pre-trained" if found.masked else "classifier"
     return (
@@ -276,7 +235,7 @@ def _describe(weights: Mapping[str, Tensor], metadata: Metadata) -> str:
 
 
 def _resize(
-    given: dict[str, Tensor], own: Mapping[str, Tensor], target: tuple[int, int], metadata: Metadata
+    given: dict[str, Tensor], own: Weights, target: tuple[int, int], metadata: Metadata
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Resizes tables and position embeddings to the model's patch grid; copies of a shared table stay one tensor."""
     resizable = [name for name in given if name in own and (name.endswith(TABLE) or name == "pos_embed")]
@@ -298,7 +257,7 @@ def _resize(
 
 
 def _drop(
-    given: dict[str, Tensor], own: Mapping[str, Tensor], metadata: Metadata, drop_head: bool
+    given: dict[str, Tensor], own: Weights, metadata: Metadata, drop_head: bool
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Drops heads that do not fit or are not wanted, and parts of other tasks."""
     dropped: dict[str, str] = {}

@@ -11,7 +11,6 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -20,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from beit.errors import InputError
-from beit.storage import load_checkpoint, save_checkpoint, sync_folder
+from beit.storage import Checkpoint, load_checkpoint, sync_folder
 
 INDEX_FILE = ".metadata"
 STATE_FILE = "state.pth"
@@ -38,15 +37,6 @@ ALLOWED_GLOBALS = {
 }
 
 Room = Callable[[str, torch.Size, torch.dtype], Tensor]  # allocates a tensor, given its name, size and dtype
-
-
-def write_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """Writes everything but the tensors; one process calls it, before :func:`write_pieces`.
-
-    Raises:
-        InputError: The folder cannot be written.
-    """
-    save_checkpoint(folder / STATE_FILE, dict(state))
 
 
 def write_pieces(folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -92,7 +82,7 @@ def read_pieces(folder: Path, room: Room | None = None, prefix: str = "") -> dic
     return tensors
 
 
-def read_whole(folder: Path, optimizer: bool = True) -> dict[str, Any]:
+def read_whole(folder: Path, optimizer: bool = True) -> Checkpoint:
     """Reads a sharded checkpoint as if it were a plain one, with the same keys.
 
     Args:
@@ -112,23 +102,23 @@ def read_whole(folder: Path, optimizer: bool = True) -> dict[str, Any]:
     return {key: value for key, value in state.items() if key != OPTIMIZER}
 
 
-def read_optimizer(folder: Path, room: Room | None = None) -> dict[str, Any]:
+def read_optimizer(folder: Path, room: Room | None = None) -> Checkpoint:
     """Reads the optimizer's ``state_dict``; arguments as of :func:`read_pieces`."""
     rest = load_checkpoint(folder / STATE_FILE)[OPTIMIZER]
     return join_optimizer(read_pieces(folder, room, f"{OPTIMIZER}."), rest)
 
 
-def split_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def split_optimizer(state: Checkpoint) -> tuple[dict[str, Tensor], Checkpoint]:
     """Splits an optimizer's ``state_dict`` into tensors by name and everything else."""
     tensors: dict[str, Tensor] = {}
-    rest: dict[int, dict[str, Any]] = {}
+    rest: dict[int, dict[str, object]] = {}
     for index, entry in state["state"].items():
         rest[index] = {key: value for key, value in entry.items() if not isinstance(value, Tensor)}
         tensors |= {f"{OPTIMIZER}.{index}.{key}": value for key, value in entry.items() if isinstance(value, Tensor)}
     return tensors, {"state": rest, "param_groups": state["param_groups"]}
 
 
-def join_optimizer(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
+def join_optimizer(tensors: Mapping[str, Tensor], rest: Checkpoint) -> Checkpoint:
     """Inverts :func:`split_optimizer`; tensors of other names are ignored."""
     joined = {index: dict(entry) for index, entry in rest["state"].items()}
     for name, tensor in tensors.items():
@@ -159,7 +149,7 @@ class _Writer(dcp.FileSystemWriter):
 
 
 class _Reader(dcp.FileSystemReader):
-    def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
+    def read_metadata(self, *_args: object, **_kwargs: object) -> Metadata:
         """Reads the index as torch does, restricted to the allow-list."""
         file = Path(self.path) / INDEX_FILE
         try:
@@ -186,7 +176,7 @@ class _Reader(dcp.FileSystemReader):
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or f"{module}.{name}" in ALLOWED_GLOBALS:
             return super().find_class(module, name)

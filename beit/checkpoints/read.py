@@ -16,29 +16,22 @@ sees), ``palette`` (class colours), ``reduce_zero_label`` (0 is no class in labe
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from beit.checkpoints.formats import UNKNOWN, huggingface, mmseg, recognise, relative, timm, to_official
+from beit.checkpoints.formats.dialect import Content, Weights
 from beit.checkpoints.formats.recorded import RECORDED
 from beit.checkpoints.formats.segmentation import PUBLISHED_TAPS, depth_of, is_segmentor
 from beit.checkpoints.formats.unilm import INDEX, TABLE
-from beit.checkpoints.released import (
-    FOLDER_WEIGHTS,
-    HALF,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    published_crop_pct,
-    released_at,
-    resolve,
-)
-from beit.errors import InputError
+from beit.checkpoints.released import FOLDER_WEIGHTS, released_at, resolve
+from beit.data.preprocessing import default_crop_pct, normalization
+from beit.errors import InputError, listed
 from beit.modeling import Backbone, VisionTransformer, VisionTransformerForMaskedImageModeling
 from beit.relative_position import num_table_rows
 from beit.storage import load_checkpoint
@@ -55,7 +48,7 @@ RECORDED_BY_A_RUN = (  # also among its settings; the second row by segmentation
 PIECES_INDEX = ".metadata"  # in a folder written with --shard fsdp; see beit/checkpoints/pieces.py
 FILE_METADATA = "beit"  # under which a safetensors file, which holds only tensors and strings, has the rest as JSON
 
-Metadata = dict[str, Any]
+Metadata = Content
 
 
 def read_weights(
@@ -79,7 +72,7 @@ def read_weights(
     state = _find_state(raw.content, model_key, prefix, str(source))
     dialect = recognise(state)
     if dialect == UNKNOWN:
-        raise InputError(f"{source} holds no BEiT: its tensors are called {_some(state) or 'nothing'}")
+        raise InputError(f"{source} holds no BEiT: its tensors are called {listed(state) or 'nothing'}")
     if (other := relative(dialect)) is not None and not other.loads:
         raise InputError(f"{source} is {other.name}, not BEiT: {other.remark}")
     weights = to_official(state, dialect)
@@ -103,9 +96,9 @@ def read_weights(
 class _Raw:
     """What is in a file, and in the two JSON files that may lie beside it."""
 
-    content: Mapping[str, Any]
-    config: dict[str, Any]
-    preprocessor: dict[str, Any]
+    content: Mapping
+    config: Content
+    preprocessor: Content
 
 
 def _read(path: Path) -> _Raw:
@@ -121,7 +114,11 @@ def _read(path: Path) -> _Raw:
             hint = f"; give one of its files: {', '.join(checkpoints[-3:])}" if checkpoints else ""
             raise InputError(f"the folder {path} holds no {' or '.join(FOLDER_WEIGHTS[::2])}{hint}")
         path = found[0]
-    content = _read_shards(path) if path.name.endswith(".index.json") else load_checkpoint(path)
+    if path.name.endswith(".index.json"):
+        files = sorted(set(_read_json(path)["weight_map"].values()))
+        content = {name: tensor for file in files for name, tensor in load_checkpoint(path.parent / file).items()}
+    else:
+        content = load_checkpoint(path)
     if not isinstance(content, Mapping):
         raise InputError(f"{path} holds a {type(content).__name__}, not a dict of weights")
     if path.suffix == ".safetensors":
@@ -131,7 +128,7 @@ def _read(path: Path) -> _Raw:
     return _Raw(content, _read_json(path.parent / "config.json"), _read_json(path.parent / "preprocessor_config.json"))
 
 
-def _file_metadata(path: Path) -> dict[str, Any]:
+def _file_metadata(path: Path) -> Content:
     """Reads what ``beit convert`` writes beside the tensors; nothing if another program uses that name."""
     with safe_open(path, framework="pt") as file:
         recorded = (file.metadata() or {}).get(FILE_METADATA, "{}")
@@ -142,30 +139,25 @@ def _file_metadata(path: Path) -> dict[str, Any]:
     return {key: found[key] for key in RECORDED if key in found} if isinstance(found, dict) else {}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> Content:
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
-    files = sorted(set(_read_json(index)["weight_map"].values()))
-    return {name: tensor for file in files for name, tensor in load_checkpoint(index.parent / file).items()}
-
-
-def _find_state(content: Mapping[str, Any], model_key: str, prefix: str, source: str) -> dict[str, Tensor]:
+def _find_state(content: Mapping, model_key: str, prefix: str, source: str) -> dict[str, Tensor]:
     """Finds the weights: under the keys asked for, at the top level, or under another usual key."""
     asked = [key for key in model_key.split("|") if key]
-    found: Any = next((content[key] for key in asked if isinstance(content.get(key), Mapping)), None)
+    found = _first_mapping(content, asked)
     if found is None:
         flat = _tensors(content)
         if not flat and not set(asked) <= set(STATE_KEYS[:3]):
-            raise InputError(f"{source} has nothing under {' or '.join(asked)!r}; it has {_some(content)}")
-        found = flat or _first_mapping(content)
+            raise InputError(f"{source} has nothing under {' or '.join(asked)!r}; it has {listed(content)}")
+        found = flat or _first_mapping(content, STATE_KEYS)
     if found is None:
-        raise InputError(f"{source} has no weights under {', '.join(STATE_KEYS)}; it has {_some(content)}")
-    state = _tensors(_first_mapping(found) or found)
+        raise InputError(f"{source} has no weights under {', '.join(STATE_KEYS)}; it has {listed(content)}")
+    state = _tensors(_first_mapping(found, STATE_KEYS) or found)
     if not prefix:
         return state
     if not (kept := {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}):
@@ -173,17 +165,12 @@ def _find_state(content: Mapping[str, Any], model_key: str, prefix: str, source:
     return kept
 
 
-def _first_mapping(content: Mapping[str, Any]) -> Any:
-    return next((content[key] for key in STATE_KEYS if isinstance(content.get(key), Mapping)), None)
+def _first_mapping(content: Mapping, keys: Sequence[str]) -> Mapping | None:
+    return next((content[key] for key in keys if isinstance(content.get(key), Mapping)), None)
 
 
-def _tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:
+def _tensors(content: Mapping) -> dict[str, Tensor]:
     return {name: t for name, t in content.items() if isinstance(name, str) and isinstance(t, Tensor)}
-
-
-def _some(names: Iterable[Any]) -> str:
-    listed = [str(name) for name in names]
-    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
 
 
 def _segmentor(weights: dict[str, Tensor], dialect: str, raw: _Raw) -> tuple[dict[str, Tensor], Metadata]:
@@ -203,13 +190,13 @@ def _segmentor(weights: dict[str, Tensor], dialect: str, raw: _Raw) -> tuple[dic
     return weights, found | {"segmentation": True}
 
 
-def _recorded(content: Mapping[str, Any]) -> Metadata:
+def _recorded(content: Mapping) -> Metadata:
     """Returns what a run's checkpoint records about its images and classes, at the top level or in its settings."""
     args = content.get("args")
     settings = dict(args if isinstance(args, Mapping) else getattr(args, "__dict__", {}))  # an argparse.Namespace
     found: Metadata = {"args": settings} if settings else {}
     if isinstance(flag := settings.get("imagenet_default_mean_and_std"), bool):
-        found |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if flag else {"mean": HALF, "std": HALF}
+        found |= dict(zip(("mean", "std"), normalization(flag), strict=True))
     keywords = settings.get("model_kwargs")
     in_settings = {key: settings.get(key) for key in RECORDED_BY_A_RUN} | {
         "image_size": settings.get("input_size", settings.get("crop_size")),
@@ -222,7 +209,7 @@ def _recorded(content: Mapping[str, Any]) -> Metadata:
     return found
 
 
-def _window_of_index(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
+def _window_of_index(state: Weights) -> tuple[int, int] | None:
     """Reads the patch grid off an index buffer: along a row of patches the index grows by one, at its end by more."""
     index = next((tensor for name, tensor in state.items() if name.endswith(INDEX)), None)
     if index is None or index.ndim != 2 or len(index) < 2:
@@ -242,7 +229,7 @@ class Architecture:
     """
 
     masked: bool
-    arguments: dict[str, Any]
+    arguments: Content
 
     def build(self, layer_norm_eps: float | None = None) -> Backbone:
         """Builds the model; ``layer_norm_eps`` is only needed if it is not 1e-6, as in some other libraries' files."""
@@ -251,9 +238,7 @@ class Architecture:
         return model(norm_layer=norm_layer, **self.arguments)
 
 
-def window_of(
-    weights: Mapping[str, Tensor], metadata: Mapping[str, Any], fallback: tuple[int, int] | None = None
-) -> tuple[int, int] | None:
+def window_of(weights: Weights, metadata: Metadata, fallback: tuple[int, int] | None = None) -> tuple[int, int] | None:
     """Returns the patch grid ``(h, w)`` that tables and positions were trained with; None if there are none.
 
     Args:
@@ -286,7 +271,7 @@ def window_of(
     )
 
 
-def architecture_of(weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Architecture:
+def architecture_of(weights: Weights, metadata: Metadata) -> Architecture:
     """Returns the model that weights in official names belong to; for a segmentor its backbone, without classes.
 
     Args:
@@ -318,14 +303,16 @@ def architecture_of(weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) 
         logger.info("%s does not record its number of attention heads: using %d", source, heads)
     if not heads or embed_dim % heads:
         raise InputError(f"{source} does not record how many heads its {embed_dim} channels make")
-    arguments: dict[str, Any] = {
+    hidden_dim = len(weights["blocks.0.mlp.fc1.weight"])
+    ratio = hidden_dim / embed_dim  # times embed_dim it may round to below the hidden dimension
+    arguments: Content = {
         "img_size": (grid[0] * patch[0], grid[1] * patch[1]),
         "patch_size": tuple(patch),
         "in_chans": in_chans,
         "embed_dim": embed_dim,
         "depth": depth_of(weights),
         "num_heads": heads,
-        "mlp_ratio": _mlp_ratio(embed_dim, len(weights["blocks.0.mlp.fc1.weight"])),
+        "mlp_ratio": ratio if int(embed_dim * ratio) == hidden_dim else (hidden_dim + 0.5) / embed_dim,
         "qkv_bias": "blocks.0.attn.q_bias" in weights,
         "init_values": 0.1 if "blocks.0.gamma_1" in weights else None,
         "use_abs_pos_emb": "pos_embed" in weights,
@@ -340,13 +327,7 @@ def architecture_of(weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) 
     return Architecture(False, arguments | {"num_classes": classes, "use_mean_pooling": mean_pooling})
 
 
-def _mlp_ratio(embed_dim: int, hidden_dim: int) -> float:
-    """Returns a ratio with ``int(embed_dim * ratio) == hidden_dim``; the quotient itself can round below."""
-    ratio = hidden_dim / embed_dim
-    return ratio if int(embed_dim * ratio) == hidden_dim else (hidden_dim + 0.5) / embed_dim
-
-
-def preparation_of(metadata: Mapping[str, Any], img_size: tuple[int, int]) -> dict[str, Any]:
+def preparation_of(metadata: Metadata, img_size: tuple[int, int]) -> Content:
     """Returns how a model's images are prepared: as recorded, or else as for the published models.
 
     Args:
@@ -356,15 +337,16 @@ def preparation_of(metadata: Mapping[str, Any], img_size: tuple[int, int]) -> di
     Returns:
         ``mean``, ``std``, ``crop_pct`` and ``interpolation``.
     """
+    mean, std = normalization(imagenet=False)
     return {
-        "mean": list(metadata.get("mean", HALF)),
-        "std": list(metadata.get("std", HALF)),
-        "crop_pct": metadata.get("crop_pct") or published_crop_pct(min(img_size)),
+        "mean": list(metadata.get("mean", mean)),
+        "std": list(metadata.get("std", std)),
+        "crop_pct": metadata.get("crop_pct") or default_crop_pct(img_size),
         "interpolation": metadata.get("interpolation", "bicubic"),
     }
 
 
-def class_names(metadata: Mapping[str, Any], num_classes: int) -> tuple[str, ...] | None:
+def class_names(metadata: Metadata, num_classes: int) -> tuple[str, ...] | None:
     """Returns the class names: the recorded ones, or ImageNet's if their number fits, or None.
 
     Args:

@@ -6,15 +6,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
+from beit.data.preprocessing import default_crop_pct, normalization
 from beit.errors import InputError, did_you_mean
-from beit.storage import beit_home, describe_problem, download, offline
+from beit.storage import beit_home, download, offline
 
 RELEASES = "https://github.com/addf400/files/releases/download/v1.0"
-HUB = "https://huggingface.co"
 # Where the files used to be: many command lines still have these addresses, with or without an access token.
 DEAD_HOSTS = ("unilm.blob.core.windows.net", "conversationhub.blob.core.windows.net")
 
@@ -25,9 +23,6 @@ FOLDER_WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-
-HALF = (0.5, 0.5, 0.5)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # Parts of a query that sign an address (Azure, S3, Google, CloudFront): they change while the file does not.
 ACCESS_TOKEN = re.compile(
@@ -59,37 +54,25 @@ class ReleasedCheckpoint:
     urls: tuple[str, ...]
     num_classes: int | None
     input_size: int
-    mean: tuple[float, ...] = HALF
-    std: tuple[float, ...] = HALF
-    crop_pct: float = 0.875
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float
     interpolation: str = "bicubic"
-    overrides: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    overrides: Mapping[str, object] = field(default_factory=dict)
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, object]:
         """Returns the keywords to build the model with."""
         classes = {} if self.num_classes is None else {"num_classes": self.num_classes}
         return {**classes, **self.overrides}
 
 
-def published_crop_pct(size: int) -> float:
-    """Returns the ``crop_pct`` of published models for a side of their images in pixels."""
-    return 1.0 if size >= 384 else 0.875
-
-
 def _released(
-    name: str, model: str, num_classes: int | None, hub: str | None = None, **more: Any
+    name: str, model: str, num_classes: int | None, hub: str | None = None, imagenet: bool = False, **overrides: object
 ) -> ReleasedCheckpoint:
-    mirror = [f"{HUB}/microsoft/{hub}/resolve/main/pytorch_model.bin"] if hub else []
-    size = int(re.findall(r"_(\d{3})", name)[0])
-    return ReleasedCheckpoint(
-        name,
-        model,
-        (f"{RELEASES}/{name}.pth", *mirror),
-        num_classes,
-        size,
-        crop_pct=published_crop_pct(size),
-        **more,
-    )
+    mirror = [f"https://huggingface.co/microsoft/{hub}/resolve/main/pytorch_model.bin"] if hub else []
+    size, (mean, std) = int(re.findall(r"_(\d{3})", name)[0]), normalization(imagenet)
+    urls, crop_pct = (f"{RELEASES}/{name}.pth", *mirror), default_crop_pct((size, size))
+    return ReleasedCheckpoint(name, model, urls, num_classes, size, mean, std, crop_pct, overrides=overrides)
 
 
 def _table() -> dict[str, ReleasedCheckpoint]:
@@ -103,20 +86,13 @@ def _table() -> dict[str, ReleasedCheckpoint]:
             model = f"beit_{size}_patch16_{pixels}"
             rows.append(_released(f"{model}_pt22k_ft22kto1k", model, 1000, f"beit-{size}-patch16-{pixels}"))
         # A segmentor. The hub's copy taps other blocks, so it is no mirror.
-        imagenet: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "overrides": {"img_size": 640}}
         name = f"beit_{size}_patch16_640_pt22k_ft22ktoade20k"
-        rows.append(_released(name, f"beit_{size}_patch16_224", 150, **imagenet))
-    rows.append(
-        _released(
-            "beit_base_patch16_224_pt1k_800ep",
-            "beit_base_patch16_224_8k_vocab",
-            None,
-            mean=IMAGENET_MEAN,
-            std=IMAGENET_STD,
-            overrides={"use_shared_rel_pos_bias": False, "use_abs_pos_emb": True, "init_values": 0.0},
-        )
+        rows.append(_released(name, f"beit_{size}_patch16_224", 150, imagenet=True, img_size=640))
+    name, model = "beit_base_patch16_224_pt1k_800ep", "beit_base_patch16_224_8k_vocab"
+    other = _released(
+        name, model, None, imagenet=True, use_shared_rel_pos_bias=False, use_abs_pos_emb=True, init_values=0.0
     )
-    return {row.name: row for row in rows}
+    return {row.name: row for row in (*rows, other)}
 
 
 RELEASED: dict[str, ReleasedCheckpoint] = _table()
@@ -161,7 +137,7 @@ def resolve(source: str | os.PathLike[str]) -> Path:
     if path.exists():
         return path
     if (row := released_at(text)) is not None and path.parent == Path():
-        return download(row.urls, beit_home() / "checkpoints" / f"{row.name}.pth", verify=_refuse_damaged)
+        return download(row.urls, beit_home() / "checkpoints" / f"{row.name}.pth")
     is_path = path.suffix in CHECKPOINT_SUFFIXES or path.parent.is_dir()
     if (match := _HUB_ID.fullmatch(text)) and (":" in text or not is_path):
         return _fetch_from_hub(match[1])
@@ -179,17 +155,12 @@ def _fetch(url: str) -> Path:
     row = RELEASED.get(name.removesuffix(".pth"))
     if parts.hostname in DEAD_HOSTS or url.startswith(RELEASES):
         urls = row.urls if row else (f"{RELEASES}/{name}",)
-        return download(urls, beit_home() / "checkpoints" / name, verify=_refuse_damaged)
+        return download(urls, beit_home() / "checkpoints" / name)
     # Files of one name are at many addresses, and "?id=2" is another file than "?id=1".
     query = [pair for pair in parse_qsl(parts.query, keep_blank_values=True) if not ACCESS_TOKEN.fullmatch(pair[0])]
     address = f"{parts.scheme}://{parts.netloc}{parts.path}{'?' if query else ''}{urlencode(sorted(query))}"
     place = hashlib.sha256(address.encode()).hexdigest()[:12]
-    return download(url, beit_home() / "urls" / place / name, verify=_refuse_damaged)
-
-
-def _refuse_damaged(path: Path) -> None:
-    if problem := describe_problem(path):
-        raise InputError(f"{path.name.removesuffix('.part')} is no checkpoint: {problem}")
+    return download(url, beit_home() / "urls" / place / name)
 
 
 def _fetch_from_hub(repository: str) -> Path:

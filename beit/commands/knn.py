@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit.checkpoints.load import Metadata, architecture_of, read_weights
+from beit.checkpoints.read import Metadata, architecture_of, read_weights
 from beit.commands.settings import KnnConfig
 from beit.config import check_settings
 from beit.data.classification import LabelledImages, check_classes, find_images, labelled_dataset
@@ -27,7 +27,7 @@ from beit.storage import atomic_write
 from beit.training import distributed
 from beit.training.precision import Precision, resolve_amp_dtype
 from beit.training.session import Session, open_session
-from beit.zoo import build, create_model, open_model
+from beit.zoo import create_model, open_model
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def build_model(config: KnnConfig) -> tuple[Backbone, Preprocessing]:
     metadata: Metadata = {}
     if config.untrained:
         weights, metadata = read_weights(config.checkpoint)
-        model = build(architecture_of(weights, metadata), metadata.get("layer_norm_eps"))
+        model = architecture_of(weights, metadata).build(metadata.get("layer_norm_eps"))
     elif config.checkpoint:
         model, metadata = open_model(config.checkpoint)
     else:

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from beit.checkpoints.load import RELEASED
+from beit.checkpoints.released import RELEASED
 from beit.commands.settings import ModelsConfig
 from beit.errors import InputError, did_you_mean
 from beit.zoo import create_model, list_models

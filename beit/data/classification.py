@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as F
 
 from beit.data.datasets import ImageDataset, Transform
 from beit.data.index import ImageIndex, index_images
-from beit.data.preprocessing import default_crop_pct as default_crop_pct
+from beit.data.preprocessing import default_crop_pct
 from beit.data.transforms import (
     INTERPOLATIONS,
     Size,
@@ -31,7 +31,7 @@ from beit.data.transforms import (
     random_box,
     size_pair,
 )
-from beit.errors import InputError
+from beit.errors import InputError, listed
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,6 @@ ERASING_MODES = ("pixel", "rand", "const")
 
 NATIVE_SIZE = 32  # up to this input size, images that have it are neither zoomed nor cut (as official; for CIFAR)
 NATIVE_PADDING = 4
-_SHOWN_NAMES = 3
 
 
 @dataclass(frozen=True)
@@ -140,26 +139,20 @@ def check_classes(sources: Sequence[LabelledImages], nb_classes: int = 0) -> tup
     names = first.class_names
     if nb_classes and nb_classes != len(names):
         raise InputError(
-            f"--nb_classes {nb_classes}, but {first.root} has {len(names)} classes ({_shown(names)}): "
+            f"--nb_classes {nb_classes}, but {first.root} has {len(names)} classes ({listed(names)}): "
             f"give --nb_classes {len(names)}, or 0 to infer it"
         )
     for other in others:
-        pairs = ((source, than, _missing(source, than)) for source, than in ((first, other), (other, first)))
-        parts = [f"{len(m)} in {source.root} but not in {than.root} ({_shown(m)})" for source, than, m in pairs if m]
+        parts = []
+        for here, there in ((first, other), (other, first)):
+            known = set(there.class_names)
+            if missing := [name for name in here.class_names if name not in known]:
+                parts.append(f"{len(missing)} in {here.root} but not in {there.root} ({listed(missing)})")
         if parts:
             raise InputError(f"training and validation images have different classes: {', '.join(parts)}")
     if len(names) == 1:
         logger.warning("%s has only one class, %s: there is nothing to learn", first.root, names[0])
     return names
-
-
-def _missing(source: LabelledImages, other: LabelledImages) -> list[str]:
-    known = set(other.class_names)
-    return [name for name in source.class_names if name not in known]
-
-
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN_NAMES]) + (", …" if len(names) > _SHOWN_NAMES else "")
 
 
 @dataclass(eq=False)

@@ -90,7 +90,6 @@ class EpochLoader:
         drop_last: Drop the incomplete global batch at the end. Otherwise every image is seen exactly once, and ranks
             may get different numbers of batches.
         max_unreadable: Number of unreadable files tolerated; ``None`` is 1 % of the data set, at least 10.
-        prefetch_factor: Batches each worker loads ahead.
         multiprocessing_context: How workers start: fork, forkserver, spawn, or ``None`` for the platform's default.
 
     Raises:
@@ -108,7 +107,6 @@ class EpochLoader:
     drop_last: bool = True
     _: KW_ONLY
     max_unreadable: int | None = None
-    prefetch_factor: int = 2
     multiprocessing_context: str | None = None
 
     def __post_init__(self) -> None:
@@ -234,7 +232,6 @@ class EpochLoader:
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             persistent_workers=workers,
-            prefetch_factor=self.prefetch_factor if workers else None,
             multiprocessing_context=self.multiprocessing_context if workers else None,
             worker_init_fn=_start_worker,
             # Its own generator: otherwise each epoch would draw from the global one, and stopping in the middle of an

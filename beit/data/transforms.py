@@ -24,10 +24,6 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from beit.data.jitter import ViewJitter
-from beit.data.preprocessing import IMAGENET_DEFAULT_MEAN as IMAGENET_DEFAULT_MEAN
-from beit.data.preprocessing import IMAGENET_DEFAULT_STD as IMAGENET_DEFAULT_STD
-from beit.data.preprocessing import IMAGENET_INCEPTION_MEAN as IMAGENET_INCEPTION_MEAN
-from beit.data.preprocessing import IMAGENET_INCEPTION_STD as IMAGENET_INCEPTION_STD
 from beit.errors import InputError, did_you_mean
 from beit.masking import MaskGenerator
 
@@ -84,8 +80,8 @@ class RandomCropTransform:
             rng: The sample's generator.
             full_size: ``(width, height)`` of the image in its file, if it was decoded at a smaller scale.
         """
-        pixels = as_pixels(image)
-        flipped, box = flip_and_box(full_size or size_of(pixels), self.scale, self.ratio, rng)
+        pixels, size = as_pixels(image)
+        flipped, box = flip_and_box(full_size or size, self.scale, self.ratio, rng)
         views = self._views(cut_out(pixels, box, full_size), rng)
         if self._jitter is not None:
             views = self._jitter(views, pixels)
@@ -113,10 +109,7 @@ class MaskedImageModelingTransform(RandomCropTransform):
     Source: section 3.1 of arXiv 2106.08254.
 
     Args:
-        mask_generator: Draws the patches to mask; for the other arguments see :class:`RandomCropTransform`.
-
-    Raises:
-        InputError: An interpolation is unknown, or a size or the jitter is not usable.
+        mask_generator: Draws the patches to mask; the rest is that of :class:`RandomCropTransform`.
     """
 
     input_size: Size = 224
@@ -162,8 +155,8 @@ class CenterCropTransform:
 
     def __call__(self, image: Image.Image | Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
         """Returns ``image``, uint8 ``(3, H, W)``, and ``token_image``, uint8 ``(3, H2, W2)``, if it has a size."""
-        pixels = as_pixels(image)
-        box = central_box(size_of(pixels), self._views.sizes["image"], self.crop_fraction)
+        pixels, size = as_pixels(image)
+        box = central_box(size, self._views.sizes["image"], self.crop_fraction)
         return self._views(cut_out(pixels, box), rng)
 
 
@@ -175,10 +168,7 @@ class MaskedImageModelingEvalTransform(CenterCropTransform):
     By default 0.875 of the side is shown: 224 of 256 pixels.
 
     Args:
-        mask_generator: Draws the patches to mask; for the other arguments see :class:`CenterCropTransform`.
-
-    Raises:
-        InputError: An interpolation is unknown or a size is not usable.
+        mask_generator: Draws the patches to mask; the rest is that of :class:`CenterCropTransform`.
     """
 
     input_size: Size = 224
@@ -207,14 +197,10 @@ class _Views:
         return {name: resized(region, size, how, rng) for (name, size), how in views}
 
 
-def as_pixels(image: Image.Image | Tensor) -> Tensor:
-    """Returns an RGB image as uint8 ``(3, h, w)``; a tensor as it is."""
-    return image if isinstance(image, Tensor) else F.pil_to_tensor(image)
-
-
-def size_of(pixels: Tensor) -> tuple[int, int]:
-    """Returns ``(width, height)`` of an image ``(3, h, w)``, in Pillow's order."""
-    return pixels.shape[2], pixels.shape[1]
+def as_pixels(image: Image.Image | Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """Returns an RGB image as uint8 ``(3, h, w)``, a tensor as it is, and its ``(width, height)``."""
+    pixels = image if isinstance(image, Tensor) else F.pil_to_tensor(image)
+    return pixels, (pixels.shape[2], pixels.shape[1])
 
 
 def cut_out(pixels: Tensor, box: Box, full_size: tuple[int, int] | None = None) -> Tensor:

@@ -13,7 +13,8 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from beit.checkpoints.load import load_pretrained, load_weights, read_weights
+from beit.checkpoints.load import load_pretrained, load_weights
+from beit.checkpoints.read import read_weights
 from beit.checkpoints.released import resolve
 from beit.data.classification import (
     ClassificationEvalTransform,

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beit.checkpoints.load import architecture_of, load_weights, read_weights
+from beit.checkpoints.load import load_weights
+from beit.checkpoints.read import architecture_of, read_weights
 from beit.data.classification import ClassificationEvalTransform, ClassificationTransform, labelled_dataset
 from beit.data.loaders import EpochLoader
 from beit.data.preprocessing import normalization
@@ -28,7 +29,6 @@ from beit.training.optim import create_optimizer
 from beit.training.precision import Precision, resolve_amp_dtype
 from beit.training.schedules import WarmupCosine
 from beit.training.state import Batch, LoopSettings, StepFunction
-from beit.zoo import build
 
 __all__ = ["LinearProbeConfig", "main"]
 
@@ -153,7 +153,7 @@ def build_backbone(config: LinearProbeConfig) -> Backbone:
         return _named_backbone(config)
     weights, metadata = read_weights(config.checkpoint, config.model_key, config.model_prefix)
     if config.model == AUTO:
-        backbone = build(architecture_of(weights, metadata), metadata.get("layer_norm_eps"))
+        backbone = architecture_of(weights, metadata).build(metadata.get("layer_norm_eps"))
     else:
         backbone = _named_backbone(config)
     report = load_weights(backbone, weights, metadata, drop_head=True)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from beit.checkpoints.load import load_weights, read_weights
+from beit.checkpoints.load import load_weights
+from beit.checkpoints.read import read_weights
 from beit.data.datasets import ImageDataset
 from beit.data.loaders import EpochLoader
 from beit.data.preprocessing import normalization

@@ -33,13 +33,7 @@ from beit.tokenizers.base import LogitTokenizer
 logger = logging.getLogger(__name__)
 
 COLLAPSED_BELOW = 0.05  # codebook perplexity, as a share of the most it could be
-OFFICIAL_SIZES: dict[str, Any] = {
-    "image_size": 112,
-    "num_tokens": 8192,
-    "codebook_dim": 512,
-    "num_layers": 3,
-    "hidden_dim": 256,
-}
+OFFICIAL_SIZES = {"image_size": 112, "num_tokens": 8192, "codebook_dim": 512, "num_layers": 3, "hidden_dim": 256}
 ReconstructionKind = Literal["mse", "smooth_l1"]
 
 
@@ -136,13 +130,8 @@ class DiscreteVAE(nn.Module):
     def sizes(self) -> dict[str, int | list[int]]:
         """The constructor's arguments, as they stand in the ``config.json`` beside the weights."""
         height, width = self.image_size
-        return {
-            "image_size": height if height == width else [height, width],
-            "num_tokens": self.num_tokens,
-            "codebook_dim": self.codebook_dim,
-            "num_layers": self.num_layers,
-            "hidden_dim": self.hidden_dim,
-        }
+        sizes = {name: getattr(self, name) for name in OFFICIAL_SIZES}
+        return sizes | {"image_size": height if height == width else [height, width]}
 
     def features(self, images: Tensor) -> Tensor:
         """Inputs of the head: ``(B, 3, H, W)`` in [-1, 1] → ``(B, hidden_dim, h, w)``."""
@@ -153,11 +142,6 @@ class DiscreteVAE(nn.Module):
         features = self.features(images)
         with torch.autocast(features.device.type, enabled=False):
             return self.head(features.float())
-
-    @torch.no_grad()
-    def codebook_indices(self, images: Tensor) -> Tensor:
-        """Tokens: ``(B, 3, H, W)`` in [-1, 1] → int64 ``(B, h, w)``."""
-        return self(images).argmax(dim=1)
 
     def decode(self, ids: Tensor) -> Tensor:
         """Images of tokens: int64 ``(B, h, w)`` → ``(B, 3, H, W)``, about [-1, 1]."""

@@ -7,7 +7,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from beit.errors import InputError
-from beit.storage import load_checkpoint, save_checkpoint
+from beit.storage import Checkpoint, differences, load_checkpoint, save_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,6 @@ PIECES = "pieces"  # the key of a checkpoint that names the folder beside it, wh
 DEEPSPEED = "deepspeed"  # the key that names the folder where DeepSpeed wrote it
 _PIECES_INDEX = ".metadata"  # written last, see beit/checkpoints/pieces.py
 _NUMBERED_FILE = re.compile(r"checkpoint-(\d+)\.pth")
-_SHOWN_DIFFERENCES = 2
 
 
 def numbered_file(number: int) -> str:
@@ -60,14 +59,8 @@ class RunFolder:
         self._take_lock(patience)
 
     def _take_lock(self, patience: float) -> None:
-        # A POSIX record lock dies with this very process. flock() would live on in data-loading workers that
-        # outlast a killed parent by seconds, and a restart would find its own folder locked.
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            return
         last, told = time.monotonic() + patience, False
-        while not self._try_lock(fcntl.lockf, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        while not self._try_lock():
             self._lock.seek(0)
             owner = self._lock.read().strip() or "another process"
             if time.monotonic() >= last:
@@ -83,10 +76,16 @@ class RunFolder:
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._lock.flush()
 
-    def _try_lock(self, lock: Callable[[Any, int], None], how: int) -> bool:
+    def _try_lock(self) -> bool:
         """Whether the folder is ours now, or its file system knows no locks."""
+        # A POSIX record lock dies with this very process. flock() would live on in data-loading workers that
+        # outlast a killed parent by seconds, and a restart would find its own folder locked.
         try:
-            lock(self._lock, how)
+            import fcntl
+
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows
+            return True
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 return False
@@ -98,7 +97,7 @@ class RunFolder:
         """Lets another run use the folder."""
         self._lock.close()
 
-    def save(self, name: str, state: Mapping[str, Any]) -> None:
+    def save(self, name: str, state: Checkpoint) -> None:
         """Writes a checkpoint and removes the oldest of the epochs' beyond ``keep``, each with the folder it names.
 
         Folders of rolling checkpoints before this one go too. No other folder is ever removed.
@@ -130,17 +129,13 @@ class RunFolder:
             path.rename(aside / path.name)
         logger.warning("%d checkpoints of an earlier run were moved to %s", len(paths), aside)
 
-    def newest(self) -> Path | None:
-        """Returns the checkpoint that has got furthest, or None if there is none.
-
-        Raises:
-            InputError: There are checkpoints and none of them can be read: starting over would overwrite them.
-        """
-        return newest_checkpoint(self.path)
-
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Returns a folder's checkpoint that has got furthest, or None if there is none; see :meth:`RunFolder.newest`."""
+    """Returns a folder's checkpoint that has got furthest, or None if there is none.
+
+    Raises:
+        InputError: There are checkpoints and none of them can be read: starting over would overwrite them.
+    """
     candidates = [path for _, path in reversed(_numbered_files(folder))][:2]
     if (folder / LAST).exists():
         candidates.insert(0, folder / LAST)
@@ -180,7 +175,7 @@ def _remove(path: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _check_folder(checkpoint: Mapping[str, Any], path: Path) -> Path | None:
+def _check_folder(checkpoint: Checkpoint, path: Path) -> Path | None:
     """Returns the folder that a checkpoint names, if it names one.
 
     Raises:
@@ -195,7 +190,7 @@ def _check_folder(checkpoint: Mapping[str, Any], path: Path) -> Path | None:
     return folder
 
 
-def position_of(checkpoint: Mapping[str, Any]) -> tuple[int, int]:
+def position_of(checkpoint: Checkpoint) -> tuple[int, int]:
     """Returns where a run continues from a checkpoint: the epoch, and the optimizer steps already done in it."""
     progress = checkpoint.get("progress")
     if progress is not None:
@@ -221,28 +216,16 @@ def load_exactly(module: nn.Module, weights: Mapping[str, Tensor], source: str) 
     Raises:
         InputError: They do not; the message counts and shows the differences.
     """
-    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    given = {
-        name: tuple(tensor.shape)
-        for name, tensor in weights.items()
-        if not name.endswith("relative_position_index")  # derived from the window, in official files
-    }
-    differences = [
-        f"{name} {_shape(given.get(name))} in the file, {_shape(own.get(name))} in the model"
-        for name in sorted(own.keys() | given.keys())
-        if own.get(name) != given.get(name)
-    ]
-    if differences:
-        shown = "; ".join(differences[:_SHOWN_DIFFERENCES])
+    own = module.state_dict()
+    # The index, in official files, follows from the window.
+    given = {name: tensor for name, tensor in weights.items() if not name.endswith("relative_position_index")}
+    every = sorted(own.keys() | given.keys())
+    if odd := [name for name in every if name not in own or name not in given or own[name].shape != given[name].shape]:
         raise InputError(
-            f"{source} is a checkpoint of another model: {len(differences)} of {len(own.keys() | given.keys())} "
-            f"tensors differ ({shown}); check --model and its options"
+            f"{source} is a checkpoint of another model: {len(odd)} of {len(every)} tensors differ "
+            f"({differences(odd, given, own)}); check --model and its options"
         )
-    module.load_state_dict({name: weights[name] for name in given})
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "absent" if shape is None else str(shape)
+    module.load_state_dict(given)
 
 
 def to_cpu(state: Any) -> Any:

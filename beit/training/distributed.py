@@ -30,11 +30,9 @@ def select_device(name: str, local_rank: int, bound: bool = False) -> torch.devi
     Raises:
         InputError: More processes than GPUs on this machine.
     """
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        logger.warning("--device %s: no CUDA device here, computing on the CPU", name)
-        return torch.device("cpu")
-    if name == "mps" and not torch.backends.mps.is_available():
-        logger.warning("--device mps: not available here, computing on the CPU")
+    missing = name.startswith("cuda") and not torch.cuda.is_available()
+    if missing or (name == "mps" and not torch.backends.mps.is_available()):
+        logger.warning("--device %s: no %s device here, computing on the CPU", name, name.partition(":")[0].upper())
         return torch.device("cpu")
     if name != "cuda":
         try:

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,14 +12,14 @@ ENVIRONMENT = "environment.json"
 LIBRARIES = ("beit", "torch", "torchvision", "timm", "numpy")
 
 
-def describe_environment(device: torch.device, processes: int) -> dict[str, Any]:
+def describe_environment(device: torch.device, processes: int) -> dict[str, object]:
     """Returns versions, device, number of processes and the command line, as plain values.
 
     Args:
         device: Where a process computes.
         processes: How many there are, on all machines.
     """
-    content: dict[str, Any] = {name: found for name in LIBRARIES if (found := _version_of(name))}
+    content: dict[str, object] = {name: found for name in LIBRARIES if (found := _version_of(name))}
     content["torch"] = torch.__version__  # with the build, such as +cpu
     content |= {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
     content["device"] = device_name(device)

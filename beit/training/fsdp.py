@@ -23,8 +23,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from beit.checkpoints.pieces import OPTIMIZER, WEIGHTS, read_optimizer, split_optimizer, write_pieces, write_state
+from beit.checkpoints.pieces import OPTIMIZER, STATE_FILE, WEIGHTS, read_optimizer, split_optimizer, write_pieces
 from beit.errors import InputError
+from beit.storage import Checkpoint, save_checkpoint
 from beit.training import distributed
 from beit.training.checkpoint import PIECES, folder_beside, load_exactly
 from beit.training.sharded import ShardedTrainer
@@ -65,8 +66,6 @@ class FullyShardedTrainer(ShardedTrainer):
             fully_shard(layer, mesh=self._mesh, reshard_after_forward=True)
         fully_shard(module, mesh=self._mesh, reshard_after_forward=False)
 
-    # One step
-
     def _distribute(self) -> nn.Module:
         return self.model
 
@@ -85,8 +84,6 @@ class FullyShardedTrainer(ShardedTrainer):
         with _gathered(module):
             return super()._evaluate(module, number)
 
-    # Checkpoints
-
     @property
     def _makes_checkpoints(self) -> bool:
         return bool(self._root)  # all processes have a part of the weights
@@ -104,23 +101,23 @@ class FullyShardedTrainer(ShardedTrainer):
                 weights[name] = whole.cpu()
         return weights
 
-    def _training_state(self) -> dict[str, Any]:
+    def _training_state(self) -> dict[str, object]:
         return {"optimizer_class": type(self.optimizer).__name__, "scaler": self.precision.state_dict()}
 
-    def _write_pieces(self, folder: Path, state: Mapping[str, Any]) -> None:
+    def _write_pieces(self, folder: Path, state: Checkpoint) -> None:
         tensors, rest = split_optimizer(self.optimizer.state_dict())
         modules = {"model": self.model, **({"model_ema": self.ema.module} if self.ema is not None else {})}
         for key, module in modules.items():
             tensors |= {f"{key}.{name}": tensor for name, tensor in module.state_dict().items()}
-        small = {key: value for key, value in state.items() if key not in WEIGHTS}
-        distributed.on_main(lambda: write_state(folder, {**small, OPTIMIZER: rest}))  # if it cannot, none goes on
+        small = {key: value for key, value in state.items() if key not in WEIGHTS} | {OPTIMIZER: rest}
+        distributed.on_main(lambda: save_checkpoint(folder / STATE_FILE, small))  # if it cannot, none goes on
         write_pieces(folder, tensors)
 
     def _load_weights(self, module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
         own = module.state_dict()
         load_exactly(module, {name: _part_of(tensor, own.get(name)) for name, tensor in weights.items()}, source)
 
-    def _optimizer_state(self, checkpoint: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    def _optimizer_state(self, checkpoint: Checkpoint, source: str) -> Checkpoint:
         """Returns this process's part of the optimizer's state, from pieces or from a plain checkpoint."""
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 

@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -26,7 +25,7 @@ class Averages:
     They are part of a checkpoint, so that a resumed epoch reports the mean over all its steps.
     """
 
-    def __init__(self, state: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, state: Mapping[str, list[float]] | None = None) -> None:
         self._totals: dict[str, list[float]] = {name: list(pair) for name, pair in (state or {}).items()}
 
     def add(self, name: str, value: float) -> None:
@@ -71,11 +70,11 @@ class EpochLog:
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         temporary.replace(path)
 
-    def write(self, entry: Mapping[str, Any]) -> None:
+    def write(self, entry: Mapping[str, float]) -> None:
         """Appends one epoch's entry, and sees it onto the disk; a number that is not finite becomes null."""
-        entry = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in entry.items()}
+        finite = {key: value if math.isfinite(value) else None for key, value in entry.items()}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps(finite) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -147,8 +146,7 @@ class Throughput:
 
     def close_window(self, steps: int) -> dict[str, float]:
         """Ends a window of finished optimizer steps; returns its images per second and data-wait share."""
-        seconds = max(self.window_seconds(), 1e-9)
-        waited = self._window_waited
+        seconds, waited = max(self.window_seconds(), 1e-9), self._window_waited
         self._seconds += seconds
         self._waited += waited
         self._steps += steps
@@ -158,10 +156,8 @@ class Throughput:
     def totals(self) -> dict[str, float]:
         """Returns images per second and data-wait share since the start."""
         seconds = max(self._seconds, 1e-9)
-        return {
-            "images_per_second": self._steps * self._images_per_step / seconds,
-            "data_wait": self._waited / seconds,
-        }
+        images = self._steps * self._images_per_step
+        return {"images_per_second": images / seconds, "data_wait": self._waited / seconds}
 
     def remaining(self, steps: int) -> str:
         """Returns how long a number of steps will take, as ``1:02:03``."""
@@ -208,8 +204,7 @@ class Progress:
 
     def update(self, step: int, text: str) -> None:
         """Shows that ``step`` steps of the epoch are done, with a line of numbers."""
-        done = self._before + step
-        self._bar.n = done
+        done = self._bar.n = self._before + step
         self._bar.set_postfix_str(text)
         if not self._on_terminal:
             logger.info("%s step %*d/%d  %s", self._head, len(str(self._steps)), done, self._steps, text)

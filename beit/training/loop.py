@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from beit.storage import Checkpoint
 from beit.training import distributed
 from beit.training.checkpoint import BEST, BEST_EMA, LAST, numbered_file
 from beit.training.logging import Averages, EpochLog, Progress, ScalarWriter, Throughput, memory_in_use
@@ -80,7 +81,8 @@ class Trainer(TrainingState):
                     self._averages = Averages()
                     self._finish_period(end, entry, log, scalars)
                     step, is_open = end, False
-                    if step < total and self._agree(terminated.is_set):
+                    wish = torch.tensor([float(terminated.is_set)], device=self._device)
+                    if step < total and distributed.sum_over_ranks(wish).item():
                         self._stop(step)
 
     def _next_end(self, step: int) -> int:
@@ -102,9 +104,7 @@ class Trainer(TrainingState):
             try:
                 yield from islice(batches, per_epoch - position)
             finally:
-                close = getattr(batches, "close", None)
-                if close:
-                    close()
+                getattr(batches, "close", lambda: None)()
             first += per_epoch - position
 
     def _distribute(self) -> nn.Module:
@@ -117,13 +117,7 @@ class Trainer(TrainingState):
         return DistributedDataParallel(self.model, device_ids=devices, gradient_as_bucket_view=True, **synchronise)
 
     def _train(
-        self,
-        model: nn.Module,
-        batches: Iterator[Batch],
-        first: int,
-        end: int,
-        scalars: ScalarWriter,
-        terminated: "_Flag",
+        self, model: nn.Module, batches: Iterator[Batch], first: int, end: int, scalars: ScalarWriter, flag: "_Flag"
     ) -> None:
         """Takes the optimizer steps from ``first`` up to ``end``."""
         model.train()
@@ -134,8 +128,8 @@ class Trainer(TrainingState):
                 self._window.append(self._optimizer_step(model, batches, done - 1))
                 save = self._saves_last_at(done) and done != end
                 alone = distributed.world_size() == 1
-                if done == end or save or len(self._window) >= self._window_limit or (alone and terminated.is_set):
-                    if self._close_window(done, scalars, progress, terminated):
+                if done == end or save or len(self._window) >= self._window_limit or (alone and flag.is_set):
+                    if self._close_window(done, scalars, progress, flag):
                         self._stop(done, period_open=done == end)
                     if save:
                         self._save(LAST, done)
@@ -143,22 +137,17 @@ class Trainer(TrainingState):
             progress.close()
 
     def _progress(self, first: int, end: int) -> Progress:
-        period = self.settings.period
+        period, total = self.settings.period, self.settings.total_steps
         if period.name == "step":
-            return Progress("Training", self.settings.total_steps, first)
+            return Progress("Training", total, first)
         number = (end - 1) // period.steps
-        total = self.settings.total_steps // period.steps
-        start = number * period.steps
-        return Progress(f"Epoch [{number + 1}/{total}]", period.steps, first, before=-start)
+        head = f"Epoch [{number + 1}/{total // period.steps}]"
+        return Progress(head, period.steps, first, before=-number * period.steps)
 
     def _stop(self, step: int, period_open: bool = False) -> NoReturn:
         self._save(LAST, step, period_open)
         distributed.barrier()  # a launcher ends the others when one is gone: not before the checkpoint is written
         raise Stopped(f"stopped at {self._place(step)}")
-
-    def _agree(self, wish: bool) -> bool:
-        """Whether any process wishes something."""
-        return bool(distributed.sum_over_ranks(torch.tensor([float(wish)], device=self._device)).item())
 
     def _saves_last_at(self, step: int) -> bool:
         return self.settings.save_last_every > 0 and step % self.settings.save_last_every == 0
@@ -199,12 +188,11 @@ class Trainer(TrainingState):
 
     def _next_batch(self, batches: Iterator[Batch]) -> Batch:
         start = time.perf_counter()
-        batch = next(batches)
-        batch = self.prepare(batch) if self.prepare else batch
+        batch = next(batches) if self.prepare is None else self.prepare(next(batches))
         self._throughput.waited(time.perf_counter() - start)
         return to_device(batch, self._device)
 
-    def _close_window(self, done: int, scalars: ScalarWriter, progress: Progress, terminated: "_Flag") -> bool:
+    def _close_window(self, done: int, scalars: ScalarWriter, progress: Progress, flag: "_Flag") -> bool:
         """Fetches the metrics of the last steps, the only place that waits for the device; returns whether to stop.
 
         All processes meet here, so they agree on a loss that is not finite and on a wish to stop.
@@ -213,7 +201,7 @@ class Trainer(TrainingState):
         self._window = []
         if rows.is_cuda:  # the host is ahead of the device, and a window lasts until its steps are done
             torch.cuda.current_stream(rows.device).synchronize()
-        wish = torch.tensor([float(terminated.is_set), self._throughput.window_seconds()])
+        wish = torch.tensor([float(flag.is_set), self._throughput.window_seconds()])
         sums = torch.cat([rows.flatten(), wish.to(self._device)])
         together = distributed.sum_over_ranks(sums).cpu().double() / distributed.world_size()
         table, (stop, seconds) = together[:-2].reshape(rows.shape), together[-2:].tolist()
@@ -272,19 +260,19 @@ class Trainer(TrainingState):
             f"memory {memory_in_use(self._device)}  left {self._throughput.remaining(self.settings.total_steps - done)}"
         )
 
-    def _log_entry(self, step: int, scalars: ScalarWriter) -> dict[str, Any]:
+    def _log_entry(self, step: int, scalars: ScalarWriter) -> dict[str, float]:
         """Returns a line of the log, with the evaluation where one is due."""
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
         number = (step - 1) // self.settings.period.steps
-        entry: dict[str, Any] = {f"train_{name}": value for name, value in self._averages.means().items()}
+        entry = {f"train_{name}": value for name, value in self._averages.means().items()}
         if self._evaluates_at(step):
             results = self._evaluate(self.model, number)
             if self.ema is not None and self.settings.evaluate_average:
                 average = self._evaluate(self.ema.module, number)
                 results = {**results, **{f"ema_{name}": value for name, value in average.items()}}
-            scalars.write("perf", {f"test_{name}": value for name, value in results.items()}, number)
-            entry |= {f"test_{name}": value for name, value in results.items()}
-        entry |= {"epoch": number, "n_parameters": sum(p.numel() for p in parameters)}
+            results = {f"test_{name}": value for name, value in results.items()}
+            scalars.write("perf", results, number)
+            entry |= results
+        entry |= {"epoch": number, "n_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad)}
         if self.settings.period.name == "step":
             entry["step"] = step
         return entry | {**self._throughput.totals(), "skipped_steps": self._skipped_steps}
@@ -297,10 +285,12 @@ class Trainer(TrainingState):
         due = step % self.settings.evaluate_every == 0 or step == self.settings.total_steps
         return due and self.evaluate is not None
 
-    def _finish_period(self, step: int, entry: dict[str, Any], log: EpochLog | None, scalars: ScalarWriter) -> None:
+    def _finish_period(self, step: int, entry: dict[str, float], log: EpochLog | None, scalars: ScalarWriter) -> None:
         """Logs, then saves: a kill between the two leaves a line that the resumed run writes again, never a gap."""
         where = f"step {step}" if self.settings.period.name == "step" else f"epoch {entry['epoch']}"
-        logger.info("%s: %s", where, "  ".join(f"{key} {_short(value)}" for key, value in entry.items()))
+        logger.info(
+            "%s: %s", where, "  ".join(f"{k} {f'{v:.5g}' if isinstance(v, float) else v}" for k, v in entry.items())
+        )
         if log is not None:
             log.write(entry)
         if self.settings.best_metric is not None:
@@ -310,9 +300,9 @@ class Trainer(TrainingState):
         elif self._saves_last_at(step):
             self._save(LAST, step)
         if self.folder is not None and self.on_epoch_end is not None:
-            self.on_epoch_end(entry["epoch"], scalars)
+            self.on_epoch_end(int(entry["epoch"]), scalars)
 
-    def _keep_best(self, metric: str, step: int, entry: Mapping[str, Any]) -> None:
+    def _keep_best(self, metric: str, step: int, entry: Mapping[str, float]) -> None:
         """Writes what is the best so far, before the numbered checkpoint, so that a killed run does it again."""
         of_average = f"ema_{metric}"
         scores = {name: entry[f"test_{name}"] for name in (metric, of_average) if f"test_{name}" in entry}
@@ -342,7 +332,7 @@ class Trainer(TrainingState):
         """Whether this process has a part in what a checkpoint holds."""
         return self.folder is not None and self.settings.save
 
-    def _write(self, name: str, state: Mapping[str, Any]) -> None:
+    def _write(self, name: str, state: Checkpoint) -> None:
         if self.folder is not None:
             self.folder.save(name, state)
 
@@ -379,7 +369,7 @@ def _termination_flag() -> Iterator[_Flag]:
     """Turns SIGTERM into a flag while the loop runs."""
     flag = _Flag()
 
-    def raise_flag(*_: Any) -> None:
+    def raise_flag(*_: object) -> None:
         flag.is_set = True
 
     try:
@@ -391,7 +381,3 @@ def _termination_flag() -> Iterator[_Flag]:
         yield flag
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else str(value)

@@ -2,7 +2,7 @@
 
 import importlib.util
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from inspect import signature
 from typing import Any
 
@@ -11,6 +11,9 @@ import torch
 from torch import nn
 
 from beit.errors import InputError, did_you_mean
+from beit.storage import Checkpoint
+
+Group = dict[str, Any]  # of parameters, as optimizers take them
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +26,7 @@ def parameter_groups(
     layer_id: Callable[[str], int] | None = None,
     num_layers: int = 0,
     layer_decay: float = 1.0,
-) -> list[dict[str, Any]]:
+) -> list[Group]:
     """Sorts the trainable parameters into groups that share a learning-rate scale and a weight decay.
 
     1-D parameters, ``*.bias`` and the names in ``no_decay`` get no weight decay. With ``layer_id`` the learning rate of
@@ -43,7 +46,7 @@ def parameter_groups(
 
     Source: BEiT (arXiv 2106.08254), section 3.1 and appendix; the official scripts' grouping.
     """
-    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    groups: dict[tuple[float, bool], Group] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -61,7 +64,7 @@ def parameter_groups(
 
 def create_optimizer(
     name: str,
-    groups: Sequence[dict[str, Any]],
+    groups: Sequence[Group],
     *,
     lr: float,
     eps: float | None = None,
@@ -96,8 +99,8 @@ def create_optimizer(
     known = [str(known) for known in timm.optim.list_optimizers()]
     if name not in known:
         raise InputError(f"unknown optimizer {name!r}{did_you_mean(name, known)}")
-    arguments: dict[str, Any] = {"eps": eps, "betas": tuple(betas) if betas else None}
-    arguments = {key: value for key, value in arguments.items() if value is not None}
+    arguments: dict[str, Any] = {} if eps is None else {"eps": eps}
+    arguments |= {"betas": tuple(betas)} if betas else {}
     if fused and name in (("adamw", "adam") if in_parts else ("adamw", "adam", "sgd")):
         arguments["fused"] = True
     return timm.optim.create_optimizer_v2(
@@ -105,9 +108,7 @@ def create_optimizer(
     )
 
 
-def load_optimizer(
-    optimizer: torch.optim.Optimizer, state: Mapping[str, Any], class_name: str | None, source: str
-) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Checkpoint, class_name: str | None, source: str) -> None:
     """Gives an optimizer what a checkpoint's has gathered; its settings (betas, weight decay, …) stay this run's.
 
     Most gather moments for each parameter, some for a group as well, such as LAMB its number of steps. What a group

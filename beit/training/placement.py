@@ -71,27 +71,16 @@ def find_placement(
 
 
 def _open_mpi_placement(env: Mapping[str, str]) -> Placement:
-    meeting_point = f"tcp://{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
-    return Placement(
-        int(env["OMPI_COMM_WORLD_RANK"]),
-        int(env["OMPI_COMM_WORLD_SIZE"]),
-        int(env["OMPI_COMM_WORLD_LOCAL_RANK"]),
-        meeting_point,
-        bound=True,
-    )
+    rank, size, local_rank = (int(env[f"OMPI_COMM_WORLD_{name}"]) for name in ("RANK", "SIZE", "LOCAL_RANK"))
+    return Placement(rank, size, local_rank, f"tcp://{env['MASTER_ADDR']}:{env['MASTER_PORT']}", bound=True)
 
 
 def _slurm_placement(env: Mapping[str, str]) -> Placement:
     host = env.get("MASTER_ADDR") or first_slurm_host(env["SLURM_STEP_NODELIST"])
     job = env.get("SLURM_JOB_ID", "0")
     port = env.get("MASTER_PORT") or str(20000 + int(job) % 20000)  # the same on all ranks, another for another job
-    return Placement(
-        int(env["SLURM_PROCID"]),
-        int(env["SLURM_STEP_NUM_TASKS"]),
-        int(env["SLURM_LOCALID"]),
-        f"tcp://{host}:{port}",
-        bound=True,
-    )
+    rank, size, local_rank = (int(env[f"SLURM_{name}"]) for name in ("PROCID", "STEP_NUM_TASKS", "LOCALID"))
+    return Placement(rank, size, local_rank, f"tcp://{host}:{port}", bound=True)
 
 
 def first_slurm_host(node_list: str) -> str:

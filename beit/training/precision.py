@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,11 +76,11 @@ class Precision:
         """The current factor on the loss: 1 except in float16."""
         return self.scaler.get_scale()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Returns the scaler's state; empty except in float16."""
         return self.scaler.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, object]) -> None:
         """Restores the scaler's state; a state from a run in another format is left aside."""
         if state and self.scaler.is_enabled():
             self.scaler.load_state_dict(state)

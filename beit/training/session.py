@@ -15,7 +15,7 @@ import torch
 from beit.errors import InputError
 from beit.storage import atomic_write, load_checkpoint
 from beit.training import distributed
-from beit.training.checkpoint import RunFolder, position_of
+from beit.training.checkpoint import RunFolder, newest_checkpoint, position_of
 from beit.training.console import configure_console
 from beit.training.environment import ENVIRONMENT, describe_environment
 from beit.training.loop import Trainer
@@ -77,7 +77,7 @@ class Session:
 
     def _newest(self, path: str) -> str:
         """Returns the folder's newest checkpoint, or nothing if ``path`` has got as far."""
-        newest = self.folder.newest() if self.folder else None
+        newest = newest_checkpoint(self.folder.path) if self.folder else None
         if newest is None:
             return ""
         if path and position_of(load_checkpoint(newest, mmap=True)) <= position_of(load_checkpoint(path, mmap=True)):
@@ -142,12 +142,8 @@ def _open_folder(output_dir: str | None, keep: int) -> RunFolder | None:
         logger.warning("no --output_dir: this run writes no checkpoints and no log.txt")
         return None
     opened: list[RunFolder] = []
-
-    def open_it() -> None:
-        patience = PREDECESSOR_PATIENCE if may_follow_another() else 0.0
-        opened.append(RunFolder(output_dir, keep, patience))
-
-    distributed.on_main(open_it)
+    patience = PREDECESSOR_PATIENCE if may_follow_another() else 0.0
+    distributed.on_main(lambda: opened.append(RunFolder(output_dir, keep, patience)))
     return opened[0] if opened else None
 
 

@@ -7,11 +7,11 @@ it names is complete.
 
 import itertools
 from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from beit.storage import Checkpoint
 from beit.training import distributed
 from beit.training.checkpoint import LAST
 from beit.training.loop import Trainer
@@ -29,7 +29,7 @@ class ShardedTrainer(Trainer):
         self._root = distributed.on_main(lambda: str(self.folder.path) if self.folder and self.settings.save else "")
 
     @abstractmethod
-    def _write_pieces(self, folder: Path, state: Mapping[str, Any]) -> None:
+    def _write_pieces(self, folder: Path, state: Checkpoint) -> None:
         """Writes this process's piece; all processes call it, the main one with the checkpoint's state."""
 
     def _save(self, name: str, step: int, period_open: bool = False) -> None:

@@ -3,12 +3,13 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from beit.errors import InputError
+from beit.storage import Checkpoint
 from beit.training import distributed
 from beit.training.checkpoint import PIECES, RunFolder, folder_beside, load_exactly, position_of, to_cpu
 from beit.training.logging import Averages, ScalarWriter
@@ -131,7 +132,7 @@ class TrainingState:
     ema: Average | None = None
     evaluate: Callable[[nn.Module, int], dict[str, float]] | None = None
     on_epoch_end: Callable[[int, ScalarWriter], None] | None = None
-    accepts: Callable[[Mapping[str, Any], str], None] | None = None
+    accepts: Callable[[Checkpoint, str], None] | None = None
 
     def __post_init__(self) -> None:
         self.images_per_step = self.loader.batch_size * self.settings.update_freq * distributed.world_size()
@@ -142,7 +143,7 @@ class TrainingState:
         self._skipped_steps = 0
         self._best: dict[str, float] = {}  # the best value so far of the metrics that decide what is kept
 
-    def resume(self, checkpoint: Mapping[str, Any], source: str) -> None:
+    def resume(self, checkpoint: Checkpoint, source: str) -> None:
         """Takes weights, optimizer, scaler, averages and position over from a checkpoint.
 
         Raises:
@@ -161,7 +162,7 @@ class TrainingState:
         self._fresh = False
         logger.info("resuming %s at %s", source, self._place(self.first_step))
 
-    def _take_over(self, checkpoint: Mapping[str, Any], source: str) -> None:
+    def _take_over(self, checkpoint: Checkpoint, source: str) -> None:
         """Takes over weights, optimizer and scaler."""
         if "model" not in checkpoint or not {"optimizer", PIECES} & checkpoint.keys():
             remedy = (
@@ -178,7 +179,7 @@ class TrainingState:
     def _load_weights(self, module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
         load_exactly(module, weights, source)
 
-    def _optimizer_state(self, checkpoint: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    def _optimizer_state(self, checkpoint: Checkpoint, source: str) -> Checkpoint:
         """Returns the optimizer's state, which a run with ``--shard fsdp`` leaves in pieces."""
         if PIECES in checkpoint:
             from beit.checkpoints.pieces import read_optimizer  # seldom needed, and what it imports takes a second
@@ -186,7 +187,7 @@ class TrainingState:
             return read_optimizer(folder_beside(source, checkpoint[PIECES]))
         return checkpoint["optimizer"]
 
-    def _set_position(self, checkpoint: Mapping[str, Any]) -> None:
+    def _set_position(self, checkpoint: Checkpoint) -> None:
         """Takes over the position; an epoch whose length has changed is entered at the same share."""
         period, step = position_of(checkpoint)
         then, now = checkpoint.get("progress", {}), self._surroundings()
@@ -214,7 +215,7 @@ class TrainingState:
             surroundings["steps_per_epoch"] = self.settings.period.steps
         return surroundings
 
-    def _state(self, step: int, period_open: bool = False) -> dict[str, Any]:
+    def _state(self, step: int, period_open: bool = False) -> Checkpoint:
         """Returns what a checkpoint holds when ``step`` optimizer steps are done.
 
         Args:
@@ -242,7 +243,7 @@ class TrainingState:
     def _weights(self, module: nn.Module) -> dict[str, Tensor]:
         return module.state_dict()
 
-    def _training_state(self) -> dict[str, Any]:
+    def _training_state(self) -> dict[str, object]:
         return {
             "optimizer": self.optimizer.state_dict(),
             "optimizer_class": type(self.optimizer).__name__,

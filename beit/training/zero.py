@@ -6,7 +6,6 @@ Source: ZeRO, arXiv 1910.02054.
 import json
 import logging
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from beit.errors import InputError
-from beit.storage import atomic_write
+from beit.storage import Checkpoint, atomic_write
 from beit.training import distributed
 from beit.training.checkpoint import BEST, folder_beside, load_exactly, numbered_file
 from beit.training.sharded import ShardedTrainer
@@ -60,9 +59,9 @@ class DeepSpeedTrainer(ShardedTrainer):
             model=self.model, optimizer=self.optimizer, config=settings, dist_init_required=False
         )
 
-    def deepspeed_config(self) -> dict[str, Any]:
+    def deepspeed_config(self) -> dict[str, object]:
         """Returns DeepSpeed's settings, which are also written to ``deepspeed_config.json``."""
-        settings: dict[str, Any] = {
+        settings: dict[str, object] = {
             "train_batch_size": self.images_per_step,
             "train_micro_batch_size_per_gpu": self.loader.batch_size,
             "gradient_accumulation_steps": self.settings.update_freq,
@@ -77,17 +76,11 @@ class DeepSpeedTrainer(ShardedTrainer):
             settings["torch_autocast"] = {"enabled": True, "dtype": dtype}
         return settings
 
-    # One step
-
     def _distribute(self) -> nn.Module:
         return self._engine
 
     def _backward(
-        self,
-        model: nn.Module,
-        batch: Batch,
-        global_step: int,
-        last: bool,
+        self, model: nn.Module, batch: Batch, global_step: int, last: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         loss, metrics = self.step(model, batch, global_step)
         self._engine.backward(loss)  # divides by the number of batches itself
@@ -108,15 +101,13 @@ class DeepSpeedTrainer(ShardedTrainer):
         scaler = self._engine.torch_autocast_z0_gradscaler
         return float(scaler.get_scale() if scaler else getattr(self.optimizer, "cur_scale", 1.0))
 
-    # Checkpoints
-
-    def _training_state(self) -> dict[str, Any]:
+    def _training_state(self) -> dict[str, object]:
         return {}  # it lies in DeepSpeed's folder
 
-    def _write_pieces(self, folder: Path, _state: Mapping[str, Any]) -> None:
+    def _write_pieces(self, folder: Path, _state: Checkpoint) -> None:
         self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
 
-    def _take_over(self, checkpoint: Mapping[str, Any], source: str) -> None:
+    def _take_over(self, checkpoint: Checkpoint, source: str) -> None:
         """Takes weights and optimizer over from a checkpoint that DeepSpeed wrote.
 
         Raises:

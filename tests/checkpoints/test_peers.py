@@ -17,7 +17,7 @@ from transformers import (
 
 from beit.checkpoints.export import convert
 from beit.checkpoints.read import read_weights
-from beit.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from beit.data.preprocessing import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from beit.errors import InputError
 from beit.modeling import VisionTransformer
 from beit.storage import save_checkpoint

@@ -17,9 +17,9 @@ from beit.checkpoints.pieces import (
     read_whole,
     split_optimizer,
     write_pieces,
-    write_state,
 )
 from beit.errors import InputError
+from beit.storage import save_checkpoint
 
 
 def trained(opt):
@@ -35,7 +35,7 @@ def write(folder, opt="adamw", **state):
     model, optimizer = trained(opt)
     tensors, rest = split_optimizer(optimizer.state_dict())
     tensors |= {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    write_state(folder, {"optimizer": rest, **state})
+    save_checkpoint(folder / STATE_FILE, {"optimizer": rest, **state})
     write_pieces(folder, tensors)
     return model, optimizer
 

@@ -10,7 +10,7 @@ import torch
 from beit.__main__ import main
 from beit.checkpoints.export import convert
 from beit.checkpoints.graphs import Features, export_graph
-from beit.checkpoints.pieces import write_pieces, write_state
+from beit.checkpoints.pieces import STATE_FILE, write_pieces
 from beit.checkpoints.read import read_weights
 from beit.errors import InputError
 from beit.modeling import VisionTransformer, VisionTransformerForMaskedImageModeling
@@ -66,7 +66,7 @@ def test_a_checkpoint_in_pieces_alone_is_converted_with_its_settings(tmp_path):
     model = classifier(img_size=32)
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     rest = {"optimizer": {"state": {}, "param_groups": []}, "args": {"crop_pct": 0.9}, "labels": ["x", "y", "z"]}
-    write_state(tmp_path / "checkpoint-3", rest)
+    save_checkpoint(tmp_path / "checkpoint-3" / STATE_FILE, rest)
     write_pieces(tmp_path / "checkpoint-3", tensors)
     assert main(["convert", str(tmp_path / "checkpoint-3"), str(tmp_path / "x.pth"), "--to", "unilm"]) == 0
     written = load_checkpoint(tmp_path / "x.pth")

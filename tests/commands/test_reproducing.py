@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from beit.__main__ import COMMANDS, main
-from beit.checkpoints.load import RELEASED
+from beit.checkpoints.released import RELEASED
 from beit.commands.recipes import command, read_recipe
 from beit.config import read_command_line, read_facts, recipe_names
 from beit.tasks.settings import LinearProbeConfig, PretrainingConfig

@@ -17,11 +17,11 @@ from beit.data.classification import (
     ClassificationTransform,
     build_policy,
     check_classes,
-    default_crop_pct,
     find_images,
     labelled_dataset,
 )
 from beit.data.loaders import EpochLoader
+from beit.data.preprocessing import default_crop_pct
 from beit.data.transforms import normalize
 from beit.errors import InputError
 
@@ -97,7 +97,7 @@ def test_wrong_numbers_of_classes_and_other_classes_are_named(tmp_path):
     val = find_images("image_folder", "", str(write_classes(tmp_path / "val", "abde")), train=False)
     assert check_classes([train], 4) == ("a", "b", "c", "d")
     with pytest.raises(
-        InputError, match=r"--nb_classes 10, but .*train has 4 classes \(a, b, c, …\): give --nb_classes 4"
+        InputError, match=r"--nb_classes 10, but .*train has 4 classes \(a, b, c and 1 more\): give --nb_classes 4"
     ):
         check_classes([train], 10)
     with pytest.raises(

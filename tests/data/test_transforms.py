@@ -7,9 +7,8 @@ from torchvision.transforms.v2 import functional as F
 
 from beit.data import transforms
 from beit.data.datasets import sample_randomness
+from beit.data.preprocessing import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from beit.data.transforms import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
     CenterCropTransform,
     MaskedImageModelingEvalTransform,
     MaskedImageModelingTransform,

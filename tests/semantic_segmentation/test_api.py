@@ -14,7 +14,8 @@ from torchvision.transforms.v2 import functional as F
 import semantic_segmentation
 from beit.checkpoints.formats.segmentation import leaves_zero_out
 from beit.config import read_command_line
-from beit.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, normalize
+from beit.data.preprocessing import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from beit.data.transforms import normalize
 from beit.errors import InputError
 from semantic_segmentation import Segmentor, build_segmentor, inference_model, init_model, show_result_pyplot
 from semantic_segmentation.api import classes_of, settings_of

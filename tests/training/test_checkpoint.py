@@ -12,7 +12,7 @@ from torch import nn
 
 from beit.errors import InputError
 from beit.storage import save_checkpoint
-from beit.training.checkpoint import LAST, RunFolder, load_exactly, numbered_file, position_of
+from beit.training.checkpoint import LAST, RunFolder, load_exactly, newest_checkpoint, numbered_file, position_of
 
 HOLDER = "import sys, time; from beit.training.checkpoint import RunFolder; f = RunFolder(sys.argv[1]); "
 HOLD = HOLDER + "print('held', flush=True); time.sleep(60)"
@@ -72,24 +72,24 @@ def test_every_epoch_is_kept_by_default_and_the_newest_when_limited(tmp_path):
 
 def test_newest_is_the_one_that_got_furthest(tmp_path):
     folder = RunFolder(tmp_path)
-    assert folder.newest() is None
+    assert newest_checkpoint(folder.path) is None
     folder.save(LAST, {"progress": {"epoch": 2, "step": 5}})
     folder.save(numbered_file(1), {"progress": {"epoch": 2, "step": 0}})
-    assert folder.newest().name == LAST
+    assert newest_checkpoint(folder.path).name == LAST
     time.sleep(0.01)
     folder.save(numbered_file(2), {"progress": {"epoch": 3, "step": 0}})
-    assert folder.newest().name == "checkpoint-2.pth"
+    assert newest_checkpoint(folder.path).name == "checkpoint-2.pth"
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_two_are_not_silently_overwritten(tmp_path, caplog):
     folder = RunFolder(tmp_path)
     folder.save(numbered_file(0), {"epoch": 0})
     (tmp_path / LAST).write_bytes(b"PK\x03\x04 cut off")
-    assert folder.newest().name == "checkpoint-0.pth"
+    assert newest_checkpoint(folder.path).name == "checkpoint-0.pth"
     assert "checkpoint-last.pth" in caplog.text
     (tmp_path / "checkpoint-0.pth").write_bytes(b"")
     with pytest.raises(InputError, match=r"no checkpoint in .* can be read"):
-        folder.newest()
+        newest_checkpoint(folder.path)
 
 
 def test_position_of_ours_and_of_official_files():
@@ -119,10 +119,10 @@ def test_a_checkpoint_without_its_folder_is_passed_over(tmp_path, caplog):
     piece_folder(tmp_path, "checkpoint-0")
     folder.save("checkpoint-0.pth", {"epoch": 0, "pieces": "checkpoint-0"})
     folder.save(LAST, {"progress": {"epoch": 1, "step": 3}, "pieces": "checkpoint-last-7"})
-    assert folder.newest().name == "checkpoint-0.pth"
+    assert newest_checkpoint(folder.path).name == "checkpoint-0.pth"
     assert "checkpoint-last-7, which is missing" in caplog.text
     (tmp_path / "checkpoint-last-7").mkdir()
-    assert folder.newest().name == "checkpoint-0.pth"
+    assert newest_checkpoint(folder.path).name == "checkpoint-0.pth"
     assert "checkpoint-last-7, which lacks .metadata" in caplog.text
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from beit.errors import InputError
 from beit.storage import load_checkpoint, save_checkpoint
-from beit.training.checkpoint import BEST, BEST_EMA, LAST, RunFolder
+from beit.training.checkpoint import BEST, BEST_EMA, LAST, RunFolder, newest_checkpoint
 from beit.training.loop import NonFiniteLossError, Stopped, Trainer
 from beit.training.optim import create_optimizer, parameter_groups
 from beit.training.precision import Precision, resolve_amp_dtype
@@ -73,7 +73,7 @@ def make_trainer(folder, *, batch_size=4, update_freq=1, model=None, step=step, 
 
 def continued(folder, **options):
     trainer = make_trainer(folder, **options)
-    newest = trainer.folder.newest()
+    newest = newest_checkpoint(trainer.folder.path)
     if newest is not None:
         trainer.resume(load_checkpoint(newest), str(newest))
     return trainer
@@ -405,7 +405,7 @@ def test_a_scaled_run_goes_on_with_its_loss_scale(tmp_path):
         killed.fit()
     killed.folder.close()
     continued_run = scaled_trainer(tmp_path / "killed")
-    newest = continued_run.folder.newest()
+    newest = newest_checkpoint(continued_run.folder.path)
     continued_run.resume(load_checkpoint(newest), str(newest))
     assert continued_run.precision.loss_scale > 65536  # it has grown on the way
     continued_run.fit()

@@ -3,11 +3,9 @@
 Formats are listed in :data:`beit.registry.FORMATS`; a dialect is a :class:`~beit.checkpoints.formats.dialect.Dialect`.
 """
 
-from collections.abc import Mapping
-
 from torch import Tensor
 
-from beit.checkpoints.formats.dialect import Dialect
+from beit.checkpoints.formats.dialect import Dialect, Weights
 from beit.checkpoints.formats.relatives import RELATIVES, Relative
 from beit.checkpoints.formats.unilm import bare
 from beit.registry import FORMATS, locate, resolve
@@ -23,7 +21,7 @@ def dialects() -> dict[str, Dialect]:
     return {name: dialect for name, dialect in found.items() if isinstance(dialect, Dialect)}
 
 
-def recognise(state_dict: Mapping[str, Tensor]) -> str:
+def recognise(state_dict: Weights) -> str:
     """Returns the dialect of a state dict, the name of a relative in :data:`RELATIVES`, or :data:`UNKNOWN`.
 
     timm's names are the official ones, so its files are ``unilm`` too.
@@ -38,7 +36,7 @@ def relative(name: str) -> Relative | None:
     return next((relative for relative in RELATIVES if relative.name == name), None)
 
 
-def to_official(state_dict: Mapping[str, Tensor], dialect: str) -> dict[str, Tensor]:
+def to_official(state_dict: Weights, dialect: str) -> dict[str, Tensor]:
     """Translates a state dict to official names, without index buffers.
 
     Args:
@@ -53,9 +51,7 @@ def to_official(state_dict: Mapping[str, Tensor], dialect: str) -> dict[str, Ten
     return resolve(known, "unilm" if model and model.loads else dialect, "dialect").to_official(state_dict)
 
 
-def from_official(
-    weights: Mapping[str, Tensor], dialect: str, *, position_index: Tensor | None = None
-) -> dict[str, Tensor]:
+def from_official(weights: Weights, dialect: str, *, position_index: Tensor | None = None) -> dict[str, Tensor]:
     """Translates weights in official names to a dialect.
 
     Args:

@@ -12,7 +12,8 @@ from beit.checkpoints.formats.segmentation import Heads
 
 Names = frozenset[str]
 Weights = Mapping[str, Tensor]
-Files = dict[str, Mapping[str, Any]]
+Content = dict[str, Any]  # of a checkpoint or a JSON file, or what they record
+Files = dict[str, Content]
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ class WholeModel:
     """
 
     weights: dict[str, Tensor]
-    arguments: dict[str, Any]
-    metadata: dict[str, Any]
-    images: dict[str, Any]
+    arguments: Content
+    metadata: Content
+    images: Content
     labels: list[str] | None = None
     position_index: Tensor | None = None
     heads: Heads | None = None
@@ -64,7 +65,7 @@ class Dialect:
     matches: Callable[[Names], bool]
     to_official: Callable[[Weights], dict[str, Tensor]]
     from_official: Callable[[Weights, Tensor | None], dict[str, Tensor]]
-    file: Callable[[WholeModel], dict[str, Any]] | None = None
+    file: Callable[[WholeModel], Content] | None = None
     folder: Callable[[WholeModel, Path], Files] | None = None
     suffixes: Sequence[str] = (".pth", ".pt")
     segmentors: bool = False

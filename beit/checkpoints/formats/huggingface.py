@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from beit.checkpoints.formats.dialect import Dialect, Files, NameTable, WholeModel, replace_prefix
+from beit.checkpoints.formats.dialect import Content, Dialect, Files, NameTable, Weights, WholeModel, replace_prefix
 from beit.checkpoints.formats.segmentation import LEVELS, PARTS, POOL_SCALES, Heads, leaves_zero_out, taps_of
 from beit.checkpoints.formats.unilm import INDEX, TABLE, bare
 from beit.errors import InputError
@@ -64,7 +64,7 @@ AUXILIARY_INDEX = 2  # which of the taps the library's auxiliary head sees
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
 
 
-def to_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_official(state_dict: Weights) -> dict[str, Tensor]:
     """Translates the names of a file; names of other heads stay as they are.
 
     Raises:
@@ -88,7 +88,7 @@ def to_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
-def from_official(weights: Mapping[str, Tensor], _position_index: Tensor | None = None) -> dict[str, Tensor]:
+def from_official(weights: Weights, _position_index: Tensor | None = None) -> dict[str, Tensor]:
     """Translates official names to those of a file, which holds contiguous tensors with memory of their own.
 
     Layers without query and value biases get zeros, since the library always has them.
@@ -155,7 +155,7 @@ def _folder(model: WholeModel, _destination: Path) -> Files:
     return files | {"model.safetensors": from_official(weights)}
 
 
-def _config(model: WholeModel, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _config(model: WholeModel, arguments: Content) -> Content:
     height, width = arguments["img_size"]
     patch, other = arguments["patch_size"]
     tables = arguments["use_rel_pos_bias"] or arguments["use_shared_rel_pos_bias"]
@@ -195,7 +195,7 @@ def _config(model: WholeModel, arguments: Mapping[str, Any]) -> dict[str, Any]:
     return config | {"id2label": {str(index): label for index, label in names.items()}, "label2id": numbers}
 
 
-def _segmentor(model: WholeModel, heads: Heads) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _segmentor(model: WholeModel, heads: Heads) -> tuple[Content, dict[str, Tensor]]:
     """Returns the config and the weights of a segmentor, with an inert layer if it taps its last block."""
     taps = taps_of(model.weights, model.metadata)
     weights = model.weights
@@ -222,7 +222,7 @@ def _segmentor(model: WholeModel, heads: Heads) -> tuple[dict[str, Any], dict[st
     return config | ({"palette": palette} if palette else {}), weights  # unknown keys of a config are kept there
 
 
-def _check_segmentor(config: Mapping[str, Any], heads: Heads, taps: Sequence[int], scales: Sequence[int]) -> None:
+def _check_segmentor(config: Content, heads: Heads, taps: Sequence[int], scales: Sequence[int]) -> None:
     """Raises an :class:`InputError` if the library has no such segmentor."""
     size, width = config["image_size"], config["hidden_size"]
     why = ""
@@ -245,14 +245,14 @@ def _check_segmentor(config: Mapping[str, Any], heads: Heads, taps: Sequence[int
         raise InputError(f"transformers has no such segmentor: {why}; convert it to unilm or mmsegmentation")
 
 
-def _with_inert_layer(weights: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
+def _with_inert_layer(weights: Weights, depth: int) -> dict[str, Tensor]:
     """Adds a block of zeros, which returns its input, after the last one."""
     last = f"blocks.{depth - 1}."
     block = {name.removeprefix(last): tensor for name, tensor in weights.items() if name.startswith(last)}
     return {**weights, **{f"blocks.{depth}.{name}": torch.zeros_like(tensor) for name, tensor in block.items()}}
 
 
-def without_inert_layer(weights: Mapping[str, Tensor], taps: Sequence[int]) -> dict[str, Tensor]:
+def without_inert_layer(weights: Weights, taps: Sequence[int]) -> dict[str, Tensor]:
     """Removes the block after the last tapped one if it is the last block and returns its input."""
     last = f"blocks.{max(taps) + 1}."
     block = {name: tensor for name, tensor in weights.items() if name.startswith(last)}
@@ -263,7 +263,7 @@ def without_inert_layer(weights: Mapping[str, Tensor], taps: Sequence[int]) -> d
     return {name: tensor for name, tensor in weights.items() if name not in block}
 
 
-def read_segmentation(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:
+def read_segmentation(config: Content, preprocessor: Content) -> Content:
     """Returns what the two files beside a segmentor's weights record: taps as we count them, scales, colours, labels.
 
     Raises:
@@ -276,15 +276,15 @@ def read_segmentation(config: Mapping[str, Any], preprocessor: Mapping[str, Any]
             f"the Hugging Face segmentor has out_indices {list(indices)}: four different ones are needed, from "
             f"{TAP_SHIFT} on, which taps the first layer"
         )
-    found: dict[str, Any] = {"out_indices": taps, "auxiliary_index": AUXILIARY_INDEX}
+    found: Content = {"out_indices": taps, "auxiliary_index": AUXILIARY_INDEX}
     found |= {key: config[key] for key in ("pool_scales", "palette") if config.get(key)}
     zero = preprocessor.get("do_reduce_labels", preprocessor.get("reduce_labels"))
     return found if zero is None else found | {"reduce_zero_label": zero}
 
 
-def read_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:
+def read_config(config: Content, preprocessor: Content) -> Content:
     """Returns what the two files beside the weights record about the model, the images and the classes."""
-    found: dict[str, Any] = {}
+    found: Content = {}
     if (size := config.get("image_size")) is not None:
         found["image_size"] = (size, size) if isinstance(size, int) else tuple(size)
     for theirs, ours in (("num_attention_heads", "num_heads"), ("layer_norm_eps", "layer_norm_eps")):

@@ -6,12 +6,11 @@ Files of mmsegmentation 0.x, which the official code writes, are in :mod:`beit.c
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from beit.checkpoints.formats.dialect import Dialect, Names, NameTable, WholeModel, replace_prefix
+from beit.checkpoints.formats.dialect import Content, Dialect, Names, NameTable, Weights, WholeModel, replace_prefix
 from beit.checkpoints.formats.segmentation import HEADS, PYRAMID, depth_of, is_segmentor
 from beit.checkpoints.formats.unilm import INDEX, TABLE, bare, with_index
 from beit.errors import InputError
@@ -41,14 +40,14 @@ def _neck(names: Iterable[str], quadruples: str) -> dict[str, str]:
     return _NECK if any(name.startswith(quadruples) for name in names) else _NECK_PATCH_8
 
 
-def to_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_official(state_dict: Weights) -> dict[str, Tensor]:
     """Translates the names of either library; names of other heads stay as they are."""
     neck = {theirs: ours for ours, theirs in _neck(map(bare, state_dict), _NECK["fpn1."]).items()}
     bared = {bare(name): tensor for name, tensor in state_dict.items() if not name.endswith(INDEX)}
     return {replace_prefix(name, neck) or _NAMES.official(name): tensor for name, tensor in bared.items()}
 
 
-def to_mmpretrain(weights: Mapping[str, Tensor], position_index: Tensor | None = None) -> dict[str, Tensor]:
+def to_mmpretrain(weights: Weights, position_index: Tensor | None = None) -> dict[str, Tensor]:
     """Translates the whole model to mmpretrain's names, with the index buffers."""
     renamed = {
         replace_prefix(name, _NAMES.heads) or PREFIX + (_NAMES.theirs(name) or name): tensor
@@ -57,7 +56,7 @@ def to_mmpretrain(weights: Mapping[str, Tensor], position_index: Tensor | None =
     return dict(with_index(renamed, position_index))
 
 
-def to_mmsegmentation(weights: Mapping[str, Tensor], position_index: Tensor | None = None) -> dict[str, Tensor]:
+def to_mmsegmentation(weights: Weights, position_index: Tensor | None = None) -> dict[str, Tensor]:
     """Translates a segmentor to mmsegmentation's names; of another model only the backbone, to start a segmentor from.
 
     There each block has its own table and LayerScale: a shared table is copied into every block, and a missing
@@ -84,15 +83,15 @@ def to_mmsegmentation(weights: Mapping[str, Tensor], position_index: Tensor | No
     return to_mmpretrain(backbone, position_index) | parts
 
 
-def _mmsegmentation_file(model: WholeModel) -> dict[str, Any]:
-    content: dict[str, Any] = {"state_dict": to_mmsegmentation(model.weights, model.position_index)}
+def _mmsegmentation_file(model: WholeModel) -> Content:
+    content: Content = {"state_dict": to_mmsegmentation(model.weights, model.position_index)}
     if model.heads:
         described = {"classes": model.labels, "palette": model.metadata.get("palette")}
         content["meta"] = {"dataset_meta": described} if model.labels else {}
     return content
 
 
-def read_meta(content: Mapping[str, Any]) -> dict[str, Any]:
+def read_meta(content: Mapping) -> Content:
     """Returns what ``meta`` records in a file of either version: class names, colours, taps, scales, label maps.
 
     Values are returned as they are. All but the first two are parsed from the text of the config; the first mention
@@ -102,7 +101,7 @@ def read_meta(content: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(recorded, Mapping):
         return {}
     places = [place for place in (recorded.get("dataset_meta"), recorded) if isinstance(place, Mapping)]
-    found: dict[str, Any] = {}
+    found: Content = {}
     for key, ours in (("classes", "labels"), ("palette", "palette")):
         values = [place[name] for place in places for name in (key, key.upper()) if place.get(name)]
         found |= {ours: values[0]} if values else {}

@@ -9,13 +9,13 @@ from typing import Any
 VISUAL_TOKENS = "visual tokens"  # the target of a checkpoint that records none; as in beit.targets
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
-Reader = Callable[[Any], Any]
+Reader = Callable[[object], Any]
 
 
 def _value(kind: type | tuple[type, ...], fits: Callable[[Any], bool] = lambda _value: True) -> Reader:
     """Accepts values of a kind that fit; a bool is no number."""
 
-    def read(value: Any) -> Any:
+    def read(value: object) -> object:
         accepted = isinstance(value, kind) and (kind is bool or not isinstance(value, bool)) and fits(value)
         return value if accepted else None
 
@@ -25,7 +25,7 @@ def _value(kind: type | tuple[type, ...], fits: Callable[[Any], bool] = lambda _
 def _sequence(item: Reader, length: int | None = None) -> Reader:
     """Accepts lists and tuples, not empty, of items that a reader accepts; returns a tuple."""
 
-    def read(value: Any) -> tuple[Any, ...] | None:
+    def read(value: object) -> tuple | None:
         if not isinstance(value, (list, tuple)) or not value or length not in (None, len(value)):
             return None
         items = tuple(item(entry) for entry in value)
@@ -40,11 +40,11 @@ _index = _value(int, lambda value: value >= 0)
 _pair = _sequence(_whole, 2)
 
 
-def _size(value: Any) -> tuple[int, int] | None:
+def _size(value: object) -> tuple[int, int] | None:
     return _pair(value if isinstance(value, (list, tuple)) else (value, value))
 
 
-def _labels(value: Any) -> tuple[Any, ...] | None:
+def _labels(value: object) -> tuple | None:
     """Accepts names in order, or by number in a dict such as ``id2label``."""
     if isinstance(value, (list, tuple)):
         return tuple(value)

@@ -8,7 +8,6 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -74,7 +73,7 @@ def heads_of(weights: Mapping[str, Tensor]) -> Heads:
     )
 
 
-def taps_of(weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> tuple[int, ...]:
+def taps_of(weights: Mapping[str, Tensor], metadata: Mapping) -> tuple[int, ...]:
     """Returns the blocks a segmentor taps, from 0: as recorded, or as published, or the last of each quarter.
 
     Args:
@@ -89,7 +88,7 @@ def taps_of(weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> tuple
     return taps
 
 
-def leaves_zero_out(metadata: Mapping[str, Any], num_classes: int) -> bool:
+def leaves_zero_out(metadata: Mapping, num_classes: int) -> bool:
     """Returns whether 0 is no class in the label maps a segmentor was trained on, so that its first class is 1 there.
 
     That is how ADE20K is labelled; if nothing is recorded, a model with as many classes is assumed to be for ADE20K.

@@ -1,24 +1,22 @@
 """timm's ``Beit``: the official names without the index buffers, and a ``config.json`` that rebuilds the model."""
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from beit.checkpoints.formats import unilm
-from beit.checkpoints.formats.dialect import LAYER_NORM_EPS, Dialect, Files, WholeModel
+from beit.checkpoints.formats.dialect import LAYER_NORM_EPS, Content, Dialect, Files, Weights, WholeModel
 from beit.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 
-def _from_official(weights: Mapping[str, Tensor], _position_index: Tensor | None = None) -> dict[str, Tensor]:
+def _from_official(weights: Weights, _position_index: Tensor | None = None) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in weights.items() if not name.endswith(unilm.INDEX)}
 
 
-def _file(model: WholeModel) -> dict[str, Any]:
+def _file(model: WholeModel) -> Content:
     if model.layer_norm_eps != LAYER_NORM_EPS:
         logger.warning("timm's layer norms have an eps of %g, this model's %g", LAYER_NORM_EPS, model.layer_norm_eps)
     if "vocab_size" in model.arguments:
@@ -37,7 +35,7 @@ def _folder(model: WholeModel, destination: Path) -> Files:
     return {"config.json": _config(model), "model.safetensors": _file(model)["state_dict"]}
 
 
-def _config(model: WholeModel) -> dict[str, Any]:
+def _config(model: WholeModel) -> Content:
     arguments = model.arguments
     same = ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "init_values")
     positions = ("use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias")
@@ -63,7 +61,7 @@ def _config(model: WholeModel) -> dict[str, Any]:
     return config | ({"label_names": model.labels} if model.labels else {})
 
 
-def read_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def read_config(config: Content) -> Content:
     """Returns what timm's ``config.json`` records about the images, the attention heads and the classes."""
     recorded = dict(config.get("pretrained_cfg", {}))
     found = {key: recorded[key] for key in ("mean", "std", "crop_pct", "interpolation") if recorded.get(key)}

@@ -3,12 +3,11 @@
 A segmentor's file is that of mmsegmentation 0.x: everything but the heads is below ``backbone``, including the pyramid.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from torch import Tensor
 
-from beit.checkpoints.formats.dialect import Dialect, WholeModel
+from beit.checkpoints.formats.dialect import Content, Dialect, Weights, WholeModel
 from beit.checkpoints.formats.segmentation import HEADS, is_segmentor
 
 INDEX = "relative_position_index"
@@ -25,19 +24,19 @@ def bare(name: str) -> str:
     return name
 
 
-def to_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_official(state_dict: Weights) -> dict[str, Tensor]:
     """Removes the prefixes of wrappers and the index buffers, which follow from the window."""
     return {bare(name): tensor for name, tensor in state_dict.items() if not name.endswith(INDEX)}
 
 
-def from_official(weights: Mapping[str, Tensor], position_index: Tensor | None = None) -> dict[str, Tensor]:
+def from_official(weights: Weights, position_index: Tensor | None = None) -> dict[str, Tensor]:
     """Adds what the official code saves: an index buffer beside every table, ``backbone.`` in a segmentor."""
     if is_segmentor(weights):
         weights = {name if name.startswith(HEADS) else f"backbone.{name}": t for name, t in weights.items()}
     return dict(with_index(weights, position_index))
 
 
-def with_index(weights: Mapping[str, Tensor], position_index: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+def with_index(weights: Weights, position_index: Tensor | None) -> Iterator[tuple[str, Tensor]]:
     """Yields the weights, each table followed by a copy of the index."""
     for name, tensor in weights.items():
         yield name, tensor
@@ -45,7 +44,7 @@ def with_index(weights: Mapping[str, Tensor], position_index: Tensor | None) -> 
             yield name.removesuffix(TABLE) + INDEX, position_index.clone()
 
 
-def _file(model: WholeModel) -> dict[str, Any]:
+def _file(model: WholeModel) -> Content:
     translated = from_official(model.weights, model.position_index)
     if not model.heads:
         return {"model": translated}
