@@ -8,6 +8,7 @@ from beit.registry import FORMATS
 from beit.tasks.settings import AMP_CHOICES, DATA_SETS
 
 ANY_MODEL = "file, folder, released name, URL or hub id"
+IMAGE_LIST = "folder of images, text file of paths, or shards-{000..127}.tar"
 ANY_IMAGES = "image files, folders of images, or shards-{000..127}.tar"
 IMAGE_SIZE = "image size in pixels (HEIGHTxWIDTH or one number); the model's own by default"
 DEVICE = "cuda, cpu or mps"
@@ -15,10 +16,8 @@ PICTURE = "picture to write, .png or .svg"
 
 POOLS = ("mean", "cls", "cls_mean")
 PROJECTIONS = ("pca", "tsne")
-RECIPE_TASKS = (
-    *("pre-training", "intermediate fine-tuning", "fine-tuning", "linear probe"),
-    *("segmentation", "segmentation test"),
-)
+RECIPE_TASKS = ("pre-training", "intermediate fine-tuning", "fine-tuning", "linear probe", "segmentation")
+RECIPE_TASKS = (*RECIPE_TASKS, "segmentation test")
 
 
 @dataclass(frozen=True)
@@ -42,9 +41,7 @@ class DownloadTokenizerConfig:
 class IndexConfig:
     """The settings of ``beit index``."""
 
-    data_path: str = option(
-        "", "folder of images, text file of paths, or shards-{000..127}.tar", positional=True, must_exist=True
-    )
+    data_path: str = option("", IMAGE_LIST, positional=True, must_exist=True)
 
 
 @dataclass(frozen=True)
@@ -53,15 +50,11 @@ class KnnConfig:
 
     checkpoint: str = option("", f"model to score: {ANY_MODEL}; empty for --model, untrained")
     model: str = option("beit_base_patch16_224", "model name, if there is no --checkpoint")
-    model_kwargs: dict[str, Any] | None = option(
-        None, "further constructor arguments of --model, such as patch_size=8 embed_dim=128"
-    )
+    model_kwargs: dict[str, Any] | None = option(None, "more of its arguments, such as patch_size=8 embed_dim=128")
     untrained: bool = option(False, "baseline: use the checkpoint's architecture with random weights")
     data_set: str = option("IMNET", "kind of data set; CIFAR is CIFAR-100", choices=DATA_SETS)
     data_path: str = option("", "folder of the data; for IMNET the one with train and val", must_exist=True)
-    eval_data_path: str | None = option(
-        None, "folder of validation images, for --data_set image_folder", must_exist=True
-    )
+    eval_data_path: str | None = option(None, "validation images, for --data_set image_folder", must_exist=True)
     input_size: Size | None = option(None, IMAGE_SIZE)
     layers: tuple[int, ...] = option((), "blocks to take features from, counted from 0; all by default")
     pool: tuple[str, ...] = option(("mean", "cls"), f"how a block's tokens become features: {', '.join(POOLS)}")
@@ -107,9 +100,7 @@ class ShowConfig:
     """The settings of ``beit recipes show``."""
 
     name: str = option("", "recipe name, or the path of your own .yaml", positional=True)
-    gpus: int | None = option(
-        None, "total number of GPUs to write the command for; the published run's by default", within="[1, inf)"
-    )
+    gpus: int | None = option(None, "GPUs of the command, in all; as published by default", within="[1, inf)")
 
 
 @dataclass(frozen=True)
@@ -119,22 +110,16 @@ class ReportConfig:
     runs: tuple[str, ...] = option((), "run folders, each with a log.txt", positional=True, must_exist=True)
     output: str = option("", "page to write, such as report.html", short="-o")
     title: str = option("Training report", "title of the page")
-    recipe: tuple[str, ...] = option(
-        (), "recipes to compare with, one for all runs or one per run (- for none); those the runs were started with"
-    )
+    recipe: tuple[str, ...] = option((), "recipe of all runs, or one per run (- for none); as started by default")
     pictures: tuple[str, ...] = option((), "further pictures to include, PNG", must_exist=True)
-    results: tuple[str, ...] = option(
-        (), "further results to include, JSON as written by `beit knn --output`", must_exist=True
-    )
+    results: tuple[str, ...] = option((), "further results, JSON as `beit knn --output` writes it", must_exist=True)
 
 
 @dataclass(frozen=True)
 class ShardsConfig:
     """The settings of ``beit shards``."""
 
-    data_path: str = option(
-        "", "folder of images, text file of paths, or other shards", positional=True, must_exist=True
-    )
+    data_path: str = option("", IMAGE_LIST, positional=True, must_exist=True)
     output_dir: str = option("", "folder for the shards; must not contain any", positional=True)
     images_per_shard: int = option(10_000, "images per shard", within="[1, inf)")
 
@@ -195,9 +180,7 @@ class BiasConfig:
     """The settings of ``beit visualize bias``."""
 
     checkpoint: str = option("", f"any BEiT: {ANY_MODEL}")
-    input_size: Size | None = option(
-        None, "resize the bias tables for images of this size, in pixels", aliases=("size",)
-    )
+    input_size: Size | None = option(None, IMAGE_SIZE, aliases=("size",))
     output: str = option("bias.png", PICTURE, short="-o")
 
 
@@ -205,9 +188,7 @@ class BiasConfig:
 class EmbeddingsConfig:
     """The settings of ``beit visualize embeddings``."""
 
-    data_path: str = option(
-        "", "folder with one folder of images per class, or shards-{000..127}.tar with classes", must_exist=True
-    )
+    data_path: str = option("", "one folder of images per class, or shards with classes", must_exist=True)
     checkpoint: str = option("", f"any BEiT: {ANY_MODEL}")
     block: int = option(-1, "block to take features from, counted from 0, or from the end if negative")
     pool: str = option("mean", "how the block's tokens become a feature", choices=POOLS)

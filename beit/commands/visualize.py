@@ -17,14 +17,8 @@ from beit.errors import InputError
 from beit.features import FrozenFeatures
 from beit.modeling import VisionTransformerForMaskedImageModeling
 from beit.storage import load_checkpoint
-from beit.targets import PredictionTarget
-from beit.tasks.pretraining import (
-    MaskedPrediction,
-    build_mask_generator,
-    build_model,
-    build_target,
-    evaluation_transform,
-)
+from beit.targets import MaskedPrediction, PredictionTarget
+from beit.tasks.pretraining import build_mask_generator, build_model, build_target, evaluation_transform
 from beit.tasks.settings import PretrainingConfig
 from beit.training.checkpoint import load_exactly
 from beit.training.distributed import select_device
@@ -78,12 +72,8 @@ def open_pretrained(
         tokenizer_path: Folder of the tokenizer; empty for the one the run used.
         device: Where to put both.
 
-    Returns:
-        The settings of the run, the model and the target.
-
     Raises:
-        InputError: The file is not a pre-training checkpoint, its target cannot be built from ``--target``, or the
-            tokenizer cannot be loaded.
+        InputError: It is not a pre-training checkpoint, or its target or tokenizer cannot be built.
     """
     checkpoint = load_checkpoint(Path(checkpoint_path))
     settings = checkpoint.get("args") if isinstance(checkpoint, Mapping) else None
@@ -121,7 +111,7 @@ def reconstruct_files(
         seed: Seed of the masks.
 
     Returns:
-        Panels and captions, as :func:`beit.visualization.reconstructions.reconstruct` does.
+        Panels and captions; see :func:`beit.visualization.reconstructions.reconstruct`.
 
     Raises:
         InputError: An image cannot be read.
@@ -129,9 +119,8 @@ def reconstruct_files(
     transform = evaluation_transform(run, target, build_mask_generator(run, model.patch_embed.grid_size))
     samples = []
     for number, shown in enumerate(images):
-        image = read_shown(shown)
         with sample_randomness(seed, 0, number) as rng:
-            samples.append(transform(image, rng))
+            samples.append(transform(read_shown(shown), rng))
     device = next(model.parameters()).device
     batch = {name: torch.stack([sample[name] for sample in samples]).to(device) for name in samples[0]}
     outputs_of_all = MaskedPrediction(target, *normalization(run.imagenet_default_mean_and_std)).outputs_of_all
@@ -145,14 +134,19 @@ def embeddings(config: EmbeddingsConfig) -> None:
         InputError: The folder has no classes, or there is no such checkpoint or block.
     """
     check_picture_name(config.output)
-    index = find_classes(config.data_path)
+    if not config.data_path:
+        raise InputError("--data_path is missing: a folder with one folder of images per class, or shards")
+    index = index_images(config.data_path)
+    if not index.class_names:
+        raise InputError(
+            f"{config.data_path} has no classes: put the images of each class into a folder of its own (in shards "
+            "every image needs its class in a .cls)"
+        )
     check_embedding(min(len(index), config.limit), config.method)
     viewer = open_viewer(config.checkpoint, config.input_size, config.device)
     precision = Precision(resolve_amp_dtype(config.amp_dtype, viewer.device), viewer.device)
-    layers, pools = (config.block,), (config.pool,)
-    frozen = FrozenFeatures(
-        viewer.model, layers=layers, pools=pools, mean=viewer.mean, std=viewer.std, precision=precision
-    )
+    wanted = {"layers": (config.block,), "pools": (config.pool,)}
+    frozen = FrozenFeatures(viewer.model, **wanted, mean=viewer.mean, std=viewer.std, precision=precision)
     features, labels = compute(index, spread(len(index), config.limit), viewer, frozen, config.batch_size)
     points, axes = embed(features, config.method, config.seed)
     groups = [(name, points[where]) for name, where in group_by_class(labels, index.class_names)]
@@ -164,23 +158,6 @@ def embeddings(config: EmbeddingsConfig) -> None:
     title = f"{len(labels)} images, block {frozen.layers[0]}, {pool}: {Path(config.checkpoint).name}"
     draw_points(config.output, groups, axes, title, others)
     logger.info("%s written", config.output)
-
-
-def find_classes(folder: str) -> ImageIndex:
-    """Lists a folder with one folder per class, or shards of images with classes.
-
-    Raises:
-        InputError: There is no such folder or shard, or it has no classes.
-    """
-    if not folder:
-        raise InputError("--data_path is missing: a folder with one folder of images per class, or shards")
-    index = index_images(folder)
-    if not index.class_names:
-        raise InputError(
-            f"{folder} has no classes: put the images of each class into a folder of its own (in shards every image "
-            "needs its class in a .cls)"
-        )
-    return index
 
 
 def compute(

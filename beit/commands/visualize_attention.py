@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 MAX_COLUMNS = 8
 MIN_MASK_BLOCK = 16  # patches, as in pre-training
 NOTE = "Each map: attention probabilities of the patch marked by a ring, dark = 0, bright = the map's maximum."
-CLASS_TOKEN_ENTRIES = ("c→p", "p→c", "c→c")
+CLASS_TOKEN_ENTRIES = "c→p      p→c      c→c"
 BIAS_NOTE = (
     "The query patch is at the centre of each square; all share one colour scale. Below each: the bias from the class "
     "token to patches (c→p), from patches to the class token (p→c) and from the class token to itself (c→c)."
@@ -101,13 +101,11 @@ def attention_rows(
     if len(heads) == 1:
         marks = tuple(mark for row in rows for mark in row[0].marks)
         rows = [[Picture(image, marks=marks, title="image"), *(row[1] for row in rows)]]
-    return [line for row in rows for line in _wrapped(row)]
-
-
-def _wrapped(pictures: list[Picture]) -> list[list[Picture]]:
-    """Breaks a long row into rows of nearly equal length."""
-    length = math.ceil(len(pictures) / math.ceil(len(pictures) / MAX_COLUMNS))
-    return [pictures[start : start + length] for start in range(0, len(pictures), length)]
+    lines = []
+    for row in rows:  # a long one becomes several of nearly equal length
+        length = math.ceil(len(row) / math.ceil(len(row) / MAX_COLUMNS))
+        lines += [row[start : start + length] for start in range(0, len(row), length)]
+    return lines
 
 
 def parse_query(text: str) -> Query:
@@ -151,11 +149,8 @@ def mask_generator(patches: int, model: Backbone) -> BlockwiseMaskGenerator | No
         return None
     if not model.has_mask_token:
         raise InputError("--mask_patches needs a pre-trained model: a classifier has no mask token")
-    height, width = model.patch_embed.grid_size
-    if patches > height * width:
-        raise InputError(f"--mask_patches {patches}: the image has {height} x {width} = {height * width} patches")
     try:
-        return BlockwiseMaskGenerator((height, width), patches, min(MIN_MASK_BLOCK, max(1, patches // 4)))
+        return BlockwiseMaskGenerator(model.patch_embed.grid_size, patches, min(MIN_MASK_BLOCK, max(1, patches // 4)))
     except InputError as error:
         raise InputError(f"--mask_patches {patches}: {error}") from error
 
@@ -175,13 +170,8 @@ def distance(config: DistanceConfig) -> None:
         sys.stdout.write(f"block {number:2}  mean {sum(heads) / len(heads):6.1f} pixels  heads {listed}\n")
     embedding, (height, width) = viewer.model.patch_embed, viewer.model.img_size
     uniform = patch_distances(embedding.grid_size, embedding.patch_size).mean().item()
-    draw_heads(
-        config.output,
-        found,
-        "mean attention distance (pixels)",
-        f"Attention distance: {Path(config.checkpoint).name}, {len(paths)} images of {height} x {width}",
-        ("uniform attention", uniform),
-    )
+    title = f"Attention distance: {Path(config.checkpoint).name}, {len(paths)} images of {height} x {width}"
+    draw_heads(config.output, found, "mean attention distance (pixels)", title, ("uniform attention", uniform))
     logger.info("%s written", config.output)
 
 
@@ -212,15 +202,11 @@ def bias(config: BiasConfig) -> None:
     rows: list[list[Picture]] = []
     for table in tables:
         titles = [f"head {head}" if not rows else "" for head in range(len(table.grids))]
-        captions = map(class_token_caption, table.class_token.tolist())
+        # Each number below its name, with a minus as wide as a plus.
+        numbers = ("   ".join(f"{n:+.2f}" for n in three).replace("-", "−") for three in table.class_token.tolist())
+        captions = (f"{CLASS_TOKEN_ENTRIES}\n{line}" for line in numbers)
         pictures = zip(table.grids, titles, captions, strict=True)
         rows.append([Picture(heat=grid, limits=(-most, most), title=t, caption=c) for grid, t, c in pictures])
     title, names = f"Relative position bias: {Path(config.checkpoint).name}", [table.name for table in tables]
     draw_pictures(config.output, rows, title, note=BIAS_NOTE, row_names=names, colours=SIGNED, bar=True)
     logger.info("%s written", config.output)
-
-
-def class_token_caption(entries: Sequence[float]) -> str:
-    """Returns the three biases of the class token, each below its name."""
-    numbers = "   ".join(f"{value:+.2f}".replace("-", "−") for value in entries)  # a minus as wide as a plus
-    return f"{(' ' * 6).join(CLASS_TOKEN_ENTRIES)}\n{numbers}"

@@ -58,12 +58,7 @@ class Viewer(Preprocessing):
 
 
 def open_viewer(checkpoint: str, size: Size | None, device: str) -> Viewer:
-    """Opens a checkpoint of any format.
-
-    Args:
-        checkpoint: A path, a released name, a URL or a hub id.
-        size: Image size in pixels; None for the model's own.
-        device: cuda, cpu or mps.
+    """Opens a checkpoint of any format, for images of a size in pixels; None is the model's own.
 
     Raises:
         InputError: There is no such checkpoint, it is not a BEiT, or the size is not a multiple of the patch size.

@@ -32,7 +32,7 @@ from beit.training.logging import ScalarWriter
 from beit.training.loop import to_device
 from beit.training.optim import parameter_groups
 from beit.training.precision import AMP_DTYPES, Precision, resolve_amp_dtype
-from beit.training.state import StepFunction
+from beit.training.state import Batch, StepFunction
 from beit.visualization.image_log import reconstruction_picture, spread_samples
 
 __all__ = ["PretrainingConfig", "main"]
@@ -118,12 +118,12 @@ class Pretraining(Task[PretrainingConfig]):
             transform = evaluation_transform(config, self.target, self.masks)
             dataset = ImageDataset(find_together(config.eval_data_path or config.data_path), transform, config.seed)
             samples = to_device(spread_samples(dataset, config.log_images), self.device)
-            outputs, autocast = self.objective.outputs_of_all, self.precision.autocast
 
-            def picture() -> Tensor:
-                with uncompiled():
-                    return reconstruction_picture(self.model, outputs, self.target, samples, autocast)
+            def outputs_of_all(model: nn.Module, batch: Batch) -> Tensor:
+                with uncompiled(), self.precision.autocast():
+                    return self.objective.outputs_of_all(model, batch)
 
+            picture = partial(reconstruction_picture, self.model, outputs_of_all, self.target, samples)
             distributed.on_main(lambda: [picture()][:0])  # what cannot be drawn is found now, and ends all processes
             return lambda epoch, scalars: scalars.write_image("reconstructions", picture(), epoch)
         return None

@@ -15,10 +15,10 @@ Query = tuple[int, int]  # row and column of a patch, from 0
 
 
 def attention_by_block(model: Backbone, images: Tensor, bool_masked_pos: Tensor | None = None) -> Iterator[Tensor]:
-    """Runs images through a model once, and yields the attention probabilities of each block.
+    """Runs images through a model, in evaluation mode, once, and yields the attention probabilities of each block.
 
     Args:
-        model: Any backbone, in evaluation mode.
+        model: Any backbone.
         images: Normalised, ``(B, 3, H, W)``.
         bool_masked_pos: Patches to mask for a pre-trained model, bool ``(B, h, w)``.
 

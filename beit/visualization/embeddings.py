@@ -13,15 +13,11 @@ MIN_IMAGES = 4
 PERPLEXITY = 30  # scikit-learn's default; it must be below the number of points
 MAX_CLASSES = 20  # in a readable legend
 
-
 Embedding = tuple[Tensor, tuple[str, str]]  # points, float64 (N, 2), and the labels of the axes
 
 
 def embed(features: Tensor, method: str, seed: int = 0) -> Embedding:
-    """Projects features ``(N, D)`` to 2D by one of :data:`METHODS`.
-
-    Returns:
-        Points, float64 ``(N, 2)``, and the labels of the two axes.
+    """Projects features ``(N, D)`` to 2D by one of :data:`METHODS`: the points, and the labels of the axes.
 
     Raises:
         InputError: There are too few features, or the method's library is not installed.

@@ -36,10 +36,12 @@ LEGEND_SPACING = 0.37  # between two lines, in heights of a letter
 DPI = 150
 HEAT, SIGNED = "inferno", "RdBu_r"  # colour maps: from zero to the maximum; below and above zero
 HEAT_OPACITY = 0.65
-# Photographs under heat maps are limited to these greys, since their white would look hot and their black cold.
+# The greys of photographs under heat maps: white would look hot, and black cold.
 DARKEST, BRIGHTEST = 0.35, 0.65
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's colours without their yellow, which is hard to see on white."""
+
+Legend = Sequence[tuple[str, tuple[int, int, int]]]  # names, and their colours as red, green and blue, 0 to 255
 
 
 def check_picture_name(path: str | Path) -> str:
@@ -91,7 +93,7 @@ def pictures_figure(
     headings: Mapping[int, str] | None = None,
     colours: str = HEAT,
     bar: bool = False,
-    legend: Sequence[tuple[str, tuple[int, int, int]]] = (),
+    legend: Legend = (),
     inches: float = PANEL_INCHES,
 ) -> "Figure":
     """Draws pictures in a table, keeping their aspect ratios; the most elongated one fills its cell.
@@ -104,10 +106,11 @@ def pictures_figure(
         headings: Row number -> a heading above it, for that row and those up to the next heading.
         colours: Colour map of the heat maps, by matplotlib's name.
         bar: Show a colour bar at the right; all heat maps must have the same limits.
-        legend: Names and colours (red, green, blue, 0 to 255) to list at the bottom, column by column.
+        legend: Names and colours to list at the bottom, column by column.
         inches: Longer side of a picture.
     """
-    panel = _panel_inches([picture.size for row in rows for picture in row], inches)
+    shape = max(high / wide for high, wide in (picture.size for row in rows for picture in row))  # the most elongated
+    panel = inches * max(min(1, 1 / shape), NARROWEST), inches * max(min(1, shape), LOWEST)
     margin = GAP_INCHES + (LINE_INCHES if row_names else 0)
     step, columns = panel[0] + GAP_INCHES, max(len(row) for row in rows)
     width = margin + columns * step + (BAR_INCHES if bar else 0)
@@ -155,16 +158,14 @@ def draw_panels(path: str | Path, panels: Mapping[str, Tensor], captions: Sequen
         captions: Text under the last image of each row; none by default.
         title: Title of the figure.
     """
-    rows = []
-    for number, versions in enumerate(zip(*panels.values(), strict=True)):
-        row = [Picture(image, title="" if number else name) for name, image in zip(panels, versions, strict=True)]
-        rows.append([*row[:-1], replace(row[-1], caption=captions[number] if captions else "")])
+    rows = [list(map(Picture, versions)) for versions in zip(*panels.values(), strict=True)]
+    rows[0] = [replace(picture, title=name) for picture, name in zip(rows[0], panels, strict=True)]
+    for row, caption in zip(rows, captions, strict=False):
+        row[-1] = replace(row[-1], caption=caption)
     draw_pictures(path, rows, title)
 
 
-def segmentation_figure(
-    panels: Mapping[str, Tensor], legend: Sequence[tuple[str, tuple[int, int, int]]], title: str = ""
-) -> "Figure":
+def segmentation_figure(panels: Mapping[str, Tensor], legend: Legend, title: str = "") -> "Figure":
     """Draws versions of one image side by side, with a legend of the classes below.
 
     Args:
@@ -174,12 +175,6 @@ def segmentation_figure(
     """
     row = [Picture(picture.float() / 255, title=name) for name, picture in panels.items()]
     return pictures_figure([row], title, legend=legend, inches=SEGMENTATION_INCHES)
-
-
-def _panel_inches(sizes: Sequence[tuple[int, int]], longest: float) -> tuple[float, float]:
-    """Returns width and height of a cell that fits the most elongated picture."""
-    shape = max(height / width for height, width in sizes)
-    return longest * max(min(1, 1 / shape), NARROWEST), longest * max(min(1, shape), LOWEST)
 
 
 def _row_places(
@@ -218,7 +213,9 @@ def _draw_picture(axes: "Axes", picture: Picture, colours: str) -> None:
     height, width = picture.size
     extent = (0, width, height, 0)
     if picture.image is not None:
-        image = picture.image if picture.heat is None else _pale(picture.image)
+        image = picture.image
+        if picture.heat is not None:  # in mid greys, so that light and dark stand for the heat map
+            image = DARKEST + (BRIGHTEST - DARKEST) * image.mean(dim=0, keepdim=True).clamp(0, 1).expand(3, -1, -1)
         axes.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="antialiased", extent=extent)
     if picture.heat is not None:
         low, high = picture.limits or (0.0, max(picture.heat.max().item(), 1e-12))
@@ -236,12 +233,6 @@ def _draw_picture(axes: "Axes", picture: Picture, colours: str) -> None:
         axes.set_xlabel(picture.caption, fontsize=7.5, labelpad=2)
 
 
-def _pale(image: Tensor) -> Tensor:
-    """Returns an image ``(3, H, W)`` in mid greys, so that light and dark stand for the heat map drawn over it."""
-    grey = image.mean(dim=0, keepdim=True).clamp(0, 1).expand(3, -1, -1)
-    return DARKEST + (BRIGHTEST - DARKEST) * grey
-
-
 def legend_size(names: Sequence[str], inches: float, symbol: int = 5) -> tuple[int, float]:
     """Returns the number of a legend's columns that fit into a width, and its height in inches.
 
@@ -253,12 +244,12 @@ def legend_size(names: Sequence[str], inches: float, symbol: int = 5) -> tuple[i
     return columns, math.ceil(len(names) / columns) * LEGEND_POINTS * (1 + LEGEND_SPACING) / 72 + 0.15
 
 
-def _draw_legend(figure: "Figure", legend: Sequence[tuple[str, tuple[int, int, int]]], columns: int) -> None:
+def _draw_legend(figure: "Figure", legend: Legend, columns: int) -> None:
     from matplotlib.patches import Patch
 
     patches = [
-        Patch(facecolor=(red / 255, green / 255, blue / 255), edgecolor="black", linewidth=0.4, label=name)
-        for name, (red, green, blue) in legend
+        Patch(facecolor=[part / 255 for part in colour], edgecolor="black", linewidth=0.4, label=name)
+        for name, colour in legend
     ]
     figure.legend(
         handles=patches, loc="lower center", bbox_to_anchor=(0.5, 0), ncols=columns, fontsize=LEGEND_POINTS,

@@ -1,7 +1,6 @@
 """Reconstructions of a few fixed images, drawn again after each epoch of pre-training, for TensorBoard."""
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -10,64 +9,38 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from beit.data.loaders import Batch, EpochDataset
-from beit.data.transforms import to_unit_range
 from beit.targets import PredictionTarget
-from beit.visualization.reconstructions import hide_patches
+from beit.visualization.reconstructions import reconstruct
 
 GAP = 2  # pixels between two images, white
 MOST_IMAGES, COLUMNS = 16, 8  # of images beside their reconstructions
 
 
-@torch.no_grad()
 def reconstruction_picture(
-    model: nn.Module,
-    outputs: Callable[[nn.Module, Batch], Tensor],
-    target: PredictionTarget,
-    batch: Batch,
-    autocast: Callable[[], AbstractContextManager[object]],
+    model: nn.Module, outputs_of_all: Callable[[nn.Module, Batch], Tensor], target: PredictionTarget, batch: Batch
 ) -> Tensor:
-    """Draws what a model makes of some images: a row each, with the image, what the model sees, and its predictions.
+    """Draws a model's reconstructions of some images, a row each, as one picture ``(3, H', W')`` in [0, 1] on the CPU.
 
-    It draws no random number and leaves the model in the mode it was in, so a run with it is the run without it.
-
-    Args:
-        model: The model in training.
-        outputs: Gives a model's outputs for all patches of a batch, ``(B, N, output_size)``.
-        target: Knows what they look like.
-        batch: The views and masks of the images, on the model's device.
-        autocast: Makes the context of the forward pass.
-
-    Returns:
-        The rows as one picture ``(3, H', W')`` in [0, 1], on the CPU.
+    The arguments are those of :func:`reconstruct`. It draws no random number and leaves the model in the mode it was
+    in, so a run with it is the run without it.
 
     Raises:
         InputError: The predictions cannot be drawn.
     """
     was_training = model.training
-    model.eval()
     try:
-        with autocast():
-            predicted = outputs(model, batch)
+        panels, _ = reconstruct(model, outputs_of_all, target, batch)
     finally:
         model.train(was_training)
-    images = to_unit_range(batch["image"])
-    panels = {"image": images, "masked": hide_patches(images, batch["mask"])}
-    return montage({**panels, **target.pictures(predicted.float(), batch)})
+    return montage(panels)
 
 
 def montage(panels: Mapping[str, Tensor]) -> Tensor:
-    """Arranges versions of some images as one picture: a column each, a row for each image.
-
-    Args:
-        panels: Title → images ``(B, 3, H, W)`` in [0, 1]; those of other sizes are brought to the size of the first.
-
-    Returns:
-        ``(3, H', W')`` in [0, 1], on the CPU.
-    """
+    """Arranges versions of images, ``(B, 3, H, W)`` each, as one picture: a column each, at the size of the first."""
     size = next(iter(panels.values())).shape[-2:]
     columns = [
         images if images.shape[-2:] == size else F.interpolate(images, size, mode="bilinear", antialias=True)
-        for images in (images.float().cpu() for images in panels.values())
+        for images in panels.values()
     ]
     rows = torch.stack(columns, dim=1).flatten(0, 1)  # (B · columns, 3, H, W)
     return make_grid(rows.clamp(0, 1), nrow=len(columns), padding=GAP, pad_value=1.0)
@@ -82,11 +55,7 @@ def spread_samples(dataset: EpochDataset, count: int) -> dict[str, Tensor]:
 
 
 def side_by_side(images: Tensor, reconstructed: Tensor) -> Tensor:
-    """Arranges images in [0, 1], ``(B, 3, H, W)``, in rows, each row above that of its reconstructions.
-
-    Returns:
-        One picture ``(3, H', W')`` on the CPU.
-    """
+    """Returns images, ``(B, 3, H, W)`` in [0, 1], in rows above their reconstructions, ``(3, H', W')`` on the CPU."""
     rows: list[Tensor] = []
     columns = min(COLUMNS, len(images))
     for start in range(0, min(MOST_IMAGES, len(images)) - columns + 1, columns):

@@ -109,13 +109,9 @@ def _legend_below(figure: "Figure", lines: "Mapping[tuple[int, str], Line2D]") -
     entries += [filler] * (rows * columns - len(entries))  # matplotlib fills columns evenly, which would split a run
     figure.set_size_inches(width, height + rows * LEGEND_POINTS * 1.6 / 72 + 0.1)
     figure.legend(
-        handles=entries,
-        loc="outside lower center",
-        ncols=columns,
-        fontsize=LEGEND_POINTS,
-        frameon=False,
+        handles=entries, loc="outside lower center", ncols=columns, fontsize=LEGEND_POINTS, frameon=False,
         handlelength=3,
-    )
+    )  # fmt: skip
 
 
 def draw_heads(

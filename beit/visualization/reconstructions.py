@@ -17,7 +17,7 @@ MASK_GREY = 0.5
 def reconstruct(
     model: nn.Module, outputs_of_all: Callable[[nn.Module, Batch], Tensor], target: PredictionTarget, batch: Batch
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Lets a model fill in the masked patches of some images.
+    """Lets a model, in evaluation mode from then on, fill in the masked patches of some images.
 
     Tokens are decoded jointly, so a predicted token also affects the borders of the patches around it.
 
@@ -39,18 +39,16 @@ def reconstruct(
     outputs = outputs_of_all(model, batch).float()
     images, masks = to_unit_range(batch["image"]), batch["mask"]
     panels = {"image": images, "masked": hide_patches(images, masks), **target.pictures(outputs, batch)}
-    captions = [_caption(target, outputs, batch, number) for number in range(len(masks))]
-    return {title: pictures.cpu() for title, pictures in panels.items()}, captions
-
-
-def _caption(target: PredictionTarget, outputs: Tensor, batch: Batch, number: int) -> str:
-    """Returns the target's scores over the masked patches of one image of a batch."""
-    places = batch["mask"][number].flatten().nonzero().flatten()
-    truth = target.compute(batch, places + number * outputs.shape[1])
-    scores = target.scores(target.tally(outputs[number, places], truth), len(places))
-    if "mlm_acc" in scores:
-        return f"{round(scores['mlm_acc'] * len(places))} of {len(places)} tokens right"
-    return ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
+    index, counts = masks.flatten().nonzero().flatten(), masks.flatten(1).sum(dim=1).tolist()
+    predicted, true = outputs.flatten(0, 1)[index].split(counts), target.compute(batch, index).split(counts)
+    captions = []
+    for count, ours, theirs in zip(counts, predicted, true, strict=True):
+        scores = target.scores(target.tally(ours, theirs), count)
+        if "mlm_acc" in scores:
+            captions.append(f"{round(scores['mlm_acc'] * count)} of {count} tokens right")
+        else:
+            captions.append(", ".join(f"{name} {value:.2f}" for name, value in scores.items()))
+    return {title: pictures.float().cpu() for title, pictures in panels.items()}, captions
 
 
 def hide_patches(images: Tensor, masks: Tensor) -> Tensor:
