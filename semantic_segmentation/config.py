@@ -20,6 +20,7 @@ from semantic_segmentation.official_keys import KEYS_WITHOUT_EFFECT, MODEL_KEYS,
 logger = logging.getLogger(f"beit.{__name__}")
 
 METRICS = ("mIoU",)
+SPLITS = ("train", "val", "test")  # in mmsegmentation's keys
 MULTI_SCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 EVAL_OPTIONS = ("imgfile_prefix", "to_label_id", "efficient_test")
 ANY_MODEL = "file, folder, released name, URL or hub id"
@@ -41,36 +42,28 @@ class PairsOptions(LoadingOptions):
     data_path: str = option(
         "data/ade/ADEChallengeData2016",
         "folder of the data",
-        aliases=("data_root", *(f"data.{split}.data_root" for split in ("train", "val", "test"))),
+        aliases=("data_root", *(f"data.{split}.data_root" for split in SPLITS)),
     )
     train_images: str = option("images/training", "training images, in data_path", aliases=("data.train.img_dir",))
-    train_annotations: str = option(
-        "annotations/training", "their label maps, in data_path", aliases=("data.train.ann_dir",)
-    )
+    train_annotations: str = option("annotations/training", "their label maps", aliases=("data.train.ann_dir",))
     val_images: str = option(
         "images/validation", "validation images, in data_path", aliases=("data.val.img_dir", "data.test.img_dir")
     )
     val_annotations: str = option(
-        "annotations/validation", "their label maps, in data_path", aliases=("data.val.ann_dir", "data.test.ann_dir")
+        "annotations/validation", "their label maps", aliases=("data.val.ann_dir", "data.test.ann_dir")
     )
     classes: str = option("", "file with one class per line; data_path/classes.txt or ADE20K's by default")
     reduce_zero_label: bool = option(
         True,
-        "label 0 is no class: 0 becomes ignored, k becomes k - 1",
-        aliases=tuple(f"data.{split}.reduce_zero_label" for split in ("train", "val", "test")),
+        "ignore label 0, lower the others by 1",
+        aliases=tuple(f"data.{split}.reduce_zero_label" for split in SPLITS),
     )
-    num_workers: int = option(
-        4, "data-loading workers per process", within="[0, inf)", aliases=("data.workers_per_gpu",)
-    )
-    image_scale: tuple[int, ...] = option(
-        (2048, 512), "most pixels of the long and of the short side after resizing", within="[1, inf)"
-    )
-    ratio_range: tuple[float, ...] = option(
-        (0.5, 2.0), "smallest and largest factor on image_scale in training", within="(0, inf)"
-    )
+    num_workers: int = option(4, "loading workers per process", within="[0, inf)", aliases=("data.workers_per_gpu",))
+    image_scale: tuple[int, ...] = option((2048, 512), "most pixels of the long and the short side", within="[1, inf)")
+    ratio_range: tuple[float, ...] = option((0.5, 2.0), "range of the random factor on image_scale", within="(0, inf)")
     crop_size: Size = option(
         512,
-        "size of training crops and test windows, in pixels (HEIGHTxWIDTH or one number)",
+        "training crops and test windows, in pixels (HEIGHTxWIDTH or one number)",
         aliases=("model.backbone.img_size", "model.test_cfg.crop_size"),
     )
     cat_max_ratio: float = option(0.75, "share of a crop that one class should stay below", within="(0, 1]")
@@ -85,65 +78,38 @@ class SegmentorOptions:
     GROUP: ClassVar[str] = "model"
 
     model: str = option("beit_base_patch16_224", "model whose sizes the backbone has; `beit models` lists them")
-    model_kwargs: dict[str, Any] | None = option(
-        None, "further arguments of the backbone, such as patch_size=8 embed_dim=128"
-    )
+    model_kwargs: dict[str, Any] | None = option(None, "more of its arguments, such as patch_size=8 embed_dim=128")
     init_from: str = option(
-        "",
-        f"segmentor or backbone to start from: {ANY_MODEL}",
-        aliases=("load_from", "pretrained", "model.pretrained"),
+        "", f"checkpoint to start from: {ANY_MODEL}", aliases=("load_from", "pretrained", "model.pretrained")
     )
     decode_head: str = option("uper", "head: UPerNet or SETR-PUP", choices=("uper", "setr_pup"))
     out_indices: tuple[int, ...] = option(
-        (3, 5, 7, 11), "blocks that are tapped, from 0", aliases=("model.backbone.out_indices",)
+        (3, 5, 7, 11), "blocks to tap, from 0", aliases=("model.backbone.out_indices",)
     )
-    head_channels: int = option(
-        768, "channels of the head's convolutions", within="[1, inf)", aliases=("model.decode_head.channels",)
-    )
+    head_channels: int = option(768, "channels of the head", within="[1, inf)", aliases=("model.decode_head.channels",))
     head_dropout: float = option(
-        0.1,
-        "dropout before the classifiers of both heads",
-        within="[0, 1)",
-        aliases=("model.decode_head.dropout_ratio",),
+        0.1, "dropout before both classifiers", within="[0, 1)", aliases=("model.decode_head.dropout_ratio",)
     )
     auxiliary_channels: int = option(
-        256,
-        "channels of the auxiliary head; 0 for none",
-        within="[0, inf)",
-        aliases=("model.auxiliary_head.channels",),
+        256, "channels of the auxiliary head; 0: none", within="[0, inf)", aliases=("model.auxiliary_head.channels",)
     )
-    auxiliary_index: int = option(
-        2, "tap that the auxiliary head reads, from 0", within="[0, inf)", aliases=("model.auxiliary_head.in_index",)
-    )
+    auxiliary_index: int = option(2, "its tap, from 0", within="[0, inf)", aliases=("model.auxiliary_head.in_index",))
     auxiliary_weight: float = option(
-        0.4,
-        "weight of the auxiliary loss",
-        within="[0, inf)",
-        aliases=("model.auxiliary_head.loss_decode.loss_weight",),
+        0.4, "weight of its loss", within="[0, inf)", aliases=("model.auxiliary_head.loss_decode.loss_weight",)
     )
-    loss_average: str = option(
-        "all", "pixels of a process's batch that its loss averages over", choices=("all", "valid")
-    )
+    loss_average: str = option("all", "pixels that the loss averages over", choices=("all", "valid"))
     drop_path: float = option(
-        0.1,
-        "stochastic depth rate of the last block; grows linearly with depth",
-        within="[0, 1)",
-        aliases=("model.backbone.drop_path_rate",),
+        0.1, "stochastic depth rate of the last block", within="[0, 1)", aliases=("model.backbone.drop_path_rate",)
     )
     layer_scale_init_value: float = option(
         0.1, "initial LayerScale; 0 for none", within="[0, inf)", aliases=("model.backbone.init_values",)
     )
     rel_pos_bias: bool = option(
-        True,
-        "relative position bias in every block",
-        off="--disable_rel_pos_bias",
-        aliases=("model.backbone.use_rel_pos_bias",),
+        True, "relative position bias", off="--disable_rel_pos_bias", aliases=("model.backbone.use_rel_pos_bias",)
     )
-    abs_pos_emb: bool = option(
-        False, "learned absolute position embeddings", aliases=("model.backbone.use_abs_pos_emb",)
-    )
+    abs_pos_emb: bool = option(False, "absolute position embeddings", aliases=("model.backbone.use_abs_pos_emb",))
     grad_checkpointing: bool = option(
-        False, "recompute activations in the backward pass, to save memory", aliases=("model.backbone.use_checkpoint",)
+        False, "recompute activations in the backward pass", aliases=("model.backbone.use_checkpoint",)
     )
 
 
@@ -157,32 +123,20 @@ class StepOptions(BatchOptions, OptimizerOptions):
         2, "images per process and batch", within="[1, inf)", aliases=("samples_per_gpu", "data.samples_per_gpu")
     )
     update_freq: int = option(
-        1,
-        "batches whose gradients are accumulated for one step",
-        within="[1, inf)",
-        aliases=("optimizer_config.update_interval",),
+        1, "batches accumulated for one step", within="[1, inf)", aliases=("optimizer_config.update_interval",)
     )
     max_steps: int = option(
         160000, "length of the run, in steps", within="[1, inf)", counts_batches=("max_iters", "runner.max_iters")
     )
     warmup_steps: int = option(
-        1500,
-        "steps of linear warm-up",
-        within="[0, inf)",
-        counts_batches=("warmup_iters", "lr_config.warmup_iters"),
+        1500, "steps of linear warm-up", within="[0, inf)", counts_batches=("warmup_iters", "lr_config.warmup_iters")
     )
     warmup_ratio: float = option(
-        1e-6,
-        "share of the learning rate that the warm-up begins with",
-        within="[0, 1]",
-        aliases=("lr_config.warmup_ratio",),
+        1e-6, "share of lr that the warm-up begins with", within="[0, 1]", aliases=("lr_config.warmup_ratio",)
     )
     power: float = option(1.0, "exponent of the learning rate's decay", within="[0, inf)", aliases=("lr_config.power",))
     eval_freq: int = option(
-        16000,
-        "steps between evaluations",
-        within="[1, inf)",
-        counts_batches=("eval_interval", "evaluation.interval"),
+        16000, "steps between evaluations", within="[1, inf)", counts_batches=("eval_interval", "evaluation.interval")
     )
     save_ckpt_freq: int = option(
         16000,
@@ -193,7 +147,7 @@ class StepOptions(BatchOptions, OptimizerOptions):
     opt: str = option("adamw", "optimizer: any name that timm knows, or fusedadamw", aliases=("optimizer.type",))
     opt_eps: float = option(1e-8, "epsilon of Adam", within="[0, inf)", aliases=("optimizer.eps",))
     opt_betas: tuple[float, ...] | None = option(
-        (0.9, 0.999), "decay rates of Adam", within="[0, 1)", aliases=("optimizer.betas",)
+        (0.9, 0.999), "betas of Adam", within="[0, 1)", aliases=("optimizer.betas",)
     )
     clip_grad: float | None = option(
         None,
@@ -203,15 +157,10 @@ class StepOptions(BatchOptions, OptimizerOptions):
     )
     momentum: float = option(0.9, "momentum of SGD", within="[0, inf)", aliases=("optimizer.momentum",))
     weight_decay: float = option(0.05, "weight decay", within="[0, inf)", aliases=("optimizer.weight_decay",))
-    lr: float = option(
-        7e-4,
-        "peak learning rate of the heads; never rescaled to the batch",
-        within="[0, inf)",
-        aliases=("optimizer.lr",),
-    )
+    lr: float = option(7e-4, "peak learning rate of the heads", within="[0, inf)", aliases=("optimizer.lr",))
     layer_decay: float = option(
         0.65,
-        "factor on the learning rate from one layer to the one below",
+        "factor on lr per layer, from the top",
         within="(0, 1]",
         aliases=("optimizer.paramwise_cfg.layer_decay_rate",),
     )
@@ -226,17 +175,12 @@ class TestOptions:
     __test__: ClassVar[bool] = False  # its name would make pytest take it for a test
 
     test_mode: str = option(
-        "slide",
-        "windows of the crop's size, or whole images",
-        choices=("slide", "whole"),
-        aliases=("model.test_cfg.mode",),
+        "slide", "windows of crop_size, or whole images", choices=("slide", "whole"), aliases=("model.test_cfg.mode",)
     )
     slide_stride: Size = option(
-        341, "from a window to the next, in pixels (DOWNxRIGHT or one number)", aliases=("model.test_cfg.stride",)
+        341, "step between windows, in pixels (DOWNxRIGHT or one number)", aliases=("model.test_cfg.stride",)
     )
-    test_ratios: tuple[float, ...] = option(
-        (1.0,), "factors on image_scale whose results are averaged", within="(0, inf)"
-    )
+    test_ratios: tuple[float, ...] = option((1.0,), "factors on image_scale to average over", within="(0, inf)")
     test_flip: bool = option(False, "average over the mirrored image too")
     test_short_at_least_crop: bool = option(False, "never resize the short side below the crop, whatever the ratio")
     test_batch_size: int = option(4, "windows per batch; changes speed and memory, not the result", within="[1, inf)")
@@ -252,19 +196,12 @@ class SegmentationConfig(TestOptions, PairsOptions, SegmentorOptions, StepOption
     }
     GROUP: ClassVar[str] = "run"
 
-    output_dir: str = option(
-        "", "folder of the run; work_dirs/<name of the config> for training by default", aliases=("work_dir",)
-    )
+    output_dir: str = option("", "run folder; work_dirs/CONFIG in training", aliases=("work_dir",))
     keep_checkpoints: int = option(
-        0,
-        "newest numbered checkpoints to keep; 0 keeps all",
-        within="[0, inf)",
-        aliases=("checkpoint_config.max_keep_ckpts",),
+        0, "numbered checkpoints to keep; 0 keeps all", within="[0, inf)", aliases=("checkpoint_config.max_keep_ckpts",)
     )
     log_every: int = option(50, "steps between console lines", within="[1, inf)", aliases=("log_config.interval",))
-    launcher: str = option(
-        "none", "mpi for mpirun; other launchers are detected", choices=("none", "pytorch", "slurm", "mpi")
-    )
+    launcher: str = option("none", "mpi for mpirun; others are detected", choices=("none", "pytorch", "slurm", "mpi"))
 
 
 @dataclass(frozen=True)
@@ -276,9 +213,7 @@ class TrainConfig(SegmentationConfig):
     config: str = option("", "settings file: a path, or the name of one of the package's", positional=True)
     resume: str = option("", "checkpoint of a run to resume", aliases=("resume_from",))
     disable_eval: bool = option(False, "do not evaluate, and need no validation images", aliases=("no_validate",))
-    gpus: int | None = option(
-        None, "number of GPUs", no_effect="the launcher sets the number of processes: tools/dist_train.sh CONFIG GPUS"
-    )
+    gpus: int | None = option(None, "number of GPUs", no_effect="the launcher sets the number of processes")
     gpu_ids: tuple[int, ...] = option((), "GPUs to use", no_effect="CUDA_VISIBLE_DEVICES chooses them")
 
 
@@ -302,9 +237,7 @@ class TestConfig(SegmentationConfig):
     opacity: float = option(0.5, "opacity of what is painted over", within="(0, 1]")
     gpu_collect: bool = option(False, "unused", no_effect=_SPREAD)
     tmpdir: str = option("", "unused", no_effect=_SPREAD)
-    eval_options: dict[str, Any] | None = option(
-        None, "for --format_only: imgfile_prefix=FOLDER, to_label_id=False for classes from 0"
-    )
+    eval_options: dict[str, Any] | None = option(None, "for --format_only: imgfile_prefix=FOLDER, to_label_id=False")
 
 
 @dataclass(frozen=True)
@@ -315,16 +248,12 @@ class PredictConfig:
     checkpoint: str = option("", f"segmentor: {ANY_MODEL}")
     output_dir: str = option("segmentation", "folder for NAME.png, the label map, and NAME_overlay.png")
     classes: str = option("", "file with one class per line, if the checkpoint does not name them")
-    test_mode: str | None = option(
-        None, "slide: windows of the size of the training crops; whole: the image at once", choices=("slide", "whole")
-    )
-    test_ratios: tuple[float, ...] | None = option(
-        None, "factors on the image size whose results are averaged", within="(0, inf)"
-    )
+    test_mode: str | None = option(None, "windows of the training size, or whole images", choices=("slide", "whole"))
+    test_ratios: tuple[float, ...] | None = option(None, "factors on the image size to average over", within="(0, inf)")
     test_flip: bool | None = option(None, "average over the mirrored image too", off="--no_test_flip")
     test_short_at_least_crop: bool | None = option(
         None,
-        "never resize the short side below a window, whatever the ratio; the default with several --test_ratios",
+        "never resize the short side below a window; the default with several --test_ratios",
         off="--no_test_short_at_least_crop",
     )
     test_batch_size: int = option(4, "windows per batch; changes speed and memory, not the result", within="[1, inf)")
@@ -414,58 +343,53 @@ def check(config: SegmentationConfig) -> None:
     Raises:
         InputError: The first two that do not.
     """
-    betas = config.opt_betas
-    if betas is not None and len(betas) != 2:
-        raise InputError(f"--opt_betas {_spaced(betas)}: must be two numbers")
-    if len(config.image_scale) != 2:
-        raise InputError(f"--image_scale {_spaced(config.image_scale)}: must be two numbers of pixels")
-    if len(config.ratio_range) != 2 or config.ratio_range[0] > config.ratio_range[1]:
-        raise InputError(f"--ratio_range {_spaced(config.ratio_range)}: must be two factors, the lower one first")
-    if not config.test_ratios:
-        raise InputError("--test_ratios: must be one or more factors")
-    _check_model(config)
-    _check_windows(config)
+    built, taps, betas, ratios = sizes(config), config.out_indices, config.opt_betas, config.ratio_range
+    depth, crop, stride = built["depth"], _pair(config.crop_size), _pair(config.slide_stride)
+    patch = _pair(built["patch_size"])
+    rising = list(taps) == sorted(set(taps)) and 0 <= taps[0] <= taps[-1] < depth if taps else False
+    mistakes: dict[str, object] = {
+        f"--opt_betas {_spaced(betas or ())}: must be two numbers": betas is not None and len(betas) != 2,
+        f"--image_scale {_spaced(config.image_scale)}: must be two numbers of pixels": len(config.image_scale) != 2,
+        f"--ratio_range {_spaced(ratios)}: must be two factors, the lower one first": (
+            len(ratios) != 2 or ratios[0] > ratios[1]
+        ),
+        "--test_ratios: must be one or more factors": not config.test_ratios,
+        f"--out_indices {_spaced(taps)}: UPerNet takes four blocks": config.decode_head == "uper" and len(taps) != 4,
+        f"--out_indices {_spaced(taps)}: takes blocks from 0 to {depth - 1}, in rising order": not rising,
+        f"--auxiliary_index {config.auxiliary_index}: there are {len(taps)} taps, counted from 0": (
+            config.auxiliary_channels > 0 and config.auxiliary_index >= len(taps)
+        ),
+        f"--crop_size {config.crop_size}: must be a multiple of the model's patches, {_spaced(patch)} pixels": (
+            crop[0] % patch[0] or crop[1] % patch[1]
+        ),
+        f"--slide_stride {config.slide_stride}: must be at most the window, --crop_size {config.crop_size}, or pixels "
+        "between the windows would be left out": stride[0] > crop[0] or stride[1] > crop[1],
+    }
     if isinstance(config, TestConfig):
-        _check_test(config)
+        mistakes |= _test_mistakes(config)
+    for message, applies in mistakes.items():
+        if applies:
+            raise InputError(message)
 
 
-def _check_model(config: SegmentationConfig) -> None:
-    depth, taps = sizes(config)["depth"], config.out_indices
-    if config.decode_head == "uper" and len(taps) != 4:
-        raise InputError(f"--out_indices {_spaced(taps)}: UPerNet takes four blocks")
-    if not taps or list(taps) != sorted(set(taps)) or not 0 <= taps[0] <= taps[-1] < depth:
-        raise InputError(f"--out_indices {_spaced(taps)}: takes blocks from 0 to {depth - 1}, in rising order")
-    if config.auxiliary_channels and config.auxiliary_index >= len(taps):
-        raise InputError(f"--auxiliary_index {config.auxiliary_index}: there are {len(taps)} taps, counted from 0")
-
-
-def _check_windows(config: SegmentationConfig) -> None:
-    crop, stride, patch = map(_pair, (config.crop_size, config.slide_stride, sizes(config)["patch_size"]))
-    if any(side % piece for side, piece in zip(crop, patch, strict=True)):
-        raise InputError(
-            f"--crop_size {config.crop_size}: must be a multiple of the model's patches, {_spaced(patch)} pixels"
-        )
-    if any(step > side for step, side in zip(stride, crop, strict=True)):
-        raise InputError(
-            f"--slide_stride {config.slide_stride}: must be at most the window, --crop_size {config.crop_size}, "
-            "or pixels between the windows would be left out"
-        )
-
-
-def _check_test(config: TestConfig) -> None:
-    if config.eval and config.format_only:
-        raise InputError("--eval and --format_only: choose one; --format_only measures nothing")
-    for name in config.eval:
-        if name not in METRICS:
-            raise InputError(f"--eval {name}: no such metric{did_you_mean(name, METRICS)}; there is {METRICS[0]}")
-    for name in config.eval_options or {}:
-        if name not in EVAL_OPTIONS:
-            raise InputError(f"--eval_options {name}: no such option{did_you_mean(name, EVAL_OPTIONS)}")
-    to_label_id = (config.eval_options or {}).get("to_label_id", True)
-    if not isinstance(to_label_id, bool):
-        raise InputError(f"--eval_options to_label_id={to_label_id}: must be True or False")
-    if "efficient_test" in (config.eval_options or {}):
+def _test_mistakes(config: TestConfig) -> dict[str, object]:
+    options = config.eval_options or {}
+    if "efficient_test" in options:
         logger.warning("--eval_options efficient_test has no effect: no results are kept but counts")
+    return {
+        "--eval and --format_only: choose one; --format_only measures nothing": config.eval and config.format_only,
+        **{
+            f"--eval {name}: no such metric{did_you_mean(name, METRICS)}; there is {METRICS[0]}": name not in METRICS
+            for name in config.eval
+        },
+        **{
+            f"--eval_options {name}: no such option{did_you_mean(name, EVAL_OPTIONS)}": name not in EVAL_OPTIONS
+            for name in options
+        },
+        f"--eval_options to_label_id={options.get('to_label_id')}: must be True or False": (
+            not isinstance(options.get("to_label_id", True), bool)
+        ),
+    }
 
 
 def _pair(size: Size) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from beit.checkpoints.formats.segmentation import leaves_zero_out
+from beit.config import check_settings
 from beit.data.datasets import UnreadableImageError, read_image
 from beit.data.index import image_files
 from beit.errors import InputError
@@ -31,6 +32,7 @@ def main(config: PredictConfig) -> None:
     Raises:
         InputError: The checkpoint or an image does not exist or cannot be read.
     """
+    check_settings(config)
     if not config.checkpoint:
         raise InputError("--checkpoint is missing: a trained segmentor, a file of your own or a released name")
     outputs = find_images(config.images)
