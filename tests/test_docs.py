@@ -1,6 +1,6 @@
 """What readers meet outside the code: every shown command parses, and every link leads somewhere."""
 
-import importlib
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from beit.__main__ import COMMANDS
+from beit.checkpoints.released import RELEASED
 from beit.config import read_command_line
 from beit.tasks.settings import DvaeConfig, FinetuningConfig, LinearProbeConfig, PretrainingConfig
 from semantic_segmentation.__main__ import COMMANDS as SEGMENTATION_COMMANDS
@@ -29,8 +30,8 @@ SCRIPTS = {
     "tools/test.py": TestConfig,
 }
 ANY_CONFIG = "upernet_beit_tiny_64_slide_ade20k"
+PLACEHOLDERS = ("CHECKPOINT", "SOURCE")
 LONGEST = 250
-GENERATED = ("reproducing.md",)
 
 
 def commands_in(path):
@@ -74,7 +75,11 @@ def test_a_shown_command_parses(path, words, monkeypatch):
     monkeypatch.setattr("beit.config._check_exists", lambda *_: None)
     settings, flags = settings_of(words)
     flags = [ANY_CONFIG if flag.endswith("/config.yaml") else flag for flag in flags]  # of a run that is not there
-    read_command_line(settings, flags, path.name, "")
+    config = read_command_line(settings, flags, path.name, "")
+    for source in (getattr(config, name, "") for name in ("init_from", "checkpoint", "resume")):
+        assert not source or source.removesuffix(".pth") in RELEASED or source.startswith(("output/", *PLACEHOLDERS)), (
+            words
+        )
 
 
 def test_commands_of_every_kind_are_shown():
@@ -101,6 +106,28 @@ def test_links_lead_somewhere(path):
             assert not anchor or anchor in anchors_of(linked), target
 
 
-@pytest.mark.parametrize("path", [path for path in PAGES if path.name not in GENERATED], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_a_page_can_be_read_in_one_go(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST
+
+
+def resolves(name):
+    """Whether a dotted name is a module, or something in one."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        return importlib.util.find_spec(name) is not None or hasattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError:  # of an attribute of a class
+        owner, _, class_name = module.rpartition(".")
+        return bool(owner) and hasattr(getattr(importlib.import_module(owner), class_name), attribute)
+
+
+@pytest.mark.parametrize("path", [path for path in PAGES if path.name != "CHANGELOG.md"], ids=lambda path: path.name)
+def test_named_modules_exist(path):
+    # Breaks when a page names what was moved; the changelog has old names on purpose.
+    text = path.read_text(encoding="utf-8")
+    names = re.findall(r"`((?:beit|semantic_segmentation|dall_e|examples)(?:\.\w+)+)", text)
+    for module, imported in re.findall(
+        r"^from ((?:beit|semantic_segmentation)[\w.]*) import (.*)$", text, re.MULTILINE
+    ):
+        names += [f"{module}.{name}" for name in imported.split(", ")]
+    assert not [name for name in names if not name.startswith("beit.encoder.") and not resolves(name)]
