@@ -1,7 +1,7 @@
 """The settings of every ``beit`` command that is not a training job, one dataclass per command; imports no torch."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from beit.config import Size, option
 from beit.registry import FORMATS
@@ -98,6 +98,10 @@ class ListConfig:
 @dataclass(frozen=True)
 class ShowConfig:
     """The settings of ``beit recipes show``."""
+
+    REMOVED: ClassVar[dict[str, tuple[object, str]]] = {
+        "gpu_memory": (0.0, "--batch_size of the job caps the images per GPU, and accumulation follows")
+    }
 
     name: str = option("", "recipe name, or the path of your own .yaml", positional=True)
     gpus: int | None = option(None, "GPUs of the command, in all; as published by default", within="[1, inf)")

@@ -356,6 +356,8 @@ def test_settings_of_version_0_1_are_read_under_their_old_names(tmp_path):
     assert read_test([str(tmp_path / "config.yaml"), "x.pth"]).crop_size == 512
     with pytest.raises(InputError, match="--recipe_batch is gone: --total_batch_size sets the images per step"):
         read_train([TINY, "--recipe_batch", "32"])
+    with pytest.raises(InputError, match="recipe_batch is gone: --total_batch_size"):
+        read_train([TINY, "--options", "recipe_batch=32"])
 
 
 def test_an_explicit_update_freq_takes_the_place_of_the_files_total_batch():
