@@ -77,9 +77,7 @@ def bias_by_sliding(table: Tensor, window_size: tuple[int, int]) -> Tensor:
     The offsets to all keys are a window of the plane of offsets, which slides from query to query. On a GPU a scatter
     adds up to ``N`` gradients to one row, one at a time and in a nondeterministic order.
 
-    Args:
-        table: As for :func:`relative_position_bias`.
-        window_size: Likewise.
+    Takes ``table`` and ``window_size`` as :func:`relative_position_bias` does.
     """
     height, width = window_size
     patches, heads = height * width, table.shape[1]

@@ -80,12 +80,7 @@ class KeyReport:
 
 
 def load_pretrained(
-    model: Backbone,
-    source: str | Path,
-    *,
-    model_key: str = "model|module",
-    prefix: str = "",
-    drop_head: bool = False,
+    model: Backbone, source: str | Path, *, model_key: str = "model|module", prefix: str = "", drop_head: bool = False
 ) -> KeyReport:
     """Loads a checkpoint of any dialect into a model.
 
@@ -104,8 +99,7 @@ def load_pretrained(
     Raises:
         InputError: There is no such checkpoint, or it is of another model.
     """
-    weights, metadata = read_weights(source, model_key, prefix)
-    report = load_weights(model, weights, metadata, drop_head=drop_head)
+    report = load_weights(model, *read_weights(source, model_key, prefix), drop_head=drop_head)
     (logger.warning if report.unexpected else logger.info)("%s", report.summary())
     return report
 

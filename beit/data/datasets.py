@@ -42,15 +42,12 @@ class Images(Protocol, Sized):
 
     def path(self, i: int) -> str:
         """Returns what to call image ``i`` in a message."""
-        ...
 
     def file(self, i: int) -> str | IO[bytes] | Image.Image:
         """Returns what to open for image ``i``, or the RGB image itself."""
-        ...
 
     def class_id(self, i: int) -> int | None:
         """Returns the class of image ``i``; None if there are no classes."""
-        ...
 
 
 @dataclass(eq=False)

@@ -37,11 +37,9 @@ class EpochDataset(Protocol, Sized):
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         """Returns one sample: tensors and, under ``UNREADABLE``, the images that had to be replaced, if any."""
-        ...
 
     def name(self, index: int) -> str:
         """Returns what to call item ``index`` in a message; for files, the path."""
-        ...
 
 
 class EvenlySpread:

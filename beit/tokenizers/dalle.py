@@ -29,8 +29,7 @@ class DallETokenizer(LogitTokenizer):
     Args:
         encoder: The encoder; it is frozen.
         load_decoder: Called at the first :meth:`decode`; pre-training never needs the decoder.
-        dtype: See :func:`beit.load_tokenizer`.
-        compiled: See :func:`beit.load_tokenizer`.
+        dtype: See :func:`beit.load_tokenizer`, also for ``compiled``.
     """
 
     def __init__(

@@ -205,15 +205,12 @@ class RelaxedAutoencoder(nn.Module):
 
 
 def reconstruction_loss(images: Tensor, target: Tensor, kind: ReconstructionKind = "mse") -> Tensor:
-    """Mean error over all pixel values, in float32.
+    """Returns the mean error over all pixel values, a float32 scalar.
 
     Args:
         images: The decoder's output ``(B, 3, H, W)``.
         target: The images ``(B, 3, H, W)`` in [-1, 1].
         kind: ``mse``, or ``smooth_l1``, which is quadratic up to 1 and linear beyond.
-
-    Returns:
-        A scalar.
 
     Raises:
         InputError: ``kind`` is neither.
@@ -226,16 +223,10 @@ def reconstruction_loss(images: Tensor, target: Tensor, kind: ReconstructionKind
 
 
 def kl_to_uniform(logits: Tensor) -> Tensor:
-    """KL divergence from the uniform prior to the posterior over codes, in nats, float32.
+    """Returns the KL divergence from the uniform prior to the posterior over codes, in nats, a float32 scalar.
 
-    At each cell it is ``log(num_tokens)`` minus the entropy of ``softmax(logits)``: never negative, zero for constant
-    logits. It does not depend on the temperature or the noise.
-
-    Args:
-        logits: ``(B, num_tokens, h, w)``.
-
-    Returns:
-        A scalar: summed over the grid, mean over the batch.
+    At each cell of the logits ``(B, num_tokens, h, w)`` it is ``log(num_tokens)`` minus the entropy of their softmax:
+    never negative, zero for constant logits. It is summed over the grid and averaged over the batch.
     """
     with torch.autocast(logits.device.type, enabled=False):
         log_posterior = logits.float().log_softmax(dim=1)
@@ -268,12 +259,8 @@ def dvae_loss(
         target: The images ``(B, 3, H, W)`` in [-1, 1].
         kl_weight: Weight of the KL; 0 leaves it out.
         kind: See :func:`reconstruction_loss`.
-
-    Returns:
-        The total and its parts.
     """
-    reconstruction = reconstruction_loss(images, target, kind)
-    kl = kl_to_uniform(logits)
+    reconstruction, kl = reconstruction_loss(images, target, kind), kl_to_uniform(logits)
     return DvaeLoss(reconstruction + kl_weight / target[0].numel() * kl, reconstruction, kl)
 
 
@@ -339,8 +326,7 @@ class CustomizedTokenizer(LogitTokenizer):
 
     Args:
         model: The VAE; it is frozen.
-        dtype: See :func:`beit.load_tokenizer`.
-        compiled: See :func:`beit.load_tokenizer`.
+        dtype: See :func:`beit.load_tokenizer`, also for ``compiled``.
     """
 
     def __init__(self, model: DiscreteVAE, dtype: torch.dtype = torch.float32, compiled: bool = False) -> None:

@@ -113,10 +113,7 @@ class RunFolder:
                     _remove(old)
 
     def set_aside(self, first_number: int) -> None:
-        """Moves what a run whose next checkpoint has a number would overwrite, or be taken for.
-
-        It goes into ``previous-<time>/``.
-        """
+        """Moves what a run with this next number would overwrite, or be taken for, into ``previous-<time>/``."""
         later = [path for number, path in _numbered_files(self.path) if number >= first_number]
         paths = [*later, *(self.path / name for name in (LAST, BEST, BEST_EMA))]
         paths += [folder for path in (*later, self.path / LAST) for folder in _folders_of(path)]
