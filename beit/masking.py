@@ -24,7 +24,6 @@ class MaskGenerator(Protocol):
 
     def __call__(self, rng: np.random.Generator) -> NDArray[np.bool_]:
         """Returns a bool array ``grid_size``, True where the patch is masked."""
-        ...
 
 
 class BlockwiseMaskGenerator:
