@@ -36,50 +36,22 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "BlockwiseMaskGenerator",
-    "DiscreteVAE",
-    "InputError",
-    "KeyReport",
-    "RandomMaskGenerator",
-    "VisionTransformer",
-    "VisionTransformerForMaskedImageModeling",
-    "VisualTokenizer",
-    "beit_base_patch16_224",
-    "beit_base_patch16_224_8k_vocab",
-    "beit_base_patch16_384",
-    "beit_large_patch16_224",
-    "beit_large_patch16_224_8k_vocab",
-    "beit_large_patch16_384",
-    "beit_large_patch16_512",
-    "beit_small_patch16_224",
-    "beit_small_patch16_224_8k_vocab",
-    "beit_tiny_patch16_224",
-    "beit_tiny_patch16_224_8k_vocab",
-    "create_model",
-    "download_tokenizer",
-    "extract_feat",
-    "get_model",
-    "inference_model",
-    "list_models",
-    "load_pretrained",
+    "BlockwiseMaskGenerator", "DiscreteVAE", "InputError", "KeyReport", "RandomMaskGenerator", "VisionTransformer",
+    "VisionTransformerForMaskedImageModeling", "VisualTokenizer", "beit_base_patch16_224",
+    "beit_base_patch16_224_8k_vocab", "beit_base_patch16_384", "beit_large_patch16_224",
+    "beit_large_patch16_224_8k_vocab", "beit_large_patch16_384", "beit_large_patch16_512", "beit_small_patch16_224",
+    "beit_small_patch16_224_8k_vocab", "beit_tiny_patch16_224", "beit_tiny_patch16_224_8k_vocab", "create_model",
+    "download_tokenizer", "extract_feat", "get_model", "inference_model", "list_models", "load_pretrained",
     "load_tokenizer",
-]
+]  # fmt: skip
 
 _HOMES = {
-    "DiscreteVAE": "tokenizers.dvae",
-    "InputError": "errors",
-    "extract_feat": "inference",
-    "inference_model": "inference",
-    "BlockwiseMaskGenerator": "masking",
-    "RandomMaskGenerator": "masking",
-    "VisionTransformer": "modeling",
-    "VisionTransformerForMaskedImageModeling": "modeling",
-    "KeyReport": "checkpoints.load",
-    "load_pretrained": "checkpoints.load",
-    "VisualTokenizer": "tokenizers.base",
-    "download_tokenizer": "tokenizers.dalle",
-    "load_tokenizer": "tokenizers.base",
-}
+    "KeyReport": "checkpoints.load", "load_pretrained": "checkpoints.load", "InputError": "errors",
+    "extract_feat": "inference", "inference_model": "inference", "BlockwiseMaskGenerator": "masking",
+    "RandomMaskGenerator": "masking", "VisionTransformer": "modeling",
+    "VisionTransformerForMaskedImageModeling": "modeling", "VisualTokenizer": "tokenizers.base",
+    "load_tokenizer": "tokenizers.base", "download_tokenizer": "tokenizers.dalle", "DiscreteVAE": "tokenizers.dvae",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -440,9 +440,9 @@ def _build_parser(config_class: type, prog: str, description: str) -> argparse.A
 
 
 def _group(config_class: type, name: str) -> str:
-    """Returns the title that a flag stands under: ``GROUP`` of the class that declares the field first."""
+    """Returns the title that a flag stands under: ``GROUP`` of the class that first declares it, or of its bases."""
     owner = next(base for base in reversed(config_class.__mro__) if name in vars(base).get("__annotations__", ()))
-    return vars(owner).get("GROUP", "")
+    return getattr(owner, "GROUP", "")
 
 
 def _add_flag(

@@ -3,6 +3,7 @@
 Imports no torch: flags are read, and mistakes in them reported, before anything heavy is loaded.
 """
 
+import contextlib
 import errno
 import logging
 import os
@@ -49,8 +50,8 @@ def launch(
         description: Text of ``--help``.
         argv: The arguments; the process's own by default.
         prog: The command's name in messages.
-        owns_process: Whether the process was started for this job alone, so that it may be ended where it could not
-            end by itself (:func:`end_at_once`); by default where it reads its own arguments.
+        owns_process: Whether the process is there for this job alone, so that :func:`end_at_once` may end it; by
+            default where it reads its own arguments.
 
     Returns:
         0 when done, 2 for a mistake in the input, 1 for a run that could not continue (out of memory, a loss that is
@@ -66,15 +67,10 @@ def launch(
         locate(main)(config)
 
     status = run_and_report(run, open_mpi)
-    if (argv is None if owns_process is None else owns_process) and _threads_left():
+    distributed = sys.modules.get("beit.training.distributed")  # not imported, no threads of gloo
+    if (argv is None if owns_process is None else owns_process) and distributed and distributed.threads_left():
         end_at_once(status)
     return status
-
-
-def _threads_left() -> bool:
-    """Whether threads of gloo are left; without torch there are none."""
-    distributed = sys.modules.get("beit.training.distributed")
-    return distributed is not None and distributed.threads_left()
 
 
 def end_at_once(status: int) -> None:
@@ -96,58 +92,33 @@ def asks_for_open_mpi(arguments: Sequence[str]) -> bool:
 
 
 def run_and_report(run: Callable[[], None], open_mpi: bool = False) -> int:
-    """Runs a command; an expected error becomes one line on standard error.
-
-    Returns:
-        The exit status.
-    """
+    """Runs a command and returns its exit status; an expected error becomes one line on standard error."""
     try:
         run()
-    except InputError as error:
-        return _report(str(error), BAD_INPUT, open_mpi)
-    except KeyboardInterrupt:
-        return _report("interrupted", INTERRUPTED, open_mpi)
+        return OK
     except BrokenPipeError:
         return FAILED
+    except InputError as error:
+        message, status = str(error), BAD_INPUT
+    except KeyboardInterrupt:
+        message, status = "interrupted", INTERRUPTED
     except MemoryError:
-        return _report(OUT_OF_MEMORY.format(device="CPU"), FAILED, open_mpi)
+        message, status = OUT_OF_MEMORY.format(device="CPU"), FAILED
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = error.filename or error.strerror
-        return _report(
-            f"no space left on the disk ({where}): free some and run the same command again", FAILED, open_mpi
-        )
+        message, status = f"no space left on the disk ({where}): free some and run the same command again", FAILED
     except Exception as error:
         if "torch" not in sys.modules:
             raise
-        return _report_of_training(error, open_mpi)
-    return OK
-
-
-def _report_of_training(error: Exception, open_mpi: bool) -> int:
-    """Reports an error that training may end with; raises any other."""
-    import torch
-
-    from beit.training import distributed
-    from beit.training.loop import NonFiniteLossError, Stopped
-
-    if isinstance(error, Stopped):
-        logger.info("%s; the same command resumes from there", error)
-        return TERMINATED
-    if isinstance(error, NonFiniteLossError):
-        return _report(str(error), FAILED, open_mpi)
-    if isinstance(error, torch.OutOfMemoryError):
-        return _report(OUT_OF_MEMORY.format(device="GPU"), FAILED, open_mpi)
-    if isinstance(error, RuntimeError) and distributed.is_loss_of_another(error):
-        return _report(LOST.format(error=" ".join(str(error).split())), FAILED, open_mpi)
-    if isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "not enough memory" in str(error)):
-        return _report(OUT_OF_MEMORY.format(device="CPU"), FAILED, open_mpi)
-    raise error
-
-
-def _report(message: str, status: int, open_mpi: bool) -> int:
-    if not _leads(open_mpi):
+        message, status = _end_of_training(error)
+    if not message:
+        return status
+    leads = True
+    with contextlib.suppress(InputError):  # the launcher's variables may be what is wrong
+        leads = find_placement(use_open_mpi=open_mpi).rank == 0
+    if not leads:
         # Mistakes strike all processes alike. The first one's exit makes the launcher end the others, so that a
         # mistake is reported once; what only this process has met is still reported.
         time.sleep(5)
@@ -156,8 +127,23 @@ def _report(message: str, status: int, open_mpi: bool) -> int:
     return status
 
 
-def _leads(open_mpi: bool) -> bool:
-    try:
-        return find_placement(use_open_mpi=open_mpi).rank == 0
-    except InputError:  # the launcher's variables are what is wrong
-        return True
+def _end_of_training(error: Exception) -> tuple[str, int]:
+    """Returns message and status for an error that training may end with; raises any other."""
+    import torch
+
+    from beit.training import distributed
+    from beit.training.loop import NonFiniteLossError, Stopped
+
+    if isinstance(error, Stopped):
+        logger.info("%s; the same command resumes from there", error)
+        return "", TERMINATED
+    message = str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        message = OUT_OF_MEMORY.format(device="GPU")
+    elif isinstance(error, RuntimeError) and distributed.is_loss_of_another(error):
+        message = LOST.format(error=" ".join(message.split()))
+    elif isinstance(error, RuntimeError) and ("can't allocate memory" in message or "not enough memory" in message):
+        message = OUT_OF_MEMORY.format(device="CPU")
+    elif not isinstance(error, NonFiniteLossError):
+        raise error
+    return message, FAILED

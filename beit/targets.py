@@ -193,13 +193,7 @@ class PixelTarget(PredictionTarget):
 
     @classmethod
     def build(
-        cls,
-        *,
-        patch_size: tuple[int, int],
-        mean: Sequence[float],
-        std: Sequence[float],
-        pixel_norm: bool,
-        **_: object,
+        cls, *, patch_size: tuple[int, int], mean: Sequence[float], std: Sequence[float], pixel_norm: bool, **_: object
     ) -> "PixelTarget":
         """Takes patch size, mean and standard deviation from the run."""
         return cls(patch_size, mean, std, pixel_norm)

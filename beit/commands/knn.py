@@ -94,13 +94,9 @@ def evaluate(config: KnnConfig) -> list[Result]:
     if config.untrained and not config.checkpoint:
         raise InputError("--untrained needs a --checkpoint, for its architecture; --model alone is untrained anyway")
     with open_session(
-        device=config.device,
-        output_dir=None,
-        settings="",
-        seed=config.seed,
-        local_rank=config.local_rank,
+        device=config.device, output_dir=None, settings="", seed=config.seed, local_rank=config.local_rank,
         dist_url=config.dist_url,
-    ) as session:
+    ) as session:  # fmt: skip
         source = (config.data_set, config.data_path, config.eval_data_path)
         train, val = find_images(*source, train=True), find_images(*source, train=False)
         num_classes = len(check_classes([train, val]))
@@ -121,8 +117,8 @@ def evaluate(config: KnnConfig) -> list[Result]:
         transform = preprocessing.transform
         bank = compute(config, train, features, transform, session, strict=False)
         queries = compute(config, val, features, transform, session, strict=True)
-        found = [score(config, f, bank, queries, num_classes, session.device) for f in features.features]
-        return [result for results in found for result in results] if distributed.is_main() else []
+        found = [it for f in features.features for it in score(config, f, bank, queries, num_classes, session.device)]
+        return found if distributed.is_main() else []
 
 
 def build_model(config: KnnConfig) -> tuple[Backbone, Preprocessing]:
@@ -242,20 +238,17 @@ def nearest(queries: Tensor, candidates: Tensor, k: int, chunk: int = CHUNK) -> 
     Returns:
         Cosine similarities in descending order, and indices of candidates, both ``(M, k)``.
     """
-    found = [_nearest_of_all(part, candidates, k, chunk) for part in queries.split(chunk)]
-    return torch.cat([values for values, _ in found]), torch.cat([indices for _, indices in found])
-
-
-def _nearest_of_all(queries: Tensor, candidates: Tensor, k: int, chunk: int) -> tuple[Tensor, Tensor]:
-    best = queries.new_empty(len(queries), 0)
-    where = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
-    for start in range(0, len(candidates), chunk):
-        similarities = queries @ candidates[start : start + chunk].T  # (m, n)
-        numbers = torch.arange(start, start + similarities.shape[1], device=queries.device).expand_as(similarities)
-        best, where = torch.cat([best, similarities], dim=1), torch.cat([where, numbers], dim=1)
-        best, order = best.topk(min(k, best.shape[1]), dim=1)
-        where = where.gather(1, order)
-    return best, where
+    found = []
+    for part in queries.split(chunk):
+        best, where = part.new_empty(len(part), 0), torch.empty(len(part), 0, dtype=torch.long, device=part.device)
+        for start in range(0, len(candidates), chunk):
+            similarities = part @ candidates[start : start + chunk].T  # (m, n)
+            numbers = torch.arange(start, start + similarities.shape[1], device=part.device).expand_as(similarities)
+            best, where = torch.cat([best, similarities], dim=1), torch.cat([where, numbers], dim=1)
+            best, order = best.topk(min(k, best.shape[1]), dim=1)
+            where = where.gather(1, order)
+        found.append((best, where))
+    return torch.cat([best for best, _ in found]), torch.cat([where for _, where in found])
 
 
 def vote(similarities: Tensor, labels: Tensor, temperature: float, num_classes: int) -> Tensor:

@@ -14,7 +14,6 @@ from beit.tasks.settings import FinetuningConfig, LinearProbeConfig, Pretraining
 RUN = "/path/to/run"
 TOOLS = "semantic_segmentation/tools"
 SEGMENTATION, SEGMENTATION_TEST = "segmentation", "segmentation test"
-UNMEASURED = "quoted from the source, not measured with this library"
 FACTS: dict[str, type] = {
     **dict.fromkeys(("task", "source", "data", "hardware", "time", "note", "fine_tuned_with"), str),
     **dict.fromkeys(("data_path", "start", "config", "model"), str),
@@ -94,8 +93,7 @@ class Recipe:
     def expected(self, short: bool = False) -> str:
         """Returns the quoted results in one line, such as ``acc1 83.7, acc5 96.6``.
 
-        Args:
-            short: Only the run's own results; if there are none, the first result of a later run.
+        With ``short`` only the run's own; if there are none, the first result of a later run.
         """
         quoted = {key: value for key, value in self.quoted.items() if key != "parameters"}
         own = {key: value for key, value in quoted.items() if not isinstance(value, Mapping)}
@@ -134,11 +132,7 @@ def _check_facts(name: str, facts: Mapping[str, object]) -> None:
 
 
 def command(recipe: Recipe, gpus: int) -> str:
-    """Returns the shell command of a run on one machine; its job splits the published batch over the GPUs.
-
-    Args:
-        recipe: The run.
-        gpus: GPUs of the machine.
+    """Returns the shell command of a run on a machine's GPUs, over which its job splits the published batch.
 
     Raises:
         InputError: The batch cannot be split evenly over that many GPUs.
@@ -153,11 +147,8 @@ def command(recipe: Recipe, gpus: int) -> str:
         lines[1] += f" --{job.start} {start}" if recipe.fact("start") else ""
         return " \\\n    ".join([*lines, f"--output_dir {RUN}"])
     tool = "train" if recipe.trains else "test"
-    words = [
-        f"python {TOOLS}/{tool}.py" if gpus == 1 else f"bash {TOOLS}/dist_{tool}.sh",
-        shlex.quote(recipe.fact("config")),
-    ]
-    words += [*([] if recipe.trains else [start]), *([str(gpus)] if gpus > 1 else [])]
+    words = [f"python {TOOLS}/{tool}.py" if gpus == 1 else f"bash {TOOLS}/dist_{tool}.sh"]
+    words += [shlex.quote(recipe.fact("config")), *([] if recipe.trains else [start]), *([str(gpus)] * (gpus > 1))]
     if not recipe.trains:
         return f"{' '.join(words)} \\\n    --eval mIoU --options data_path={data}"
     # A single image at once leaves the batch norm after UPerNet's pooling to 1 x 1 nothing to normalise.
@@ -198,7 +189,7 @@ def show(config: ShowConfig) -> None:
     elsewhere = "" if gpus == recipe.gpus else f", published with {recipe.gpus}"
     text = [recipe.name, _rows(about)]
     text += [f"settings:\n{_rows(recipe.own)}"] if recipe.own else []
-    text += [f"{UNMEASURED}:\n{_rows(flat(recipe.quoted))}"]
+    text += [f"quoted from the source, not measured with this library:\n{_rows(flat(recipe.quoted))}"]
     text += [f"command for {gpus} GPU{'s' * (gpus > 1)}{elsewhere} (--gpus N for another number):"]
     text += [command(recipe, gpus), *_remarks(recipe, gpus)]
     sys.stdout.write("\n".join(text) + "\n")

@@ -90,10 +90,8 @@ class Run:
     @property
     def state(self) -> str:
         """How far the run got, such as ``3 of 10 epochs``."""
-        done, planned = (
-            self.position(self.entries[-1]),
-            self.settings.get({"step": "max_steps"}.get(self.unit, "epochs")),
-        )
+        done = self.position(self.entries[-1])
+        planned = self.settings.get("max_steps" if self.unit == "step" else "epochs")
         text = f"{done:,}" + (f" of {planned:,}" if isinstance(planned, int) and planned > done else "")
         diverged = any(not math.isfinite(loss) for loss, _ in self.values("train_loss")[-1:])
         return f"{text} {self.unit}{'s' * (text != '1')}{', diverged' * diverged}"
@@ -142,13 +140,7 @@ def main(config: ReportConfig) -> None:
 
 
 def render(runs: Sequence[Run], title: str, pictures: Sequence[str] = (), results: Sequence[str] = ()) -> str:
-    """Returns the page.
-
-    Args:
-        runs: The runs it is about.
-        title: Its title.
-        pictures: Further picture files.
-        results: Further JSON files of results.
+    """Returns the page about some runs, with further pictures and JSON files of results.
 
     Raises:
         InputError: A JSON file is missing or does not hold an object.

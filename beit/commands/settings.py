@@ -16,8 +16,10 @@ PICTURE = "picture to write, .png or .svg"
 
 POOLS = ("mean", "cls", "cls_mean")
 PROJECTIONS = ("pca", "tsne")
-RECIPE_TASKS = ("pre-training", "intermediate fine-tuning", "fine-tuning", "linear probe", "segmentation")
-RECIPE_TASKS = (*RECIPE_TASKS, "segmentation test")
+RECIPE_TASKS = (
+    *("pre-training", "intermediate fine-tuning", "fine-tuning", "linear probe"),
+    *("segmentation", "segmentation test"),
+)
 
 
 @dataclass(frozen=True)

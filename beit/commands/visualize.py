@@ -101,14 +101,7 @@ def reconstruct_files(
     target: PredictionTarget,
     seed: int = 0,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Masks images as in pre-training and lets a model fill them in.
-
-    Args:
-        images: Files, or images in shards.
-        run: The settings of the model's run.
-        model: The model.
-        target: What it was trained to predict.
-        seed: Seed of the masks.
+    """Masks images as in pre-training, and lets the model of a run fill them in.
 
     Returns:
         Panels and captions; see :func:`beit.visualization.reconstructions.reconstruct`.
@@ -145,8 +138,10 @@ def embeddings(config: EmbeddingsConfig) -> None:
     check_embedding(min(len(index), config.limit), config.method)
     viewer = open_viewer(config.checkpoint, config.input_size, config.device)
     precision = Precision(resolve_amp_dtype(config.amp_dtype, viewer.device), viewer.device)
-    wanted = {"layers": (config.block,), "pools": (config.pool,)}
-    frozen = FrozenFeatures(viewer.model, **wanted, mean=viewer.mean, std=viewer.std, precision=precision)
+    layers, pools = (config.block,), (config.pool,)
+    frozen = FrozenFeatures(
+        viewer.model, layers=layers, pools=pools, mean=viewer.mean, std=viewer.std, precision=precision
+    )
     features, labels = compute(index, spread(len(index), config.limit), viewer, frozen, config.batch_size)
     points, axes = embed(features, config.method, config.seed)
     groups = [(name, points[where]) for name, where in group_by_class(labels, index.class_names)]

@@ -62,7 +62,7 @@ def attention(config: AttentionConfig) -> None:
     rows: list[list[Picture]] = []
     headings = {}
     for number, path in enumerate(paths):
-        view, mask = viewer.view(path)[None].to(viewer.device), None
+        view, mask = viewer.view(path), None
         if masks is not None:
             with sample_randomness(config.seed, 0, number) as rng:
                 mask = torch.from_numpy(masks(rng))[None].to(viewer.device)
@@ -80,13 +80,9 @@ def attention(config: AttentionConfig) -> None:
 def attention_rows(
     image: Tensor, maps: Tensor, queries: Sequence[Query], heads: Sequence[int | None]
 ) -> list[list[Picture]]:
-    """Arranges the maps of an image: a row per query, or a single row if there is one map per query.
+    """Arranges the maps ``(queries, heads of the model, h, w)`` of an image ``(3, H, W)`` in [0, 1].
 
-    Args:
-        image: ``(3, H, W)`` in [0, 1].
-        maps: ``(queries, heads of the model, h, w)``.
-        queries: The query patches.
-        heads: The heads to show; None for their mean.
+    There is a row per query, or a single row if there is one map per query. A head of None is the mean of all.
     """
     height, width = maps.shape[-2:]
     rows = []
@@ -102,9 +98,9 @@ def attention_rows(
         marks = tuple(mark for row in rows for mark in row[0].marks)
         rows = [[Picture(image, marks=marks, title="image"), *(row[1] for row in rows)]]
     lines = []
-    for row in rows:  # a long one becomes several of nearly equal length
-        length = math.ceil(len(row) / math.ceil(len(row) / MAX_COLUMNS))
-        lines += [row[start : start + length] for start in range(0, len(row), length)]
+    for pictures in rows:  # a long row becomes several of nearly equal length
+        length = math.ceil(len(pictures) / math.ceil(len(pictures) / MAX_COLUMNS))
+        lines += [pictures[start : start + length] for start in range(0, len(pictures), length)]
     return lines
 
 
@@ -182,7 +178,7 @@ def distances_of(viewer: Viewer, images: Sequence[Shown]) -> Tensor:
     distances = patch_distances(embedding.grid_size, embedding.patch_size).to(viewer.device)
     summed = torch.zeros(viewer.model.get_num_layers(), viewer.model.num_heads, dtype=torch.float64)
     for image in images:  # one by one: at a high resolution the probabilities of one image fill the memory
-        inputs = normalize(viewer.view(image)[None].to(viewer.device), viewer.mean, viewer.std)
+        inputs = normalize(viewer.view(image), viewer.mean, viewer.std)
         blocks = [mean_distances(maps, distances)[0].cpu() for maps in attention_by_block(viewer.model, inputs)]
         summed += torch.stack(blocks)
     return summed / len(images)

@@ -49,12 +49,12 @@ class Viewer(Preprocessing):
         return self.model.cls_token.device
 
     def view(self, image: Shown) -> Tensor:
-        """Returns an image as the model gets it before normalisation, uint8 ``(3, H, W)``.
+        """Returns an image on the device as the model gets it before normalisation, uint8 ``(1, 3, H, W)``.
 
         Raises:
             InputError: It cannot be read.
         """
-        return self.transform(read_shown(image))["image"]
+        return self.transform(read_shown(image))["image"][None].to(self.device)
 
 
 def open_viewer(checkpoint: str, size: Size | None, device: str) -> Viewer:

@@ -58,10 +58,8 @@ class Task(ABC, Generic[ConfigT]):
 
     :func:`run` calls the methods in the order in which they stand here.
 
-    Args:
-        config: The job's settings; after :meth:`start` those with ``--total_batch_size`` resolved.
-
     Attributes:
+        config: The job's settings; after :meth:`start` those with ``--total_batch_size`` resolved.
         batch_multiple: What the images of a batch must be a multiple of.
         best_metric: Metric of the evaluation, the larger the better, whose best checkpoint is kept; None for none.
         evaluate_average: Whether the moving average of the weights is evaluated too.
@@ -225,10 +223,7 @@ class Task(ABC, Generic[ConfigT]):
     def loader_of(self, dataset: EpochDataset, *, training: bool = True, **options: Any) -> EpochLoader:
         """Returns a loader of this process's share of a data set, shuffled for training, in full for evaluation.
 
-        Args:
-            dataset: The samples.
-            training: Whether it is trained on.
-            **options: Arguments of :class:`EpochLoader` that differ.
+        The options are arguments of :class:`EpochLoader` that differ.
         """
         config = self.config
         assert isinstance(config, BatchOptions)
@@ -249,9 +244,6 @@ class Task(ABC, Generic[ConfigT]):
         """Returns the number of workers for a loader beside that of training."""
         assert isinstance(self.config, LoadingOptions)
         return min(self.config.num_workers, EVALUATION_WORKERS)
-
-
-TaskT = TypeVar("TaskT", bound="Task[Any]")
 
 
 def run(task: Task[Any]) -> None:
@@ -288,9 +280,8 @@ def run(task: Task[Any]) -> None:
         )
         start_epoch = task.config.start_epoch if isinstance(task.config, EpochOptions) else 0
         session.resume(trainer, path=task.resume_path(), auto=task.config.auto_resume, start_epoch=start_epoch)
-        for line in task.summary():
+        for line in (*task.summary(), plan(task.config, trainer)):
             logger.info("%s", line)
-        log_plan(task.config, trainer)
         trainer.fit()
         task.finish()
 
@@ -314,12 +305,7 @@ def opened(task: Task[Any], *, writes: bool = True) -> Iterator[Session]:
 
 
 def session_of(config: RunOptions, *, writes: bool = True) -> AbstractContextManager[Session]:
-    """Opens the session that a job's settings ask for.
-
-    Args:
-        config: The settings.
-        writes: Whether the job writes into its run folder.
-    """
+    """Opens the session that a job's settings ask for; ``writes`` is whether it writes into its run folder."""
     return open_session(
         device=config.device,
         output_dir=config.output_dir if writes else None,
@@ -336,18 +322,15 @@ def session_of(config: RunOptions, *, writes: bool = True) -> AbstractContextMan
 
 def trainer_class(task: Task[Any]) -> Callable[..., Trainer]:
     """Returns what trains: the plain loop, or one that shards the training state over the processes."""
-    config = task.config
-    if not isinstance(config, ShardingOptions):
-        return Trainer
-    if config.enable_deepspeed:
+    if isinstance(task.config, ShardingOptions) and task.config.enable_deepspeed:
         from beit.training.zero import DeepSpeedTrainer
 
-        return partial(DeepSpeedTrainer, zero_stage=config.zero_stage)
-    if config.shard == "none":
-        return Trainer
-    from beit.training.fsdp import FullyShardedTrainer  # what it imports takes a second
+        return partial(DeepSpeedTrainer, zero_stage=task.config.zero_stage)
+    if isinstance(task.config, ShardingOptions) and task.config.shard != "none":
+        from beit.training.fsdp import FullyShardedTrainer  # what it imports takes a second
 
-    return partial(FullyShardedTrainer, layers=task.sharded_layers)
+        return partial(FullyShardedTrainer, layers=task.sharded_layers)
+    return Trainer
 
 
 def resolve_batch(config: BatchT, world_size: int, multiple: int = 1) -> BatchT:
@@ -358,20 +341,12 @@ def resolve_batch(config: BatchT, world_size: int, multiple: int = 1) -> BatchT:
     return dataclasses.replace(config, batch_size=images, update_freq=batches)
 
 
-def log_plan(config: BatchOptions, trainer: Trainer) -> None:
-    """Logs the batch, the length of the run and the peak learning rate."""
-    settings, epochs = trainer.settings, ""
-    if settings.period.name == "epoch":
-        epochs = f"{settings.total_steps // settings.period.steps} epochs of {settings.period.steps} steps, "
-    logger.info(
-        "batch %d = %d images x %d processes x %d batches per step; %s%d steps in all",
-        trainer.images_per_step,
-        config.batch_size,
-        distributed.world_size(),
-        config.update_freq,
-        epochs,
-        settings.total_steps,
-    )
+def plan(config: BatchOptions, trainer: Trainer) -> str:
+    """Returns a line about the batch and the length of the run."""
+    total, period = trainer.settings.total_steps, trainer.settings.period
+    epochs = f"{total // period.steps} epochs of {period.steps} steps, " if period.name == "epoch" else ""
+    batch = f"{config.batch_size} images x {distributed.world_size()} processes x {config.update_freq} batches per step"
+    return f"batch {trainer.images_per_step} = {batch}; {epochs}{total} steps in all"
 
 
 def find_together(path: str) -> ImageIndex:
@@ -388,12 +363,7 @@ def find_together(path: str) -> ImageIndex:
 
 
 def find_labelled(
-    config: LabelledDataOptions,
-    nb_classes: int,
-    *,
-    trains: bool = True,
-    evaluates: bool = True,
-    download: bool = False,
+    config: LabelledDataOptions, nb_classes: int, *, trains: bool = True, evaluates: bool = True, download: bool = False
 ) -> tuple[LabelledImages | None, LabelledImages | None, tuple[str, ...]]:
     """Finds training images, validation images and the names of their classes.
 
@@ -429,7 +399,7 @@ def warn_of_another_mean(source: str, metadata: Mapping[str, Any], mean: tuple[f
 
 
 def named_model(config: ModelOptions, *, masked: bool = False, **arguments: object) -> Backbone:
-    """Builds ``--model`` with ``--model_kwargs`` over the arguments.
+    """Builds ``--model`` with ``--model_kwargs`` over the arguments of its constructor.
 
     Args:
         config: The settings.

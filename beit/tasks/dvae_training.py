@@ -4,7 +4,7 @@ Source: BEiT (arXiv 2106.08254), section 2.1; DALL-E (arXiv 2102.12092), section
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from PIL import Image
@@ -38,8 +38,6 @@ from beit.training.schedules import WarmupCosine
 from beit.training.state import Average, Batch, LoopSettings, StepFunction
 from beit.visualization.image_log import side_by_side
 
-__all__ = ["DvaeConfig", "main"]
-
 logger = logging.getLogger(__name__)
 
 PICTURE = "reconstructions.png"
@@ -60,10 +58,8 @@ class DvaeTraining(Task[DvaeConfig]):
         if not config.data_path:
             raise InputError("--data_path is missing: give a folder of images, or a text file of paths")
         if config.temperature_end > config.temperature_start:
-            raise InputError(
-                f"--temperature_end {config.temperature_end:g}: must be at most --temperature_start "
-                f"{config.temperature_start:g}"
-            )
+            first, last = config.temperature_start, config.temperature_end
+            raise InputError(f"--temperature_end {last:g}: must be at most --temperature_start {first:g}")
 
     def build_model(self) -> RelaxedAutoencoder:
         """Creates the dVAE with its relaxation."""
@@ -210,16 +206,9 @@ class HardTokenEvaluation:
             counts += count_codes(ids, self.vae.num_tokens)
             if number == 0:
                 self.picture = side_by_side(from_signed_range(images), from_signed_range(reconstructed))
-        results = self._results(distributed.sum_over_ranks(totals).tolist(), distributed.sum_over_ranks(counts))
-        if epoch + 1 >= COLLAPSE_COUNTS_FROM * self.epochs:
-            warn_of_collapse(results)
-        return results
-
-    def _results(self, totals: Sequence[float], counts: Tensor) -> Metrics:
-        loss, kl, images = totals
-        tokens = int(counts.sum())
-        statistics = codebook_statistics(counts)
-        return {
+        (loss, kl, images), counts = distributed.sum_over_ranks(totals).tolist(), distributed.sum_over_ranks(counts)
+        tokens, statistics = int(counts.sum()), codebook_statistics(counts)
+        results: Metrics = {
             "loss": loss / images,
             "perplexity": statistics.perplexity,
             "used_codes": statistics.used,
@@ -227,3 +216,6 @@ class HardTokenEvaluation:
             "kl_per_token": kl / tokens,
             "tokens": tokens,
         }
+        if epoch + 1 >= COLLAPSE_COUNTS_FROM * self.epochs:
+            warn_of_collapse(results)
+        return results

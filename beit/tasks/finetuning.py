@@ -16,11 +16,7 @@ from torch import Tensor, nn
 from beit.checkpoints.load import load_pretrained, load_weights
 from beit.checkpoints.read import read_weights
 from beit.checkpoints.released import resolve
-from beit.data.classification import (
-    ClassificationEvalTransform,
-    ClassificationTransform,
-    labelled_dataset,
-)
+from beit.data.classification import ClassificationEvalTransform, ClassificationTransform, labelled_dataset
 from beit.data.loaders import EpochLoader
 from beit.data.preprocessing import normalization
 from beit.data.transforms import normalize, size_pair
@@ -36,8 +32,6 @@ from beit.training.loop import to_device
 from beit.training.optim import parameter_groups
 from beit.training.precision import Precision
 from beit.training.state import Average, Batch, LoopSettings, StepFunction
-
-__all__ = ["FinetuningConfig", "main"]
 
 logger = logging.getLogger(__name__)
 
@@ -160,8 +154,7 @@ class Finetuning(Task[FinetuningConfig]):
             return None
         dataset = labelled_dataset(self.val, build_eval_transform(self.config), self.config.seed, strict=True)
         loader = self.loader_of(dataset, training=False)
-        mean, std, precision = self.mean, self.std, self.precision
-        return lambda model, _epoch: evaluate(model, loader, precision, mean=mean, std=std)
+        return lambda model, _epoch: evaluate(model, loader, self.precision, mean=self.mean, std=self.std)
 
     def extras(self) -> Mapping[str, object]:
         """Records what a user of the model needs: class names by id, and how an image is preprocessed."""
@@ -181,10 +174,7 @@ class Finetuning(Task[FinetuningConfig]):
 
 
 def evaluate_checkpoint(config: FinetuningConfig) -> Metrics:
-    """Evaluates a checkpoint on the validation images: what ``--eval`` does.
-
-    Returns:
-        ``acc1``, ``acc5`` (percent) and ``loss``, as training reported them.
+    """Evaluates a checkpoint on the validation images, for ``--eval``; returns what :func:`evaluate` does.
 
     Raises:
         InputError: There is no checkpoint, or it is not for these classes or this model.
@@ -213,9 +203,7 @@ def checkpoint_to_evaluate(config: FinetuningConfig) -> str:
     if not found and config.auto_resume and config.output_dir:
         found = distributed.on_main(lambda: str(newest_checkpoint(Path(config.output_dir)) or ""))
     if not (found or config.init_from):
-        raise InputError(
-            "--eval has nothing to evaluate: give the checkpoint as --resume, or its folder as --output_dir"
-        )
+        raise InputError("--eval needs a checkpoint: give it as --resume, or its folder as --output_dir")
     return found or config.init_from
 
 
@@ -233,17 +221,15 @@ def load_whole(model: VisionTransformer, source: str, model_key: str, task: Fine
         if len(labels) == len(task.class_names) and label != name:
             raise InputError(f"{source}: class {number} of the checkpoint is {label!r}, that of the data {name!r}")
     warn_of_another_mean(source, metadata, task.mean)
-    if report.unexpected:
+    if extra := report.unexpected:
+        what = f"{len(extra)} tensors without a place in this model, such as {extra[0]}"
+        raise InputError(f"{source} has {what}; check --model and its options")
+    if lacks := report.missing:
+        reasons = "".join(f" ({reason})" for reason in {report.dropped.get(name) for name in lacks} - {None})
+        what = f"it lacks {', '.join(lacks[:3])}{' …' if len(lacks) > 3 else ''}{reasons}"
         raise InputError(
-            f"{source} has {len(report.unexpected)} tensors without a place in this model, such as "
-            f"{report.unexpected[0]}; check --model and its options"
-        )
-    if report.missing:
-        reasons = {report.dropped[name] for name in report.missing if name in report.dropped}
-        named = f"{', '.join(report.missing[:3])}{' …' if len(report.missing) > 3 else ''}"
-        raise InputError(
-            f"{source} does not fill this model of {model.num_classes} classes, it lacks {named}"
-            f"{''.join(f' ({reason})' for reason in reasons)}; check the data, --model and its options"
+            f"{source} does not fill this model of {model.num_classes} classes, {what}; check the data, --model and "
+            "its options"
         )
 
 
@@ -322,8 +308,7 @@ def evaluate(
     """Classifies a data set, each image once over all processes; unreadable images are skipped.
 
     Returns:
-        ``loss``, the mean cross-entropy, and ``acc1`` and ``acc5``, top-1 and top-5 accuracy in percent (top-k over all
-        classes if there are fewer than five).
+        ``loss``, the mean cross-entropy, and ``acc1`` and ``acc5``, top-1 and top-5 accuracy in percent.
     """
     model.eval()
     device = next(model.parameters()).device  # a moving average may be kept on the host

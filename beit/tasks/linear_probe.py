@@ -30,8 +30,6 @@ from beit.training.precision import Precision, resolve_amp_dtype
 from beit.training.schedules import WarmupCosine
 from beit.training.state import Batch, LoopSettings, StepFunction
 
-__all__ = ["LinearProbeConfig", "main"]
-
 logger = logging.getLogger(__name__)
 
 BASE_BATCH = 256  # images per step that --base_lr is for
@@ -133,8 +131,8 @@ class LinearProbe(Task[LinearProbeConfig]):
         """Yields the heads, the backbone and the learning rate."""
         config, features = self.config, self.features.features
         pools = ", ".join(dict.fromkeys(feature.pool for feature in features))
-        backbone = config.checkpoint or f"{config.model} (untrained)"
         yield f"{len(features)} heads of {len(self.class_names)} classes on {pools}"
+        backbone = config.checkpoint or f"{config.model} (untrained)"
         yield f"backbone {backbone}, frozen, {self.features.precision.dtype}"
         yield f"lr {peak_lr(config, self.session.world_size):g}"
         yield from super().summary()
@@ -146,29 +144,25 @@ def build_backbone(config: LinearProbeConfig) -> Backbone:
     Raises:
         InputError: The name is unknown, an option does not fit, or the checkpoint is of another model.
     """
-    if not config.checkpoint:
-        if config.model == AUTO:
-            raise InputError("--model auto takes the architecture of a checkpoint: give --checkpoint as well")
-        logger.warning("no --checkpoint: the backbone is untrained")
-        return _named_backbone(config)
-    weights, metadata = read_weights(config.checkpoint, config.model_key, config.model_prefix)
-    if config.model == AUTO:
+    source, auto = config.checkpoint, config.model == AUTO
+    if auto and not source:
+        raise InputError("--model auto takes the architecture of a checkpoint: give --checkpoint as well")
+    weights, metadata = read_weights(source, config.model_key, config.model_prefix) if source else ({}, {})
+    if auto:
         backbone = architecture_of(weights, metadata).build(metadata.get("layer_norm_eps"))
     else:
-        backbone = _named_backbone(config)
+        arguments: dict[str, Any] = {} if config.input_size is None else {"img_size": config.input_size}
+        arguments |= {"num_classes": 0, "patch_size": config.patch_size, "use_rel_pos_bias": config.rel_pos_bias}
+        backbone = named_model(config, **arguments)
+    if not source:
+        logger.warning("no --checkpoint: the backbone is untrained")
+        return backbone
     report = load_weights(backbone, weights, metadata, drop_head=True)
     (logger.warning if report.unexpected else logger.info)("%s", report.summary())
-    if config.model == AUTO and config.input_size is not None:
+    if auto and config.input_size is not None:
         backbone.set_input_size(config.input_size)
-    warn_of_another_mean(config.checkpoint, metadata, normalization(config.imagenet_default_mean_and_std)[0])
+    warn_of_another_mean(source, metadata, normalization(config.imagenet_default_mean_and_std)[0])
     return backbone
-
-
-def _named_backbone(config: LinearProbeConfig) -> Backbone:
-    arguments: dict[str, Any] = {"num_classes": 0, "patch_size": config.patch_size}
-    if config.input_size is not None:
-        arguments["img_size"] = config.input_size
-    return named_model(config, use_rel_pos_bias=config.rel_pos_bias, **arguments)
 
 
 def fingerprint(backbone: Backbone) -> str:
@@ -245,9 +239,7 @@ def evaluate(heads: nn.Module, features: FrozenFeatures, loader: EpochLoader) ->
     for name, found in results.items():
         logger.info("%s: Acc@1 %.3f Acc@5 %.3f loss %.3f", name, found["acc1"], found["acc5"], found["loss"])
     best = max(features.features, key=lambda feature: results[feature.name]["acc1"])  # the first of equals
-    score = results[best.name]
-    logger.info(
-        "* Acc@1 %.3f Acc@5 %.3f loss %.3f (%s, the best)", score["acc1"], score["acc5"], score["loss"], best.name
-    )
+    score, line = results[best.name], "* Acc@1 %.3f Acc@5 %.3f loss %.3f (%s, the best)"
+    logger.info(line, score["acc1"], score["acc5"], score["loss"], best.name)
     each = {f"{name}_{key}": found[key] for name, found in results.items() for key in ("acc1", "acc5")}
     return {**score, "best_layer": best.layer, **each}

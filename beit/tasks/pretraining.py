@@ -13,11 +13,7 @@ from beit.checkpoints.read import read_weights
 from beit.data.datasets import ImageDataset
 from beit.data.loaders import EpochLoader
 from beit.data.preprocessing import normalization
-from beit.data.transforms import (
-    MaskedImageModelingEvalTransform,
-    MaskedImageModelingTransform,
-    size_pair,
-)
+from beit.data.transforms import MaskedImageModelingEvalTransform, MaskedImageModelingTransform, size_pair
 from beit.errors import InputError
 from beit.masking import MaskGenerator
 from beit.modeling import VisionTransformerForMaskedImageModeling
@@ -34,8 +30,6 @@ from beit.training.optim import parameter_groups
 from beit.training.precision import AMP_DTYPES, Precision, resolve_amp_dtype
 from beit.training.state import Batch, StepFunction
 from beit.visualization.image_log import reconstruction_picture, spread_samples
-
-__all__ = ["PretrainingConfig", "main"]
 
 logger = logging.getLogger(__name__)
 
@@ -245,8 +239,7 @@ def check_target(checkpoint: Mapping[str, Any], source: str, target: str) -> Non
     Raises:
         InputError: It does not.
     """
-    theirs = checkpoint.get("target", VISUAL_TOKENS)
-    if theirs != target:
+    if (theirs := checkpoint.get("target", VISUAL_TOKENS)) != target:
         raise InputError(
             f"{source} learned to predict {theirs}, this run predicts {target}: resume with the same --target and "
             "--pixel_norm, or start from its weights with --init_from in another --output_dir"
@@ -276,11 +269,11 @@ def initialize_from(
     theirs = metadata.get("target", VISUAL_TOKENS)
     report = load_weights(model, weights, metadata, drop_head=theirs != target)
     (logger.warning if report.unexpected else logger.info)("%s", report.summary())
-    scratch = "the head is initialised from scratch"
-    if theirs != target:
-        logger.info("%s learned to predict %s, this run predicts %s: %s", source, theirs, target, scratch)
-    elif "lm_head.weight" in report.missing:
-        logger.info("%s has another vocabulary or none: %s", source, scratch)
+    if theirs != target or "lm_head.weight" in report.missing:
+        reason = "has another vocabulary or none"
+        if theirs != target:
+            reason = f"learned to predict {theirs}, this run predicts {target}"
+        logger.info("%s %s: the head is initialised from scratch", source, reason)
 
 
 @torch.no_grad()
@@ -299,15 +292,12 @@ def evaluate(model: nn.Module, objective: MaskedPrediction, loader: EpochLoader,
         batch = to_device(with_patch_index(host_batch), device)
         with precision.autocast(), uncompiled():
             outputs, targets = objective.predict(model, batch)
-        sums = {"loss": target.loss(outputs, targets, "sum"), **target.tally(outputs, targets)}
         totals["patches"] += len(outputs)
-        totals = {**totals, **{name: totals[name] + value if name in totals else value for name, value in sums.items()}}
+        for name, value in {"loss": target.loss(outputs, targets, "sum"), **target.tally(outputs, targets)}.items():
+            totals[name] = totals[name] + value if name in totals else value
     # A process may have had no images; the main one always has some, so it names what there is to add up.
     zeros = distributed.on_main(lambda: {name: torch.zeros_like(value, device="cpu") for name, value in totals.items()})
-    totals = {
-        name: distributed.sum_over_ranks(totals[name] if name in totals else zero.to(device))
-        for name, zero in zeros.items()
-    }
+    totals = {name: distributed.sum_over_ranks(totals.get(name, zero.to(device))) for name, zero in zeros.items()}
     loss, patches = totals.pop("loss").item(), int(totals.pop("patches").item())
     return {"loss": loss / patches, **target.scores(totals, patches)}
 

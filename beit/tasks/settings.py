@@ -34,7 +34,6 @@ class RunOptions:
     """Where a run computes, what it writes and how it is resumed."""
 
     GROUP: ClassVar[str] = "run"
-
     output_dir: str = option("", "folder for checkpoints and log.txt; empty writes nothing")
     log_dir: str | None = option(None, "folder for TensorBoard")
     device: str = option("cuda", "cuda, cpu or mps; the CPU where there is no CUDA")
@@ -42,11 +41,7 @@ class RunOptions:
     resume: str = option("", "checkpoint to resume from")
     auto_resume: bool = option(True, "resume from the newest checkpoint in --output_dir", off="--no_auto_resume")
     save_ckpt_steps: int = option(1000, "steps between writes of checkpoint-last.pth; 0 for never", within="[0, inf)")
-    keep_checkpoints: int = option(
-        0,
-        "numbered checkpoints to keep; 0 keeps all",
-        within="[0, inf)",
-    )
+    keep_checkpoints: int = option(0, "numbered checkpoints to keep; 0 keeps all", within="[0, inf)")
     amp_dtype: str = option("auto", "number format of forward and backward", choices=AMP_CHOICES)
     deterministic: bool = option(False, "deterministic GPU kernels where there are any (slower)")
     log_every: int = option(10, "steps between console lines", within="[1, inf)")
@@ -62,13 +57,11 @@ class BatchOptions:
     """How many images make a step."""
 
     GROUP: ClassVar[str] = "batch"
-
     batch_size: int = option(64, "images per process and batch", within="[1, inf)")
     update_freq: int = option(1, "batches whose gradients are accumulated for one step", within="[1, inf)")
     total_batch_size: int = option(
         0,
-        "images per step over all processes, however many there are: --update_freq follows from it, and --batch_size "
-        "is the most per process; 0 takes both as they are",
+        "images per step over all processes; sets --update_freq, with at most --batch_size per process; 0 sets nothing",
         within="[0, inf)",
         yields_to="update_freq",
     )
@@ -79,7 +72,6 @@ class EpochOptions:
     """How long a run is, in passes over the data."""
 
     GROUP: ClassVar[str] = "schedule"
-
     epochs: int = option(300, "passes over the data", within="[1, inf)")
     start_epoch: int = option(0, "epoch to start with when nothing is resumed, from 0")
     eval_freq: int = option(1, "epochs between evaluations", within="[1, inf)")
@@ -91,7 +83,6 @@ class OptimizerOptions:
     """The optimizer and the schedules of learning rate and weight decay."""
 
     GROUP: ClassVar[str] = "optimizer"
-
     opt: str = option("adamw", "optimizer: any name that timm knows, or fusedadamw")
     opt_eps: float = option(1e-8, "epsilon of Adam", within="[0, inf)")
     opt_betas: tuple[float, ...] | None = option(None, "decay rates of Adam", within="[0, 1)")
@@ -112,8 +103,6 @@ def check_betas(config: OptimizerOptions) -> None:
 class CosineOptions(OptimizerOptions):
     """The schedules of jobs that count epochs."""
 
-    GROUP: ClassVar[str] = "optimizer"
-
     weight_decay_end: float | None = option(None, "weight decay at the end of a cosine; constant by default")
     warmup_lr: float = option(1e-6, "unused", no_effect="the warm-up starts at 0, as in the official schedule")
     warmup_epochs: int = option(5, "epochs of linear warm-up", within="[0, inf)")
@@ -125,7 +114,6 @@ class ShardingOptions:
     """How processes split the training state."""
 
     GROUP: ClassVar[str] = "sharding"
-
     shard: str = option(
         "none",
         "fsdp: each process holds a part of weights, gradients (with --update_freq 1) and optimizer state; checkpoints "
@@ -155,23 +143,18 @@ class ModelOptions:
     """The backbone."""
 
     GROUP: ClassVar[str] = "model"
-
     model: str = option("beit_base_patch16_224", "model name; `beit models` lists them")
     model_kwargs: dict[str, Any] | None = option(None, "more of its arguments, such as patch_size=8 embed_dim=128")
     model_key: str = option("model|module", "where a checkpoint has its weights; the first key found")
     model_prefix: str = option("", "prefix of the names of a checkpoint's weights")
     rel_pos_bias: bool = option(True, "relative position bias", off="--disable_rel_pos_bias")
     abs_pos_emb: bool = option(False, "learned absolute position embeddings")
-    layer_scale_init_value: float = option(
-        0.1, "LayerScale: 0.1 for base, 1e-5 for large, 0 for none", within="[0, inf)"
-    )
+    layer_scale_init_value: float = option(0.1, "LayerScale: base 0.1, large 1e-5, none 0", within="[0, inf)")
 
 
 @dataclass(frozen=True)
 class TrainedModelOptions(ModelOptions):
     """The backbone, where it is trained."""
-
-    GROUP: ClassVar[str] = "model"
 
     init_from: str = option("", f"checkpoint to start from: {ANY_MODEL}")
     drop_path: float = option(0.1, "stochastic depth rate of the last block, linear in depth", within="[0, 1)")
@@ -183,7 +166,6 @@ class LoadingOptions:
     """How images are read."""
 
     GROUP: ClassVar[str] = "data"
-
     num_workers: int = option(10, "data-loading workers per process", within="[0, inf)")
     pin_mem: bool = option(True, "page-locked host memory for faster transfers to a GPU", off="--no_pin_mem")
     max_unreadable: int | None = option(None, "unreadable images to tolerate; 1 %, at least 10", within="[0, inf)")
@@ -193,8 +175,6 @@ class LoadingOptions:
 class DataOptions(LoadingOptions):
     """Images."""
 
-    GROUP: ClassVar[str] = "data"
-
     data_path: str = option(IMAGENET_FOLDER, "folder of images, text file of paths, or shards-{000..127}.tar")
     eval_data_path: str | None = option(None, "held-out images to evaluate on")
 
@@ -202,8 +182,6 @@ class DataOptions(LoadingOptions):
 @dataclass(frozen=True)
 class LabelledDataOptions(DataOptions):
     """Images with classes."""
-
-    GROUP: ClassVar[str] = "data"
 
     data_path: str = option(IMAGENET_FOLDER, "folder of the data; for IMNET the one with train and val")
     eval_data_path: str | None = option(None, "folder of validation images, for --data_set image_folder")
@@ -219,7 +197,6 @@ class MaskingOptions:
     """Masks of patches."""
 
     GROUP: ClassVar[str] = "masking"
-
     mask_strategy: str = option("block", "how patches to mask are chosen", choices=MASK_STRATEGIES)
     num_mask_patches: int = option(75, "most patches masked per image; exactly as many with random", within="[1, inf)")
     max_mask_patches_per_block: int | None = option(None, "largest masked block, in patches; no limit by default")
@@ -231,7 +208,6 @@ class TargetOptions:
     """What is predicted of a patch."""
 
     GROUP: ClassVar[str] = "target"
-
     target: str = option("tokens", "what is predicted of a patch", choices=TARGETS)
     pixel_norm: bool = option(True, "pixels: predict them normalised by their patch's mean and standard deviation")
     predict: str = option("masked", "which patches are predicted in training", choices=("masked", "all"))
@@ -244,17 +220,12 @@ class TargetOptions:
 
 
 @dataclass(frozen=True)
-class PretrainingConfig(
-    DataOptions,
-    MaskingOptions,
-    TargetOptions,
-    TrainedModelOptions,
-    BatchOptions,
-    EpochOptions,
-    CosineOptions,
-    ShardingOptions,
-    RunOptions,
-):
+class TrainedOptions(TrainedModelOptions, BatchOptions, EpochOptions, CosineOptions, ShardingOptions, RunOptions):
+    """What jobs that train a backbone share."""
+
+
+@dataclass(frozen=True)
+class PretrainingConfig(DataOptions, MaskingOptions, TargetOptions, TrainedOptions):
     """The settings of ``run_beit_pretraining.py``: every official flag, with its official default."""
 
     GROUP: ClassVar[str] = "pre-training"
@@ -274,19 +245,10 @@ class PretrainingConfig(
 
 
 @dataclass(frozen=True)
-class FinetuningConfig(
-    LabelledDataOptions,
-    TrainedModelOptions,
-    BatchOptions,
-    EpochOptions,
-    CosineOptions,
-    ShardingOptions,
-    RunOptions,
-):
+class FinetuningConfig(LabelledDataOptions, TrainedOptions):
     """The settings of ``run_class_finetuning.py``: every official flag, with its official default."""
 
     GROUP: ClassVar[str] = "fine-tuning"
-
     init_from: str = option("", f"checkpoint to start from: {ANY_MODEL}", aliases=("finetune",))
     input_size: Size = option(224, "size of the images, in pixels (HEIGHTxWIDTH or one number); sets the model's size")
     drop: float = option(0.0, "dropout of tokens and branches", within="[0, 1)")
@@ -306,9 +268,7 @@ class FinetuningConfig(
     layer_decay: float = option(0.9, "factor on the learning rate from one layer to the one below", within="(0, 1]")
     disable_weight_decay_on_rel_pos_bias: bool = option(False, "no weight decay on relative position bias tables")
 
-    color_jitter: float = option(
-        0.4, "brightness, contrast and saturation jitter; only without --aa", within="[0, inf)"
-    )
+    color_jitter: float = option(0.4, "brightness, contrast, saturation jitter; without --aa", within="[0, inf)")
     aa: str = option("rand-m9-mstd0.5-inc1", "augmentation policy, by timm's name; none for none")
     smoothing: float = option(0.1, "label smoothing", within="[0, 1)")
     reprob: float = option(0.25, "probability of random erasing", within="[0, 1]")
@@ -337,14 +297,11 @@ class LinearProbeConfig(LabelledDataOptions, ModelOptions, BatchOptions, EpochOp
     """The settings of ``run_linear_eval.py``: every official flag, with its official default."""
 
     GROUP: ClassVar[str] = "probe"
-
     model: str = option("beit_base_patch16_224", "model name, or auto: the architecture of --checkpoint")
     model_key: str = option("model|module|teacher", "where it has its weights", aliases=("checkpoint_key",))
     checkpoint: str = option("", f"backbone to probe: {ANY_MODEL}", aliases=("pretrained_weights",))
     patch_size: int = option(16, "size of a patch, in pixels", within="[1, inf)")
-    input_size: Size | None = option(
-        None, "size of the images, in pixels (HEIGHTxWIDTH or one number); the model's own"
-    )
+    input_size: Size | None = option(None, "image size in pixels (HEIGHTxWIDTH or one number); the model's own")
     avgpool_patchtokens: bool = option(True, "features: the class token and the mean of the patch tokens, not it alone")
     pool: tuple[str, ...] = option((), "one head for each of these instead: cls, mean, cls_mean")
     layers: tuple[int, ...] = option((), "blocks to probe, from 0; all by default")
@@ -372,7 +329,6 @@ class DvaeConfig(DataOptions, BatchOptions, EpochOptions, CosineOptions, RunOpti
     """The settings of ``run_dvae_training.py``."""
 
     GROUP: ClassVar[str] = "tokenizer"
-
     data_path: str = option("", "folder of images, text file of paths, or shards-{000..127}.tar")
     eval_data_path: str | None = option(None, "held-out images to evaluate on; some training images by default")
     eval_images: int = option(512, "training images to evaluate on without --eval_data_path", within="[1, inf)")

@@ -248,8 +248,8 @@ def _draw_legend(figure: "Figure", legend: Legend, columns: int) -> None:
     from matplotlib.patches import Patch
 
     patches = [
-        Patch(facecolor=[part / 255 for part in colour], edgecolor="black", linewidth=0.4, label=name)
-        for name, colour in legend
+        Patch(facecolor=(red / 255, green / 255, blue / 255), edgecolor="black", linewidth=0.4, label=name)
+        for name, (red, green, blue) in legend
     ]
     figure.legend(
         handles=patches, loc="lower center", bbox_to_anchor=(0.5, 0), ncols=columns, fontsize=LEGEND_POINTS,

@@ -88,7 +88,7 @@ def test_the_pictures_are_the_models_attention(site, drawn, checkpoint, size):
     )
     viewer = open_viewer(source, size, "cpu")
     height, width = viewer.model.patch_embed.grid_size
-    pixels = viewer.view(image).float() / 255
+    pixels = viewer.view(image)[0].float() / 255
     maps = viewer.model.get_attention_maps((pixels[None] - 0.5) / 0.5, 1)[0]  # (heads, N+1, N+1)
     ((_, rows, _), _) = drawn[0]
     assert [len(row) for row in rows] == [3, 3]
@@ -156,7 +156,7 @@ def test_heads_and_patches_are_read():
         (["--size", "36x64"], "36 x 64 pixels cannot be cut into patches of 8 x 8"),
         (["--limit", "0"], "--limit 0"),
         (["--mask_patches", "4"], "--mask_patches needs a pre-trained model"),
-        (["--mask_patches", "17", "--checkpoint", "{site}/pretrained.pth"], "--mask_patches 17: the image has 4 x 4 ="),
+        (["--mask_patches", "17", "--checkpoint", "{site}/pretrained.pth"], "--mask_patches 17: num_mask_patches 17"),
         (["--mask_patches", "1", "--checkpoint", "{site}/pretrained.pth", "--size", "8"], "--mask_patches 1: no mask"),
         (["--mask_patches", "-5", "--checkpoint", "{site}/nowhere.pth"], "--mask_patches -5: must be 0 or more"),
         (["--device", "tpux", "--checkpoint", "{site}/nowhere.pth"], "--device tpux: use cuda, cpu or mps"),
@@ -217,7 +217,7 @@ def test_the_distance_is_the_mean_over_images(site):
     for block in range(3):
         expected = []
         for path in paths:
-            inputs = (viewer.view(path)[None].float() / 255 - 0.5) / 0.5
+            inputs = (viewer.view(path).float() / 255 - 0.5) / 0.5
             expected.append(mean_distances(viewer.model.get_attention_maps(inputs, block), distances)[0])
         torch.testing.assert_close(found[block], torch.stack(expected).mean(0))
 

@@ -148,10 +148,10 @@ def test_threads_of_gloo_that_are_left_are_seen():
 def test_only_a_process_started_for_the_job_is_ended_at_once_where_threads_are_left(argv, owner):
     # Breaks when a program that runs a job with arguments of its own is ended by it, as a test of many once was.
     code = f"""if True:
-        import atexit, sys
+        import atexit, sys, types
         from beit import launch
         from beit.tasks import settings
-        launch._threads_left = lambda: True
+        sys.modules["beit.training.distributed"] = types.SimpleNamespace(threads_left=lambda: True)
         atexit.register(print, "the interpreter ended")
         sys.exit(launch.launch(settings.PretrainingConfig, "", "", {argv}, "prog"))
     """
