@@ -57,14 +57,14 @@ class PatchEmbed(nn.Module):
 
     def set_input_size(self, img_size: Size) -> None:
         """Switches to images of size ``(H, W)``; the projection does not depend on it."""
-        (height, width), (patch_height, patch_width) = _pair(img_size), self.patch_size
-        if min(height, width) < 1 or height % patch_height or width % patch_width:
+        (height, width), (rows, columns) = _pair(img_size), self.patch_size
+        if min(height, width) < 1 or height % rows or width % columns:
             raise InputError(
-                f"an image of {height} x {width} pixels cannot be cut into patches of {patch_height} x {patch_width}: "
-                f"give img_size as multiples of the patch size"
+                f"an image of {height} x {width} pixels cannot be cut into patches of {rows} x {columns}: "
+                "give img_size as multiples of the patch size"
             )
         self.img_size = (height, width)
-        self.grid_size = (height // patch_height, width // patch_width)
+        self.grid_size = (height // rows, width // columns)
 
     @property
     def num_patches(self) -> int:
@@ -73,10 +73,9 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Embeds images ``(B, C, H, W)`` as tokens ``(B, N, D)``, row by row."""
-        if images.ndim != 4 or images.shape[1] != self.proj.in_channels:
-            raise InputError(
-                f"images must have shape (B, {self.proj.in_channels}, height, width), not {tuple(images.shape)}"
-            )
+        channels = self.proj.in_channels
+        if images.ndim != 4 or images.shape[1] != channels:
+            raise InputError(f"images must have shape (B, {channels}, height, width), not {tuple(images.shape)}")
         if (size := tuple(images.shape[2:])) != self.img_size:
             raise InputError(
                 f"images are {size[0]} x {size[1]} pixels, but the model is set to {self.img_size[0]} x "
@@ -136,14 +135,11 @@ class Attention(nn.Module):
         super().__init__()
         if dim % num_heads:
             raise InputError(f"embed_dim {dim} cannot be split into {num_heads} heads: make num_heads a divisor of it")
-        self.num_heads = num_heads
-        self.fused = True
+        self.num_heads, self.window_size, self.fused = num_heads, window_size, True
         self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
         self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
-        self.window_size = window_size
-        self.relative_position_bias_table = (
-            nn.Parameter(torch.zeros(num_table_rows(window_size), num_heads)) if window_size else None
-        )
+        table = nn.Parameter(torch.zeros(num_table_rows(window_size), num_heads)) if window_size else None
+        self.relative_position_bias_table = table
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim)
@@ -317,8 +313,7 @@ class Backbone(nn.Module):
                 raise InputError(f"{keyword}={value} has no meaning here: {WITHOUT_MEANING[keyword]}")
         self.metadata: Mapping[str, Any] = {}  # what a checkpoint records besides weights: labels, mean and std, …
         self.embed_dim = self.num_features = embed_dim
-        self.num_heads = num_heads
-        self.init_values = init_values
+        self.num_heads, self.init_values = num_heads, init_values
         self.norm_layer = norm_layer or LAYER_NORM
         self.grad_checkpointing = False  # recompute the blocks in the backward pass
 
@@ -327,9 +322,8 @@ class Backbone(nn.Module):
         window = patch_embed.grid_size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if self.has_mask_token else None
-        self.pos_embed = (
-            nn.Parameter(torch.zeros(1, 1 + patch_embed.num_patches, embed_dim)) if use_abs_pos_emb else None
-        )
+        positions = 1 + patch_embed.num_patches
+        self.pos_embed = nn.Parameter(torch.zeros(1, positions, embed_dim)) if use_abs_pos_emb else None
         self.patch_embed = patch_embed
         self.pos_drop = nn.Dropout(drop_rate)
         self.rel_pos_bias = RelativePositionBias(window, num_heads) if use_shared_rel_pos_bias else None
@@ -398,10 +392,8 @@ class Backbone(nn.Module):
         kept = []
         for layer, block in enumerate(islice(self.blocks, stop)):
             inputs = (x, None, biases[layer]) if biases else (x, index, shared)
-            if self.grad_checkpointing and self.training:
-                x = checkpoint(block, *inputs, use_reentrant=False)
-            else:
-                x = block(*inputs)
+            recompute = self.grad_checkpointing and self.training
+            x = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
             if layer in keep:
                 kept.append(x)
         return x, kept
@@ -437,9 +429,11 @@ class Backbone(nn.Module):
         if not len(wanted) or min(wanted) < 0 or max(wanted) >= depth:
             raise InputError(f"n={n}: the model has {depth} blocks, numbered from 0; give how many, or which")
         _, outputs = self.forward_blocks(self.embed(x), stop=max(wanted) + 1, keep=wanted)
-        if not reshape:
-            return outputs
-        return [rearrange(out[:, 1:], "b (h w) d -> b d h w", h=self.patch_embed.grid_size[0]) for out in outputs]
+        return [self.feature_map(tokens) for tokens in outputs] if reshape else outputs
+
+    def feature_map(self, tokens: Tensor) -> Tensor:
+        """Arranges the patches of tokens ``(B, N + 1, D)`` as ``(B, D, h, w)``."""
+        return rearrange(tokens[:, 1:], "b (h w) d -> b d h w", h=self.patch_embed.grid_size[0])
 
     def get_attention_maps(self, x: Tensor, block: int = -1, bool_masked_pos: Tensor | None = None) -> Tensor:
         """Returns the attention probabilities of a block, ``(B, H, N + 1, N + 1)``; each row (a query) sums to 1.
@@ -566,8 +560,7 @@ class VisionTransformer(Backbone):
         self, *, num_classes: int = 1000, use_mean_pooling: bool = True, init_scale: float = 0.001, **backbone: Any
     ) -> None:
         super().__init__(**backbone)
-        self.num_classes = num_classes
-        self.init_scale = init_scale
+        self.num_classes, self.init_scale = num_classes, init_scale
         self.norm = nn.Identity() if use_mean_pooling else self.norm_layer(self.embed_dim)
         self.fc_norm = self.norm_layer(self.embed_dim) if use_mean_pooling else None
         self.head = nn.Linear(self.embed_dim, num_classes) if num_classes > 0 else nn.Identity()
@@ -669,8 +662,8 @@ def resize_position_embedding(pos_embed: Tensor, source_grid: tuple[int, int], t
 
     Args:
         pos_embed: ``(1, 1 + h * w, D)``.
-        source_grid: The grid ``(h, w)`` it was trained with.
-        target_grid: The grid ``(h', w')`` to resize it to.
+        source_grid: ``(h, w)``, that it was trained with.
+        target_grid: ``(h', w')``.
 
     Returns:
         ``(1, 1 + h' * w', D)``.

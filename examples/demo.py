@@ -31,7 +31,7 @@ from beit.visualization.figures import save_figure, segmentation_figure
 from beit.visualization.plots import draw_curves
 from examples.demo_runs import LABELLED, NUM_TOKENS, STARTS, Demo, DemoConfig
 from semantic_segmentation import task as segmentation
-from semantic_segmentation.data import SegmentationClasses, TestImages, find_classes, find_pairs
+from semantic_segmentation.data import SegmentationClasses, SegmentationDataset, find_classes, find_pairs
 from semantic_segmentation.inference import Statistics, predict_each
 from semantic_segmentation.modeling import segmentor_from
 from semantic_segmentation.overlays import overlay
@@ -182,12 +182,12 @@ def draw_segmentations(demo: Demo) -> None:
     root = Path(config.data_path)
     classes = find_classes(root, config.classes, config.reduce_zero_label)
     pairs = find_pairs(root / config.val_images, root / config.val_annotations)
-    images = TestImages(pairs, num_classes=len(classes), reduce_zero_label=config.reduce_zero_label)
-    shown = [images[number] for number in range(SEGMENTATIONS)]
-    scenes = [image for _, image, _ in shown]
+    images = SegmentationDataset(pairs, num_classes=len(classes), reduce_zero_label=config.reduce_zero_label)
+    shown = [images[0, number] for number in range(SEGMENTATIONS)]
+    scenes = [sample["image"] for sample in shown]
     panels = {
         "image": column(scenes),
-        "label": column([overlay(image, label, classes.colours) for _, image, label in shown if label is not None]),
+        "label": column([overlay(sample["image"], sample["label"], classes.colours) for sample in shown]),
     }
     for start, title in zip(STARTS, ("from pre-training", "from scratch"), strict=True):
         panels[title] = column(segmented(scenes, demo, start, classes))

@@ -6,7 +6,7 @@ show_result_pyplot(model, "street.jpg", result, out_file="street.png")
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -166,31 +166,28 @@ def settings_of(
 
     Args:
         segmentor: The segmentor, with its ``metadata``.
-        test_mode: Like the following ones, a setting that takes precedence over the recorded one of the same name.
-        test_ratios: See :class:`TestSettings`.
-        test_flip: See :class:`TestSettings`.
+        test_mode: Like the following ones, in place of the recorded one; see :class:`TestSettings`.
+        test_ratios: Factors on the image's size.
+        test_flip: Whether the mirrored image counts too.
         test_short_at_least_crop: Never resize the short side below a window.
         test_batch_size: Windows per batch.
     """
-    recorded: Mapping[str, Any] = segmentor.metadata.get("args", {})
-
-    def setting(name: str, given: Any, otherwise: Any) -> Any:
-        return recorded.get(name, otherwise) if given is None else given
-
-    ratios, crop = tuple(setting("test_ratios", test_ratios, (1.0,))), segmentor.img_size
-    several = len(ratios) > 1
-    bounded = setting("test_short_at_least_crop", test_short_at_least_crop, several)
     if test_ratios is not None and test_short_at_least_crop is None:
-        bounded = several
+        test_short_at_least_crop = len(test_ratios) > 1
+    given: dict[str, object] = {"test_mode": test_mode, "test_ratios": test_ratios, "test_flip": test_flip}
+    given["test_short_at_least_crop"] = test_short_at_least_crop
+    recorded: dict[str, Any] = {**segmentor.metadata.get("args", {})}
+    recorded |= {name: value for name, value in given.items() if value is not None}
+    crop, ratios = segmentor.img_size, tuple(recorded.get("test_ratios", (1.0,)))
     stride = size_pair(recorded["slide_stride"]) if "slide_stride" in recorded else (crop[0] * 2 // 3, crop[1] * 2 // 3)
     long, short = recorded.get("image_scale", (4 * min(crop), min(crop)))
     return TestSettings(
-        mode=setting("test_mode", test_mode, "slide"),
+        mode=recorded.get("test_mode", "slide"),
         crop=crop,
         stride=(min(stride[0], crop[0]), min(stride[1], crop[1])),
         image_scale=(long, short),
         ratios=ratios,
-        flip=setting("test_flip", test_flip, False),
-        short_at_least=min(crop) if bounded else 0,
+        flip=recorded.get("test_flip", False),
+        short_at_least=min(crop) if recorded.get("test_short_at_least_crop", len(ratios) > 1) else 0,
         batch_size=test_batch_size,
     )

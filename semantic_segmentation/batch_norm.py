@@ -48,20 +48,16 @@ class CPUSyncBatchNorm(nn.BatchNorm2d):
         mean = totals[:-1] / count
         centred = values - _channelwise(mean)
         variance = _SumOverProcesses.apply(centred.square().sum(dim=(0, 2, 3))) / count
-        self._track(mean.detach(), variance.detach() * (count / (count - 1)))
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            share = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            unbiased = variance.detach() * (count / (count - 1))
+            self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), share)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)
         normal = centred * _channelwise((variance + self.eps).rsqrt())
         if self.affine:
             normal = normal * _channelwise(self.weight) + _channelwise(self.bias)
         return normal.to(input.dtype)
-
-    @torch.no_grad()
-    def _track(self, mean: Tensor, unbiased_variance: Tensor) -> None:
-        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
-            return
-        self.num_batches_tracked.add_(1)
-        share = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
-        self.running_var.lerp_(unbiased_variance.to(self.running_var.dtype), share)
 
 
 class _SumOverProcesses(torch.autograd.Function):

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,11 +98,7 @@ def read_classes(path: PathLike) -> SegmentationClasses:
 
 
 def _parse_class(line: str) -> tuple[str, Colour | None]:
-    """Splits a line into name and colour.
-
-    Raises:
-        ValueError: The line is not valid; the message is the reason.
-    """
+    """Splits a line into name and colour, or raises ``ValueError`` with the reason."""
     found = CLASS_LINE.fullmatch(line.strip())
     name, colour = found.groups() if found else (line, None)
     if colour is None:
@@ -205,10 +202,14 @@ def find_pairs(images_dir: PathLike, annotations_dir: PathLike | None = None) ->
         return ImagePairs(tuple(images.values()), (), root)
     labels_root, labels = _by_stem(annotations_dir, "label maps", LABEL_MAPS)
     problems = []
-    if alone := [stem for stem in images if stem not in labels]:
-        problems.append(f"{len(alone)} of {len(images)} images in {root} have no label map: {_some(alone)}")
-    if unused := [stem for stem in labels if stem not in images]:
-        problems.append(f"{len(unused)} of {len(labels)} label maps in {labels_root} have no image: {_some(unused)}")
+    sides = (
+        (images, labels, f"images in {root}", "label map"),
+        (labels, images, f"label maps in {labels_root}", "image"),
+    )
+    for these, those, what, other in sides:
+        if alone := [stem for stem in these if stem not in those]:
+            some = ", ".join([*alone[:NAMED], *("…" for _ in alone[NAMED : NAMED + 1])])
+            problems.append(f"{len(alone)} of {len(these)} {what} have no {other}: {some}")
     if problems:
         raise InputError(f"{'; '.join(problems)} (the label map of a.jpg is a{LABEL_MAPS})")
     return ImagePairs(tuple(images.values()), tuple(labels[stem] for stem in images), root)
@@ -238,16 +239,8 @@ def _by_stem(folder: PathLike, what: str, extension: str = "") -> tuple[Path, di
     return root, dict(sorted(files.items()))
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
-
-
 def reduce_zero(labels: Tensor) -> Tensor:
-    """Removes label 0, as ADE20K's benchmark does: 0 becomes 255, ``k`` becomes ``k - 1``, and 255 stays.
-
-    Args:
-        labels: Integers from 0 to 255, of any shape.
-    """
+    """Removes label 0, as ADE20K's benchmark does: 0 becomes 255, ``k`` (1 to 254) becomes ``k - 1``, 255 stays."""
     return torch.where((labels == 0) | (labels == IGNORED), IGNORED, labels - 1)
 
 
@@ -289,8 +282,7 @@ def check_labels(pairs: ImagePairs, reduce_zero_label: bool) -> None:
     Raises:
         InputError: No pixel has a label, or a label map cannot be read.
     """
-    count = min(CHECKED, len(pairs.labels))
-    seen = np.zeros(IGNORED + 1, dtype=bool)
+    count, seen = min(CHECKED, len(pairs.labels)), np.zeros(IGNORED + 1, dtype=bool)
     for number in range(count):
         seen[read_labels(pairs.labels[number * len(pairs.labels) // count])] = True
     is_class = seen.copy()
@@ -308,23 +300,47 @@ def check_labels(pairs: ImagePairs, reduce_zero_label: bool) -> None:
         logger.warning(
             "%d is the only class in %s, besides 255, which means no label: write the object as 1, and set "
             "reduce_zero_label=False if 0 is a class",
-            np.flatnonzero(is_class)[0],
-            checked,
+            *(np.flatnonzero(is_class)[0], checked),
         )
 
 
-class _Pairs:
-    """Reads images and label maps and checks them.
+class SegmentationDataset(Dataset[dict[str, Any]]):
+    """Images with their labels, addressed by ``(epoch, index)``: transformed for training, whole for testing.
+
+    Every random choice about a sample follows from ``(seed, epoch, index)``, as in
+    :class:`beit.data.datasets.ImageDataset`.
+
+    Deviation: An unreadable image is not replaced but ends the run: hand-labelled data sets are small, and every image
+    in them was looked at.
+
+    Args:
+        pairs: Images, with label maps if there is a transform.
+        transform: Called with the image uint8 ``(3, h, w)``, the label map uint8 ``(h, w)`` and the sample's NumPy
+            generator; returns a dict of tensors. None for whole images as decoded.
+        seed: The run's seed.
+        num_classes: Number of classes; labels are below it, or 255.
+        reduce_zero_label: Whether label 0 in the files is ignored; see :func:`reduce_zero`.
 
     Raises:
-        InputError: There cannot be so many classes in label maps of 8 bits.
+        InputError: There are no label maps to train on, or more classes than 8 bits can hold.
     """
 
-    def __init__(self, pairs: ImagePairs, *, num_classes: int, reduce_zero_label: bool) -> None:
+    def __init__(
+        self,
+        pairs: ImagePairs,
+        transform: Transform | None = None,
+        seed: int = 0,
+        *,
+        num_classes: int,
+        reduce_zero_label: bool,
+    ) -> None:
         most = IGNORED - int(reduce_zero_label)
         if not 1 <= num_classes <= most:
             raise InputError(f"there can be 1 to {most} classes in label maps of 8 bits, got {num_classes}")
+        if transform is not None and not pairs.labels:
+            raise InputError(f"training needs label maps; the images in {pairs.root} have none")
         self.pairs, self.num_classes, self.reduce_zero_label = pairs, num_classes, reduce_zero_label
+        self.transform, self.seed = transform, seed
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -333,12 +349,27 @@ class _Pairs:
         """Returns the path of image ``index``, for messages."""
         return str(self.pairs.images[index])
 
-    def image(self, index: int) -> Tensor:
-        """Returns image ``index``, uint8 ``(3, H, W)``."""
-        return F.pil_to_tensor(decoded(self.pairs.images[index]))
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        """Returns the sample ``(epoch, index)``.
 
-    def label(self, index: int, image: Tensor) -> Tensor:
-        """Returns the label map of image ``index``, uint8 ``(H, W)``, 255 for no label."""
+        Returns:
+            What the transform returns; without one ``image`` uint8 ``(3, H, W)``, ``label`` uint8 ``(H, W)``, 255
+            for no label, and ``index``.
+
+        Raises:
+            InputError: The image or its label map cannot be read, they differ in size, or a label is no class.
+        """
+        epoch, index = key
+        image = F.pil_to_tensor(decoded(self.pairs.images[index]))
+        label = torch.full(image.shape[1:], IGNORED, dtype=torch.uint8)
+        if self.pairs.labels:
+            label = self._label(index, image)
+        if self.transform is None:
+            return {"image": image, "label": label, "index": index}
+        with sample_randomness(self.seed, epoch, index) as rng:
+            return dict(self.transform(tv_tensors.Image(image), tv_tensors.Mask(label), rng))
+
+    def _label(self, index: int, image: Tensor) -> Tensor:
         path, size = self.pairs.labels[index], tuple(image.shape[-2:])
         labels = torch.from_numpy(read_labels(path))
         if tuple(labels.shape) != size:
@@ -360,75 +391,9 @@ class _Pairs:
         )
 
     def _strange_label(self, path: Path, label: int) -> str:
-        first = int(self.reduce_zero_label)
-        count = "1 class has" if self.num_classes == 1 else f"{self.num_classes} classes have"
-        ignored = "0 and 255 are" if first else "255 is"
-        ade20k = not first and label == self.num_classes
+        first, classes = int(self.reduce_zero_label), self.num_classes
+        count = "1 class has" if classes == 1 else f"{classes} classes have"
+        labels = f"{first} to {classes - 1 + first} ({'0 and 255 are' if first else '255 is'} no class)"
+        ade20k = not first and label == classes
         hint = "; if 0 is no class, as in ADE20K, set reduce_zero_label" if ade20k else ""
-        return (
-            f"{path} has the label {label + first}, but the {count} the labels {first} to "
-            f"{self.num_classes - 1 + first} ({ignored} no class){hint}"
-        )
-
-
-class SegmentationDataset(_Pairs, Dataset[dict[str, Tensor]]):
-    """Transformed images and labels, addressed by ``(epoch, index)``.
-
-    Every random choice about a sample follows from ``(seed, epoch, index)``, as in
-    :class:`beit.data.datasets.ImageDataset`.
-
-    Deviation: An unreadable image is not replaced but ends the run: hand-labelled data sets are small, and every image
-    in them was looked at.
-
-    Args:
-        pairs: Images with label maps.
-        transform: Called with the image uint8 ``(3, h, w)``, the label map uint8 ``(h, w)`` and the sample's NumPy
-            generator; returns a dict of tensors.
-        seed: The run's seed.
-        num_classes: Number of classes; labels are below it, or 255.
-        reduce_zero_label: Whether label 0 in the files is ignored; see :func:`reduce_zero`.
-
-    Raises:
-        InputError: There are no label maps, or more classes than 8 bits can hold.
-    """
-
-    def __init__(
-        self, pairs: ImagePairs, transform: Transform, seed: int = 0, *, num_classes: int, reduce_zero_label: bool
-    ) -> None:
-        if not pairs.labels:
-            raise InputError(f"training needs label maps; the images in {pairs.root} have none")
-        super().__init__(pairs, num_classes=num_classes, reduce_zero_label=reduce_zero_label)
-        self.transform, self.seed = transform, seed
-
-    def __getitem__(self, key: Key) -> dict[str, Tensor]:
-        """Returns the sample ``(epoch, index)``.
-
-        Raises:
-            InputError: The image or its label map cannot be read, they differ in size, or a label is no class.
-        """
-        epoch, index = key
-        image = self.image(index)
-        label = self.label(index, image)
-        with sample_randomness(self.seed, epoch, index) as rng:
-            return dict(self.transform(tv_tensors.Image(image), tv_tensors.Mask(label), rng))
-
-
-class TestImages(_Pairs, Dataset[tuple[str, Tensor, Tensor | None]]):
-    """Whole images as decoded, with their names and labels if there are any: for testing.
-
-    Args:
-        pairs: Images, with or without label maps.
-        num_classes: Number of classes; labels are below it, or 255.
-        reduce_zero_label: Whether label 0 in the files is ignored; see :func:`reduce_zero`.
-    """
-
-    __test__ = False  # or pytest would collect it
-
-    def __getitem__(self, index: int) -> tuple[str, Tensor, Tensor | None]:
-        """Returns name, image uint8 ``(3, H, W)`` and label map uint8 ``(H, W)`` (or None) of image ``index``.
-
-        Raises:
-            InputError: As for training.
-        """
-        image = self.image(index)
-        return self.pairs.name(index), image, self.label(index, image) if self.pairs.labels else None
+        return f"{path} has the label {label + first}, but the {count} the labels {labels}{hint}"

@@ -159,24 +159,18 @@ class UPerHead(Head):
         Raises:
             InputError: Training on a single image, which 1 x 1 pooling leaves nothing to normalise over.
         """
-        if self.training and len(levels[-1]) == 1:
-            self._check_single_image()
+        single = self.training and len(levels[-1]) == 1 and 1 in self.pool_scales
+        if single and type(self.bottleneck.bn) is nn.BatchNorm2d:  # synchronised ones see other processes' images too
+            raise InputError(
+                "UPerNet cannot be trained on one image at a time: pooled to 1 x 1 it leaves batch normalisation a "
+                "single value; use at least 2 images per process (batch_size), or several processes"
+            )
         top = self.bottleneck.fuse([levels[-1], *(module(levels[-1]) for module in self.psp_modules)])
         path = [top]  # from fine to coarse, each level with all coarser ones added
         for level, lateral in zip(reversed(levels[:-1]), reversed(self.lateral_convs), strict=True):
             path.insert(0, lateral(level) + resize(path[0], level.shape[2:]))
         outputs = [conv(level) for conv, level in zip(self.fpn_convs, path, strict=False)] + [top]
         return self.classify(self.fpn_bottleneck.fuse(outputs))
-
-    def _check_single_image(self) -> None:
-        for module in self.psp_modules:
-            pool, conv = cast("nn.Sequential", module)
-            # Synchronised batch norms see the images of other processes too.
-            if pool.output_size == 1 and type(conv.bn) is nn.BatchNorm2d:
-                raise InputError(
-                    "UPerNet cannot be trained on one image at a time: pooled to 1 x 1 it leaves batch normalisation a "
-                    "single value; use at least 2 images per process (batch_size), or several processes"
-                )
 
 
 class FCNHead(Head):

@@ -97,14 +97,15 @@ class TestSettings:
             raise InputError(f"the test mode is {' or '.join(TEST_MODES)}, not {self.mode!r}")
         for stride, crop in zip(self.stride, self.crop, strict=True):
             if not 0 < stride <= crop:
-                raise InputError(
-                    f"the stride of the windows must be from 1 to their size, {crop} pixels, got {stride}: "
-                    "more would leave pixels out"
-                )
+                raise InputError(f"the stride of the windows must be from 1 to their size, {crop} pixels, got {stride}")
         if not self.ratios or min(self.ratios) <= 0:
             raise InputError(f"the test ratios must be positive, and at least one, got {self.ratios}")
         if self.batch_size < 1:
             raise InputError(f"the batch must hold at least 1 window, got {self.batch_size}")
+
+    def windows_of(self, view: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Returns the size of the windows of a view, and the steps between them."""
+        return (view, view) if self.mode == "whole" else (self.crop, self.stride)
 
 
 def predict_each(
@@ -148,7 +149,7 @@ def predict_each(
             for view, mirrored, _ in _views(size, settings):
                 shown = resize(pixels, view)
                 shown = normalize((shown.flip(-1) if mirrored else shown)[None], mean, std)[0]
-                yield from cut_windows(shown, *_window(view, settings))
+                yield from cut_windows(shown, *settings.windows_of(view))
 
     # Logits come back in the order of the windows: the next ones belong to the first image that waits.
     batches = _batches(windows(), settings.batch_size * math.prod(settings.crop))
@@ -202,11 +203,9 @@ class AnySize:
 
 def model_size(segmentor: Segmentor, size: tuple[int, int]) -> tuple[int, int]:
     """Returns the smallest height and width, of at least ``size``, that the model takes."""
-    rows, columns = (
-        math.ceil(max(side, COARSEST_STRIDE) / patch) * patch
-        for side, patch in zip(size, segmentor.backbone.patch_embed.patch_size, strict=True)
-    )
-    return rows, columns
+    rows, columns = segmentor.backbone.patch_embed.patch_size
+    height, width = (max(side, COARSEST_STRIDE) for side in size)
+    return math.ceil(height / rows) * rows, math.ceil(width / columns) * columns
 
 
 def _batches(windows: Iterable[Tensor], most_pixels: int) -> Iterator[Tensor]:
@@ -234,11 +233,6 @@ def _views(size: tuple[int, int], settings: TestSettings) -> list[tuple[tuple[in
     """
     sizes, mirrored = Counter(view_sizes(size, settings)), (False, True) if settings.flip else (False,)
     return [(view, mirror, times) for view, times in sizes.items() for mirror in mirrored]
-
-
-def _window(view: tuple[int, int], settings: TestSettings) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Returns the size of the windows of a view, and the steps between them."""
-    return (view, view) if settings.mode == "whole" else (settings.crop, settings.stride)
 
 
 def _places(size: Sequence[int], crop: tuple[int, int], stride: tuple[int, int]) -> list[tuple[slice, slice]]:
@@ -276,9 +270,9 @@ def merge_windows(
 
     Args:
         windows: Logits ``(K, h, w)`` in the order of :func:`cut_windows`; as many as it cuts are taken.
-        size: Height and width of the image.
-        crop: As for :func:`cut_windows`.
-        stride: As for :func:`cut_windows`.
+        size: Height and width of the image; ``crop`` and ``stride`` are those of :func:`cut_windows`.
+        crop: See ``size``.
+        stride: See ``size``.
 
     Returns:
         ``(K, H, W)``.
@@ -306,7 +300,7 @@ def _classes(windows: Iterator[Tensor], size: tuple[int, int], settings: TestSet
     views = _views(size, settings)
     total: Tensor | None = None
     for view, mirrored, times in views:
-        logits = merge_windows(windows, view, *_window(view, settings))
+        logits = merge_windows(windows, view, *settings.windows_of(view))
         dtype = torch.uint8 if len(logits) <= 256 else torch.int64
         if len(views) == 1:  # softmax would change nothing
             classes = torch.empty(size, dtype=dtype, device=logits.device)

@@ -87,9 +87,13 @@ class SegmentationScores:
         lines.append(f"{'all':<{width}}  {'':>6}  {_percent(self.aAcc)}")
         return "\n".join(lines)
 
+    def means(self) -> dict[str, float]:
+        """Returns the three metrics by name."""
+        return {"mIoU": self.mIoU, "mAcc": self.mAcc, "aAcc": self.aAcc}
+
     def summary(self) -> str:
         """Returns the three metrics in one line, in percent."""
-        return f"mIoU {100 * self.mIoU:.2f} mAcc {100 * self.mAcc:.2f} aAcc {100 * self.aAcc:.2f}"
+        return " ".join(f"{name} {100 * value:.2f}" for name, value in self.means().items())
 
 
 def scores(matrix: Tensor) -> SegmentationScores:

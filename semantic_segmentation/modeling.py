@@ -12,7 +12,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from beit.checkpoints.formats.segmentation import HEADS, POOL_SCALES, Heads, heads_of, is_segmentor, taps_of
@@ -45,7 +44,11 @@ class BeitPyramid(Backbone):
         super().__init__(**backbone)
         self.out_indices = tuple(out_indices)
         self.multi_scale = multi_scale
-        _check_taps(self.out_indices, self.get_num_layers(), multi_scale)
+        depth, taps = self.get_num_layers(), self.out_indices
+        if not taps or list(taps) != sorted({*taps} & {*range(depth)}):
+            raise InputError(f"out_indices={taps}: the model has {depth} blocks, numbered from 0; list taps, ascending")
+        if multi_scale and len(taps) != 4:
+            raise InputError(f"out_indices={taps}: the pyramid has four levels, give four blocks")
         for block in islice(self.blocks, self.out_indices[-1] + 1, None):
             block.requires_grad_(False)
         if multi_scale:
@@ -58,9 +61,9 @@ class BeitPyramid(Backbone):
         Raises:
             InputError: The images do not have the model's size, or are too small for the coarsest level.
         """
-        last, height = self.out_indices[-1], self.patch_embed.grid_size[0]
-        _, outputs = self.forward_blocks(self.embed(images), stop=last + 1, keep=self.out_indices, biases=biases)
-        taps = [rearrange(out[:, 1:], "b (h w) d -> b d h w", h=height) for out in outputs]
+        stop = self.out_indices[-1] + 1
+        _, outputs = self.forward_blocks(self.embed(images), stop=stop, keep=self.out_indices, biases=biases)
+        taps = [self.feature_map(tokens) for tokens in outputs]
         if not self.multi_scale:
             return taps
         if min(self.img_size) < 32:
@@ -79,15 +82,6 @@ class BeitPyramid(Backbone):
                 module.reset_parameters()
 
 
-def _check_taps(out_indices: tuple[int, ...], depth: int, multi_scale: bool) -> None:
-    if not out_indices or list(out_indices) != sorted({*out_indices} & {*range(depth)}):
-        raise InputError(
-            f"out_indices={out_indices}: the model has {depth} blocks, numbered from 0; list those to tap, ascending"
-        )
-    if multi_scale and len(out_indices) != 4:
-        raise InputError(f"out_indices={out_indices}: the pyramid has four levels, give four blocks")
-
-
 def _pyramid(patch_size: tuple[int, int], dim: int) -> tuple[nn.Module, ...]:
     """Returns the modules that bring taps at the patch's stride to strides 4, 8, 16 and 32."""
 
@@ -99,9 +93,7 @@ def _pyramid(patch_size: tuple[int, int], dim: int) -> tuple[nn.Module, ...]:
         return fourfold, nn.Sequential(double()), nn.Identity(), nn.MaxPool2d(2)
     if patch_size == (8, 8):
         return nn.Sequential(double()), nn.Identity(), nn.MaxPool2d(2), nn.MaxPool2d(4)
-    raise InputError(
-        f"there is no pyramid for patches of {patch_size[0]} x {patch_size[1]} pixels: use patch_size 16 or 8"
-    )
+    raise InputError(f"no pyramid for patches of {patch_size[0]} x {patch_size[1]} pixels: use patch_size 16 or 8")
 
 
 class Segmentor(nn.Module):
@@ -169,10 +161,6 @@ class Segmentor(nn.Module):
         part, _, name = parameter_name.partition(".")
         return self.backbone.layer_id(name) if part == "backbone" else self.get_num_layers() + 1
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trades compute for memory: reruns each block in the backward pass."""
-        self.backbone.set_grad_checkpointing(enable)
-
 
 def build_segmentor(
     *,
@@ -210,7 +198,10 @@ def build_segmentor(
     if decode_head == "uper":
         head = UPerHead(channels=channels, pool_scales=pool_scales, **common)
     else:
-        head = SETRUPHead(channels=channels, num_convs=_doublings(pyramid.patch_embed.patch_size), **common)
+        height, width = pyramid.patch_embed.patch_size
+        if height != width or height & (height - 1):
+            raise InputError(f"SETR-PUP doubles sizes: patches must be squares of 8, 16 or 32, not {height} x {width}")
+        head = SETRUPHead(channels=channels, num_convs=height.bit_length() - 1, **common)
     if not auxiliary_channels:
         return Segmentor(pyramid, head)
     if not 0 <= auxiliary_index < len(pyramid.out_indices):
@@ -218,25 +209,10 @@ def build_segmentor(
     return Segmentor(pyramid, head, FCNHead(channels=auxiliary_channels, index=auxiliary_index, **common))
 
 
-def _doublings(patch_size: tuple[int, int]) -> int:
-    """Returns how often the patch grid has to double to reach the image size."""
-    height, width = patch_size
-    if height != width or height & (height - 1):
-        raise InputError(f"SETR-PUP doubles sizes: patches of {height} x {width} pixels must be squares of 8, 16 or 32")
-    return height.bit_length() - 1
-
-
 def at_size(segmentor: Segmentor, img_size: tuple[int, int]) -> Segmentor:
-    """Returns a segmentor for images of another size, for evaluation.
+    """Returns a segmentor for images of ``img_size`` = ``(H, W)`` in evaluation mode, or itself if it has that size.
 
-    It shares every tensor with the original but the resized bias tables and position embeddings.
-
-    Args:
-        segmentor: The segmentor, which does not change.
-        img_size: Image height and width, in pixels.
-
-    Returns:
-        A copy in evaluation mode, or the segmentor itself if it has that size.
+    A copy shares every tensor with the original but the resized bias tables and position embeddings.
 
     Raises:
         InputError: The size is not a multiple of the patch size.
@@ -288,11 +264,7 @@ def segmentor_from(weights: Mapping[str, Tensor], metadata: Metadata) -> Segment
 
 
 def heads_in(weights: Mapping[str, Tensor], source: str) -> Heads:
-    """Describes the heads of a segmentor's checkpoint.
-
-    Args:
-        weights: From :func:`beit.checkpoints.read.read_weights`.
-        source: Name of the checkpoint in messages.
+    """Describes the heads of a segmentor's checkpoint, which messages call ``source``.
 
     Raises:
         InputError: It has no decode head, or an unknown one.

@@ -64,12 +64,8 @@ class WritingThread:
 def check_writable(flag: str, folder: Path) -> None:
     """Checks that files can be written to a folder, which need not exist yet; leaves nothing behind.
 
-    Args:
-        flag: Name of the setting, for the message.
-        folder: The folder.
-
     Raises:
-        InputError: It is not writable.
+        InputError: It is not writable; the message names the ``flag``.
     """
     place = folder.absolute()
     while not place.exists():
@@ -158,32 +154,10 @@ def result_figure(
     return figures.segmentation_figure({"image": image.cpu(), **painted}, legend, title)
 
 
-def save_figure(
-    path: str | Path,
-    image: Tensor,
-    prediction: Tensor,
-    classes: SegmentationClasses,
-    label: Tensor | None = None,
-    *,
-    opacity: float = OPACITY,
-) -> None:
-    """Writes :func:`result_figure` to a PNG or SVG file; missing folders are created.
-
-    Raises:
-        InputError: As for :func:`overlay`, or the file cannot be written.
-    """
-    figures.save_figure(result_figure(image, prediction, classes, label, opacity=opacity), path)
-
-
 def occurring(maps: Sequence[Tensor], num_classes: int) -> list[int]:
-    """Returns the classes that are visible in label maps, sorted by size.
-
-    Args:
-        maps: Integers, ``(H, W)`` each; 255 is no class.
-        num_classes: Number of classes, ``K``.
-    """
-    host_maps = [map_.cpu().long() for map_ in maps]
-    pixels = torch.stack([torch.bincount(map_[map_ != IGNORED], minlength=num_classes) for map_ in host_maps])
+    """Returns the classes that are visible in label maps, integers ``(H, W)`` each, sorted by size."""
+    counts = (torch.bincount(map_[map_ != IGNORED].cpu().long(), minlength=num_classes) for map_ in maps)
+    pixels = torch.stack(list(counts))
     enough = SMALLEST_SHARE * maps[0].numel()
     seen = [number for number in range(num_classes) if pixels[:, number].max() > enough]
     return sorted(seen, key=lambda number: -int(pixels[:, number].sum()))

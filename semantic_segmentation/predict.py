@@ -10,15 +10,15 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from beit.checkpoints.formats.segmentation import leaves_zero_out
-from beit.config import check_settings
 from beit.data.datasets import UnreadableImageError, read_image
 from beit.data.index import image_files
 from beit.errors import InputError
 from beit.training.precision import Precision, resolve_amp_dtype
+from beit.visualization.figures import save_figure
 from semantic_segmentation.api import classes_of, init_model, settings_of
 from semantic_segmentation.config import PredictConfig
 from semantic_segmentation.inference import predict_each, statistics_of
-from semantic_segmentation.overlays import WritingThread, check_writable, save_figure, save_label_map
+from semantic_segmentation.overlays import WritingThread, check_writable, result_figure, save_label_map
 
 logger = logging.getLogger(f"beit.{__name__}")
 
@@ -32,7 +32,6 @@ def main(config: PredictConfig) -> None:
     Raises:
         InputError: The checkpoint or an image does not exist or cannot be read.
     """
-    check_settings(config)
     if not config.checkpoint:
         raise InputError("--checkpoint is missing: a trained segmentor, a file of your own or a released name")
     outputs = find_images(config.images)
@@ -63,7 +62,7 @@ def main(config: PredictConfig) -> None:
     def save(path: str, image: Tensor, prediction: Tensor) -> None:
         label_map, picture = result_files(config.output_dir, outputs[path])
         save_label_map(label_map, prediction, add_one=add_one)
-        save_figure(picture, image, prediction, classes, opacity=config.opacity)
+        save_figure(result_figure(image, prediction, classes, opacity=config.opacity), picture)
         logger.info("%s: %s", path, picture)
 
     predictions = predict_each(segmentor, images(), settings, precision=precision, **statistics)

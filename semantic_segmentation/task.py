@@ -131,7 +131,7 @@ class Segmentation(Task[TrainConfig]):
             assert isinstance(segmentor, Segmentor)
             results = scores(test(segmentor))
             logger.info("%s", results.summary())
-            return {"mIoU": results.mIoU, "mAcc": results.mAcc, "aAcc": results.aAcc}
+            return results.means()
 
         return evaluation
 
@@ -184,8 +184,7 @@ class PixelClassification:
     """
 
     def __init__(self, *, auxiliary_weight: float = 0.4, average: str = "all") -> None:
-        self.auxiliary_weight = auxiliary_weight
-        self.average = average
+        self.auxiliary_weight, self.average = auxiliary_weight, average
 
     def __call__(self, model: nn.Module, batch: Batch, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss of a batch, and ``decode_loss``, ``aux_loss`` and ``pixel_acc``."""
@@ -202,11 +201,7 @@ class PixelClassification:
 
 
 def model_input(batch: Batch) -> Tensor:
-    """Returns the images of a batch as the model reads them, with 0 for what is padding.
-
-    Args:
-        batch: ``image``, uint8 ``(B, 3, H, W)``, and ``size``, ``(B, 2)``: the height and width that is no padding.
-    """
+    """Returns the normalised images ``(B, 3, H, W)``, with 0 beyond the heights and widths in ``size``, ``(B, 2)``."""
     images = normalize(batch["image"], *STATISTICS)
     height, width = batch["size"][:, :, None].unbind(1)  # (B, 1) each
     rows = torch.arange(images.shape[2], device=images.device) < height  # (B, H)
@@ -215,12 +210,9 @@ def model_input(batch: Batch) -> Tensor:
 
 
 def pixel_loss(logits: Tensor, labels: Tensor, average: str) -> Tensor:
-    """Returns the mean cross-entropy of logits ``(B, K, H, W)`` at labels ``(B, H, W)``, of which 255 is none.
+    """Returns the cross-entropy of logits ``(B, K, H, W)`` at labels ``(B, H, W)``, of which 255 is none.
 
-    Args:
-        logits: At the size of the labels.
-        labels: Class of each pixel.
-        average: What the sum is divided by: the number of ``"all"`` pixels, or of ``"valid"`` ones.
+    The sum is divided by the number of ``"all"`` pixels, or of those with a label (``"valid"``).
     """
     total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
     count = labels.numel() if average == "all" else (labels != IGNORED).sum().clamp(min=1)

@@ -24,6 +24,7 @@ from beit.training import distributed
 from beit.training.logging import Progress
 from beit.training.precision import Precision, resolve_amp_dtype
 from beit.training.session import Session
+from beit.visualization.figures import save_figure
 from semantic_segmentation.config import (
     SegmentationConfig,
     TestConfig,
@@ -37,15 +38,15 @@ from semantic_segmentation.config import (
 from semantic_segmentation.data import (
     ImagePairs,
     SegmentationClasses,
-    TestImages,
+    SegmentationDataset,
     check_labels,
     find_classes,
     find_pairs,
 )
 from semantic_segmentation.inference import Statistics, TestSettings, predict_each, statistics_of
-from semantic_segmentation.metrics import IGNORED, Confusion, SegmentationScores, scores
+from semantic_segmentation.metrics import Confusion, SegmentationScores, scores
 from semantic_segmentation.modeling import Segmentor, build_segmentor, load_segmentor
-from semantic_segmentation.overlays import WritingThread, check_writable, save_figure, save_label_map
+from semantic_segmentation.overlays import WritingThread, check_writable, result_figure, save_label_map
 
 logger = logging.getLogger(f"beit.{__name__}")
 
@@ -87,11 +88,7 @@ def main(config: TestConfig) -> None:
 
 
 def check_outputs(config: TestConfig) -> None:
-    """Looks whether what is asked for can be written, before hours of work.
-
-    Raises:
-        InputError: It cannot.
-    """
+    """Raises :class:`InputError` if what is asked for cannot be written, before hours of work."""
     if config.out:
         if Path(config.out).is_dir():
             raise InputError(f"--out {config.out}: is a folder; name a file in it")
@@ -133,17 +130,13 @@ def compare_with_record(metadata: Mapping[str, Any], config: TestConfig, classes
         logger.warning(
             "%s has learnt other classes than the data have: %d of %d names differ; number %d is %r there and %r here",
             config.checkpoint,
-            len(different),
-            len(names),
-            *different[0],
+            *(len(different), len(names), *different[0]),
         )
     zero = metadata.get("reduce_zero_label")
     if zero is not None and zero != config.reduce_zero_label:
         logger.warning(
             "%s has learnt with reduce_zero_label=%s, and this is a test with %s: its labels may be one off",
-            config.checkpoint,
-            zero,
-            config.reduce_zero_label,
+            *(config.checkpoint, zero, config.reduce_zero_label),
         )
 
 
@@ -163,7 +156,7 @@ def build_model(config: SegmentationConfig, num_classes: int) -> Segmentor:
         segmentor = build_segmentor(**segmentor_arguments(config, num_classes))
     except TypeError as error:
         raise InputError(f"model {config.model} cannot be built: {error}") from error
-    segmentor.set_grad_checkpointing(config.grad_checkpointing)
+    segmentor.backbone.set_grad_checkpointing(config.grad_checkpointing)
     return segmentor
 
 
@@ -192,22 +185,22 @@ def build_test(
     statistics: Statistics,
     visit: Visitor | None = None,
 ) -> Callable[[Segmentor], Tensor]:
-    """Returns what tests a segmentor on images; each image is taken once, by one of the processes.
+    """Returns what tests a segmentor on images, and returns the counts of :class:`Confusion` over all processes.
 
-    It returns the counts of :class:`Confusion`, over all processes.
+    Each image is taken by one of the processes, so their number changes nothing. The host decodes ahead, a thread
+    writes behind, and only the end waits for the device.
 
     Args:
         config: The settings.
         pairs: The images, with label maps or without.
         classes: What the labels mean.
         session: The processes.
-        precision: Number format of the forward pass.
+        precision: Dtype of the forward pass.
         statistics: What images are normalised with.
         visit: What else is done with a segmentation.
     """
-    images = TestImages(pairs, num_classes=len(classes), reduce_zero_label=config.reduce_zero_label)
     loader = EpochLoader(
-        _Samples(images),
+        SegmentationDataset(pairs, num_classes=len(classes), reduce_zero_label=config.reduce_zero_label),
         1,  # they differ in size
         rank=session.rank,
         world_size=session.world_size,
@@ -219,57 +212,21 @@ def build_test(
     settings = test_settings(config)
 
     def test(segmentor: Segmentor) -> Tensor:
-        return evaluate(segmentor, loader, settings, precision, statistics, len(classes), visit)
+        confusion = Confusion(len(classes), precision.device)
+        progress = Progress("Testing", loader.batches_per_epoch, 0)
+        samples = ((batch, batch["image"][0]) for batch in loader.epoch(0))
+        predictions = predict_each(segmentor, samples, settings, **statistics._asdict(), precision=precision)
+        with closing(predictions), WritingThread() as write:
+            for number, (batch, prediction) in enumerate(predictions, 1):
+                confusion.update(prediction, batch["label"][0])
+                if visit is not None:
+                    write(visit, int(batch["index"]), batch["image"][0], prediction, batch["label"][0])
+                if number % LOG_EVERY == 0:
+                    progress.update(number, "images on this process")
+        progress.close()
+        return distributed.sum_over_ranks(confusion.matrix.clone())
 
     return test
-
-
-def evaluate(
-    segmentor: Segmentor,
-    loader: EpochLoader,
-    settings: TestSettings,
-    precision: Precision,
-    statistics: Statistics,
-    num_classes: int,
-    visit: Visitor | None = None,
-) -> Tensor:
-    """Segments images and compares; the counts of all processes are added up, so their number changes nothing.
-
-    The host decodes and writes ahead and behind, and waits for the device at the end only: files are written by a
-    thread of their own.
-    """
-    confusion = Confusion(num_classes, precision.device)
-    progress = Progress("Testing", loader.batches_per_epoch, 0)
-    samples = ((batch, batch["image"][0]) for batch in loader.epoch(0))
-    predictions = predict_each(segmentor, samples, settings, **statistics._asdict(), precision=precision)
-    with closing(predictions), WritingThread() as write:
-        for number, (batch, prediction) in enumerate(predictions, 1):
-            confusion.update(prediction, batch["label"][0])
-            if visit is not None:
-                write(visit, int(batch["index"]), batch["image"][0], prediction, batch["label"][0])
-            if number % LOG_EVERY == 0:
-                progress.update(number, "images on this process")
-    progress.close()
-    return distributed.sum_over_ranks(confusion.matrix.clone())
-
-
-class _Samples:
-    """Test images as a loader reads them."""
-
-    def __init__(self, images: TestImages) -> None:
-        self._images = images
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def name(self, index: int) -> str:
-        return self._images.pairs.name(index)
-
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        _, index = key
-        _, image, label = self._images[index]
-        none = torch.full(image.shape[1:], IGNORED, dtype=torch.uint8)
-        return {"image": image, "label": none if label is None else label, "index": index}
 
 
 def visitor(config: TestConfig, pairs: ImagePairs, classes: SegmentationClasses) -> Visitor | None:
@@ -283,7 +240,8 @@ def visitor(config: TestConfig, pairs: ImagePairs, classes: SegmentationClasses)
             save_label_map(path, prediction, add_one=adds_one(config))
         if config.show_dir:
             path = Path(config.show_dir) / f"{pairs.name(index)}.png"
-            save_figure(path, image, prediction, classes, label if pairs.labels else None, opacity=config.opacity)
+            labels = label if pairs.labels else None
+            save_figure(result_figure(image, prediction, classes, labels, opacity=config.opacity), path)
 
     return visit
 
@@ -296,16 +254,11 @@ def write_scores(
     def known(value: float) -> float | None:
         return None if math.isnan(value) else value
 
-    def by_class(values: tuple[float, ...]) -> dict[str, float | None]:
-        return dict(zip(classes.names, map(known, values), strict=True))
-
     content = {
         "checkpoint": config.checkpoint,
-        "mIoU": known(results.mIoU),
-        "mAcc": known(results.mAcc),
-        "aAcc": known(results.aAcc),
-        "IoU": by_class(results.iou),
-        "Acc": by_class(results.accuracy),
+        **{name: known(value) for name, value in results.means().items()},
+        "IoU": dict(zip(classes.names, map(known, results.iou), strict=True)),
+        "Acc": dict(zip(classes.names, map(known, results.accuracy), strict=True)),
         "confusion": confusion.tolist(),  # a row for each class, a column for each that is predicted
     }
     with atomic_write(path) as file:

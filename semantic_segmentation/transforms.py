@@ -95,8 +95,7 @@ class TrainTransform:
         if rng.random() < self.flip:
             image, label = F.horizontal_flip(image), F.horizontal_flip(label)
         pixels = image.as_subclass(Tensor)
-        if self.photometric:
-            pixels = photometric_distortion(pixels, rng)
+        pixels = photometric_distortion(pixels, rng) if self.photometric else pixels
         return {
             "image": padded(pixels, self.crop_size),
             "label": padded(label.as_subclass(Tensor), self.crop_size, IGNORED),
@@ -217,12 +216,7 @@ def change_levels(image: Tensor, *, gain: float = 1.0, offset: float = 0.0) -> T
 
 
 def multiply_saturation(image: Tensor, factor: float) -> Tensor:
-    """Multiplies the S of HSV by ``factor``, up to 1.
-
-    Args:
-        image: uint8 ``(3, H, W)``, RGB.
-        factor: 0 or more; 0 gives greys at the value of the strongest channel.
-    """
+    """Multiplies the S of HSV by ``factor``, up to 1, in an RGB image, uint8 ``(3, H, W)``."""
     colours = image.float()
     value, chroma = _value_and_chroma(colours)
     # S is chroma / value, and each channel's distance to the value is proportional to it: no hue is needed.
@@ -231,12 +225,7 @@ def multiply_saturation(image: Tensor, factor: float) -> Tensor:
 
 
 def turn_hue(image: Tensor, steps: int) -> Tensor:
-    """Rotates the H of HSV by ``steps`` of 2 degrees, OpenCV's unit.
-
-    Args:
-        image: uint8 ``(3, H, W)``, RGB.
-        steps: 180 of them lead from red through yellow, green and blue back to red.
-    """
+    """Rotates the H of HSV by ``steps`` of 2 degrees, OpenCV's unit, in an RGB image, uint8 ``(3, H, W)``."""
     colours = image.float()
     red, green, blue = colours
     value, chroma = _value_and_chroma(colours)

@@ -11,7 +11,7 @@ from beit.checkpoints.read import read_weights
 from beit.training.precision import AMP_DTYPES, Precision
 from examples.toy_images import write_segmentation_scenes
 from semantic_segmentation import inference
-from semantic_segmentation.data import TestImages, find_classes, find_pairs
+from semantic_segmentation.data import SegmentationDataset, find_classes, find_pairs
 from semantic_segmentation.modeling import segmentor_from
 from tests.shell import run
 
@@ -46,9 +46,9 @@ def test_a_run_of_two_steps_and_what_its_segmentor_sees(tmp_path, amp_dtype):
     weights["decode_head.conv_seg.weight"].normal_(generator=torch.Generator().manual_seed(0))
     on_device, on_cpu = segmentor_from(weights, metadata).to(DEVICE), segmentor_from(weights, metadata)
     pairs = find_pairs(scenes / "images/validation")
-    images = TestImages(pairs, num_classes=len(find_classes(scenes)), reduce_zero_label=True)
+    images = SegmentationDataset(pairs, num_classes=len(find_classes(scenes)), reduce_zero_label=True)
     for name, settings in VIEWS.items():
-        for _, image, _ in images:
+        for image in (images[0, number]["image"] for number in range(len(images))):
             expected = segmented(on_cpu, image, settings, torch.float32)
             assert len(expected.unique()) > 1  # else agreement would say nothing
             for dtype, agreeing in ((torch.float32, 0.98), (AMP_DTYPES[amp_dtype], 0.9)):  # near ties fall either way

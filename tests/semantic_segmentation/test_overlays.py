@@ -8,8 +8,16 @@ import torch
 from PIL import Image
 
 from beit.errors import InputError
+from beit.visualization.figures import save_figure
 from semantic_segmentation.data import SegmentationClasses, ade20k_classes
-from semantic_segmentation.overlays import MOST_WAITING, WritingThread, occurring, overlay, save_figure, save_label_map
+from semantic_segmentation.overlays import (
+    MOST_WAITING,
+    WritingThread,
+    occurring,
+    overlay,
+    result_figure,
+    save_label_map,
+)
 
 COLOURS = ((255, 0, 0), (0, 200, 100), (10, 20, 30))
 CLASSES = SegmentationClasses(names=("wall", "tree, plant", "sea"), colours=COLOURS)
@@ -70,8 +78,8 @@ def test_the_legend_has_the_classes_that_occur():
 
 
 def test_a_figure_shows_image_prediction_and_label(tmp_path, image, label_map):
-    save_figure(tmp_path / "two.png", image, label_map, CLASSES)
-    save_figure(tmp_path / "three.png", image, label_map, CLASSES, label_map)
+    save_figure(result_figure(image, label_map, CLASSES), tmp_path / "two.png")
+    save_figure(result_figure(image, label_map, CLASSES, label_map), tmp_path / "three.png")
     with Image.open(tmp_path / "two.png") as two, Image.open(tmp_path / "three.png") as three:
         assert three.width > 1.4 * two.width
         for file in (two, three):  # the legend's patches have the colours in full
@@ -81,7 +89,7 @@ def test_a_figure_shows_image_prediction_and_label(tmp_path, image, label_map):
 
 def test_every_class_of_ade20k_fits(tmp_path):
     numbers = torch.arange(150).repeat_interleave(20).reshape(50, 60)
-    save_figure(tmp_path / "a.png", torch.zeros(3, 50, 60, dtype=torch.uint8), numbers, ade20k_classes())
+    save_figure(result_figure(torch.zeros(3, 50, 60, dtype=torch.uint8), numbers, ade20k_classes()), tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as file:
         assert np.asarray(file.convert("RGB")).shape[0] > 800
 

@@ -232,7 +232,7 @@ def test_grad_checkpointing_changes_no_gradient():
     found = []
     for enable in (False, True):
         model = segmentor(dropout=0.0).train()
-        model.set_grad_checkpointing(enable)
+        model.backbone.set_grad_checkpointing(enable)
         logits, auxiliary = model(images())
         (logits.square().mean() + auxiliary.square().mean()).backward()
         assert model.backbone.grad_checkpointing is enable
