@@ -51,9 +51,7 @@ def _fork(command: dict, timeout: float) -> int:
         os.kill(process, signal.SIGKILL)
     status = int(server.stdout.readline())
     if not in_time:
-        raise subprocess.TimeoutExpired(
-            command["arguments"], timeout, _text(command["stdout"]), _text(command["stderr"])
-        )
+        raise subprocess.TimeoutExpired(command["arguments"], timeout, stderr=_text(command["stderr"]))
     return status
 
 

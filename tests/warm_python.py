@@ -1,7 +1,7 @@
 """Python with the heavy third-party packages imported: it forks a process for each command that tests/shell.py sends.
 
-Importing torch, torchvision and timm costs seconds, several times what a tiny command does. A fork starts with them; the
-library itself, and what a command imports beyond them, it imports as a fresh interpreter does.
+Importing torch, torchvision and timm costs seconds, several times what a tiny command does. A fork starts with them; it
+imports the library itself, and whatever else the command needs, as a fresh interpreter does.
 
 Commands come as JSON lines on standard input; answered are the process id and, once it has ended, its status.
 """
@@ -45,7 +45,8 @@ def become(command: dict) -> None:
     os.chdir(command["cwd"])
     os.environ.clear()
     os.environ.update(command["environment"])
-    np.random.seed()  # else every fork draws the same numbers where a command forgets to seed; `random` sees to itself
+    # Else every fork draws the same numbers where a command forgets to seed. `random` reseeds itself.
+    np.random.seed()  # noqa: NPY002
     first, *rest = command["arguments"]
     if first == "-c":
         sys.argv, sys.path[0] = ["-c", *rest[1:]], ""
