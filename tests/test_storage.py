@@ -6,7 +6,6 @@ import hashlib
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -80,13 +79,15 @@ def test_sigkill_before_the_rename_leaves_the_old_file_and_the_next_write_cleans
     # The process kills itself in the call named; breaks if the file is written in place, or renamed before the sync.
     path = tmp_path / "checkpoint.pth"
     save_checkpoint(path, {"step": 1})
-    code = (
-        "import os, signal, sys; from beit import storage\n"
-        f"os.{moment} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "storage.save_checkpoint(sys.argv[1], {'step': 2})"
-    )
-    result = subprocess.run([sys.executable, "-c", code, str(path)], check=False)
-    assert result.returncode == -signal.SIGKILL
+
+    def save_and_die():
+        setattr(os, moment, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        save_checkpoint(path, {"step": 2})
+
+    process = multiprocessing.get_context("fork").Process(target=save_and_die)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert load_checkpoint(path) == {"step": 1}
     assert len(temporaries(tmp_path)) == 1
     (tmp_path / f".other.pth.0123456789ab{TEMPORARY_SUFFIX}").touch()  # of another file: not ours to remove

@@ -3,8 +3,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import textwrap
 import threading
 import time
@@ -25,9 +23,9 @@ from beit.data.transforms import (
 )
 from beit.errors import InputError
 from beit.masking import BlockwiseMaskGenerator
+from tests.shell import run
 
 IMAGES = 41
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +85,8 @@ def test_the_number_of_workers_changes_nothing(dataset):
         loader.close()
     assert len(runs[0][0]) == loader.batches_per_epoch == IMAGES // 4
     assert set(runs[0][0][0]) == {"image", "token_image", "mask"}
-    for run in runs[1:]:
-        assert all(same(ours, theirs) for ours, theirs in zip(run, runs[0], strict=True))
+    for other in runs[1:]:
+        assert all(same(ours, theirs) for ours, theirs in zip(other, runs[0], strict=True))
     assert not same(*runs[0])
 
 
@@ -382,19 +380,18 @@ def test_spawned_workers(dataset):
 
 def run_script(body):
     script = f"""
-        import multiprocessing, os, signal, sys
-        sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]
-        from test_loaders import Numbers
+        import multiprocessing, os, signal, torch
         from beit.data.loaders import EpochLoader
-        loader = EpochLoader(Numbers(40), 2, num_workers=2)
+        class Numbers:
+            __len__ = lambda self: 40
+            __getitem__ = lambda self, key: {{"key": torch.tensor(key)}}
+        loader = EpochLoader(Numbers(), 2, num_workers=2)
         epoch = loader.epoch(0)
         next(epoch)
         print(*[process.pid for process in multiprocessing.active_children()], flush=True)
         {body}
     """
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60, check=False
-    )
+    return run("-c", textwrap.dedent(script), check=False, timeout=60)
 
 
 def test_a_program_that_ends_in_the_middle_of_an_epoch_ends():

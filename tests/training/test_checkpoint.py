@@ -1,9 +1,8 @@
 """The run folder: locking, what is kept, what a run continues from."""
 
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -14,35 +13,42 @@ from beit.errors import InputError
 from beit.storage import save_checkpoint
 from beit.training.checkpoint import LAST, RunFolder, load_exactly, newest_checkpoint, numbered_file, position_of
 
-HOLDER = "import sys, time; from beit.training.checkpoint import RunFolder; f = RunFolder(sys.argv[1]); "
-HOLD = HOLDER + "print('held', flush=True); time.sleep(60)"
-# A data-loading worker that outlives its killed parent, as torch's do for some seconds.
-HOLD_WITH_CHILD = HOLDER + "import os; os.fork() or time.sleep(20); print('held', flush=True); time.sleep(60)"
 
+def hold(folder, with_child=False):
+    """Starts a process that locks the folder and, if asked to, forks a child that outlives it as workers may."""
 
-def hold(folder, code):
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, start_new_session=True
-    )
-    assert process.stdout.readline() == b"held\n"
+    def work():
+        os.setsid()
+        run_folder = RunFolder(folder)
+        if with_child and not os.fork():
+            time.sleep(60)
+        ready.set()
+        time.sleep(60)
+        run_folder.close()
+
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    process = context.Process(target=work)
+    process.start()
+    assert ready.wait(60)
     return process
 
 
 def test_two_runs_cannot_share_a_folder(tmp_path):
-    process = hold(tmp_path, HOLD)
+    process = hold(tmp_path)
     try:
         with pytest.raises(InputError, match=f"in use by process {process.pid}"):
             RunFolder(tmp_path)
     finally:
         process.kill()
-        process.wait()
+        process.join()
 
 
 def test_a_killed_run_leaves_no_lock_even_while_its_workers_live(tmp_path):
     # Breaks with flock(), which forked children keep alive.
-    process = hold(tmp_path, HOLD_WITH_CHILD)
+    process = hold(tmp_path, with_child=True)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.join()
     try:
         RunFolder(tmp_path).close()
     finally:

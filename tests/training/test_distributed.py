@@ -1,7 +1,5 @@
 """Who a process is, from the environments of the launchers."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -155,7 +153,7 @@ def test_only_a_process_started_for_the_job_is_ended_at_once_where_threads_are_l
         atexit.register(print, "the interpreter ended")
         sys.exit(launch.launch(settings.PretrainingConfig, "", "", {argv}, "prog"))
     """
-    done = subprocess.run([sys.executable, "-c", code, "--nonsense"], capture_output=True, text=True)
+    done = run("-c", code, "--nonsense", check=False)
     assert done.returncode == 2
     assert "--nonsense" in done.stderr
     assert ("the interpreter ended" in done.stdout) is not owner

@@ -1,8 +1,6 @@
 """The drawing itself: files that hold the right number of pictures, with their colours; nothing heavy when imported."""
 
 import re
-import subprocess
-import sys
 import textwrap
 
 import numpy as np
@@ -159,9 +157,3 @@ def test_the_ending_says_what_is_written_and_others_are_refused(tmp_path):
         with pytest.raises(InputError, match=r"let its name end in \.png or \.svg"):
             draw_panels(tmp_path / name, panels)
         assert not (tmp_path / name).exists()
-
-
-def test_matplotlib_is_imported_for_drawing_only():
-    # `beit --help` and every training run would otherwise pay for it.
-    code = "import sys, beit.visualization.figures, beit.visualization.plots; sys.exit('matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
