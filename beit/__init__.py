@@ -57,8 +57,7 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'beit' has no attribute {name!r}")
-    home = import_module(f"beit.{_HOMES.get(name, 'zoo')}")
-    return home.MODELS[name] if name.startswith("beit_") else getattr(home, name)
+    return getattr(import_module(f"beit.{_HOMES.get(name, 'zoo')}"), name)
 
 
 def __dir__() -> list[str]:
