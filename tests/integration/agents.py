@@ -87,18 +87,22 @@ def agents_of(endpoint: str, flags: Sequence[str | Path], log_folder: Path) -> I
 
 
 def assert_same_curve(folder: Path, reference: Path) -> None:
-    """Holds losses, gradients and final weights to those of another run, but for the order of additions."""
+    """Holds losses, gradients and final weights to those of another run, but for the order of additions.
+
+    Adam moves a weight whose gradient is mostly rounding error by a share of lr a step; other batches, or state at the
+    wrong parameter, move it by several lr. A tenth of lr (5e-4) is far from both.
+    """
     ours, theirs = (
         [json.loads(line) for line in (path / "log.txt").read_text().splitlines()] for path in (folder, reference)
     )
     assert [entry["epoch"] for entry in ours] == list(range(LAST_EPOCH + 1))
     for name in ("train_loss", "train_mlm_acc", "train_grad_norm", "train_lr"):
-        assert [entry[name] for entry in ours] == pytest.approx([entry[name] for entry in theirs], rel=1e-5)
+        assert [entry[name] for entry in ours] == pytest.approx([entry[name] for entry in theirs], rel=1e-4)
     weights, expected = (
         torch.load(path / f"checkpoint-{LAST_EPOCH}.pth", weights_only=True)["model"] for path in (folder, reference)
     )
     for name, tensor in weights.items():
-        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5, msg=name)
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=5e-5, msg=name)
 
 
 def undisturbed_run(folder: Path, flags: Sequence[str | Path]) -> Path:

@@ -49,6 +49,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(folder / "checkpoint-2.pth", weights_only=True)["model"]
 
 
+# A tenth of the smallest lr: Adam moves a weight whose gradient is mostly rounding error by a share of lr a step where
+# sums are in another order; state at the wrong parameter moves it by several lr.
+ANOTHER_ORDER = 5e-5
+
+
 def assert_close(folder: Path, reference: Path, tolerance: float) -> None:
     ours, theirs = weights(folder), weights(reference)
     assert ours.keys() == theirs.keys()
@@ -63,7 +68,7 @@ def test_one_process_equals_the_plain_loop_and_a_killed_run_itself(tmp_path, fla
     deep = (*flags, "--enable_deepspeed", "--zero_stage", stage, "--save_ckpt_steps", "2")
     run(SCRIPT, *deep, "--output_dir", tmp_path / "whole")
     # Breaks if the loss is divided twice by the batches, or the schedules do not reach DeepSpeed's optimizer.
-    assert_close(tmp_path / "whole", plain, 1e-5)
+    assert_close(tmp_path / "whole", plain, ANOTHER_ORDER)
     settings = json.loads((tmp_path / "whole" / "deepspeed_config.json").read_text())
     assert settings["zero_optimization"]["stage"] == int(stage)
     assert (tmp_path / "whole" / "checkpoint-2").is_dir()
@@ -78,7 +83,7 @@ def test_one_process_equals_the_plain_loop_and_a_killed_run_itself(tmp_path, fla
 def test_two_processes_share_optimizer_and_gradients(tmp_path, flags, plain, free_port):
     deep = (*flags, "--enable_deepspeed", "--zero_stage", "2", "--batch_size", "2", "--update_freq", "2")
     run(*TORCHRUN, free_port, SCRIPT, *deep, "--output_dir", tmp_path)
-    assert_close(tmp_path, plain, 1e-5)
+    assert_close(tmp_path, plain, ANOTHER_ORDER)
     assert len(list((tmp_path / "checkpoint-2").glob("*_optim_states.pt"))) == 2
     # The plain file beside it is read by everyone, here by an evaluation without DeepSpeed …
     alone = run(SCRIPT, *flags, "--eval", "--resume", tmp_path / "checkpoint-2.pth")
@@ -111,7 +116,7 @@ def test_pretraining_equals_the_plain_loop_from_given_weights_on(tmp_path, pretr
         "1",
     )
     run(PRETRAIN, *deep)
-    assert_close(tmp_path / "deep", tmp_path / "plain", 1e-5)
+    assert_close(tmp_path / "deep", tmp_path / "plain", ANOTHER_ORDER)
     assert not torch.equal(weights(tmp_path / "deep")["cls_token"], model.cls_token)
     # Another target is refused by the same line as without DeepSpeed.
     refused = run(PRETRAIN, *deep, "--epochs", "4", "--target", "pixels", check=False)

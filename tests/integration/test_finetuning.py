@@ -157,11 +157,13 @@ def test_two_processes_equal_one(tmp_path, flags, free_port):
     done = run(*TORCHRUN, free_port, SCRIPT, *plain, "--batch_size", "4", "--output_dir", tmp_path / "two")
     assert "batch 8 = 4 images x 2 processes" in done.stderr
     one, two = (torch.load(tmp_path / name / "checkpoint-2.pth", weights_only=True) for name in ("one", "two"))
-    assert max((tensor - two["model"][key]).abs().max().item() for key, tensor in one["model"].items()) < 1e-6
+    # A tenth of lr: Adam moves a weight whose gradient is mostly rounding error by a share of lr a step; gradients that
+    # are not averaged, or other batches, move it by several lr.
+    assert max((tensor - two["model"][key]).abs().max().item() for key, tensor in one["model"].items()) < 2e-5
     for ours, theirs in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
         assert (ours["test_acc1"], ours["test_acc5"]) == (theirs["test_acc1"], theirs["test_acc5"])
         for name in ("train_loss", "train_class_acc", "test_loss"):
-            assert ours[name] == pytest.approx(theirs[name], abs=1e-5)
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
     # And one process evaluates to the same what two trained.
     alone = run(SCRIPT, *plain, "--eval", "--resume", tmp_path / "two" / "checkpoint-2.pth")
     assert reported(alone.stderr) in done.stderr

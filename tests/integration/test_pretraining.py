@@ -134,7 +134,7 @@ def test_two_processes_see_the_same_global_batches_as_one(tmp_path, pretraining_
     )
     one, two = losses(tmp_path / "one" / "tb"), losses(tmp_path / "two" / "tb")
     assert len(one) == STEPS
-    assert one == pytest.approx(two, abs=1e-6)
+    assert one == pytest.approx(two, rel=1e-5)  # another order of float32 sums; another batch differs by percents
 
 
 def losses(folder: Path) -> list[float]:
@@ -152,7 +152,7 @@ def test_held_out_accuracy_is_reported_alike_for_one_and_two_processes(tmp_path,
     run(*LAUNCHERS["torchrun"], free_port, SCRIPT, *flags, "--output_dir", tmp_path / "two", "--batch_size", "3")
     (one,), (two,) = log_of(tmp_path / "one"), log_of(tmp_path / "two")
     for name in ("test_loss", "test_mlm_acc", "test_most_frequent_acc"):
-        assert one[name] == pytest.approx(two[name], abs=1e-6)
+        assert one[name] == pytest.approx(two[name], rel=1e-5)  # an image more or less is 2 %
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path, pretraining_flags):

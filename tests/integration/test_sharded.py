@@ -26,6 +26,11 @@ def flags(pretraining_flags):
     return (*pretraining_flags, "--drop_path", "0", "--num_mask_patches", "1", "--min_mask_patches_per_block", "1")
 
 
+# A tenth of lr: Adam moves a weight whose gradient is mostly rounding error by a share of lr a step where sums are in
+# another order; state at the wrong parameter moves it by several lr.
+ANOTHER_ORDER = 5e-5
+
+
 def assert_same_run(folder, reference, tolerance):
     ours, theirs = (final_checkpoint(path)["model"] for path in (folder, reference))
     torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
@@ -65,7 +70,7 @@ def test_one_process_without_sharding_goes_on_to_the_same_losses(tmp_path, flags
     shutil.copytree(whole, tmp_path, ignore=shutil.ignore_patterns("*-2*", "*last*", ".lock"), dirs_exist_ok=True)
     finished = run(SCRIPT, *flags, "--total_batch_size", "8", "--output_dir", tmp_path)
     assert "checkpoint-1.pth at epoch 2, step 0" in finished.stderr
-    assert_same_run(tmp_path, whole, 1e-5)
+    assert_same_run(tmp_path, whole, ANOTHER_ORDER)
     assert "optimizer" in final_checkpoint(tmp_path)
 
 
@@ -87,7 +92,7 @@ def test_finetuning_in_parts_equals_finetuning_alone(tmp_path, free_port):
     run(
         *TORCHRUN, free_port, FINETUNE, *small, "--batch_size", "2", "--shard", "fsdp", "--output_dir", tmp_path / "two"
     )
-    assert_same_run(tmp_path / "two", tmp_path / "alone", 1e-5)
+    assert_same_run(tmp_path / "two", tmp_path / "alone", ANOTHER_ORDER)
     ours, theirs = (log_of(tmp_path / name)[-1] for name in ("two", "alone"))
     for name in ("test_acc1", "test_loss", "test_ema_acc1", "test_ema_loss"):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
