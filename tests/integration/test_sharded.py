@@ -26,7 +26,7 @@ def flags(pretraining_flags):
     return (*pretraining_flags, "--drop_path", "0", "--num_mask_patches", "1", "--min_mask_patches_per_block", "1")
 
 
-# A tenth of lr: Adam moves a weight whose gradient is mostly rounding error by a share of lr a step where sums are in
+# At most a tenth of lr: Adam moves a weight whose gradient is mostly rounding error by a share of lr a step where sums are in
 # another order; state at the wrong parameter moves it by several lr.
 ANOTHER_ORDER = 5e-5
 
