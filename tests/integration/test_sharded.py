@@ -26,8 +26,8 @@ def flags(pretraining_flags):
     return (*pretraining_flags, "--drop_path", "0", "--num_mask_patches", "1", "--min_mask_patches_per_block", "1")
 
 
-# At most a tenth of lr: Adam moves a weight whose gradient is mostly rounding error by a share of lr a step where sums are in
-# another order; state at the wrong parameter moves it by several lr.
+# At most a tenth of lr. Where sums are in another order, Adam moves a weight whose gradient is mostly rounding error by
+# a share of lr per step; state at the wrong parameter moves it by several lr.
 ANOTHER_ORDER = 5e-5
 
 
