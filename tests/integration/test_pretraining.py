@@ -96,7 +96,7 @@ def test_sigterm_saves_exits_and_goes_on(tmp_path, pretraining_flags, undisturbe
     flags = (*pretraining_flags, "--output_dir", tmp_path, "--num_workers", workers)
     stopped = run(KILLED, "term", "7", "--", *flags, check=False)
     assert stopped.returncode == 143
-    assert "stopped at epoch 1, step 3; the same command goes on from there" in stopped.stderr
+    assert "stopped at epoch 1, step 3; the same command resumes from there" in stopped.stderr
     run(SCRIPT, *flags)
     assert_same_bits(tmp_path, undisturbed)
 
