@@ -284,7 +284,7 @@ def download(
         verify: Called with the downloaded file, still named ``….part``; raises :class:`InputError` to reject it.
 
     Raises:
-        InputError: No address delivers it, it has changed, it is text or a web page, or ``BEIT_OFFLINE=1`` is set.
+        InputError: Nothing delivers it, it has changed, it is a web page or text, or missing with ``BEIT_OFFLINE=1``.
     """
     destination = Path(os.path.realpath(destination))
     urls = [url] if isinstance(url, str) else list(url)

@@ -127,7 +127,7 @@ def open_checkpoint(source: str | Path) -> tuple[Backbone, Metadata]:
 def load_weights(model: Backbone, weights: Weights, metadata: Metadata, *, drop_head: bool = False) -> KeyReport:
     """Loads what :func:`read_weights` returns into a model, as :func:`load_pretrained` does.
 
-    With ``drop_head`` the head is left out even if it fits. Raises :class:`InputError` if the weights do not fit.
+    With ``drop_head`` the head is left out even if it fits. Raises :class:`InputError` for weights of another model.
     """
     source = metadata.get("source", "the weights")
     own = model.state_dict()

@@ -1,7 +1,7 @@
 """Reading a checkpoint of any dialect: weights in official names, and what is recorded beside them.
 
-A source becomes a file (:mod:`beit.checkpoints.released`), the file its raw content, that a state dict, and that
-weights in official names (:mod:`beit.checkpoints.formats`) and metadata; :mod:`beit.checkpoints.load` fills a model.
+A source is resolved to a file (:mod:`beit.checkpoints.released`), its state dict is translated to official names
+(:mod:`beit.checkpoints.formats`), and the weights are loaded into a model (:mod:`beit.checkpoints.load`).
 
 The metadata is a plain dict. A key is present only if the file, its neighbours or the table of released files have it:
 ``source``, ``dialect``, ``args`` (settings of the run), ``labels`` (class names), ``image_size`` ``(H, W)`` in pixels,
@@ -313,7 +313,7 @@ def architecture_of(weights: Weights, metadata: Metadata) -> Architecture:
 
 
 def preparation_of(metadata: Metadata, img_size: tuple[int, int]) -> Content:
-    """Returns ``mean``, ``std``, ``crop_pct`` and ``interpolation`` of a model's images of ``(H, W)`` pixels.
+    """Returns the ``mean``, ``std``, ``crop_pct`` and ``interpolation`` to prepare images of ``(H, W)`` pixels with.
 
     They are as recorded, or else as for the published models.
     """

@@ -43,7 +43,7 @@ class EpochDataset(Protocol, Sized):
 
 
 class EvenlySpread:
-    """At most ``len(dataset)`` samples of a data set at even distances, so that every class folder has its share."""
+    """``count`` samples of a data set (at most all) at even distances, so that every class folder has its share."""
 
     def __init__(self, dataset: EpochDataset, count: int) -> None:
         self.dataset = dataset
