@@ -81,19 +81,14 @@ def inference_model(
 def extract_feat(
     model: Backbone | str | Path, image_or_paths: OneImage | Sequence[OneImage], layer: int = -1, pool: str = "mean"
 ) -> Tensor:
-    """Extracts features of images: the output of a block, before any norm.
+    """Returns features of images as float32 on the model's device: the output of a block, before any norm.
 
     Args:
         model: As for :func:`inference_model`; may be a pre-training model.
-        image_or_paths: As for :func:`inference_model`.
-        layer: The block, from 0, or from the end if negative. If the model was only pre-trained, blocks in the middle
-            have the best features.
-        pool: ``mean`` over the patch tokens, ``cls`` for the class token, ``cls_mean`` for both concatenated, ``map``
-            for the patch tokens as a grid.
-
-    Returns:
-        float32 ``(B, D)``, ``(B, 2 D)`` for ``cls_mean``, ``(B, D, h, w)`` for ``map``, on the model's device; ``B`` is
-        1 for one image.
+        image_or_paths: As for :func:`inference_model`; one image is a batch of 1.
+        layer: The block, from 0 or, if negative, from the end. After pre-training alone, middle blocks are best.
+        pool: ``mean`` over the patch tokens or ``cls`` for the class token, ``(B, D)``; ``cls_mean`` for both
+            concatenated, ``(B, 2 D)``; ``map`` for the patch tokens as a grid, ``(B, D, h, w)``.
 
     Raises:
         InputError: There is no such block or pool, or an image cannot be read.
@@ -121,22 +116,14 @@ def pool_tokens(tokens: Tensor, pool: str, grid_size: tuple[int, int]) -> Tensor
 
 
 def known_pool(pool: str) -> str:
-    """Returns the name of a pooling method.
-
-    Raises:
-        InputError: There is no such method.
-    """
+    """Returns the name of a pooling method; raises :class:`InputError` if there is no such method."""
     if pool not in POOLS:
         raise InputError(f"unknown pool {pool!r}{did_you_mean(pool, POOLS)}: choose {', '.join(POOLS)}")
     return pool
 
 
 def block_number(model: Backbone, layer: int) -> int:
-    """Returns the index of a block; a negative ``layer`` counts from the end.
-
-    Raises:
-        InputError: There is no such block.
-    """
+    """Returns a block's index, counting from the end if negative; raises :class:`InputError` if there is none."""
     depth = model.get_num_layers()
     if not -depth <= layer < depth:
         raise InputError(f"layer {layer}: the model has {depth} blocks, numbered from 0")
@@ -159,12 +146,7 @@ class Preprocessing:
 
 
 def preprocessing_of(model: Backbone, metadata: Metadata) -> Preprocessing:
-    """Returns how a model's images are prepared: as its checkpoint records, or else as for the published models.
-
-    Args:
-        model: Images get its size, which may have been changed.
-        metadata: From :func:`beit.checkpoints.read.read_weights`.
-    """
+    """Returns how images become a model's input, at the model's size: as its checkpoint records, or as published."""
     known = preparation_of(metadata, model.img_size)
     transform = ClassificationEvalTransform(
         model.img_size, interpolation=known["interpolation"], crop_pct=known["crop_pct"]
@@ -181,11 +163,7 @@ def _batches(model: Backbone, images: Sequence[OneImage], preprocessing: Preproc
 
 
 def decoded(image: OneImage) -> Image.Image:
-    """Returns any image that :func:`inference_model` accepts as 8-bit RGB, upright.
-
-    Raises:
-        InputError: It cannot be read, or is not an image.
-    """
+    """Returns any image :func:`inference_model` accepts as upright 8-bit RGB; raises :class:`InputError` for others."""
     if isinstance(image, Image.Image):
         return to_rgb(upright(image))
     if isinstance(image, Tensor):

@@ -77,17 +77,11 @@ class _RecordingFile(io.FileIO):
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Opens a file that replaces ``path`` at the end of the block, whole or not at all.
+    """Opens a buffered binary file that replaces ``path`` at the end of the block, whole or not at all.
 
     The bytes go to a temporary file in the same folder, which is synced and renamed. A process killed at any moment
     leaves the old file untouched and at most a temporary ``.<name>.<random>.beit-tmp``, which the next write to the
     same path removes. Missing folders are created; a symbolic link is followed, not replaced.
-
-    Args:
-        path: The file to write.
-
-    Yields:
-        A buffered binary file open for writing.
 
     Raises:
         InputError: The folder cannot be written, or the disk is full.
@@ -187,17 +181,13 @@ def save_checkpoint(path: str | os.PathLike[str], obj: object) -> None:
 
 
 def load_checkpoint(path: str | os.PathLike[str], mmap: bool = False) -> Any:
-    """Reads a checkpoint to the CPU without running any code in it.
+    """Reads a checkpoint to the CPU without running any code in it: what was saved, or a dict for ``.safetensors``.
 
-    Only tensors, plain Python values and ``argparse.Namespace`` (in which official checkpoints keep their ``args``) are
-    read. Files named ``.safetensors`` are read as such.
+    Only tensors, plain Python values and ``argparse.Namespace`` (the ``args`` of official checkpoints) are read.
 
     Args:
         path: The file.
         mmap: Map tensors from disk instead of reading them; ignored for files older than the zip format.
-
-    Returns:
-        What was saved; for safetensors a dict of tensors.
 
     Raises:
         InputError: There is no such file, or it is not a checkpoint; the message says what it is.
@@ -221,13 +211,7 @@ def load_checkpoint(path: str | os.PathLike[str], mmap: bool = False) -> Any:
 
 
 def differences(names: Sequence[str], given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    """Shows the shapes of the first two tensors by which a file's and a model's differ.
-
-    Args:
-        names: All that differ.
-        given: The file's tensors.
-        own: The model's tensors.
-    """
+    """Shows the shapes in a file (``given``) and a model (``own``) of the first two of the ``names`` that differ."""
 
     def shape(tensors: Mapping[str, Tensor], name: str) -> str:
         return str(tuple(tensors[name].shape)) if name in tensors else "absent"
@@ -287,7 +271,7 @@ def offline() -> bool:
 def download(
     url: str | Sequence[str], destination: str | os.PathLike[str], *, verify: Callable[[Path], None] | None = None
 ) -> Path:
-    """Makes sure that ``destination`` holds the file at ``url``, downloading it at most once.
+    """Makes sure that ``destination`` holds the file at ``url``, downloading it at most once, and returns it as a path.
 
     The transfer is ``torch.hub``'s, which is always installed (``huggingface_hub`` only fetches from its own hub, pooch
     would be one more dependency). What it leaves out is done here: timeouts, retries, truncated transfers, and one
@@ -297,15 +281,10 @@ def download(
     Args:
         url: An http or https address, or several that hold the same file, tried in this order.
         destination: Where the file goes.
-        verify: Called with the downloaded file while it is still named ``<destination>.part``; raises an
-            :class:`InputError` to reject it.
-
-    Returns:
-        ``destination`` as a path.
+        verify: Called with the downloaded file, still named ``….part``; raises :class:`InputError` to reject it.
 
     Raises:
-        InputError: No address delivers the file, it has changed, what arrives is a web page or other text, or it is
-            missing and ``BEIT_OFFLINE=1`` is set.
+        InputError: Nothing delivers it, it has changed, it is a web page or text, or missing with ``BEIT_OFFLINE=1``.
     """
     destination = Path(os.path.realpath(destination))
     urls = [url] if isinstance(url, str) else list(url)
@@ -321,11 +300,7 @@ def download(
 
 
 def check_recorded_hash(path: Path) -> None:
-    """Compares a file with the hash recorded beside it; records it if there is none.
-
-    Raises:
-        InputError: They differ.
-    """
+    """Raises :class:`InputError` if a file differs from the hash recorded beside it; records it if there is none."""
     record = path.with_name(path.name + ".sha256")
     recorded = record.read_text().split()[:1] if record.exists() else []
     found = sha256_of(path)
@@ -401,11 +376,7 @@ def _download_from_any(urls: list[str], destination: Path, verify: Callable[[Pat
 
 
 def _fetch(url: str, part: Path) -> None:
-    """Downloads to ``part``, trying again after network trouble and server errors.
-
-    Raises:
-        InputError: The address does not deliver, or the disk cannot be written.
-    """
+    """Downloads to ``part``, trying again after network trouble and server errors."""
     if not url.startswith(("http://", "https://")):
         raise InputError(f"{url!r} is no http or https address")
     for attempt in range(ATTEMPTS):

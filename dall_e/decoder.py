@@ -28,8 +28,7 @@ class Decoder(nn.Module):
         vocab_size: Size of the vocabulary.
         device: Where the parameters are created.
         requires_grad: Whether they are trained.
-        use_mixed_precision: Run all convolutions but the first in float16 on CUDA, as the released modules do.
-            Everywhere else, and without it, everything is float32.
+        use_mixed_precision: As in the released modules, run all convolutions but the first in float16, on CUDA only.
     """
 
     group_count = 4
@@ -63,8 +62,7 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """One-hot tokens, float32 ``(B, vocab_size, h, w)`` → float32 ``(B, 2 · output_channels, 8h, 8w)``.
 
-        Raises:
-            ValueError: The input has another shape or type.
+        Raises ValueError for input of another shape or type.
         """
         check_input(x, self.vocab_size, "the decoder's input")
         with half_precision(x.device.type, self.use_mixed_precision):

@@ -27,8 +27,7 @@ class Encoder(nn.Module):
         vocab_size: Size of the vocabulary.
         device: Where the parameters are created.
         requires_grad: Whether they are trained.
-        use_mixed_precision: Run all convolutions but the last in float16 on CUDA, as the released modules do.
-            Everywhere else, and without it, everything is float32.
+        use_mixed_precision: As in the released modules, run all convolutions but the last in float16, on CUDA only.
     """
 
     group_count = 4
@@ -68,8 +67,7 @@ class Encoder(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         """What the head sees: float32 ``(B, input_channels, H, W)`` → float32 ``(B, 8 · n_hid, H // 8, W // 8)``.
 
-        Raises:
-            ValueError: The input has another shape or type.
+        Raises ValueError for input of another shape or type.
         """
         check_input(x, self.input_channels, "the encoder's input")
         with half_precision(x.device.type, self.use_mixed_precision):
@@ -78,7 +76,6 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits: float32 ``(B, input_channels, H, W)`` → float32 ``(B, vocab_size, H // 8, W // 8)``.
 
-        Raises:
-            ValueError: The input has another shape or type.
+        Raises ValueError for input of another shape or type.
         """
         return self.head(self.features(x))

@@ -2,9 +2,8 @@
 
 OpenAI published whole pickled modules, and unpickling a module runs what the file says. Here ``torch.load`` gets an
 unpickler that only collects: objects of the listed classes become inert records of their state, and any name that is
-not listed is an error. (Its own weights-only reader refuses modules in the format before torch 1.6.) A new
-:class:`Encoder` or :class:`Decoder` is then filled with the tensors, so files of 2021, whose submodules lack attributes
-that torch needs today, work with any version.
+not listed is an error. (Its own weights-only reader refuses modules in the format before torch 1.6.) A new module is
+then filled with the tensors, since modules pickled in 2021 lack attributes that torch needs today.
 """
 
 import json
@@ -196,17 +195,12 @@ def _build(tensors: Mapping[str, Tensor], attributes: Mapping[str, object]) -> E
 
 
 def load_model(path: str | Path, device: torch.device | str | None = None) -> Encoder | Decoder:
-    """Opens an encoder or a decoder; no code in the file is run.
-
-    It takes a module pickled by OpenAI's package (in either format of ``torch.save``), a state dict, a
-    ``.safetensors`` file, or a folder with one.
+    """Opens an encoder or a decoder, frozen and in evaluation mode; no code in the file is run.
 
     Args:
-        path: The file or folder.
+        path: A module pickled by OpenAI's package (in either format of ``torch.save``), a state dict, a
+            ``.safetensors`` file, or a folder with one.
         device: Where to put the module; ``None`` is the CPU.
-
-    Returns:
-        The module, frozen and in evaluation mode.
 
     Raises:
         ModelFileError: The file is missing, or holds something else; the message says what.

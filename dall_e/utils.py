@@ -93,13 +93,7 @@ def stack_blocks(
 ) -> nn.Sequential:
     """Builds the layers of a network: stem, groups of residual blocks, ReLU and head.
 
-    Args:
-        stem: The first convolution.
-        block: Class of the blocks.
-        widths: Channels of each group.
-        n_blk_per_group: Blocks in a group.
-        between: Name and constructor of what stands between two groups.
-        head: Makes the last convolution.
+    ``widths`` are the groups' channels; ``between`` is the name and constructor of what stands between two groups.
     """
     blocks = nn.Sequential()
     blocks.add_module("input", stem)
@@ -120,10 +114,7 @@ def stack_blocks(
 
 
 def half_precision(device_type: str, wanted: bool) -> torch.autocast:
-    """The precision of a network's convolutions: float16 on a GPU if wanted, float32 otherwise.
-
-    It overrides any autocast region around the model.
-    """
+    """Runs convolutions in float16 on a GPU if wanted, in float32 otherwise; overrides any autocast around them."""
     return torch.autocast(device_type, dtype=torch.float16, enabled=wanted and device_type == "cuda")
 
 
@@ -137,8 +128,7 @@ def check_input(x: Tensor, channels: int | None, name: str) -> None:
 def map_pixels(x: Tensor) -> Tensor:
     """Maps float32 images ``(B, C, H, W)`` from [0, 1] to [0.1, 0.9], the range the encoder was trained on.
 
-    Raises:
-        ValueError: ``x`` is not a float32 batch of images.
+    Raises ValueError if ``x`` is not a float32 batch of images.
     """
     check_input(x, None, "images")
     return logit_laplace_eps + x * (1 - 2 * logit_laplace_eps)
@@ -147,8 +137,7 @@ def map_pixels(x: Tensor) -> Tensor:
 def unmap_pixels(x: Tensor) -> Tensor:
     """Maps float32 images ``(B, C, H, W)`` from [0.1, 0.9] back to [0, 1], clamped.
 
-    Raises:
-        ValueError: ``x`` is not a float32 batch of images.
+    Raises ValueError if ``x`` is not a float32 batch of images.
     """
     check_input(x, None, "images")
     return ((x - logit_laplace_eps) / (1 - 2 * logit_laplace_eps)).clamp(0, 1)

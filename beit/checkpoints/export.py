@@ -90,14 +90,10 @@ def check_segmentors(to: str, supported: bool, metadata: Metadata) -> None:
 
 
 def whole_model(weights: Weights, metadata: Metadata) -> WholeModel:
-    """Returns what a checkpoint holds of a model, and what an export needs to know about it.
+    """Returns the model that a checkpoint holds, with what an export needs to know about it.
 
-    Args:
-        weights: From :func:`beit.checkpoints.read.read_weights`; what is no part of the model is left out.
-        metadata: From :func:`beit.checkpoints.read.read_weights`.
-
-    Raises:
-        InputError: A part of the model is missing.
+    Takes what :func:`beit.checkpoints.read.read_weights` returns and leaves out tensors that are not part of the model;
+    raises :class:`InputError` if a part of the model is missing.
     """
     architecture = architecture_of(weights, metadata)
     arguments = architecture.arguments

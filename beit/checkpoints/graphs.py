@@ -78,11 +78,7 @@ def export_graph(source: str | Path, destination: Path, to: str, *, features: bo
 
 
 class Features(nn.Module):
-    """What enters a classifier's head, ``(B, D)``; of a pre-training model all tokens, ``(B, N + 1, D)``.
-
-    Args:
-        model: The model.
-    """
+    """The input of a classifier's head, ``(B, D)``; for a pre-training model all tokens, ``(B, N + 1, D)``."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -107,11 +107,10 @@ def load_pretrained(
 def open_checkpoint(source: str | Path) -> tuple[Backbone, Metadata]:
     """Opens a checkpoint as the model it was saved from; of a segmentor, only the backbone.
 
+    Returns the model in evaluation mode, and what the checkpoint records; see :mod:`beit.checkpoints.read`.
+
     Args:
         source: A file, folder, released name, address or hub id; see :func:`beit.checkpoints.released.resolve`.
-
-    Returns:
-        The model in evaluation mode, and what the checkpoint records; see :mod:`beit.checkpoints.read`.
 
     Raises:
         InputError: There is no such checkpoint, or it is of another kind of model.
@@ -126,16 +125,9 @@ def open_checkpoint(source: str | Path) -> tuple[Backbone, Metadata]:
 
 
 def load_weights(model: Backbone, weights: Weights, metadata: Metadata, *, drop_head: bool = False) -> KeyReport:
-    """Loads weights in official names, as :func:`load_pretrained` does.
+    """Loads what :func:`read_weights` returns into a model, as :func:`load_pretrained` does.
 
-    Args:
-        model: The model to load into.
-        weights: From :func:`read_weights`.
-        metadata: From :func:`read_weights`.
-        drop_head: Leave the head out even if it fits.
-
-    Raises:
-        InputError: The weights are of another model.
+    With ``drop_head`` the head is left out even if it fits. Raises :class:`InputError` for weights of another model.
     """
     source = metadata.get("source", "the weights")
     own = model.state_dict()

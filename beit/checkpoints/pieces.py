@@ -59,8 +59,7 @@ def read_pieces(folder: Path, room: Room | None = None, prefix: str = "") -> dic
 
     Args:
         folder: The checkpoint's folder.
-        room: Allocates what a tensor is read into: a ``DTensor`` for this process's part of it. By default the whole
-            tensor is read to the CPU.
+        room: Allocates what a tensor is read into, such as a ``DTensor``; by default tensors are read whole to the CPU.
         prefix: Read only names that begin with this prefix.
 
     Raises:
@@ -83,14 +82,9 @@ def read_pieces(folder: Path, room: Room | None = None, prefix: str = "") -> dic
 
 
 def read_whole(folder: Path, optimizer: bool = True) -> Checkpoint:
-    """Reads a sharded checkpoint as if it were a plain one, with the same keys.
+    """Reads a sharded checkpoint as if it were a plain one, with the same keys; raises as :func:`read_pieces` does.
 
-    Args:
-        folder: The checkpoint's folder.
-        optimizer: Whether to read the optimizer's state, which is usually larger than the weights.
-
-    Raises:
-        InputError: As :func:`read_pieces` does.
+    Without ``optimizer`` its state, which is usually larger than the weights, is not read.
     """
     state, tensors = load_checkpoint(folder / STATE_FILE), read_pieces(folder, prefix="" if optimizer else WEIGHTS[0])
     for key in WEIGHTS:

@@ -1,8 +1,7 @@
 """Reading a checkpoint of any dialect: weights in official names, and what is recorded beside them.
 
-The path is straight: a source becomes a file (:mod:`beit.checkpoints.released`), the file its raw content, the content
-a state dict, the state dict weights in official names (:mod:`beit.checkpoints.formats`) and metadata.
-:mod:`beit.checkpoints.load` puts them into a model.
+A source is resolved to a file (:mod:`beit.checkpoints.released`), its state dict is translated to official names
+(:mod:`beit.checkpoints.formats`), and the weights are loaded into a model (:mod:`beit.checkpoints.load`).
 
 The metadata is a plain dict. A key is present only if the file, its neighbours or the table of released files have it:
 ``source``, ``dialect``, ``args`` (settings of the run), ``labels`` (class names), ``image_size`` ``(H, W)`` in pixels,
@@ -54,15 +53,12 @@ Metadata = Content
 def read_weights(
     source: str | Path, model_key: str = "model|module|state_dict", prefix: str = ""
 ) -> tuple[dict[str, Tensor], Metadata]:
-    """Reads a checkpoint.
+    """Returns a checkpoint's weights in official names, without index buffers, and the metadata described above.
 
     Args:
         source: Anything :func:`beit.checkpoints.released.resolve` accepts.
         model_key: Where in the file the weights are; alternatives are separated by ``|``.
         prefix: Take only names that begin with this prefix, and remove it.
-
-    Returns:
-        The weights in official names without index buffers, and the metadata described above.
 
     Raises:
         InputError: There is no such checkpoint, it cannot be read, or it is of another kind of model.
@@ -241,13 +237,7 @@ class Architecture:
 def window_of(weights: Weights, metadata: Metadata, fallback: tuple[int, int] | None = None) -> tuple[int, int] | None:
     """Returns the patch grid ``(h, w)`` that tables and positions were trained with; None if there are none.
 
-    Args:
-        weights: In official names.
-        metadata: From :func:`read_weights`.
-        fallback: A grid to use if it fits, none is recorded and no square fits.
-
-    Raises:
-        InputError: No known grid fits.
+    ``fallback`` is used if it fits, none is recorded and no square fits. Raises :class:`InputError` if no grid fits.
     """
     rows = next((len(tensor) for name, tensor in weights.items() if name.endswith(TABLE)), None)
     positions = weights["pos_embed"].shape[1] - 1 if "pos_embed" in weights else None
@@ -274,12 +264,7 @@ def window_of(weights: Weights, metadata: Metadata, fallback: tuple[int, int] | 
 def architecture_of(weights: Weights, metadata: Metadata) -> Architecture:
     """Returns the model that weights in official names belong to; for a segmentor its backbone, without classes.
 
-    Args:
-        weights: From :func:`read_weights`.
-        metadata: From :func:`read_weights`.
-
-    Raises:
-        InputError: The number of heads or the patch grid cannot be determined, or a part is missing.
+    Raises :class:`InputError` if the number of heads or the patch grid cannot be determined, or a part is missing.
     """
     source = metadata.get("source", "the checkpoint")
     for name, axes in (("patch_embed.proj.weight", 4), ("blocks.0.mlp.fc1.weight", 2)):
@@ -328,14 +313,9 @@ def architecture_of(weights: Weights, metadata: Metadata) -> Architecture:
 
 
 def preparation_of(metadata: Metadata, img_size: tuple[int, int]) -> Content:
-    """Returns how a model's images are prepared: as recorded, or else as for the published models.
+    """Returns the ``mean``, ``std``, ``crop_pct`` and ``interpolation`` to prepare images of ``(H, W)`` pixels with.
 
-    Args:
-        metadata: From :func:`read_weights`.
-        img_size: Height and width in pixels that the model is used with.
-
-    Returns:
-        ``mean``, ``std``, ``crop_pct`` and ``interpolation``.
+    They are as recorded, or else as for the published models.
     """
     mean, std = normalization(imagenet=False)
     return {
@@ -347,12 +327,7 @@ def preparation_of(metadata: Metadata, img_size: tuple[int, int]) -> Content:
 
 
 def class_names(metadata: Metadata, num_classes: int) -> tuple[str, ...] | None:
-    """Returns the class names: the recorded ones, or ImageNet's if their number fits, or None.
-
-    Args:
-        metadata: From :func:`read_weights`.
-        num_classes: Classes of the head.
-    """
+    """Returns the class names: the recorded ones, or ImageNet's if their number fits, or None."""
     recorded = metadata.get("labels")
     if recorded and len(recorded) == num_classes:
         return tuple(map(str, recorded))

@@ -99,11 +99,7 @@ RELEASED: dict[str, ReleasedCheckpoint] = _table()
 
 
 def released_for(model: str) -> ReleasedCheckpoint:
-    """Returns the checkpoint that ``create_model(model, pretrained=True)`` loads.
-
-    Raises:
-        InputError: None was released for this model.
-    """
+    """Returns the checkpoint for ``create_model(model, pretrained=True)``, or raises :class:`InputError`."""
     for suffix in ("_ft22kto1k", ""):
         name = f"{model.removesuffix('_8k_vocab')}_pt22k{suffix}"
         if name in RELEASED and RELEASED[name].model == model:
@@ -121,9 +117,8 @@ def resolve(source: str | os.PathLike[str]) -> Path:
     """Returns the file or folder a source stands for, downloading it if necessary.
 
     Args:
-        source: A file; a folder; the name of a released checkpoint, with or without ``.pth``; an address, including
-            dead ones from old command lines; or a model on the Hugging Face hub, ``owner/name`` or
-            ``hf-hub:owner/name``.
+        source: A file; a folder; the name of a released checkpoint, with or without ``.pth``; an address (old dead ones
+            still work); or a model on the Hugging Face hub, ``owner/name`` or ``hf-hub:owner/name``.
 
     Raises:
         InputError: There is no such source, or it cannot be downloaded (``BEIT_OFFLINE=1`` may be set).

@@ -128,12 +128,8 @@ def _cifar(data_set: str, root: str, train: bool, download: bool) -> ArrayImages
 def check_classes(sources: Sequence[LabelledImages], nb_classes: int = 0) -> tuple[str, ...]:
     """Returns the class names, by id.
 
-    Args:
-        sources: What must have the same classes, such as the training and the validation images.
-        nb_classes: The number expected; 0 accepts any.
-
-    Raises:
-        InputError: The number of classes differs, or the sources have different classes.
+    Raises :class:`InputError` if the sources, such as the training and the validation images, have different classes,
+    or not ``nb_classes`` of them; 0 accepts any number.
     """
     first, *others = sources
     names = first.class_names
@@ -172,8 +168,7 @@ class ClassificationTransform:
         std: Per channel, for images in [0, 1].
         interpolation: How the crop is resized: bicubic, bilinear, nearest, lanczos, or random.
         auto_augment: timm's name of a policy, such as ``rand-m9-mstd0.5-inc1``; empty or ``none`` for none.
-        color_jitter: Brightness, contrast and saturation change by a factor in ``1 ± color_jitter``; only without a
-            policy.
+        color_jitter: Without a policy, brightness, contrast and saturation change by a factor in ``1 ± color_jitter``.
         erasing: Probability that parts of an image are erased.
         erasing_mode: ``pixel``: with normal noise, ``rand``: with one random colour, ``const``: with the mean.
         erasing_count: Most rectangles erased per image.
@@ -276,8 +271,7 @@ def is_native(image: Image.Image, size: tuple[int, int]) -> bool:
 def build_policy(name: str, size: tuple[int, int], mean: Sequence[float], interpolation: str) -> Any:
     """Builds timm's RandAugment, AutoAugment or AugMix policy by name; None without a name.
 
-    Raises:
-        InputError: timm does not know the name.
+    Raises :class:`InputError` if timm does not know the name.
     """
     if name in ("", "none"):
         return None
@@ -303,21 +297,14 @@ def build_policy(name: str, size: tuple[int, int], mean: Sequence[float], interp
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
-    """Keeps the highest bits of every channel, as timm's operation does, down to none of them.
-
-    At its full magnitude timm asks for no bits, which gave black in older Pillow and is an error from version 13 on.
-    """
+    """Keeps every channel's highest bits; timm's full magnitude keeps none, which Pillow rejects from 13 on."""
     if bits_to_keep < 1:
         return Image.new(image.mode, image.size)
     return timm_posterize(image, bits_to_keep, **options)
 
 
 def build_erasing(probability: float, mode: str, count: int) -> RandomErasing | None:
-    """Builds timm's random erasing; None where it never happens.
-
-    Raises:
-        InputError: A setting is out of range or unknown.
-    """
+    """Builds timm's random erasing, None at probability 0; raises :class:`InputError` for a setting out of range."""
     if not 0 <= probability <= 1 or count < 1 or mode not in ERASING_MODES:
         raise InputError(
             "random erasing takes a probability between 0 and 1, a count of at least 1 and a mode of "

@@ -50,11 +50,7 @@ def as_array(values: "array[int]") -> NDArray[np.signedinteger]:
 
 
 def save_arrays(folder: Path, arrays: Mapping[str, AnyArray]) -> None:
-    """Writes a folder of ``.npy`` files, replacing what was there, whole or not at all.
-
-    Raises:
-        OSError: The folder cannot be written, or the disk is full.
-    """
+    """Replaces a folder of ``.npy`` files, whole or not at all; raises OSError if it cannot be written."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         new = Path(temporary, "new")

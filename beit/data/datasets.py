@@ -94,8 +94,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, key: Key) -> dict[str, Any]:
         """Returns the sample ``(epoch, index)``.
 
-        Raises:
-            InputError: Neither the image nor any of 20 drawn in its place can be read.
+        Raises :class:`InputError` if neither the image nor any of 20 drawn in its place can be read.
         """
         epoch, index = key
         (image, full_size), shown, unreadable = self._readable(epoch, index)
@@ -148,10 +147,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
 def random_stream(seed: int, *position: int, purpose: str) -> np.random.Generator:
     """Returns a generator for one place and purpose in a run; no two share numbers.
 
-    Args:
-        seed: Of the run.
-        position: For example the epoch and the sample index, each 0 or more.
-        purpose: ``sample``, ``order`` or ``replacement``.
+    A position is, for example, the epoch and the sample index; purposes are ``sample``, ``order`` and ``replacement``.
     """
     return np.random.default_rng(_seed_sequence(seed, position, purpose))
 
@@ -183,12 +179,9 @@ _kept: ContextVar[bool] = ContextVar("_kept", default=False)
 
 @contextlib.contextmanager
 def sample_randomness(seed: int, epoch: int, index: int) -> Iterator[np.random.Generator]:
-    """Seeds the global generators (CPU only) from ``(seed, epoch, index)``, and restores them at the end.
+    """Seeds the global generators (CPU only) from ``(seed, epoch, index)``, yields one for NumPy, and restores them.
 
     Inside :func:`kept_randomness` they are restored at the end of that block: it takes longer than seeding them.
-
-    Yields:
-        The sample's own NumPy generator.
     """
     sequence = _seed_sequence(seed, (epoch, index), "sample")
     for_python, for_numpy, for_torch = sequence.generate_state(3).tolist()
@@ -205,19 +198,15 @@ def _sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
 
 
 def read_image(path: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
-    """Decodes an image file to 8-bit RGB.
+    """Decodes an image file, given by its path or opened for reading, to 8-bit RGB.
 
     Greys of more than 8 bits are scaled, not clipped at 255; transparent images are put on white.
 
     Deviation: a photograph is turned upright if its EXIF data ask for it, as every viewer does. The official code takes
     the pixels as stored; this affects a handful of images in ImageNet, and half of a folder of phone pictures.
 
-    Args:
-        path: The file, or one opened for reading.
-
     Raises:
-        UnreadableImageError: The file is missing, empty, damaged, cut short or no image, or decodes to more than
-            179 million pixels (Pillow's limit against decompression bombs).
+        UnreadableImageError: The file is missing, damaged or no image, or has over 179 million pixels (Pillow's limit).
     """
     with opened_image(path) as image:
         return _decoded(image)
@@ -272,11 +261,7 @@ def _decoded(image: ImageFile.ImageFile) -> Image.Image:
 
 
 def _plain_jpeg(image: ImageFile.ImageFile) -> Tensor | None:
-    """Returns the pixels of an upright colour JPEG file; None for any other file, and for a damaged one.
-
-    Uses torchvision's decoder, if it has one: the same library and pixels as Pillow's, but straight into a tensor, a
-    quarter faster. What it rejects is left to Pillow, which may still read it or has the better message.
-    """
+    """Decodes an upright colour JPEG with torchvision, a quarter faster than Pillow; None for files left to Pillow."""
     if image.format != "JPEG" or image.mode != "RGB" or _orientation(image) != 1 or image.fp is None:
         return None
     image.fp.seek(0)

@@ -36,8 +36,7 @@ class ImageIndex:
 
     Attributes:
         root: Absolute path of the folder, or of the folder that has the list or the shards.
-        class_names: Names of the folders directly below ``root`` if every image is in one, or the class names of
-            shards; else empty.
+        class_names: The folders directly below ``root`` if every image is in one, or the shards' classes; else empty.
     """
 
     root: str
@@ -58,11 +57,7 @@ class ImageIndex:
         return os.path.join(self.root, self._folders[int(self._folder_of[i])], self._names[i])
 
     def file(self, i: int) -> str | io.BytesIO:
-        """Returns what to open for image ``i``: its path, or its bytes in a shard.
-
-        Raises:
-            OSError: The shard cannot be read.
-        """
+        """Returns what to open for image ``i``: its path, or its bytes in a shard (OSError if it cannot be read)."""
         i = range(len(self))[i]
         if self._members is None:
             return self.path(i)
@@ -80,8 +75,7 @@ class ImageIndex:
 def image_files(given: Iterable[str]) -> list[str]:
     """Returns the given image files, with each folder replaced by the images in and below it.
 
-    Raises:
-        InputError: A path does not exist, or is a tar file.
+    Raises :class:`InputError` if a path does not exist, or is a tar file.
     """
     paths: list[str] = []
     for path in given:

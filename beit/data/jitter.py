@@ -24,10 +24,8 @@ class ViewJitter:
     Random factors in a random order, drawn from PyTorch's global generator as in torchvision's ``ColorJitter``. All
     three act on single pixels, so views are jittered after they are resized, all their pixels at once. But contrast
     pulls towards the mean grey of the image as the steps before left it; that is computed from the whole image, or
-    from a regular grid of its pixels if it is large.
-
-    The official order jitters and clips first, then resizes; here it is the other way round. The views are the same
-    within a level on average.
+    from a regular grid of its pixels if it is large. The official order jitters and clips before resizing; the views
+    are the same within a level on average.
 
     Args:
         strength: Each factor is in ``1 ± strength``, and 0 or more.
@@ -37,12 +35,7 @@ class ViewJitter:
         self.range = (max(0.0, 1 - strength), 1 + strength)
 
     def __call__(self, views: Mapping[str, Tensor], whole: Tensor) -> dict[str, Tensor]:
-        """Returns the jittered views.
-
-        Args:
-            views: uint8 ``(3, H, W)`` each, of any sizes.
-            whole: The image that they show, uint8 ``(3, h, w)``.
-        """
+        """Returns views, uint8 ``(3, H, W)`` each, jittered; ``whole`` is the image they show, uint8 ``(3, h, w)``."""
         steps = self._draw()
         before = steps[: [name for name, _ in steps].index("contrast")]
         grey = _mean_grey(_adjusted(_thinned(whole), before))

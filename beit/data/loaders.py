@@ -43,12 +43,7 @@ class EpochDataset(Protocol, Sized):
 
 
 class EvenlySpread:
-    """``count`` samples of a data set at even distances, so that every class folder has its share.
-
-    Args:
-        dataset: What to choose from.
-        count: Number of samples; at most ``len(dataset)``.
-    """
+    """``count`` samples of a data set (at most all) at even distances, so that every class folder has its share."""
 
     def __init__(self, dataset: EpochDataset, count: int) -> None:
         self.dataset = dataset
@@ -141,15 +136,10 @@ class EpochLoader:
         return random_stream(self.seed, epoch, purpose="order").permutation(len(self.dataset))
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
-        """Iterates over this rank's batches of an epoch.
+        """Iterates over this rank's batches of an epoch (from 0), dicts of stacked tensors ``(B, ...)``.
 
-        Args:
-            epoch: Counts from 0.
-            first_batch: Where to start; batches before it are neither loaded nor decoded.
-
-        Returns:
-            An iterator over dicts of stacked tensors ``(B, ...)``. Calling ``epoch`` again ends it and drops what the
-            workers have prepared for it.
+        Batches before ``first_batch`` are neither loaded nor decoded. Calling ``epoch`` again ends the iterator and
+        drops what the workers have prepared for it.
 
         Raises:
             InputError: Too many files cannot be read, or a worker process died.
@@ -310,9 +300,8 @@ def _close_at_exit(reference: "weakref.ref[EpochLoader]") -> None:
 def _signals_undisturbed() -> Iterator[None]:
     """Lets a data loader start its workers without changing how this process handles signals.
 
-    PyTorch installs a handler of SIGCHLD that raises an error for a dead worker wherever the main process happens to
-    be, such as in the middle of an optimizer step or a save. Without it the loader notices within 5 seconds, when a
-    batch is asked for. Signals to stop are held back, so that new workers get them once they have their own handlers.
+    PyTorch's SIGCHLD handler raises wherever the main process happens to be, such as in an optimizer step or a save;
+    without it the loader notices a dead worker within 5 seconds. Signals to stop wait until workers can handle them.
     """
     if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
         yield

@@ -15,11 +15,7 @@ def default_crop_pct(size: tuple[int, int]) -> float:
 
 
 def normalization(imagenet: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns mean and standard deviation of the model's input, per channel, for images in [0, 1].
-
-    Args:
-        imagenet: ImageNet's, instead of 0.5.
-    """
+    """Returns the input's mean and standard deviation per channel, for images in [0, 1]: ImageNet's, or 0.5."""
     if imagenet:
         return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     return IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD

@@ -38,8 +38,7 @@ _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 def names_shards(path: str | os.PathLike[str]) -> bool:
     """Whether a path names tar files, such as ``shards-{000000..000127}.tar``, ``shards-*.tar`` or ``one.tar``.
 
-    Raises:
-        InputError: The tar files are compressed.
+    Raises :class:`InputError` if they are compressed.
     """
     text = os.fspath(path)
     if os.path.isdir(text):
@@ -52,8 +51,7 @@ def names_shards(path: str | os.PathLike[str]) -> bool:
 def expand(pattern: str) -> list[str]:
     """Returns the files that a pattern names: ranges and lists in braces in their order, then ``*?[]`` by name.
 
-    Raises:
-        InputError: A range cannot be used, or a shard does not exist.
+    Raises :class:`InputError` if a range cannot be used, or a shard does not exist.
     """
     if os.path.exists(pattern):
         return [pattern]
@@ -111,14 +109,9 @@ class Members:
 
 
 def scan(paths: Sequence[str], extensions: Sequence[str]) -> tuple[Strings, NDArray[np.int32], Members]:
-    """Finds the images in tar files by reading their headers.
+    """Finds the images in tar files by reading their headers; ``extensions`` are with the dot, in lower case.
 
-    Args:
-        paths: The files.
-        extensions: Of images, with the dot, in lower case.
-
-    Returns:
-        The images' names in their shards, the number of each image's shard ``(N,)``, and where they are.
+    Returns the images' names in their shards, the number of each image's shard ``(N,)``, and where they are.
 
     Raises:
         InputError: A file is cut short, damaged or not a plain tar file, or there is no image.
@@ -184,11 +177,7 @@ def _label(content: bytes, path: str, name: str) -> int:
 
 
 def _members(file: io.BufferedReader, path: str) -> Iterator[tarfile.TarInfo]:
-    """Yields the plain files of a tar archive.
-
-    The standard library takes an archive that breaks off in a header, or has none where one should be, for one that
-    ends there. So it is checked that it stopped at the end mark.
-    """
+    """Yields the plain files of a tar archive; ``tarfile`` accepts archives cut short, so the end mark is checked."""
     size, at = os.fstat(file.fileno()).st_size, 0
     try:
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
@@ -216,10 +205,7 @@ def _members(file: io.BufferedReader, path: str) -> Iterator[tarfile.TarInfo]:
 def class_names(folder: str, labels: NDArray[np.int32]) -> tuple[str, ...]:
     """Returns the class names in ``classes.txt`` beside the shards or, without that file, the class numbers.
 
-    If an image has no class there are no names.
-
-    Raises:
-        InputError: ``classes.txt`` has too few names.
+    If an image has no class there are no names. Raises :class:`InputError` if ``classes.txt`` has too few.
     """
     if labels.min() < 0:
         return ()
@@ -238,12 +224,9 @@ def class_names(folder: str, labels: NDArray[np.int32]) -> tuple[str, ...]:
 
 
 class ShardReader:
-    """Reads pieces of files through descriptors that stay open, up to a limit.
+    """Reads pieces of files through at most ``limit`` descriptors that stay open; the least recently used is closed.
 
     Reads are positional, so a descriptor may be shared with a parent or child process. A pickled reader opens its own.
-
-    Args:
-        limit: Number of files kept open; the least recently used is closed.
     """
 
     def __init__(self, limit: int = 64) -> None:
@@ -254,11 +237,7 @@ class ShardReader:
         return ShardReader, (self._limit,)
 
     def read(self, path: str, offset: int, length: int) -> bytes:
-        """Returns ``length`` bytes of a file.
-
-        Raises:
-            OSError: It cannot be read, or is shorter.
-        """
+        """Returns ``length`` bytes of a file; raises OSError if it cannot be read, or is shorter."""
         descriptor = self._opened(path)
         content = os.pread(descriptor.number, length, offset)
         if len(content) < length:

@@ -88,11 +88,9 @@ class RandomCropTransform:
         return {name: view.flip(-1) for name, view in views.items()} if flipped else views
 
     def reduction(self, full_size: tuple[int, int], rng: np.random.Generator) -> int:
-        """Returns the factor by which an image may be reduced before this transform would have to enlarge it.
+        """Returns how far an image of ``(width, height)`` may be reduced before this transform would enlarge it.
 
-        Args:
-            full_size: ``(width, height)`` in pixels.
-            rng: A generator in the state of the one that the transform will be called with.
+        The generator is in the state of the one that the transform will be called with.
         """
         _, (_, _, height, width) = flip_and_box(full_size, self.scale, self.ratio, rng)
         rows, columns = (max(sides) for sides in zip(*self._views.sizes.values(), strict=True))
@@ -206,10 +204,8 @@ def as_pixels(image: Image.Image | Tensor) -> tuple[Tensor, tuple[int, int]]:
 def cut_out(pixels: Tensor, box: Box, full_size: tuple[int, int] | None = None) -> Tensor:
     """Returns the region ``box`` of an image, uint8 ``(3, h, w)``, channels last in memory.
 
-    Args:
-        pixels: The image, uint8 ``(3, h, w)``.
-        box: The region; if ``full_size`` is given, in pixels of that size, rounded to whole pixels of the image.
-        full_size: ``(width, height)`` of the image before it was reduced.
+    With ``full_size``, ``(width, height)`` of the image before it was reduced, the box is in pixels of that size, and
+    is rounded to whole pixels of the image.
     """
     top, left, height, width = box
     rows, columns = pixels.shape[1:]
@@ -226,19 +222,10 @@ def _scaled(start: int, length: int, zoom: float, limit: int) -> tuple[int, int]
 
 
 def resized(pixels: Tensor, size: tuple[int, int], interpolation: str, rng: np.random.Generator) -> Tensor:
-    """Returns an image at another size; ``random`` draws the interpolation.
+    """Returns an image, uint8 ``(3, h, w)``, at another size ``(H, W)``; ``random`` draws the interpolation.
 
     PyTorch resizes 8-bit channels-last images, as decoders give them, several times faster than Pillow, with the same
     filters up to the rounding of their weights.
-
-    Args:
-        pixels: uint8 ``(3, h, w)``.
-        size: ``(H, W)`` in pixels.
-        interpolation: bicubic, bilinear, nearest, lanczos, or random.
-        rng: The sample's generator.
-
-    Returns:
-        uint8 ``(3, H, W)``.
     """
     if interpolation == "random":
         interpolation = RANDOM_CHOICES[rng.integers(len(RANDOM_CHOICES))]
@@ -270,11 +257,7 @@ def crop_and_resize(
 def flip_and_box(
     image_size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
 ) -> tuple[bool, Box]:
-    """Draws whether an image is mirrored, and the region of a random resized crop of the mirrored image.
-
-    Returns:
-        Whether it is mirrored, and the region in the image as it is.
-    """
+    """Draws whether an image is mirrored, and the region of a random resized crop in the image as it is."""
     flipped = bool(rng.random() < 0.5)
     top, left, height, width = random_box(image_size, scale, ratio, rng)
     return flipped, (top, image_size[0] - left - width if flipped else left, height, width)
@@ -292,8 +275,7 @@ def random_box(
         rng: The sample's generator.
 
     Returns:
-        ``(top, left, height, width)``; after 10 draws that do not fit, the central region with the nearest allowed
-        width over height.
+        ``(top, left, height, width)``; after 10 misfits, the central region with the nearest allowed ratio.
     """
     width, height = image_size
     for _ in range(CROP_TRIES):
@@ -307,12 +289,9 @@ def random_box(
 
 
 def central_box(image_size: tuple[int, int], size: tuple[int, int], fraction: float = 1.0) -> Box:
-    """Returns the central region shaped like ``size`` = ``(H, W)`` that spans ``fraction`` of what fits.
+    """Returns the central region shaped like ``size`` = ``(H, W)`` that spans ``fraction``, in (0, 1], of what fits.
 
-    Args:
-        image_size: ``(width, height)`` in pixels.
-        size: The shape wanted, ``(H, W)``.
-        fraction: In (0, 1].
+    ``image_size`` is ``(width, height)`` in pixels.
     """
     width, height = image_size
     zoom = fraction * min(width / size[1], height / size[0])
@@ -326,11 +305,7 @@ def _central(image_size: tuple[int, int], width: float, height: float) -> Box:
 
 
 def size_pair(size: Size) -> tuple[int, int]:
-    """Returns a size as ``(H, W)``.
-
-    Raises:
-        InputError: It is not one or two positive numbers.
-    """
+    """Returns a size as ``(H, W)``; raises :class:`InputError` unless it is one or two positive numbers."""
     pair = (size, size) if isinstance(size, int) else tuple(size)
     if len(pair) != 2 or min(pair) < 1:
         raise InputError(f"an image size is one positive number or (height, width), got {size}")
@@ -338,11 +313,7 @@ def size_pair(size: Size) -> tuple[int, int]:
 
 
 def known_interpolation(name: str) -> str:
-    """Returns ``name`` if it is an interpolation.
-
-    Raises:
-        InputError: It is not.
-    """
+    """Returns ``name`` if it is an interpolation, or raises :class:`InputError`."""
     choices = (*INTERPOLATIONS, "random")
     if name not in choices:
         raise InputError(f"unknown interpolation {name!r}{did_you_mean(name, choices)}: use {', '.join(choices)}")
@@ -350,21 +321,12 @@ def known_interpolation(name: str) -> str:
 
 
 def to_unit_range(images: Tensor) -> Tensor:
-    """Returns uint8 images ``(B, 3, H, W)`` as float32 in [0, 1], as a tokenizer takes them.
-
-    The result is contiguous whatever the layout of the images, so that what is computed from it is the same to the bit.
-    """
+    """Returns uint8 ``(B, 3, H, W)`` as float32 in [0, 1], contiguous so that results do not depend on the layout."""
     return images.to(torch.float32, memory_format=torch.contiguous_format) / 255
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Returns uint8 images as float32, normalised for a backbone: ``(images / 255 - mean) / std``.
-
-    Args:
-        images: ``(B, 3, H, W)`` or ``(3, H, W)``, uint8, on any device.
-        mean: Per channel, for images in [0, 1].
-        std: Per channel, for images in [0, 1].
-    """
+    """Returns uint8 images ``([B,] 3, H, W)`` as float32, normalised per channel: ``(images / 255 - mean) / std``."""
     constants = _constants(tuple(mean), tuple(std), images.device)
     return to_unit_range(images).sub_(constants[0]).div_(constants[1])
 

@@ -58,8 +58,7 @@ class VisualTokenizer(nn.Module, ABC):
     def grid_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Returns the token grid ``(h, w)`` of an image of ``(H, W)`` pixels.
 
-        Raises:
-            InputError: A side is not a multiple of ``downsampling``.
+        Raises :class:`InputError` if a side is not a multiple of ``downsampling``.
         """
         height, width = image_size
         step = self.downsampling
@@ -72,14 +71,9 @@ class VisualTokenizer(nn.Module, ABC):
         return height // step, width // step
 
     def check_grid(self, image_size: tuple[int, int], patch_grid: tuple[int, int]) -> None:
-        """Checks that there is one token per patch.
+        """Checks that a view of ``(H, W)`` pixels has one token per patch of the backbone's grid ``(h, w)``.
 
-        Args:
-            image_size: ``(H, W)`` of the tokenizer's view, in pixels.
-            patch_grid: ``(h, w)`` of the backbone's patches.
-
-        Raises:
-            InputError: The grids differ; the message gives the size that would match.
+        Raises :class:`InputError` otherwise; the message gives the size that would match.
         """
         height, width = (cells * self.downsampling for cells in patch_grid)
         if tuple(image_size) != (height, width):
@@ -96,8 +90,7 @@ class VisualTokenizer(nn.Module, ABC):
         Args:
             images: Float ``(B, 3, H, W)`` in [0, 1].
             mask: Tokens to compute, bool ``(B, h, w)`` or ``(B, h·w)``.
-            index: The same as positions in the flattened ``(B, h, w)``, int64 ``(M,)``. Unlike a mask it does not make
-                the host wait for the GPU.
+            index: The same as positions in the flattened ``(B, h, w)``, int64 ``(M,)``, without making the host wait.
 
         Returns:
             Int64 ``(B, h, w)``; with a mask ``(M,)``, equal to ``encode(images)[mask]``, in row-major order.
@@ -130,8 +123,7 @@ class VisualTokenizer(nn.Module, ABC):
     def decode(self, ids: Tensor) -> Tensor:
         """Returns the images of tokens: int64 ``(B, h, w)`` → float32 ``(B, 3, H, W)`` in [0, 1].
 
-        Raises:
-            InputError: The ids have another shape or type, or the tokenizer has no decoder.
+        Raises :class:`InputError` if the ids have another shape or type, or the tokenizer has no decoder.
         """
         if ids.ndim != 3 or ids.is_floating_point():
             raise InputError(f"decode needs int64 ids (B, h, w), not {ids.dtype} of shape {tuple(ids.shape)}")
@@ -161,7 +153,7 @@ def load_tokenizer(
     dtype: torch.dtype = torch.float32,
     compiled: bool = False,
 ) -> VisualTokenizer:
-    """Opens a tokenizer.
+    """Opens a tokenizer, frozen.
 
     Args:
         path: For ``dall-e`` a folder with ``encoder.pkl`` or ``encoder.safetensors``, and a decoder likewise if
@@ -169,13 +161,9 @@ def load_tokenizer(
             ``config.json``. In both cases the file itself works too.
         kind: A key of :data:`beit.registry.TOKENIZERS`.
         device: Where to put it.
-        dtype: Number format of the encoder up to its last layer. float16 and bfloat16 are faster where the hardware
-            supports them and change a few ids, where two tokens are nearly equally likely. The logits and the decoder
-            are float32 in any case.
+        dtype: Number format of the encoder up to its last layer; logits and decoder are always float32. float16 and
+            bfloat16 are faster where supported and change a few ids, where two tokens are nearly equally likely.
         compiled: Compile the encoder up to its last layer, once for each shape of images.
-
-    Returns:
-        The tokenizer, frozen.
 
     Raises:
         InputError: There is no such kind or path, or the files are of another kind, damaged or something else.

@@ -111,8 +111,7 @@ def download_tokenizer(directory: str | os.PathLike[str], base_url: str = OPENAI
 
     Args:
         directory: Where to put them; created if missing.
-        base_url: The folder's address. Shapes are compared for the default address only, so that other models can be
-            served elsewhere.
+        base_url: The folder's address. Shapes are compared for the default only; other addresses may have other models.
 
     Raises:
         InputError: See :func:`beit.storage.download`; or a file is not an encoder or decoder of the published sizes.

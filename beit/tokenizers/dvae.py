@@ -167,7 +167,7 @@ def _initialise(module: nn.Module) -> None:
 
 
 def relaxed_codes(logits: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:
-    """A differentiable sample of codes: the Gumbel-softmax relaxation.
+    """Returns a Gumbel-softmax sample of codes: float32 weights ``(B, num_tokens, h, w)`` that sum to 1 over the codes.
 
     Source: arXiv 1611.01144; DALL-E anneals the temperature from 1 to 1/16. As there, training uses the relaxed sample
     in both passes; the arg-max is for inference.
@@ -176,9 +176,6 @@ def relaxed_codes(logits: Tensor, temperature: float, generator: torch.Generator
         logits: ``(B, num_tokens, h, w)``.
         temperature: Above 0; towards 0 the sample becomes one-hot.
         generator: Source of the noise; ``None`` is the device's default one.
-
-    Returns:
-        Weights float32 ``(B, num_tokens, h, w)`` that sum to 1 over the codes.
 
     Raises:
         ValueError: The temperature is not positive.
@@ -205,15 +202,12 @@ class RelaxedAutoencoder(nn.Module):
 
 
 def reconstruction_loss(images: Tensor, target: Tensor, kind: ReconstructionKind = "mse") -> Tensor:
-    """Returns the mean error over all pixel values, a float32 scalar.
+    """Returns the mean error over all pixel values of reconstructed images, a float32 scalar.
 
     Args:
         images: The decoder's output ``(B, 3, H, W)``.
         target: The images ``(B, 3, H, W)`` in [-1, 1].
-        kind: ``mse``, or ``smooth_l1``, which is quadratic up to 1 and linear beyond.
-
-    Raises:
-        InputError: ``kind`` is neither.
+        kind: ``mse``, or ``smooth_l1``, which is quadratic up to 1 and linear beyond; others raise :class:`InputError`.
     """
     losses = {"mse": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
     if kind not in losses:
@@ -253,12 +247,8 @@ def dvae_loss(
 ) -> DvaeLoss:
     """Reconstruction plus weighted KL, normalised per pixel value (see the formula in this module's docstring).
 
-    Args:
-        logits: The posterior's ``(B, num_tokens, h, w)``.
-        images: The decoder's output ``(B, 3, H, W)``.
-        target: The images ``(B, 3, H, W)`` in [-1, 1].
-        kl_weight: Weight of the KL; 0 leaves it out.
-        kind: See :func:`reconstruction_loss`.
+    Takes the posterior's logits ``(B, num_tokens, h, w)``, the KL's weight (0 leaves it out), and otherwise what
+    :func:`reconstruction_loss` takes.
     """
     reconstruction, kl = reconstruction_loss(images, target, kind), kl_to_uniform(logits)
     return DvaeLoss(reconstruction + kl_weight / target[0].numel() * kl, reconstruction, kl)
@@ -268,8 +258,7 @@ class CodebookStatistics(NamedTuple):
     """How evenly the codes are used.
 
     Attributes:
-        perplexity: exp of the entropy of the codes' frequencies: 1 if only one occurs, the vocabulary's size if all are
-            equally frequent.
+        perplexity: exp of the entropy of the codes' frequencies, from 1 (one code) to the vocabulary's size (uniform).
         used: Number of codes that occur.
         dead: Number of codes that do not.
     """
@@ -300,11 +289,7 @@ def codebook_statistics(counts: Tensor) -> CodebookStatistics:
 
 
 def warn_of_collapse(results: Mapping[str, float]) -> None:
-    """Warns when few codes carry everything, and says what to change.
-
-    Args:
-        results: Of an evaluation. A small ``kl_per_token`` means that the encoder commits to no code.
-    """
+    """Warns when an evaluation shows that few codes carry everything, and says what to change."""
     vocabulary = results["used_codes"] + results["dead_codes"]
     if results["perplexity"] >= COLLAPSED_BELOW * min(vocabulary, results["tokens"]):
         return
@@ -358,13 +343,9 @@ def open_customized(path: Path, dtype: torch.dtype, compiled: bool) -> Customize
 
 
 def load_dvae(path: str | os.PathLike[str]) -> DiscreteVAE:
-    """Opens a discrete VAE with the sizes in ``config.json`` beside it, or the official ones if there is none.
+    """Opens a discrete VAE, trainable and on the CPU, from a folder with ``pytorch_model.bin`` or from the file.
 
-    Args:
-        path: A folder with ``pytorch_model.bin``, or the file.
-
-    Returns:
-        The model, trainable, on the CPU.
+    Its sizes are those in ``config.json`` beside it, or the official ones if there is none.
 
     Raises:
         InputError: The file is missing or something else, or its weights have other sizes.
@@ -416,12 +397,7 @@ def _read_sizes(config: Path) -> dict[str, Any]:
 def save_dvae(folder: str | os.PathLike[str], model: DiscreteVAE) -> None:
     """Writes ``pytorch_model.bin`` and ``config.json`` so that :func:`beit.load_tokenizer` opens the folder.
 
-    Args:
-        folder: Created if missing.
-        model: Its weights are saved as they are.
-
-    Raises:
-        InputError: The folder cannot be written.
+    The folder is created if missing. Raises :class:`InputError` if it cannot be written.
     """
     folder = Path(folder)
     with atomic_write(folder / "config.json") as file:

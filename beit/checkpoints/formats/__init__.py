@@ -22,10 +22,7 @@ def dialects() -> dict[str, Dialect]:
 
 
 def recognise(state_dict: Weights) -> str:
-    """Returns the dialect of a state dict, the name of a relative in :data:`RELATIVES`, or :data:`UNKNOWN`.
-
-    timm's names are the official ones, so its files are ``unilm`` too.
-    """
+    """Returns a dialect (``unilm`` for timm's files too), the name of one of :data:`RELATIVES`, or :data:`UNKNOWN`."""
     names = frozenset(bare(name) for name in state_dict)
     kin = next((relative.name for relative in RELATIVES if relative.matches(names, state_dict)), None)
     return kin or next((name for name, dialect in dialects().items() if dialect.matches(names)), UNKNOWN)
@@ -37,14 +34,9 @@ def relative(name: str) -> Relative | None:
 
 
 def to_official(state_dict: Weights, dialect: str) -> dict[str, Tensor]:
-    """Translates a state dict to official names, without index buffers.
+    """Translates a state dict of a dialect from :func:`recognise` to official names, without index buffers.
 
-    Args:
-        state_dict: The parameters.
-        dialect: From :func:`recognise`.
-
-    Raises:
-        InputError: The dialect is unknown, or of a model other than BEiT.
+    Raises :class:`InputError` if the dialect is unknown or of a model other than BEiT.
     """
     model = relative(dialect)
     known = dialects()

@@ -55,8 +55,7 @@ class Dialect:
         matches: Whether parameters with these names (without the prefixes of wrappers) are in this dialect.
         to_official: Translates to official names, without index buffers.
         from_official: Translates from official names, given the position index if the model has tables.
-        file: Content of the single file that a model is saved in, without what every file records; None if the format
-            is a folder.
+        file: Content of the single file of a model, without what every file records; None if the format is a folder.
         folder: The folder's files, each a dict of tensors (``.safetensors``) or JSON; None if the format is a file.
         suffixes: Of the single file.
         segmentors: Whether it has the heads of segmentation.

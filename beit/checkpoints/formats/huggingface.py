@@ -67,8 +67,7 @@ RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's
 def to_official(state_dict: Weights) -> dict[str, Tensor]:
     """Translates the names of a file; names of other heads stay as they are.
 
-    Raises:
-        InputError: A layer lacks its query, key or value, or there are two final norms, which no BEiT has.
+    Raises :class:`InputError` if a layer lacks its query, key or value, or if there are two final norms.
     """
     state_dict = {bare(name): tensor for name, tensor in state_dict.items()}
     if any(name.startswith(FINAL_NORM) for name in state_dict) and f"{PREFIX}{FINAL_NORM}weight" in state_dict:
@@ -89,10 +88,7 @@ def to_official(state_dict: Weights) -> dict[str, Tensor]:
 
 
 def from_official(weights: Weights, _position_index: Tensor | None = None) -> dict[str, Tensor]:
-    """Translates official names to those of a file, which holds contiguous tensors with memory of their own.
-
-    Layers without query and value biases get zeros, since the library always has them.
-    """
+    """Translates official names to a file's: contiguous tensors, with zeros for missing query and value biases."""
     masked = any(name.startswith("lm_head.") for name in weights)
     result: dict[str, Tensor] = {}
     for name, tensor in weights.items():
@@ -118,11 +114,7 @@ def _split(layer: int, qkv: Tensor, *, biased: bool) -> dict[str, Tensor]:
 
 
 def _folder(model: WholeModel, _destination: Path) -> Files:
-    """Returns the files that ``from_pretrained`` reads.
-
-    Raises:
-        InputError: The library has no such model, or computes other numbers.
-    """
+    """Returns the files that ``from_pretrained`` reads."""
     size = model.arguments["img_size"]
     if model.heads is None:
         config, weights = _config(model, model.arguments), model.weights
@@ -264,10 +256,9 @@ def without_inert_layer(weights: Weights, taps: Sequence[int]) -> dict[str, Tens
 
 
 def read_segmentation(config: Content, preprocessor: Content) -> Content:
-    """Returns what the two files beside a segmentor's weights record: taps as we count them, scales, colours, labels.
+    """Returns the taps (as we count them), scales, colours and labels in the two files beside a segmentor's weights.
 
-    Raises:
-        InputError: It taps what no block computes.
+    Raises :class:`InputError` if it taps what no block computes.
     """
     indices = config.get("out_indices") or config.get("semantic_out_indices") or CONFIG_TAPS
     taps = tuple(sorted({index - TAP_SHIFT for index in indices}))

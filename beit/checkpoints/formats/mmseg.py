@@ -60,10 +60,8 @@ def to_mmsegmentation(weights: Weights, position_index: Tensor | None = None) ->
     """Translates a segmentor to mmsegmentation's names; of another model only the backbone, to start a segmentor from.
 
     There each block has its own table and LayerScale: a shared table is copied into every block, and a missing
-    LayerScale is written as ones. Other heads, the mask token and final norms are left out.
-
-    Raises:
-        InputError: The model has absolute positions or no tables, which the library does not support.
+    LayerScale is written as ones. Other heads, the mask token and final norms are left out. Raises
+    :class:`InputError` for a model with absolute positions or without tables, which the library does not support.
     """
     backbone = {name: t for name, t in weights.items() if name.startswith(("cls_token", "patch_embed.", "blocks."))}
     for block in range(depth_of(weights)):

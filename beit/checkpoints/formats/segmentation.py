@@ -74,12 +74,7 @@ def heads_of(weights: Mapping[str, Tensor]) -> Heads:
 
 
 def taps_of(weights: Mapping[str, Tensor], metadata: Mapping) -> tuple[int, ...]:
-    """Returns the blocks a segmentor taps, from 0: as recorded, or as published, or the last of each quarter.
-
-    Args:
-        weights: Of a segmentor, in official names.
-        metadata: From :func:`beit.checkpoints.read.read_weights`.
-    """
+    """Returns the blocks a segmentor taps, from 0: as recorded, or as published, or the last of each quarter."""
     if recorded := metadata.get("out_indices"):
         return tuple(recorded)
     depth = depth_of(weights)
@@ -89,13 +84,9 @@ def taps_of(weights: Mapping[str, Tensor], metadata: Mapping) -> tuple[int, ...]
 
 
 def leaves_zero_out(metadata: Mapping, num_classes: int) -> bool:
-    """Returns whether 0 is no class in the label maps a segmentor was trained on, so that its first class is 1 there.
+    """Returns whether the label maps a segmentor was trained on have no class 0, so that its first class is 1 there.
 
     That is how ADE20K is labelled; if nothing is recorded, a model with as many classes is assumed to be for ADE20K.
-
-    Args:
-        metadata: From :func:`beit.checkpoints.read.read_weights`.
-        num_classes: Classes of the segmentor.
     """
     recorded = metadata.get("reduce_zero_label")
     return recorded if isinstance(recorded, bool) else num_classes == ADE20K_CLASSES
@@ -113,12 +104,7 @@ def _outputs_and_inputs(weights: Mapping[str, Tensor], name: str) -> tuple[int, 
 
 
 def incomplete(weights: Mapping[str, Tensor], patch_size: int) -> list[str]:
-    """Returns the parameters of pyramid and heads that are missing; unknown heads are accepted as they are.
-
-    Args:
-        weights: In official names.
-        patch_size: Of the backbone, in pixels.
-    """
+    """Returns the missing parameters of pyramid and heads, for patches of ``patch_size`` pixels; unknown heads pass."""
     heads = heads_of(weights)
     biased = [f"{DECODE}conv_seg"]  # modules with weight and bias
     convs: list[str] = []  # convolutions followed by a batch norm
