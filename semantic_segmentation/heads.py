@@ -32,10 +32,7 @@ def convolved_resized(x: Tensor, weight: Tensor, size: Sequence[int]) -> Tensor:
     Args:
         x: ``(B, C, h, w)``.
         weight: ``(D, C, k, k)``, ``k`` odd.
-        size: ``(H, W)``.
-
-    Returns:
-        ``(B, D, H, W)``, channels last in memory.
+        size: ``(H, W)``; the result is ``(B, D, H, W)``, channels last in memory.
     """
     side = weight.shape[-1]
     rows, columns = (_resized_taps(x, axis, new, side) for axis, new in zip((2, 3), size, strict=True))
@@ -55,13 +52,7 @@ def _resized_taps(x: Tensor, axis: int, new: int, side: int) -> Tensor:
 
 
 class ConvNormReLU(nn.Sequential):
-    """A convolution without bias that keeps the size, batch normalisation, ReLU.
-
-    Args:
-        in_channels: Input channels.
-        out_channels: Output channels.
-        kernel_size: Kernel size, odd.
-    """
+    """A convolution without bias and with an odd kernel that keeps the size, batch normalisation, ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, *, kernel_size: int) -> None:
         conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
