@@ -374,7 +374,7 @@ class Backbone(nn.Module):
         """Runs tokens through the blocks; returns the last output and those of ``keep``, before any norm.
 
         Args:
-            x: Tokens ``(B, N + 1, D)`` from :meth:`embed`, the shape of all outputs too.
+            x: Tokens ``(B, N + 1, D)`` from :meth:`embed`; all outputs have this shape.
             stop: Number of blocks to run; None for all.
             keep: Blocks, counted from 0, to return the outputs of, in the order of the blocks.
             biases: From :meth:`position_biases`, to look up no table here.
@@ -462,7 +462,7 @@ class Backbone(nn.Module):
         self.grad_checkpointing = enable
 
     def set_attention(self, implementation: str) -> None:
-        """Selects ``"sdpa"`` (fused attention, the default) or ``"eager"`` (plain); raises InputError for others."""
+        """Selects ``"sdpa"`` (fused, the default) or ``"eager"`` attention; raises InputError for other names."""
         if implementation not in ("sdpa", "eager"):
             raise InputError(f"unknown attention {implementation!r}: choose 'sdpa' or 'eager'")
         for block in self.blocks:
@@ -638,7 +638,7 @@ class VisionTransformerForMaskedImageModeling(Backbone):
 
 
 def resize_position_embedding(pos_embed: Tensor, source_grid: tuple[int, int], target_grid: tuple[int, int]) -> Tensor:
-    """Returns a position embedding for another patch grid, ``(1, 1 + h' * w', D)``, bicubic but for the class token.
+    """Returns a position embedding for another patch grid, ``(1, 1 + h' * w', D)``: bicubic, the class token's kept.
 
     Args:
         pos_embed: ``(1, 1 + h * w, D)``.

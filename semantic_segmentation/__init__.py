@@ -1,4 +1,4 @@
-"""Semantic segmentation on a BEiT backbone: UPerNet and SETR-PUP as in mmsegmentation, without it. Imports no torch."""
+"""Semantic segmentation on a BEiT backbone: UPerNet and SETR-PUP without mmsegmentation; loads torch on first use."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING

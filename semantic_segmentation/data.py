@@ -181,6 +181,8 @@ class ImagePairs:
 def find_pairs(images_dir: PathLike, annotations_dir: PathLike | None = None) -> ImagePairs:
     """Lists the images below a folder with their label maps: that of ``a/b.jpg`` is ``a/b.png`` in ``annotations_dir``.
 
+    Without ``annotations_dir`` only images are listed.
+
     Raises:
         InputError: A folder is missing or has no such files, or an image or a label map has no counterpart.
     """

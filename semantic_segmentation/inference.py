@@ -301,9 +301,10 @@ def _classes(windows: Iterator[Tensor], size: tuple[int, int], settings: TestSet
 
 
 def enlarged(logits: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
-    """Resizes logits ``(K, h, w)`` bilinearly, without ``align_corners``, and yields bands: rows, and ``(K, rows, W)``.
+    """Resizes logits ``(K, h, w)`` to ``size`` bilinearly, and yields bands: rows, and their logits ``(K, rows, W)``.
 
-    The logits of 150 classes at the size of a photograph, 12 million pixels, would take 7 GB.
+    Equals ``interpolate`` without ``align_corners``. All logits of 150 classes for a photograph, 12 million pixels,
+    would take 7 GB.
     """
     height, width = size
     if tuple(logits.shape[1:]) == size:

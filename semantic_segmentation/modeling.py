@@ -111,7 +111,7 @@ class Segmentor(nn.Module):
         self.metadata: Mapping[str, Any] = {}
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns logits ``(B, K, h, w)`` of both heads for images ``(B, 3, H, W)``, each at its finest level's size.
+        """Returns both heads' logits ``(B, K, h, w)``, at the size of their finest level, for images ``(B, 3, H, W)``.
 
         Those of the auxiliary head are None without one and in evaluation mode.
         """
@@ -252,7 +252,7 @@ def segmentor_from(weights: Mapping[str, Tensor], metadata: Metadata) -> Segment
 
 
 def heads_in(weights: Mapping[str, Tensor], source: str) -> Heads:
-    """Describes the heads of a checkpoint, ``source``; raises InputError for no decode head or an unknown one."""
+    """Describes the heads of a checkpoint called ``source``; raises InputError for no decode head or an unknown one."""
     heads = heads_of(weights)
     if not is_segmentor(weights):
         raise InputError(

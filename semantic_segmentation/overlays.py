@@ -90,7 +90,7 @@ def save_label_map(path: str | Path, prediction: Tensor, add_one: bool = False) 
 
 
 def overlay(image: Tensor, prediction: Tensor, colours: Sequence[Colour], opacity: float = OPACITY) -> Tensor:
-    """Paints the classes over an image: uint8 ``(3, H, W)`` in host memory.
+    """Returns an image with the classes painted over it, uint8 ``(3, H, W)`` in host memory.
 
     Args:
         image: uint8 ``(3, H, W)``.
@@ -124,7 +124,7 @@ def result_figure(
     opacity: float = OPACITY,
     title: str = "",
 ) -> "Figure":
-    """Draws an image, its segmentation, the labels if there are any, and a legend; raises what :func:`overlay` raises.
+    """Draws an image, its segmentation, the labels if there are any, and a legend; raises as :func:`overlay` does.
 
     Args:
         image: uint8 ``(3, H, W)``.

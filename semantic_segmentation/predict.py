@@ -70,7 +70,7 @@ def main(config: PredictConfig) -> None:
 
 
 def find_images(given: Sequence[str]) -> Mapping[str, str]:
-    """Lists the images of files and folders, each with a distinct name for its results; raises InputError for none."""
+    """Lists the images of files and folders, each with a distinct name for results; raises InputError for none."""
     if not given:
         raise InputError("no image is given: name image files, or folders of images")
     paths = list(dict.fromkeys(image_files(map(os.path.abspath, given))))

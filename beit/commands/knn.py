@@ -46,7 +46,7 @@ class Result:
 
 
 def main(config: KnnConfig) -> None:
-    """Writes a table of results to standard output, and optionally a JSON file; raises what :func:`evaluate` raises."""
+    """Writes a table of results to standard output, and optionally a JSON file; raises as :func:`evaluate` does."""
     results = evaluate(config)
     if not results:  # on all but the main process
         return
@@ -197,7 +197,7 @@ def score(
 
 
 def whole(share: Share, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Joins all processes' parts, in the data set's order: features ``(images, D)`` and labels ``(images,)``."""
+    """Joins all processes' parts on the device, in order: features ``(images, D)`` and labels ``(images,)``."""
     own, positions = share.features[name], share.positions.to(device)
     rows = torch.zeros(share.images, own.shape[1], device=device)
     labels = torch.zeros(share.images, dtype=torch.long, device=device)

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def main(config: ShardsConfig) -> None:
-    """Writes shards and prints the ``--data_path`` that reads them; raises InputError as :func:`write_shards` does."""
+    """Writes shards and prints the ``--data_path`` that reads them; raises InputError if there are no images."""
     if not config.data_path or not config.output_dir:
         raise InputError("give the images and a folder for the shards: beit shards DATA_PATH OUTPUT_DIR")
     pattern = write_shards(index_images(config.data_path), config.output_dir, config.images_per_shard)
@@ -36,7 +36,7 @@ def write_shards(index: ImageIndex, destination: str | os.PathLike[str], images_
     Returns the ``--data_path`` that reads them.
 
     Raises:
-        InputError: There are no images, there are shards already, or the folder cannot be written.
+        InputError: There are shards already, or the folder cannot be written.
     """
     folder = Path(os.path.abspath(os.path.expanduser(destination)))
     present = next(iter(sorted(folder.glob("shards-*.tar"))), None)

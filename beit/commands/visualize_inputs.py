@@ -45,7 +45,7 @@ class Viewer(Preprocessing):
         return self.model.cls_token.device
 
     def view(self, image: Shown) -> Tensor:
-        """Returns an image before normalisation, uint8 ``(1, 3, H, W)``; raises InputError if unreadable."""
+        """Returns an image, not normalised, uint8 ``(1, 3, H, W)`` on the device; raises InputError if unreadable."""
         return self.transform(read_shown(image))["image"][None].to(self.device)
 
 

@@ -64,7 +64,7 @@ def default_queries(grid: tuple[int, int]) -> list[Query]:
 
 
 def patch_distances(grid: tuple[int, int], patch_size: tuple[int, int]) -> Tensor:
-    """Returns the distances in pixels, ``(N, N)``, between the centres of patches of ``(height, width)`` in a grid."""
+    """Returns the distances in pixels, ``(N, N)``, between patches of ``patch_size`` pixels in a grid of ``(h, w)``."""
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     centres = torch.stack((rows * patch_size[0], columns * patch_size[1]), dim=-1).flatten(0, 1).double()
     return torch.cdist(centres, centres, compute_mode="donot_use_mm_for_euclid_dist")

@@ -28,9 +28,10 @@ class Curve:
 
     Attributes:
         label: Its name in the legend.
-        epochs: Epoch numbers, from 1, or optimizer steps (as ``unit`` says, ``epoch`` or ``step``).
+        epochs: Epoch numbers, from 1, or optimizer steps.
         values: One number for each.
         run: Number of the run, from 0; with several runs, the curves of a run share a colour.
+        unit: What ``epochs`` counts, ``epoch`` or ``step``.
     """
 
     label: str
@@ -49,7 +50,7 @@ class Curve:
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """Reads a run's ``log.txt``, given the file or its folder, without an incomplete last line left by a killed run.
+    """Reads a run's ``log.txt``, given the file or its folder, but for an incomplete last line left by a killed run.
 
     Raises:
         InputError: There is no such file, or it is not a log.
@@ -77,7 +78,7 @@ def _entry(line: str, last: bool, file: Path) -> dict[str, Any] | None:
 
 
 def overlaid(runs: Mapping[str, Sequence[Entry]], only: Sequence[str] = ()) -> dict[str, list[Curve]]:
-    """Groups the numbers of runs into diagrams, one per metric, with training and test curves of every run.
+    """Groups the numbers of runs into diagrams: a metric with its unit -> training and test curves of every run.
 
     A baseline is drawn in its metric's diagram. The x axis counts optimizer steps if all runs of a diagram log them.
 

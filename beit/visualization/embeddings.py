@@ -17,13 +17,13 @@ Embedding = tuple[Tensor, tuple[str, str]]  # points, float64 (N, 2), and the la
 
 
 def embed(features: Tensor, method: str, seed: int = 0) -> Embedding:
-    """Projects features ``(N, D)`` by one of :data:`METHODS`; raises InputError as :func:`check_embedding` does."""
+    """Projects features ``(N, D)`` to 2D by one of :data:`METHODS`; raises as :func:`check_embedding` does."""
     check_embedding(len(features), method)
     return METHODS[method](features.double().cpu(), seed)
 
 
 def check_embedding(images: int, method: str) -> None:
-    """Raises :class:`InputError` for too few images or a library not installed; call it before a long computation."""
+    """Raises InputError for too few images or a library that is not installed; call it before a long computation."""
     if images < MIN_IMAGES:
         raise InputError(f"{images} images make no picture of features: give {MIN_IMAGES} or more")
     if METHODS[method] is tsne:

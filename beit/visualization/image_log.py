@@ -21,7 +21,7 @@ def reconstruction_picture(
 ) -> Tensor:
     """Draws a model's reconstructions, a row per image, as one picture ``(3, H', W')`` in [0, 1] on the CPU.
 
-    It takes the arguments of :func:`reconstruct` and raises what it does. It draws no random number and leaves the
+    Arguments and errors are those of :func:`reconstruct`. It draws no random number and leaves the
     model in the mode it was in, so a run with it is the run without it.
     """
     was_training = model.training
