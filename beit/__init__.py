@@ -1,10 +1,6 @@
 """BEiT: BERT pre-training of image Transformers (arXiv 2106.08254).
 
-    import beit
-
-    model = beit.create_model("beit_base_patch16_224_8k_vocab")
-
-The public names below are imported on first use, so ``import beit`` itself is free.
+Start with ``beit.create_model("beit_base_patch16_224_8k_vocab")``. The public names are imported on first use.
 """
 
 from importlib import import_module

@@ -16,12 +16,12 @@ ROW_ALIGNMENT = 8  # elements between rows of a bias that the efficient CUDA ker
 def attend(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, dropout: float = 0.0, fused: bool = True
 ) -> Tensor:
-    """Returns the attention output, ``(B, H, T, d)``.
+    """Returns the attention output ``(B, H, T, d)``.
 
     Args:
-        query: ``(B, H, T, d)``, not scaled yet; ``key`` and ``value`` likewise.
-        key: See ``query``.
-        value: See ``query``.
+        query: ``(B, H, T, d)``, not scaled yet.
+        key: ``(B, H, T, d)``.
+        value: ``(B, H, T, d)``.
         bias: Added to the logits, ``(H, T, T)``.
         dropout: Dropout of the attention probabilities.
         fused: Use ``scaled_dot_product_attention``; False for the same in plain operations.

@@ -146,15 +146,12 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, index: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """Attends over the tokens.
+        """Returns the tokens ``(B, N + 1, D)`` after attention.
 
         Args:
             x: Tokens ``(B, N + 1, D)``.
             index: Rows to look up in this layer's own table, int64 ``(N + 1, N + 1)``; None to leave the table out.
             bias: A bias ``(H, N + 1, N + 1)`` from outside, added to this layer's own.
-
-        Returns:
-            Tokens ``(B, N + 1, D)``.
         """
         query, key, value = self._query_key_value(x)
         dropout = self.attn_drop.p if self.training else 0.0
@@ -355,11 +352,9 @@ class Backbone(nn.Module):
         return self.patch_embed.img_size
 
     def embed(self, x: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
-        """Embeds images as the tokens ``(B, N + 1, D)`` that enter the first block.
+        """Embeds normalised images ``(B, C, H, W)`` as the tokens ``(B, N + 1, D)`` that enter the first block.
 
-        Args:
-            x: Normalised images ``(B, C, H, W)``.
-            bool_masked_pos: Patches to replace with the mask token, ``(B, N)`` or ``(B, h, w)``.
+        ``bool_masked_pos`` are the patches to replace with the mask token, ``(B, N)`` or ``(B, h, w)``.
         """
         tokens = self.patch_embed(x)  # (B, N, D)
         if bool_masked_pos is not None:
@@ -376,17 +371,13 @@ class Backbone(nn.Module):
     def forward_blocks(
         self, x: Tensor, *, stop: int | None = None, keep: Collection[int] = (), biases: Biases | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Runs tokens through the blocks.
+        """Runs tokens through the blocks; returns the last output and those of ``keep``, before any norm.
 
         Args:
-            x: Tokens ``(B, N + 1, D)`` from :meth:`embed`.
+            x: Tokens ``(B, N + 1, D)`` from :meth:`embed`; all outputs have this shape.
             stop: Number of blocks to run; None for all.
-            keep: Blocks, counted from 0, to return the outputs of.
+            keep: Blocks, counted from 0, to return the outputs of, in the order of the blocks.
             biases: From :meth:`position_biases`, to look up no table here.
-
-        Returns:
-            The output of the last block run and those of ``keep``, in the order of the blocks, all ``(B, N + 1, D)``
-            before any norm.
         """
         index, shared = self.relative_position_index, None if biases else self._shared_bias()
         kept = []
@@ -411,15 +402,12 @@ class Backbone(nn.Module):
     def get_intermediate_layers(
         self, x: Tensor, n: int | Collection[int] | None = None, reshape: bool = False
     ) -> list[Tensor]:
-        """Returns the raw outputs of blocks, before any norm.
+        """Returns the raw outputs of blocks, in order and before any norm, each ``(B, N + 1, D)``.
 
         Args:
             x: Images ``(B, C, H, W)``.
             n: The last ``n`` blocks, or the numbers of the blocks, from 0; None for all.
-            reshape: Drop the class token and arrange the patches as a feature map.
-
-        Returns:
-            For each block, in order, ``(B, N + 1, D)``, or ``(B, D, h, w)`` with ``reshape``.
+            reshape: Drop the class token and arrange the patches as a feature map, ``(B, D, h, w)``.
 
         Raises:
             InputError: There is no such block.
@@ -474,11 +462,7 @@ class Backbone(nn.Module):
         self.grad_checkpointing = enable
 
     def set_attention(self, implementation: str) -> None:
-        """Selects the attention: ``"sdpa"`` (fused, the default) or ``"eager"`` (plain operations, same result).
-
-        Raises:
-            InputError: An unknown name.
-        """
+        """Selects ``"sdpa"`` (fused, the default) or ``"eager"`` attention; raises InputError for other names."""
         if implementation not in ("sdpa", "eager"):
             raise InputError(f"unknown attention {implementation!r}: choose 'sdpa' or 'eager'")
         for block in self.blocks:
@@ -628,18 +612,14 @@ class VisionTransformerForMaskedImageModeling(Backbone):
     def forward(
         self, x: Tensor, bool_masked_pos: Tensor, return_all_tokens: bool = False, masked_index: Tensor | None = None
     ) -> Tensor:
-        """Predicts visual tokens.
+        """Returns logits ``(M, vocab_size)`` for the ``M`` masked patches, image by image and row by row.
 
         Args:
             x: Normalised images ``(B, C, H, W)``.
             bool_masked_pos: True for masked patches, ``(B, N)`` or ``(B, h, w)``.
-            return_all_tokens: Predict all patches, not only the masked ones.
+            return_all_tokens: Predict all patches, not only the masked ones: ``(B, N, vocab_size)``.
             masked_index: The patches to predict, as positions among all ``B * N``; by default the masked ones,
                 ``bool_masked_pos.flatten().nonzero().flatten()``, which on a GPU makes the host wait for their number.
-
-        Returns:
-            Logits ``(M, vocab_size)`` for the ``M`` masked patches, image by image and row by row; with
-            ``return_all_tokens``, ``(B, N, vocab_size)``.
 
         Raises:
             InputError: Images or mask do not have the model's size.
@@ -658,15 +638,12 @@ class VisionTransformerForMaskedImageModeling(Backbone):
 
 
 def resize_position_embedding(pos_embed: Tensor, source_grid: tuple[int, int], target_grid: tuple[int, int]) -> Tensor:
-    """Resizes a position embedding to another patch grid, bicubic; that of the class token is kept.
+    """Returns a position embedding for another patch grid, ``(1, 1 + h' * w', D)``: bicubic, the class token's kept.
 
     Args:
         pos_embed: ``(1, 1 + h * w, D)``.
         source_grid: ``(h, w)``, that it was trained with.
         target_grid: ``(h', w')``.
-
-    Returns:
-        ``(1, 1 + h' * w', D)``.
 
     Raises:
         InputError: The embedding does not have the shape of ``source_grid``.

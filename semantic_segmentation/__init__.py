@@ -1,7 +1,4 @@
-"""Semantic segmentation on a BEiT backbone: UPerNet and SETR-PUP as in mmsegmentation, without mmsegmentation.
-
-The public names below are loaded on first use, so that importing the package does without torch.
-"""
+"""Semantic segmentation on a BEiT backbone: UPerNet and SETR-PUP without mmsegmentation; loads torch on first use."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING

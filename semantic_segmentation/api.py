@@ -36,17 +36,15 @@ PathLike = str | os.PathLike[str]
 def init_model(
     config: PathLike | None = None, checkpoint: PathLike | None = None, device: str | torch.device = "cuda"
 ) -> Segmentor:
-    """Opens a segmentor.
+    """Opens a segmentor in evaluation mode.
+
+    ``.segment(images)`` returns logits ``(B, K, H, W)`` for normalised images of the model's size; ``.metadata`` holds
+    what the checkpoint records.
 
     Args:
-        config: A settings file, or the name of one of the package's, to build the model from; None: the checkpoint
-            describes itself.
+        config: A settings file or the name of one of the package's; None: the checkpoint describes itself.
         checkpoint: A path, a released name, a URL or a hub id; None, with a config: initialised from scratch.
         device: Device of the model; the CPU is used if there is no CUDA.
-
-    Returns:
-        The segmentor in evaluation mode. ``.segment(images)`` returns logits ``(B, K, H, W)`` for normalised images of
-        the model's size; ``.metadata`` holds what the checkpoint records.
 
     Raises:
         InputError: Neither is given, a file does not exist, or the checkpoint is no segmentor or not the config's.
@@ -75,17 +73,13 @@ def inference_model(
     settings: TestSettings | None = None,
     amp_dtype: str = "fp32",
 ) -> Tensor | list[Tensor]:
-    """Segments images of any size.
+    """Segments images of any size: integers ``(H, W)`` on the model's device, and for several images a list.
 
     Args:
         model: From :func:`init_model`.
-        image_or_images: An image or several, as for :func:`beit.inference_model`: paths, Pillow images, arrays or
-            tensors.
+        image_or_images: One or several paths, Pillow images, arrays or tensors, as for :func:`beit.inference_model`.
         settings: Windows, sizes and flip; by default as the checkpoint's run tested, see :func:`settings_of`.
         amp_dtype: Dtype of the forward pass: ``fp32``, as the published numbers were measured, ``bf16`` or ``fp16``.
-
-    Returns:
-        The class of each pixel, integers ``(H, W)`` on the model's device; for several images a list.
 
     Raises:
         InputError: An image cannot be read.
@@ -109,7 +103,7 @@ def show_result_pyplot(
     title: str = "",
     out_file: PathLike | None = None,
 ) -> "Figure":
-    """Draws an image, its segmentation and a legend of the classes; no window is opened.
+    """Returns a matplotlib figure of an image, its segmentation and a legend; notebooks show it, no window is opened.
 
     Args:
         model: From :func:`init_model`; its checkpoint names the classes.
@@ -118,9 +112,6 @@ def show_result_pyplot(
         opacity: Opacity of the colours over the image, from 0 to 1.
         title: A line above all.
         out_file: A PNG or SVG file to write as well.
-
-    Returns:
-        The matplotlib figure; notebooks show it.
 
     Raises:
         InputError: Image and result differ in size, or the file cannot be written.
@@ -162,15 +153,9 @@ def settings_of(
 ) -> TestSettings:
     """Returns how to test images: as the checkpoint's run did, else as the published ones, at the model's size.
 
-    With several sizes the short side is never below a window, as in the published tests.
-
-    Args:
-        segmentor: The segmentor, with its ``metadata``.
-        test_mode: Like the following ones, in place of the recorded one; see :class:`TestSettings`.
-        test_ratios: Factors on the image's size.
-        test_flip: Whether the mirrored image counts too.
-        test_short_at_least_crop: Never resize the short side below a window.
-        test_batch_size: Windows per batch.
+    With several sizes the short side is never below a window, as in the published tests. The arguments, in place of
+    the recorded settings, are explained in :class:`TestSettings`; ``test_ratios`` are factors on the image's size, and
+    ``test_batch_size`` counts windows.
     """
     if test_ratios is not None and test_short_at_least_crop is None:
         test_short_at_least_crop = len(test_ratios) > 1

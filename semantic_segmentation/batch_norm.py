@@ -10,16 +10,11 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def synchronise_batch_norm(model: Model) -> Model:
-    """Makes every batch norm of a model compute its statistics over all processes.
+    """Makes every batch norm of a model, in place, compute its statistics over all processes.
 
     Parameters and buffers stay the same objects under the same names, so optimizers and checkpoints are not affected.
-    Without a process group, and in evaluation mode, nothing changes.
-
-    Args:
-        model: On the device it will be trained on: torch's layer is used if its first parameter is on a GPU.
-
-    Returns:
-        The model, changed in place.
+    Without a process group, and in evaluation mode, nothing changes. The model must be on the device it will be
+    trained on: torch's layer is used if its first parameter is on a GPU.
     """
     if next(model.parameters()).device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)

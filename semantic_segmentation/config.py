@@ -302,11 +302,7 @@ def adds_one(config: TestConfig) -> bool:
 
 
 def sizes(config: SegmentationConfig) -> dict[str, Any]:
-    """Returns the backbone's keywords that say how large it is: the model's, with ``model_kwargs`` over them.
-
-    Raises:
-        InputError: There is no such model.
-    """
+    """Returns the backbone's sizes, ``model_kwargs`` over the model's; raises InputError for an unknown model."""
     if config.model not in MODELS:
         raise InputError(f"model {config.model}: no such model{did_you_mean(config.model, MODELS)}")
     published = MODELS[config.model].arguments
@@ -315,11 +311,7 @@ def sizes(config: SegmentationConfig) -> dict[str, Any]:
 
 
 def segmentor_arguments(config: SegmentationConfig, num_classes: int) -> dict[str, Any]:
-    """Returns the keywords of :func:`semantic_segmentation.modeling.build_segmentor`, for the size of the crops.
-
-    Raises:
-        InputError: There is no model of that name.
-    """
+    """Returns the keywords of :func:`semantic_segmentation.modeling.build_segmentor`, for the size of the crops."""
     return {
         "img_size": config.crop_size,
         "drop_path_rate": config.drop_path,
@@ -338,11 +330,7 @@ def segmentor_arguments(config: SegmentationConfig, num_classes: int) -> dict[st
 
 
 def check(config: SegmentationConfig) -> None:
-    """Makes sure that the settings fit each other; each on its own is checked by its field.
-
-    Raises:
-        InputError: The first two that do not.
-    """
+    """Raises InputError for the first settings that do not fit each other; each on its own is checked by its field."""
     built, taps, betas, ratios = sizes(config), config.out_indices, config.opt_betas, config.ratio_range
     depth, crop, stride = built["depth"], _pair(config.crop_size), _pair(config.slide_stride)
     patch = _pair(built["patch_size"])

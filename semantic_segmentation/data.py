@@ -147,10 +147,7 @@ def find_classes(
 ) -> SegmentationClasses:
     """Returns the classes of a data set: those of a file, else of its ``classes.txt``, else ADE20K's.
 
-    Args:
-        data_root: The folder of the data set.
-        classes_file: A list of classes to use instead of the one in ``data_root``.
-        reduce_zero_label: Whether label 0 is ignored, as in ADE20K; a mismatch is logged as a warning.
+    ``reduce_zero_label`` is whether label 0 is ignored, as in ADE20K; a mismatch is logged as a warning.
 
     Raises:
         InputError: The list of classes is not valid; see :func:`read_classes`.
@@ -167,13 +164,7 @@ def find_classes(
 
 @dataclass(frozen=True)
 class ImagePairs:
-    """Images and their label maps, sorted by name; made by :func:`find_pairs`.
-
-    Attributes:
-        images: Paths of the images.
-        labels: Paths of the label maps, one per image; empty if there are none.
-        root: The folder of the images.
-    """
+    """Paths of images and, if there are any, their label maps, sorted by name, from :func:`find_pairs`."""
 
     images: tuple[Path, ...]
     labels: tuple[Path, ...]
@@ -190,9 +181,7 @@ class ImagePairs:
 def find_pairs(images_dir: PathLike, annotations_dir: PathLike | None = None) -> ImagePairs:
     """Lists the images below a folder with their label maps: that of ``a/b.jpg`` is ``a/b.png`` in ``annotations_dir``.
 
-    Args:
-        images_dir: The folder of the images.
-        annotations_dir: The folder of the label maps; None for no label maps.
+    Without ``annotations_dir`` only images are listed.
 
     Raises:
         InputError: A folder is missing or has no such files, or an image or a label map has no counterpart.
@@ -216,11 +205,7 @@ def find_pairs(images_dir: PathLike, annotations_dir: PathLike | None = None) ->
 
 
 def _by_stem(folder: PathLike, what: str, extension: str = "") -> tuple[Path, dict[str, Path]]:
-    """Returns a folder's absolute path, and the images below it by their relative path without extension, sorted.
-
-    Raises:
-        InputError: There are none, or two that differ in the extension only.
-    """
+    """Returns a folder's absolute path, and the images below it by relative path without extension, sorted."""
     root = Path(os.path.abspath(os.path.expanduser(folder)))
     if names_shards(root) or root.is_file():
         raise InputError(
@@ -245,10 +230,7 @@ def reduce_zero(labels: Tensor) -> Tensor:
 
 
 def read_labels(path: PathLike) -> NDArray[np.uint8]:
-    """Decodes a label map: greys or palette indices as stored; greys of 16 bits if none is above 255.
-
-    Returns:
-        uint8 ``(H, W)``.
+    """Decodes a label map, uint8 ``(H, W)``: greys or palette indices as stored; greys of 16 bits if none is above 255.
 
     Raises:
         InputError: The file is missing, damaged or no image, or has colours, or labels above 255.
@@ -273,11 +255,7 @@ def read_labels(path: PathLike) -> NDArray[np.uint8]:
 
 
 def check_labels(pairs: ImagePairs, reduce_zero_label: bool) -> None:
-    """Checks a sample of the label maps for labels to train or test on.
-
-    Args:
-        pairs: Images with label maps.
-        reduce_zero_label: Whether label 0 in the files is ignored.
+    """Checks a sample of the label maps for labels to train or test on, other than 0 with ``reduce_zero_label``.
 
     Raises:
         InputError: No pixel has a label, or a label map cannot be read.
@@ -350,11 +328,9 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         return str(self.pairs.images[index])
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
-        """Returns the sample ``(epoch, index)``.
+        """Returns the sample ``(epoch, index)`` as transformed.
 
-        Returns:
-            What the transform returns; without one ``image`` uint8 ``(3, H, W)``, ``label`` uint8 ``(H, W)``, 255
-            for no label, and ``index``.
+        Without a transform: ``image`` uint8 ``(3, H, W)``, ``label`` uint8 ``(H, W)``, 255 for none, and ``index``.
 
         Raises:
             InputError: The image or its label map cannot be read, they differ in size, or a label is no class.

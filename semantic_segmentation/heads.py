@@ -27,15 +27,13 @@ def convolved_resized(x: Tensor, weight: Tensor, size: Sequence[int]) -> Tensor:
 
     Resizing mixes positions and a kernel tap mixes channels, so the two commute: every tap is applied at the small
     size, and one matrix for the rows and one for the columns, which resize and shift, sum the taps at the large size.
-    That takes a quarter of the products for twice the height and width, a 64th for eight times.
+    That takes a quarter of the products for twice the height and width, a 64th for eight times. The
+    result, ``(B, D, H, W)``, is channels last in memory.
 
     Args:
         x: ``(B, C, h, w)``.
         weight: ``(D, C, k, k)``, ``k`` odd.
         size: ``(H, W)``.
-
-    Returns:
-        ``(B, D, H, W)``, channels last in memory.
     """
     side = weight.shape[-1]
     rows, columns = (_resized_taps(x, axis, new, side) for axis, new in zip((2, 3), size, strict=True))
@@ -55,13 +53,7 @@ def _resized_taps(x: Tensor, axis: int, new: int, side: int) -> Tensor:
 
 
 class ConvNormReLU(nn.Sequential):
-    """A convolution without bias that keeps the size, batch normalisation, ReLU.
-
-    Args:
-        in_channels: Input channels.
-        out_channels: Output channels.
-        kernel_size: Kernel size, odd.
-    """
+    """A convolution without bias and with an odd kernel that keeps the size, batch normalisation, ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, *, kernel_size: int) -> None:
         conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)

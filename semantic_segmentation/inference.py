@@ -44,10 +44,7 @@ def statistics_of(metadata: Mapping[str, Any], num_classes: int) -> Statistics:
 
     transformers' copies of the published segmentors record a mean of 0.5, its default when they were converted, but
     their weights were trained with ImageNet's. So 0.5 is ignored for a segmentor of ADE20K's 150 classes in its format.
-
-    Args:
-        metadata: From :func:`beit.checkpoints.read.read_weights`.
-        num_classes: Number of classes.
+    ``metadata`` comes from :func:`beit.checkpoints.read.read_weights`.
     """
     usual = Statistics()
     recorded = Statistics(metadata.get("mean", usual.mean), metadata.get("std", usual.std))
@@ -186,8 +183,7 @@ class AnySize:
     def __call__(self, images: Tensor) -> Tensor:
         """Returns float32 logits ``(B, K, H, W)`` for normalised images ``(B, 3, H, W)``.
 
-        The model sees them padded by 0 on the right and below, to a multiple of the patch size and at least one pixel
-        of the coarsest level.
+        The model sees them padded by 0 on the right and below, to a size of :func:`model_size`.
         """
         height, width = images.shape[-2:]
         size = model_size(self._segmentor, (height, width))
@@ -227,10 +223,7 @@ def view_sizes(size: tuple[int, int], settings: TestSettings) -> list[tuple[int,
 
 
 def _views(size: tuple[int, int], settings: TestSettings) -> list[tuple[tuple[int, int], bool, int]]:
-    """Returns the size of each view of an image, whether it is mirrored, and how often it counts.
-
-    With a bound on the short side several ratios come to the same size, which is computed once.
-    """
+    """Returns the size of each distinct view of an image, whether it is mirrored, and how often it counts."""
     sizes, mirrored = Counter(view_sizes(size, settings)), (False, True) if settings.flip else (False,)
     return [(view, mirror, times) for view, times in sizes.items() for mirror in mirrored]
 
@@ -247,12 +240,10 @@ def window_starts(length: int, crop: int, stride: int) -> list[int]:
 
 
 def cut_windows(view: Tensor, crop: tuple[int, int], stride: tuple[int, int]) -> Iterator[Tensor]:
-    """Cuts an image into windows, row by row; an image smaller than a window is padded by 0 on the right and below.
+    """Cuts a normalised image ``(3, H, W)`` into windows of ``crop`` pixels, row by row, ``stride`` pixels apart.
 
-    Args:
-        view: Normalised, ``(3, H, W)``.
-        crop: Window height and width, in pixels.
-        stride: Distance between windows, down and to the right; the last one is shifted back to end with the image.
+    The last window of a row or column is shifted back to end with the image. An image smaller than a window is padded
+    by 0 on the right and below.
 
     Source: mmsegmentation 0.11, ``EncoderDecoder.slide_inference``.
 
@@ -266,16 +257,10 @@ def cut_windows(view: Tensor, crop: tuple[int, int], stride: tuple[int, int]) ->
 def merge_windows(
     windows: Iterator[Tensor], size: tuple[int, int], crop: tuple[int, int], stride: tuple[int, int]
 ) -> Tensor:
-    """Averages the logits of the windows of one image where they overlap.
+    """Returns the logits ``(K, H, W)`` of an image of ``size``: those of its windows, averaged where they overlap.
 
-    Args:
-        windows: Logits ``(K, h, w)`` in the order of :func:`cut_windows`; as many as it cuts are taken.
-        size: Height and width of the image; ``crop`` and ``stride`` are those of :func:`cut_windows`.
-        crop: See ``size``.
-        stride: See ``size``.
-
-    Returns:
-        ``(K, H, W)``.
+    ``windows`` are logits ``(K, h, w)`` in the order of :func:`cut_windows` with the same ``crop`` and ``stride``; as
+    many as it cuts are taken.
     """
     height, width = max(size[0], crop[0]), max(size[1], crop[1])
     places = _places((height, width), crop, stride)
@@ -316,16 +301,10 @@ def _classes(windows: Iterator[Tensor], size: tuple[int, int], settings: TestSet
 
 
 def enlarged(logits: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
-    """Resizes logits bilinearly, as ``interpolate`` without ``align_corners``, one band of rows at a time.
+    """Resizes logits ``(K, h, w)`` to ``size`` bilinearly, and yields bands: rows, and their logits ``(K, rows, W)``.
 
-    The logits of 150 classes at the size of a photograph, 12 million pixels, would take 7 GB.
-
-    Args:
-        logits: ``(K, h, w)``.
-        size: Target height and width, ``(H, W)``.
-
-    Yields:
-        Rows, and their logits ``(K, rows, W)``.
+    Equals ``interpolate`` without ``align_corners``. All logits of 150 classes for a photograph, 12 million pixels,
+    would take 7 GB.
     """
     height, width = size
     if tuple(logits.shape[1:]) == size:

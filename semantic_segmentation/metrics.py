@@ -31,11 +31,7 @@ class Confusion:
         return self._counts[:-1].view(self.num_classes, self.num_classes)
 
     def update(self, prediction: Tensor, label: Tensor) -> None:
-        """Adds the pixels of an image.
-
-        Args:
-            prediction: Predicted classes, integers ``(H, W)`` in [0, K).
-            label: Labels, integers ``(H, W)``; 255 is ignored.
+        """Adds an image's pixels, integers ``(H, W)``: predicted classes in [0, K), and labels; label 255 is ignored.
 
         Raises:
             InputError: The two differ in size, or a label in host memory is no class. On a GPU such a label is ignored,
@@ -97,13 +93,10 @@ class SegmentationScores:
 
 
 def scores(matrix: Tensor) -> SegmentationScores:
-    """Computes the metrics from the counts of :class:`Confusion`, summed over all processes.
+    """Computes the metrics from the counts of :class:`Confusion`, int64 ``(K, K)``, summed over all processes.
 
     A class that is neither labelled nor predicted anywhere counts in no mean. One that is predicted but never labelled
     has IoU 0 and counts in mIoU, but not in mAcc.
-
-    Args:
-        matrix: int64 ``(K, K)``, rows by label, columns by predicted class.
 
     Source: mmsegmentation 0.11, ``mmseg.core.evaluation.eval_metrics``.
     """

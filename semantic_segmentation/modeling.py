@@ -97,12 +97,7 @@ def _pyramid(patch_size: tuple[int, int], dim: int) -> tuple[nn.Module, ...]:
 
 
 class Segmentor(nn.Module):
-    """A backbone, a decode head and, for training, an auxiliary head.
-
-    Args:
-        backbone: Turns images into feature levels.
-        decode_head: Turns levels into logits.
-        auxiliary_head: Another such head, used in training mode only.
+    """A backbone, a decode head that turns its feature levels into logits, and another for training mode only.
 
     Attributes:
         metadata: What a checkpoint records besides the weights; see :mod:`beit.checkpoints.read`.
@@ -116,11 +111,9 @@ class Segmentor(nn.Module):
         self.metadata: Mapping[str, Any] = {}
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns the logits of both heads for images ``(B, 3, H, W)``.
+        """Returns both heads' logits ``(B, K, h, w)``, at the size of their finest level, for images ``(B, 3, H, W)``.
 
-        Returns:
-            Logits ``(B, K, h, w)`` at the size of the head's finest level, and those of the auxiliary head at its own;
-            None without one and in evaluation mode.
+        Those of the auxiliary head are None without one and in evaluation mode.
         """
         levels = self.backbone(images)
         if self.auxiliary_head is None or not self.training:
@@ -128,11 +121,9 @@ class Segmentor(nn.Module):
         return self.decode_head(levels), self.auxiliary_head(levels)
 
     def segment(self, images: Tensor, biases: Biases | None = None) -> Tensor:
-        """Returns per-pixel logits ``(B, K, H, W)`` for images ``(B, 3, H, W)``, in float32 at least.
+        """Returns per-pixel logits ``(B, K, H, W)`` for normalised images ``(B, 3, H, W)``, in float32 at least.
 
-        Args:
-            images: Normalised, of the model's size.
-            biases: From ``backbone.position_biases()``, for many calls without gradients.
+        ``biases``, from ``backbone.position_biases()``, save their look-up in many calls without gradients.
         """
         logits = self.decode_head(self.backbone(images, biases))
         # In bfloat16, neighbouring pixels and competing classes would tie.
@@ -226,15 +217,12 @@ def at_size(segmentor: Segmentor, img_size: tuple[int, int]) -> Segmentor:
 
 
 def segmentor_from(weights: Mapping[str, Tensor], metadata: Metadata) -> Segmentor:
-    """Builds the segmentor that a checkpoint holds and loads the weights.
+    """Builds the segmentor that a checkpoint holds and loads the weights; it is in evaluation mode.
 
     Args:
         weights: From :func:`beit.checkpoints.read.read_weights`: names without ``backbone.``, and those of the heads.
         metadata: From the same. ``out_indices``, ``pool_scales`` and ``auxiliary_index``, which do not follow from
             shapes, default to those of the published models.
-
-    Returns:
-        The segmentor, in evaluation mode.
 
     Raises:
         InputError: The checkpoint is no segmentor.
@@ -264,11 +252,7 @@ def segmentor_from(weights: Mapping[str, Tensor], metadata: Metadata) -> Segment
 
 
 def heads_in(weights: Mapping[str, Tensor], source: str) -> Heads:
-    """Describes the heads of a segmentor's checkpoint, which messages call ``source``.
-
-    Raises:
-        InputError: It has no decode head, or an unknown one.
-    """
+    """Describes the heads of a checkpoint called ``source``; raises InputError for no decode head or an unknown one."""
     heads = heads_of(weights)
     if not is_segmentor(weights):
         raise InputError(
@@ -295,8 +279,7 @@ def load_segmentor(
         metadata: From the same.
         source: Name of the checkpoint in messages.
 
-    Returns:
-        What happened to every tensor; it is logged too.
+    Returns what happened to every tensor; it is logged too.
 
     Raises:
         InputError: The checkpoint is no segmentor, or one of another build.
@@ -324,11 +307,7 @@ def load_segmentor(
 
 
 def _check_build(segmentor: Segmentor, weights: Mapping[str, Tensor], metadata: Metadata, source: str) -> None:
-    """Refuses weights that were trained with another head, other classes, or other taps and grids.
-
-    The last do not show in any shape: the weights would load, and segment badly. :func:`load_weights` compares the
-    number of attention heads.
-    """
+    """Refuses weights of another head, other classes, or other taps and grids, which would load and segment badly."""
     heads, head, auxiliary = heads_in(weights, source), segmentor.decode_head, segmentor.auxiliary_head
     if heads.kind != (kind := "uper" if isinstance(head, UPerHead) else "setr_pup"):
         raise InputError(f"{source} has the head {heads.kind} and the segmentor {kind}: give decode_head={heads.kind}")

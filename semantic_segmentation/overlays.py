@@ -62,11 +62,7 @@ class WritingThread:
 
 
 def check_writable(flag: str, folder: Path) -> None:
-    """Checks that files can be written to a folder, which need not exist yet; leaves nothing behind.
-
-    Raises:
-        InputError: It is not writable; the message names the ``flag``.
-    """
+    """Raises InputError, naming the ``flag``, if a folder, which need not exist yet, is not writable."""
     place = folder.absolute()
     while not place.exists():
         place = place.parent
@@ -78,12 +74,9 @@ def check_writable(flag: str, folder: Path) -> None:
 
 
 def save_label_map(path: str | Path, prediction: Tensor, add_one: bool = False) -> None:
-    """Writes the class of each pixel to an 8-bit grey PNG file.
+    """Writes the class of each pixel, integers ``(H, W)``, to an 8-bit grey PNG file; missing folders are created.
 
-    Args:
-        path: The file; missing folders are created.
-        prediction: Classes, integers ``(H, W)``.
-        add_one: Write class 0 as 1 and so on, and 255 (ignored) as 0, as in ADE20K's annotations and on its server.
+    ``add_one`` writes class 0 as 1 and so on, and 255 (ignored) as 0, as in ADE20K's annotations and on its server.
 
     Raises:
         InputError: A class does not fit in 8 bits, or the file cannot be written.
@@ -97,16 +90,13 @@ def save_label_map(path: str | Path, prediction: Tensor, add_one: bool = False) 
 
 
 def overlay(image: Tensor, prediction: Tensor, colours: Sequence[Colour], opacity: float = OPACITY) -> Tensor:
-    """Paints the classes over an image.
+    """Returns an image with the classes painted over it, uint8 ``(3, H, W)`` in host memory.
 
     Args:
         image: uint8 ``(3, H, W)``.
         prediction: Classes or a label map, ``(H, W)``; pixels of 255 are left as they are.
         colours: Red, green and blue of each class, 0 to 255.
         opacity: From 0, only the image, to 1, only the colours.
-
-    Returns:
-        uint8 ``(3, H, W)`` in host memory.
 
     Raises:
         InputError: The two differ in size, or a class has no colour.
@@ -134,7 +124,7 @@ def result_figure(
     opacity: float = OPACITY,
     title: str = "",
 ) -> "Figure":
-    """Draws an image, its segmentation, the labels if there are any, and a legend.
+    """Draws an image, its segmentation, the labels if there are any, and a legend; raises as :func:`overlay` does.
 
     Args:
         image: uint8 ``(3, H, W)``.
@@ -143,9 +133,6 @@ def result_figure(
         label: The labels, ``(H, W)``, 255 for none.
         opacity: As for :func:`overlay`.
         title: A line above all.
-
-    Raises:
-        InputError: As for :func:`overlay`.
     """
     maps = {"prediction": prediction} if label is None else {"prediction": prediction, "label": label}
     painted = {name: overlay(image, map_, classes.colours, opacity) for name, map_ in maps.items()}

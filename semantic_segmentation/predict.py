@@ -27,11 +27,7 @@ RECORDED = ("test_mode", "test_ratios", "test_flip", "test_short_at_least_crop")
 
 
 def main(config: PredictConfig) -> None:
-    """Segments images; those that cannot be read are reported after the others are done.
-
-    Raises:
-        InputError: The checkpoint or an image does not exist or cannot be read.
-    """
+    """Segments images; raises InputError at once for a missing one, and at the end for those that cannot be read."""
     if not config.checkpoint:
         raise InputError("--checkpoint is missing: a trained segmentor, a file of your own or a released name")
     outputs = find_images(config.images)
@@ -74,11 +70,7 @@ def main(config: PredictConfig) -> None:
 
 
 def find_images(given: Sequence[str]) -> Mapping[str, str]:
-    """Lists the images of files and folders, each with a distinct name for its results.
-
-    Raises:
-        InputError: A file does not exist, a folder has no images, or nothing is given.
-    """
+    """Lists the images of files and folders, each with a distinct name for results; raises InputError for none."""
     if not given:
         raise InputError("no image is given: name image files, or folders of images")
     paths = list(dict.fromkeys(image_files(map(os.path.abspath, given))))

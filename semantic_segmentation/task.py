@@ -158,11 +158,7 @@ class Segmentation(Task[TrainConfig]):
 
 
 def start_from(segmentor: Segmentor, source: str) -> None:
-    """Loads a checkpoint: of a segmentor all of it, of any other model the backbone.
-
-    Raises:
-        InputError: It cannot be read, or does not fit.
-    """
+    """Loads a checkpoint: a segmentor whole, any other model as backbone; raises InputError if it does not fit."""
     if not source:
         logger.warning("no --init_from: the backbone is initialised from scratch")
         return

@@ -100,11 +100,7 @@ def check_outputs(config: TestConfig) -> None:
 
 
 def check_data(config: SegmentationConfig, found: Sequence[ImagePairs], classes: SegmentationClasses) -> None:
-    """Looks whether all processes have found the same, and whether the label maps say anything.
-
-    Raises:
-        InputError: They have not, or no pixel has a label.
-    """
+    """Raises InputError if the processes have found different data, or no pixel of the label maps has a label."""
     names = [[pairs.name(number) for number in range(len(pairs))] for pairs in found]
     digest = hashlib.sha256(json.dumps([names, classes.names]).encode()).hexdigest()
     if not distributed.all_equal(digest):
@@ -147,11 +143,7 @@ def precision_of(config: TestConfig, device: torch.device) -> Precision:
 
 
 def build_model(config: SegmentationConfig, num_classes: int) -> Segmentor:
-    """Creates the segmentor that the settings describe, at the size of the crops.
-
-    Raises:
-        InputError: Settings that do not fit each other.
-    """
+    """Creates the segmentor of the settings, at the size of the crops; raises InputError if they do not fit."""
     try:
         segmentor = build_segmentor(**segmentor_arguments(config, num_classes))
     except TypeError as error:
@@ -188,16 +180,8 @@ def build_test(
     """Returns what tests a segmentor on images, and returns the counts of :class:`Confusion` over all processes.
 
     Each image is taken by one of the processes, so their number changes nothing. The host decodes ahead, a thread
-    writes behind, and only the end waits for the device.
-
-    Args:
-        config: The settings.
-        pairs: The images, with label maps or without.
-        classes: What the labels mean.
-        session: The processes.
-        precision: Dtype of the forward pass.
-        statistics: What images are normalised with.
-        visit: What else is done with a segmentation.
+    writes behind, and only the end waits for the device. Images are normalised with ``statistics``; ``visit`` is called
+    with each segmentation.
     """
     loader = EpochLoader(
         SegmentationDataset(pairs, num_classes=len(classes), reduce_zero_label=config.reduce_zero_label),

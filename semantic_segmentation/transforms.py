@@ -83,9 +83,8 @@ class TrainTransform:
     def __call__(self, image: Image, label: Mask, rng: np.random.Generator) -> dict[str, Tensor]:
         """Transforms an image uint8 ``(3, h, w)`` and its label map uint8 ``(h, w)``.
 
-        Returns:
-            ``image`` uint8 ``(3, H, W)``, ``label`` uint8 ``(H, W)`` and ``size`` int64 ``(2,)``: height and width of
-            the part at the top left that is not padding.
+        Returns ``image`` uint8 ``(3, H, W)``, ``label`` uint8 ``(H, W)`` and ``size`` int64 ``(2,)``: height and width
+        of the part at the top left that is not padding.
         """
         ratio = rng.uniform(*self.ratio_range)
         size = fit_size((image.shape[-2], image.shape[-1]), scaled(self.image_scale, ratio))
@@ -109,16 +108,13 @@ def scaled(image_scale: Sequence[int], ratio: float) -> tuple[int, int]:
 
 
 def fit_size(size: tuple[int, int], image_scale: Sequence[int], short_at_least: int = 0) -> tuple[int, int]:
-    """Returns the largest size with the aspect ratio of ``size`` that fits into ``image_scale``.
+    """Returns the largest size ``(H, W)`` with the aspect ratio of ``size`` that fits into ``image_scale``, in pixels.
 
     Args:
         size: ``(h, w)`` in pixels.
         image_scale: Limits of the long and the short side in pixels, in any order.
         short_at_least: Lower bound of the short side, usually the test crop, so that windows are never wider than the
             image; 0 for none. With a bound the long side is not limited, as in the recipe's multi-scale test.
-
-    Returns:
-        ``(H, W)`` in pixels.
 
     Deviation: No side is ever below one pixel; OpenCV fails there.
     """
@@ -141,16 +137,13 @@ def resize(pixels: Pixels, size: tuple[int, int]) -> Pixels:
 
 
 def crop_box(label: Tensor, crop_size: tuple[int, int], cat_max_ratio: float, rng: np.random.Generator) -> Box:
-    """Draws a crop in which no class covers too much, if ten draws allow it.
+    """Draws a crop ``(top, left, height, width)`` in which no class covers too much, if ten draws allow it.
 
     Args:
         label: uint8 ``(H, W)``.
-        crop_size: ``(h, w)`` in pixels.
+        crop_size: ``(h, w)`` in pixels; the crop is smaller if the label map is.
         cat_max_ratio: Share of the crop's labelled pixels that one class must stay below; 1 accepts any crop.
         rng: The sample's generator.
-
-    Returns:
-        ``(top, left, height, width)`` within the label map, smaller than ``crop_size`` if the map is.
     """
     box = _random_box(label, crop_size, rng)
     if cat_max_ratio >= 1:
@@ -180,18 +173,11 @@ def padded(pixels: Tensor, size: tuple[int, int], value: int = 0) -> Tensor:
 
 
 def photometric_distortion(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """Changes brightness, contrast, saturation and hue, each with probability 0.5.
+    """Changes brightness, contrast, saturation and hue of an RGB image, uint8 ``(3, H, W)``, each with probability 0.5.
 
     Brightness comes first, by up to ±32 levels. Contrast (levels times 0.5 to 1.5) comes second or last with equal
     probability. In between, saturation is multiplied by 0.5 to 1.5 and the hue rotated by -18 to 17 of OpenCV's steps
     of 2 degrees.
-
-    Args:
-        image: uint8 ``(3, H, W)``, RGB.
-        rng: The sample's generator.
-
-    Returns:
-        uint8 ``(3, H, W)``.
 
     Deviation: OpenCV rounds hue and saturation to 8 bits on the way; here they are floating point. Pixels differ by
     half a level on average and by at most six.

@@ -14,11 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def main(config: ConvertConfig) -> None:
-    """Writes a checkpoint in another format.
-
-    Raises:
-        InputError: The checkpoint cannot be read, or the format has no such model.
-    """
+    """Writes a checkpoint in another format; raises InputError if it cannot be read or the format has no such model."""
     if not config.to:
         raise InputError(f"--to is missing: one of {', '.join(FORMATS)}")
     graphs = [name for name in FORMATS if name not in dialects()]

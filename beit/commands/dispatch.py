@@ -10,13 +10,7 @@ from beit.registry import locate
 
 @dataclass(frozen=True)
 class Command:
-    """A command.
-
-    Args:
-        settings: Its settings, as "module:class", in a module without torch.
-        main: Its function, as "module:function".
-        help: What it does, in one line.
-    """
+    """A command: its settings ("module:class", in a module without torch), its function, and its help in one line."""
 
     settings: str
     main: str
@@ -37,8 +31,7 @@ def dispatch(
         argv: The arguments; those of the process by default.
         removed: Former commands -> what to use instead.
 
-    Returns:
-        The exit status: 0, 2 for a mistake in the input, or as :func:`beit.launch.launch` has it.
+    Returns the exit status: 0, 2 for a mistake in the input, or as :func:`beit.launch.launch` has it.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     name = _leading_name(words, commands)

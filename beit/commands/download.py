@@ -13,9 +13,5 @@ def download(config: DownloadTokenizerConfig) -> None:
 
 
 def print_index(config: IndexConfig) -> None:
-    """Lists images and caches the list, so that the processes of later runs need not wait for one of them to do so.
-
-    Raises:
-        InputError: There are no images.
-    """
+    """Lists images and caches the list, so that later runs start at once; raises InputError if there are none."""
     sys.stdout.write(f"{len(index_images(config.data_path)):,} images in {config.data_path}; runs start at once now\n")

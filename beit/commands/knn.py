@@ -37,14 +37,7 @@ LARGE_BANK = 16e9  # bytes of host memory from which to warn
 
 @dataclass(frozen=True)
 class Result:
-    """The score of one feature.
-
-    Args:
-        layer: The block, from 0.
-        pool: How its tokens were pooled.
-        k: Number of neighbours.
-        acc1: Top-1 accuracy on the validation images, in percent.
-    """
+    """One feature's top-1 accuracy ``acc1``, in percent, with ``k`` neighbours; ``layer`` counts from 0."""
 
     layer: int
     pool: str
@@ -53,11 +46,7 @@ class Result:
 
 
 def main(config: KnnConfig) -> None:
-    """Scores features and writes a table to standard output, and optionally a JSON file.
-
-    Raises:
-        InputError: As for :func:`evaluate`.
-    """
+    """Writes a table of results to standard output, and optionally a JSON file; raises as :func:`evaluate` does."""
     results = evaluate(config)
     if not results:  # on all but the main process
         return
@@ -78,10 +67,7 @@ def best_of(results: Sequence[Result]) -> Result:
 
 
 def evaluate(config: KnnConfig) -> list[Result]:
-    """Scores features of the chosen blocks, on any number of processes.
-
-    Returns:
-        A result for each block, pool and k on the main process; an empty list on the others.
+    """Scores features of the chosen blocks, on any number of processes; all but the main one return an empty list.
 
     Raises:
         InputError: Images or checkpoint are missing, or settings contradict each other.
@@ -122,11 +108,7 @@ def evaluate(config: KnnConfig) -> list[Result]:
 
 
 def build_model(config: KnnConfig) -> tuple[Backbone, Preprocessing]:
-    """Opens the checkpoint, or builds an untrained model, and returns it with its preprocessing.
-
-    Raises:
-        InputError: There is no such checkpoint or model.
-    """
+    """Opens the checkpoint, or builds an untrained model; raises InputError if there is no such checkpoint or model."""
     metadata: Metadata = {}
     if config.untrained:
         weights, metadata = read_weights(config.checkpoint)
@@ -215,10 +197,7 @@ def score(
 
 
 def whole(share: Share, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Joins the parts of all processes: features ``(images, D)`` and labels ``(images,)`` on the device.
-
-    Every process gets the same rows in the data set's order, whatever the number of processes.
-    """
+    """Joins all processes' parts on the device, in order: features ``(images, D)`` and labels ``(images,)``."""
     own, positions = share.features[name], share.positions.to(device)
     rows = torch.zeros(share.images, own.shape[1], device=device)
     labels = torch.zeros(share.images, dtype=torch.long, device=device)
@@ -235,8 +214,7 @@ def nearest(queries: Tensor, candidates: Tensor, k: int, chunk: int = CHUNK) -> 
         k: Number of candidates to find, at most ``N``.
         chunk: Queries, and candidates, per block.
 
-    Returns:
-        Cosine similarities in descending order, and indices of candidates, both ``(M, k)``.
+    Returns cosine similarities in descending order, and indices of candidates, both ``(M, k)``.
     """
     found = []
     for part in queries.split(chunk):

@@ -13,11 +13,7 @@ from beit.zoo import create_model, list_models
 
 
 def main(config: ModelsConfig) -> None:
-    """Writes the models with parameters and cost per image, then the released checkpoints, to standard output.
-
-    Raises:
-        InputError: No name matches.
-    """
+    """Lists models with their cost per image, then released checkpoints; raises InputError if no name matches."""
     names = list_models(config.pattern)
     released = [row for name, row in RELEASED.items() if fnmatchcase(name, config.pattern)]
     if not names and not released:
@@ -35,10 +31,7 @@ def main(config: ModelsConfig) -> None:
 
 
 def measure(name: str) -> tuple[int, int]:
-    """Returns a model's number of parameters, and its backbone's multiply-adds per image, commonly called FLOPs.
-
-    The model is built on the meta device, without memory for its weights.
-    """
+    """Returns a model's parameters and its backbone's multiply-adds (FLOPs) per image, measured on the meta device."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
         model = create_model(name)
         model.forward_features(torch.empty(1, 3, *model.img_size))  # type: ignore[operator]

@@ -101,11 +101,7 @@ class Recipe:
 
 
 def read_recipe(name: str) -> Recipe:
-    """Reads a recipe of the package by name, or one of the user's own by path.
-
-    Raises:
-        InputError: There is no such recipe, or the file lacks facts.
-    """
+    """Reads a recipe by name or path; raises InputError if there is none, or the file lacks facts."""
     if name not in recipe_names() and not name.endswith((".yaml", ".yml")):
         hint = did_you_mean(name, recipe_names())
         raise InputError(f"no recipe {name!r}{hint}; `beit recipes list` lists them, and a path ends in .yaml")
@@ -158,11 +154,7 @@ def command(recipe: Recipe, gpus: int) -> str:
 
 
 def print_list(config: ListConfig) -> None:
-    """Prints a table of the recipes.
-
-    Raises:
-        InputError: There is no such task.
-    """
+    """Prints a table of the recipes; raises InputError if there is no such task."""
     if config.task and config.task not in RECIPE_TASKS:
         hint = did_you_mean(config.task, RECIPE_TASKS) or f"; choose {', '.join(RECIPE_TASKS)}"
         raise InputError(f"--task {config.task}: no such task{hint}")

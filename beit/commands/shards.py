@@ -19,11 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def main(config: ShardsConfig) -> None:
-    """Writes shards and prints the ``--data_path`` that reads them.
-
-    Raises:
-        InputError: There are no images, there are shards already, or the folder cannot be written.
-    """
+    """Writes shards and prints the ``--data_path`` that reads them; raises InputError if there are no images."""
     if not config.data_path or not config.output_dir:
         raise InputError("give the images and a folder for the shards: beit shards DATA_PATH OUTPUT_DIR")
     pattern = write_shards(index_images(config.data_path), config.output_dir, config.images_per_shard)
@@ -35,15 +31,9 @@ def write_shards(index: ImageIndex, destination: str | os.PathLike[str], images_
 
     Image 12 is ``00000012.jpg`` and its class, if there are classes, ``00000012.cls``; ``classes.txt`` beside the
     shards has the class names. An unreadable file keeps its place as an empty one, so it is unreadable in the shard
-    too. Each shard is written whole or not at all.
+    too. Each shard is written whole or not at all; the last may have fewer images.
 
-    Args:
-        index: The images.
-        destination: The folder.
-        images_per_shard: Images per shard; the last may have fewer.
-
-    Returns:
-        The ``--data_path`` that reads them.
+    Returns the ``--data_path`` that reads them.
 
     Raises:
         InputError: There are shards already, or the folder cannot be written.

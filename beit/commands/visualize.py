@@ -33,11 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def curves(config: CurvesConfig) -> None:
-    """Draws the logged metrics of some runs over epochs, or over optimizer steps if the runs log them.
-
-    Raises:
-        InputError: A log cannot be read, or there is nothing to draw.
-    """
+    """Draws logged metrics over epochs, or steps if logged; raises InputError if a log is unreadable or empty."""
     check_picture_name(config.output)
     folders = [path if path.is_dir() else path.parent for path in (Path(log).resolve() for log in config.logs)]
     names = [folder.name for folder in folders]
@@ -65,12 +61,9 @@ def reconstruct(config: ReconstructConfig) -> None:
 def open_pretrained(
     checkpoint_path: str | Path, tokenizer_path: str, device: torch.device
 ) -> tuple[PretrainingConfig, VisionTransformerForMaskedImageModeling, PredictionTarget]:
-    """Rebuilds a pre-trained model from its checkpoint, with its prediction target.
+    """Rebuilds a pre-trained model from its checkpoint, which contains the run's settings, with its prediction target.
 
-    Args:
-        checkpoint_path: A pre-training checkpoint, which contains the settings of its run.
-        tokenizer_path: Folder of the tokenizer; empty for the one the run used.
-        device: Where to put both.
+    ``tokenizer_path`` is the folder of the tokenizer; empty for the one the run used.
 
     Raises:
         InputError: It is not a pre-training checkpoint, or its target or tokenizer cannot be built.
@@ -101,13 +94,9 @@ def reconstruct_files(
     target: PredictionTarget,
     seed: int = 0,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Masks images as in pre-training, and lets the model of a run fill them in.
+    """Masks images as in pre-training and lets the model fill them in; raises InputError for an unreadable image.
 
-    Returns:
-        Panels and captions; see :func:`beit.visualization.reconstructions.reconstruct`.
-
-    Raises:
-        InputError: An image cannot be read.
+    Returns panels and captions; see :func:`beit.visualization.reconstructions.reconstruct`.
     """
     transform = evaluation_transform(run, target, build_mask_generator(run, model.patch_embed.grid_size))
     samples = []
@@ -158,7 +147,7 @@ def embeddings(config: EmbeddingsConfig) -> None:
 def compute(
     index: ImageIndex, numbers: Sequence[int], viewer: Viewer, frozen: FrozenFeatures, batch_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Computes one feature, float32 ``(N, D)``, and the class ``(N,)`` of the readable ones of an index's images.
+    """Computes one feature, float32 ``(N, D)``, and the class ``(N,)`` of those images of an index that are readable.
 
     Raises:
         InputError: None of them can be read.

@@ -105,11 +105,7 @@ def attention_rows(
 
 
 def parse_query(text: str) -> Query:
-    """Reads ``3,5`` as the patch in row 3 and column 5.
-
-    Raises:
-        InputError: The text has another form.
-    """
+    """Reads ``3,5`` as the patch in row 3 and column 5; raises InputError for any other form."""
     if not re.fullmatch(r"\d+,\d+", text):
         raise InputError(f"--query {text}: give patches as ROW,COLUMN, counted from 0, such as --query 3,5 7,7")
     row, column = text.split(",")
@@ -117,11 +113,7 @@ def parse_query(text: str) -> Query:
 
 
 def parse_heads(words: Sequence[str], heads: int) -> list[int | None]:
-    """Reads head numbers, ``all`` and ``mean``; the mean is None.
-
-    Raises:
-        InputError: There is no such head.
-    """
+    """Reads head numbers, ``all`` and ``mean`` (None); raises InputError if there is no such head."""
     found: list[int | None] = []
     for word in words:
         if word == "all":
@@ -185,11 +177,7 @@ def distances_of(viewer: Viewer, images: Sequence[Shown]) -> Tensor:
 
 
 def bias(config: BiasConfig) -> None:
-    """Draws the relative position bias of each head as an image, for each table of the model.
-
-    Raises:
-        InputError: There is no such checkpoint, or it has no tables.
-    """
+    """Draws the relative position bias of each head; raises InputError if the checkpoint has none, or is missing."""
     check_picture_name(config.output)
     tables = bias_images_of(open_viewer(config.checkpoint, config.input_size, "cpu").model)
     if not tables:

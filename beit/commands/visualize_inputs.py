@@ -35,11 +35,7 @@ Shown = str | Path | ShardImage
 
 @dataclass(frozen=True)
 class Viewer(Preprocessing):
-    """A model and its preprocessing.
-
-    Attributes:
-        model: In evaluation mode, without gradients, set to the requested image size.
-    """
+    """A model in evaluation mode, without gradients, set to the requested image size, and its preprocessing."""
 
     model: Backbone
 
@@ -49,11 +45,7 @@ class Viewer(Preprocessing):
         return self.model.cls_token.device
 
     def view(self, image: Shown) -> Tensor:
-        """Returns an image on the device as the model gets it before normalisation, uint8 ``(1, 3, H, W)``.
-
-        Raises:
-            InputError: It cannot be read.
-        """
+        """Returns an image, not normalised, uint8 ``(1, 3, H, W)`` on the device; raises InputError if unreadable."""
         return self.transform(read_shown(image))["image"][None].to(self.device)
 
 
@@ -107,11 +99,7 @@ def image_files(given: Sequence[str], limit: int) -> list[str | ShardImage]:
 
 
 def read_shown(image: Shown) -> Image.Image:
-    """Returns an image as 8-bit RGB, upright.
-
-    Raises:
-        InputError: It cannot be read.
-    """
+    """Returns an image as 8-bit RGB, upright; raises InputError if it cannot be read."""
     if not isinstance(image, ShardImage):
         return decoded(str(image))
     try:

@@ -15,15 +15,10 @@ Query = tuple[int, int]  # row and column of a patch, from 0
 
 
 def attention_by_block(model: Backbone, images: Tensor, bool_masked_pos: Tensor | None = None) -> Iterator[Tensor]:
-    """Runs images through a model, in evaluation mode, once, and yields the attention probabilities of each block.
+    """Yields the attention probabilities of each block, ``(B, heads, N + 1, N + 1)``, by query and key.
 
-    Args:
-        model: Any backbone.
-        images: Normalised, ``(B, 3, H, W)``.
-        bool_masked_pos: Patches to mask for a pre-trained model, bool ``(B, h, w)``.
-
-    Yields:
-        ``(B, heads, N + 1, N + 1)``, indexed by query and key; only one block's are in memory at a time.
+    The model runs once, in evaluation mode, on normalised images ``(B, 3, H, W)``, with the patches in the bool
+    ``bool_masked_pos``, ``(B, h, w)``, masked; only one block's probabilities are in memory at a time.
     """
     index = model.relative_position_index
     shared = None if model.rel_pos_bias is None else model.rel_pos_bias(index)
@@ -34,16 +29,14 @@ def attention_by_block(model: Backbone, images: Tensor, bool_masked_pos: Tensor 
 
 
 def query_maps(attention: Tensor, queries: Sequence[Query], grid: tuple[int, int]) -> Tensor:
-    """Selects the attention of some patches, arranged like the image.
+    """Selects the attention of some patches, arranged like the image: ``(B, queries, heads, h, w)``.
+
+    A map sums to 1 minus the probability of the class token, which has no place in the image.
 
     Args:
         attention: Probabilities ``(B, heads, N + 1, N + 1)``.
         queries: The query patches, see :func:`check_queries`.
         grid: The patch grid ``(h, w)``.
-
-    Returns:
-        ``(B, queries, heads, h, w)``. A map sums to 1 minus the probability of the class token, which has no place in
-        the image.
 
     Source: BEiT (arXiv 2106.08254), figure 2.
     """
@@ -71,29 +64,17 @@ def default_queries(grid: tuple[int, int]) -> list[Query]:
 
 
 def patch_distances(grid: tuple[int, int], patch_size: tuple[int, int]) -> Tensor:
-    """Returns the distances in pixels between the centres of patches, ``(N, N)``.
-
-    Args:
-        grid: The patch grid ``(h, w)``.
-        patch_size: Height and width of a patch, in pixels.
-    """
+    """Returns the distances in pixels, ``(N, N)``, between patches of ``patch_size`` pixels in a grid of ``(h, w)``."""
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     centres = torch.stack((rows * patch_size[0], columns * patch_size[1]), dim=-1).flatten(0, 1).double()
     return torch.cdist(centres, centres, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def mean_distances(attention: Tensor, distances: Tensor) -> Tensor:
-    """Returns the mean attention distance of each head: how far a patch is from those it attends to, in pixels.
+    """Returns the mean attention distance of each head in pixels, float64 ``(B, heads)``.
 
-    Distances are weighted by the attention probabilities of the patches, rescaled to sum to 1 without the class
-    token, and then averaged over all query patches.
-
-    Args:
-        attention: Probabilities ``(B, heads, N + 1, N + 1)``.
-        distances: From :func:`patch_distances`.
-
-    Returns:
-        float64 ``(B, heads)``.
+    Distances, from :func:`patch_distances`, are weighted by the attention probabilities ``(B, heads, N + 1, N + 1)``
+    of the patches, rescaled to sum to 1 without the class token, and then averaged over all query patches.
 
     Source: ViT (arXiv 2010.11929), appendix D.7, which does not mention the class token.
     """

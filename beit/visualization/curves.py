@@ -50,9 +50,7 @@ class Curve:
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """Reads a run's ``log.txt``, one JSON object per epoch; for a folder, the ``log.txt`` in it.
-
-    An incomplete last line, left by a killed run, is skipped.
+    """Reads a run's ``log.txt``, given the file or its folder, but for an incomplete last line left by a killed run.
 
     Raises:
         InputError: There is no such file, or it is not a log.
@@ -80,15 +78,13 @@ def _entry(line: str, last: bool, file: Path) -> dict[str, Any] | None:
 
 
 def overlaid(runs: Mapping[str, Sequence[Entry]], only: Sequence[str] = ()) -> dict[str, list[Curve]]:
-    """Groups the numbers of some runs into diagrams, one per metric, with training and test curves of every run.
+    """Groups the numbers of runs into diagrams: a metric with its unit -> training and test curves of every run.
+
+    A baseline is drawn in its metric's diagram. The x axis counts optimizer steps if all runs of a diagram log them.
 
     Args:
         runs: Name of a run -> its entries; with several runs the name is part of the label.
         only: Metrics to draw, without ``train_`` or ``test_``; all but bookkeeping by default.
-
-    Returns:
-        A metric with its unit -> its curves, in the order of the logs. A baseline is drawn in its metric's diagram
-        instead of its own. The x axis counts optimizer steps if all runs of a diagram log them.
 
     Raises:
         InputError: A requested metric is in none of the logs, or there is nothing to draw.

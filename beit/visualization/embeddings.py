@@ -17,21 +17,13 @@ Embedding = tuple[Tensor, tuple[str, str]]  # points, float64 (N, 2), and the la
 
 
 def embed(features: Tensor, method: str, seed: int = 0) -> Embedding:
-    """Projects features ``(N, D)`` to 2D by one of :data:`METHODS`: the points, and the labels of the axes.
-
-    Raises:
-        InputError: There are too few features, or the method's library is not installed.
-    """
+    """Projects features ``(N, D)`` to 2D by one of :data:`METHODS`; raises as :func:`check_embedding` does."""
     check_embedding(len(features), method)
     return METHODS[method](features.double().cpu(), seed)
 
 
 def check_embedding(images: int, method: str) -> None:
-    """Checks the requirements of :func:`embed`; call it before a long computation.
-
-    Raises:
-        InputError: There are too few images, or the method's library is not installed.
-    """
+    """Raises InputError for too few images or a library that is not installed; call it before a long computation."""
     if images < MIN_IMAGES:
         raise InputError(f"{images} images make no picture of features: give {MIN_IMAGES} or more")
     if METHODS[method] is tsne:
@@ -79,15 +71,10 @@ METHODS: dict[str, Callable[[Tensor, int], Embedding]] = {"pca": pca, "tsne": ts
 
 
 def group_by_class(labels: Tensor, names: Sequence[str], most: int = MAX_CLASSES) -> list[tuple[str, Tensor]]:
-    """Groups images by class for a legend; if there are too many classes, only the most frequent ones are named.
+    """Groups images by class for a legend; if there are too many classes, only the ``most`` frequent ones are named.
 
-    Args:
-        labels: int64 ``(N,)``.
-        names: Names of the classes.
-        most: Maximum number of named classes.
-
-    Returns:
-        Names and the positions of their images, int64; last, under an empty name, images of all other classes.
+    Returns names and the positions, int64, of their images in ``labels``, int64 ``(N,)``; last, under an empty name,
+    the images of all other classes.
     """
     counts = torch.bincount(labels, minlength=len(names))
     present = int((counts > 0).sum())

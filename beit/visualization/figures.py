@@ -45,11 +45,7 @@ Legend = Sequence[tuple[str, tuple[int, int, int]]]  # names, and their colours 
 
 
 def check_picture_name(path: str | Path) -> str:
-    """Returns the format for a picture's file name; call it before a long computation.
-
-    Raises:
-        InputError: Pictures cannot be written in that format.
-    """
+    """Returns the format of a picture's file name, or raises InputError; call it before a long computation."""
     ending = Path(path).suffix.lower().removeprefix(".")
     if ending not in ("png", "svg"):
         raise InputError(f"cannot write the picture {path}: let its name end in .png or .svg")
@@ -150,13 +146,10 @@ def draw_pictures(path: str | Path, rows: Sequence[Sequence[Picture]], title: st
 
 
 def draw_panels(path: str | Path, panels: Mapping[str, Tensor], captions: Sequence[str] = (), title: str = "") -> None:
-    """Draws a table with one row per image and one column per version of the images.
+    """Draws a table with one row per image and one column per version of the images, to a PNG or SVG file.
 
-    Args:
-        path: PNG or SVG file to write.
-        panels: Title of a column -> its images ``(B, 3, H, W)`` in [0, 1]; sizes may differ between columns.
-        captions: Text under the last image of each row; none by default.
-        title: Title of the figure.
+    ``panels`` maps the title of a column to images ``(B, 3, H, W)`` in [0, 1], whose sizes may differ between columns;
+    ``captions`` stand under the last image of each row.
     """
     rows = [list(map(Picture, versions)) for versions in zip(*panels.values(), strict=True)]
     rows[0] = [replace(picture, title=name) for picture, name in zip(rows[0], panels, strict=True)]
@@ -166,13 +159,7 @@ def draw_panels(path: str | Path, panels: Mapping[str, Tensor], captions: Sequen
 
 
 def segmentation_figure(panels: Mapping[str, Tensor], legend: Legend, title: str = "") -> "Figure":
-    """Draws versions of one image side by side, with a legend of the classes below.
-
-    Args:
-        panels: Title of a version -> its picture, uint8 ``(3, H, W)``; all have the same size.
-        legend: Names and colours, as in :func:`pictures_figure`.
-        title: Title of the figure.
-    """
+    """Draws versions of one image, uint8 ``(3, H, W)`` by title, side by side, with a legend of the classes below."""
     row = [Picture(picture.float() / 255, title=name) for name, picture in panels.items()]
     return pictures_figure([row], title, legend=legend, inches=SEGMENTATION_INCHES)
 

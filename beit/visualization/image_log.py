@@ -19,13 +19,10 @@ MOST_IMAGES, COLUMNS = 16, 8  # of images beside their reconstructions
 def reconstruction_picture(
     model: nn.Module, outputs_of_all: Callable[[nn.Module, Batch], Tensor], target: PredictionTarget, batch: Batch
 ) -> Tensor:
-    """Draws a model's reconstructions of some images, a row each, as one picture ``(3, H', W')`` in [0, 1] on the CPU.
+    """Draws a model's reconstructions, a row per image, as one picture ``(3, H', W')`` in [0, 1] on the CPU.
 
-    The arguments are those of :func:`reconstruct`. It draws no random number and leaves the model in the mode it was
-    in, so a run with it is the run without it.
-
-    Raises:
-        InputError: The predictions cannot be drawn.
+    Arguments and errors are those of :func:`reconstruct`. It draws no random number and leaves the
+    model in the mode it was in, so a run with it is the run without it.
     """
     was_training = model.training
     try:

@@ -28,15 +28,11 @@ STYLES = {"train": "-", "test": "--", "baseline": ":"}
 
 
 def draw_curves(path: str | Path, diagrams: Mapping[str, Sequence[Curve]], title: str = "") -> None:
-    """Draws one diagram per metric, over epochs or optimizer steps.
+    """Draws one diagram per metric to a PNG or SVG file, over epochs or optimizer steps.
 
     The curves of a single run differ by colour. With several runs, runs differ by colour and marker, and training,
-    test and baseline by line style; all diagrams share one legend.
-
-    Args:
-        path: PNG or SVG file to write.
-        diagrams: Title -> curves, at least one, from :func:`beit.visualization.curves.overlaid`.
-        title: Title of the figure.
+    test and baseline by line style; all diagrams share one legend. ``diagrams`` maps titles to curves, at least one,
+    from :func:`beit.visualization.curves.overlaid`.
     """
     columns = min(MAX_COLUMNS, math.ceil(math.sqrt(len(diagrams))))
     rows = math.ceil(len(diagrams) / columns)

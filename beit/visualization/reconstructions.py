@@ -28,10 +28,9 @@ def reconstruct(
         batch: Views and masks, as described in :mod:`beit.targets`, on the model's device.
 
     Returns:
-        Versions of the images by title, each ``(B, 3, H', W')`` in [0, 1] on the CPU, and a caption with the score of
-        each image. The versions are the image, the image with masked patches in grey, and the predictions as drawn by
-        the target. For visual tokens these are the images decoded from the true tokens, which no model can beat, and
-        from the predicted tokens at masked patches with the true ones elsewhere.
+        Versions of the images by title, each ``(B, 3, H', W')`` in [0, 1] on the CPU: the image, the image with masked
+        patches in grey, and the predictions as drawn by the target (for visual tokens, decoded from the true tokens and
+        from the predicted ones at masked patches); and a caption with the score of each image.
 
     Source: BEiT (arXiv 2106.08254), figure 1.
     """
