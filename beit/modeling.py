@@ -303,11 +303,7 @@ class Backbone(nn.Module):
         **official: object,
     ) -> None:
         super().__init__()
-        for keyword, value in official.items():
-            if keyword not in WITHOUT_MEANING:
-                raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {keyword!r}")
-            if value is not None:
-                raise InputError(f"{keyword}={value} has no meaning here: {WITHOUT_MEANING[keyword]}")
+        self._refuse(official)
         self.metadata: Mapping[str, Any] = {}  # what a checkpoint records besides weights: labels, mean and std, …
         self.embed_dim = self.num_features = embed_dim
         self.num_heads, self.init_values = num_heads, init_values
@@ -345,6 +341,13 @@ class Backbone(nn.Module):
         self.register_buffer("relative_position_index", index, persistent=False)
         self.relative_position_index: Tensor | None
         self.register_load_state_dict_pre_hook(_drop_relative_position_index)
+
+    def _refuse(self, official: Mapping[str, object]) -> None:
+        for keyword, value in official.items():
+            if keyword not in WITHOUT_MEANING:
+                raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {keyword!r}")
+            if value is not None:
+                raise InputError(f"{keyword}={value} has no meaning here: {WITHOUT_MEANING[keyword]}")
 
     @property
     def img_size(self) -> tuple[int, int]:
