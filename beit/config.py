@@ -1,8 +1,7 @@
 """Typed configurations: one frozen dataclass per job, whose fields are the command-line flags and the YAML keys.
 
-This is the only module that knows ``argparse`` and YAML. Values come from, weakest first: the dataclass defaults, a
-YAML file given with ``--config`` (or as the argument ``config``, where the class has such a field), assignments such as
-``--options lr=1e-3`` (where its :class:`SettingsFiles` has a flag for them), the flags on the command line.
+Only this module knows ``argparse`` and YAML. Values come from, weakest first: the defaults, a YAML file (``--config``,
+or the argument ``config``), assignments such as ``--options lr=1e-3`` (see :class:`SettingsFiles`), and the flags.
 """
 
 import argparse
@@ -33,12 +32,12 @@ DEFAULTS_FOLLOW = "# The rest has its default."  # in a run's config.yaml
 
 @dataclasses.dataclass(frozen=True)
 class SettingsFiles:
-    """Where the settings files of some jobs are, and what assignments such as ``--options lr=1e-3`` may name.
+    """Where a job's settings files are, and what assignments such as ``--options lr=1e-3`` may name.
 
-    A configuration class has its own as the class variable ``SETTINGS``; without one they are the recipes of ``beit``.
+    Set as a configuration class's ``SETTINGS``; the default is the recipes of ``beit``.
 
     Args:
-        folder: Folder of the files that come with the package; those that begin with ``_`` are there to build on.
+        folder: Folder of the files in the package; those that begin with ``_`` are there to build on.
         overrides: The flags, without dashes, that take assignments ``KEY=VALUE``, which override a file.
         keys: Aliases of single keys of a mapping: that name -> ``field.key``.
         without_effect: Keys that may be assigned but do nothing here -> why; logged when they are.
@@ -72,11 +71,9 @@ def option(
     Args:
         default: The default value; its type is the field's annotation.
         help: What the flag does, with units.
-        aliases: Other names of the setting: official spellings, and those of earlier versions. Each is accepted as a
-            flag, as a YAML key, in assignments and in a checkpoint's ``args``. One with a dot is no flag.
+        aliases: Other names, accepted as flags (unless dotted), YAML keys, assignments and in a checkpoint's ``args``.
         counts_batches: Aliases whose values count batches, of which ``update_freq`` make one of this field's steps.
-        within: The interval that a number must be in, such as ``[0, 1)`` or ``(0, inf)``; never NaN or infinite. Of a
-            sequence, each number.
+        within: Interval of the number, or of each of several, like ``[0, 1)`` or ``(0, inf)``; never NaN or infinite.
         choices: The accepted values; read when the parser is built, so a table can grow until then.
         off: For a boolean, the flag that switches it off (``--no_<name>`` otherwise).
         no_effect: Why a flag that the official scripts have does nothing here; logged when it is used.
@@ -139,9 +136,7 @@ def read_command_line(config_class: type[ConfigT], argv: Sequence[str], prog: st
 
 
 def read_yaml(config_class: type, name: str) -> Values:
-    """Reads the settings of a YAML file: a path, or the name of a recipe that comes with the package.
-
-    A file may name another one under ``base``, relative to itself or of the package, whose settings it overrides.
+    """Reads the settings of a YAML file, by path or a recipe's name, over those of the ``base`` it names likewise.
 
     Raises:
         InputError: No such file, not YAML, or a key that the job does not have.
@@ -150,9 +145,7 @@ def read_yaml(config_class: type, name: str) -> Values:
 
 
 def read_facts(name: str) -> Values:
-    """Reads what a recipe says about its run: ``recipe`` in its file, over the facts of the files it builds on.
-
-    A ``note`` is the file's own.
+    """Reads a recipe's facts (``recipe``) over those of the files it builds on, whose ``note`` is not inherited.
 
     Raises:
         InputError: No such file, not YAML, or facts that are not ``key: value`` lines.
@@ -173,10 +166,7 @@ def recipe_names() -> list[str]:
 
 
 def read_run_settings(path: Path) -> tuple[Values, set[str] | None]:
-    """Reads the ``config.yaml`` of any job's run folder.
-
-    Returns:
-        The settings as plain values, and the names of those that differ from their defaults, None if it does not say.
+    """Returns the plain settings of a run's ``config.yaml``, and which differ from the defaults (None if unknown).
 
     Raises:
         InputError: It cannot be read, or is not YAML.
@@ -196,11 +186,7 @@ def from_plain(config_class: type[ConfigT], values: Mapping) -> ConfigT:
 
 
 def check_settings(config: object) -> None:
-    """Makes sure that every setting is one of its choices, within its interval, and there if it must exist.
-
-    Raises:
-        InputError: The first one that is not.
-    """
+    """Raises :class:`InputError` for the first setting outside its choices or interval, or whose path is missing."""
     for name, (field, _) in _fields(type(config)).items():
         value, meta = getattr(config, name), field.metadata
         if value is None:

@@ -5,10 +5,9 @@ from difflib import get_close_matches
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave: a path, a flag, a file, a size.
+    """A mistake in the user's input, in one line: what is wrong, where, and what to do.
 
-    The message is one line: what is wrong, where, and what to do. Launchers print it without a traceback and exit with
-    status 2; code that imports the library can catch it as a ``ValueError``.
+    Launchers print it without a traceback and exit with status 2; library users can catch a ``ValueError``.
     """
 
 

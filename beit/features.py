@@ -18,13 +18,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Feature:
-    """One vector for each image.
+    """One vector per image, named ``layer<number>_<pool>``.
 
-    Args:
-        name: ``layer<number>_<pool>``.
-        layer: The block it comes from, from 0 on.
-        pool: How the block's tokens become a vector; see :func:`beit.inference.extract_feat`.
-        size: Its length.
+    ``layer`` is the block, from 0; ``pool`` is as in :func:`beit.inference.extract_feat`; ``size`` is its length.
     """
 
     name: str
@@ -39,7 +35,7 @@ class FrozenFeatures:
     Args:
         model: The backbone, on its device.
         layers: Its blocks, from 0 on or, if negative, from the end; empty for all.
-        pools: What to take of each: ``cls``, ``mean`` or ``cls_mean``.
+        pools: Poolings of each block: ``cls``, ``mean`` or ``cls_mean``.
         mean: Mean of the backbone's input, per channel.
         std: Standard deviation of the backbone's input, per channel.
         precision: Number format of the pass.

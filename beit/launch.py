@@ -50,8 +50,7 @@ def launch(
         description: Text of ``--help``.
         argv: The arguments; the process's own by default.
         prog: The command's name in messages.
-        owns_process: Whether the process is there for this job alone, so that :func:`end_at_once` may end it; by
-            default where it reads its own arguments.
+        owns_process: Whether :func:`end_at_once` may end the process; by default if it reads its own arguments.
 
     Returns:
         0 when done, 2 for a mistake in the input, 1 for a run that could not continue (out of memory, a loss that is
@@ -74,10 +73,7 @@ def launch(
 
 
 def end_at_once(status: int) -> None:
-    """Ends the process without ending the interpreter first, which threads of gloo that are left would abort.
-
-    PyTorch's caches of sharded operations keep the process group after a run with ``--shard fsdp`` on CPUs.
-    """
+    """Ends the process without the interpreter's shutdown, which gloo threads left by ``--shard fsdp`` would abort."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -32,13 +32,10 @@ class BlockwiseMaskGenerator:
     The area of a block is uniform between ``min_num_patches`` and the number of patches left to mask (in either order),
     its aspect ratio (height over width) log-uniform, its position uniform. A block is accepted if it is smaller than
     the grid on both sides and adds between 1 and the remaining number of patches; after 10 rejections in a row the mask
-    is complete. So ``num_mask_patches`` is an upper bound: in the published setting, 75 patches of a 14 x 14 grid, the
-    count is 74.5 on average and rarely below 70.
+    is complete. So ``num_mask_patches`` is an upper bound: the published 75 of 14 x 14 average 74.5, rarely below 70.
 
     Source: section 2.3 and algorithm 1 of arXiv 2106.08254.
-
-    Deviation: an empty mask is drawn again, as the loss is undefined without masked patches. This never happens in the
-        published setting, but it does if very few patches are to be masked.
+    Deviation: an empty mask, whose loss is undefined, is drawn again; the published setting never draws one.
 
     Args:
         grid_size: Patches ``(H, W)`` of the image, or one number for a square grid.
@@ -156,13 +153,13 @@ class BlockwiseMaskGenerator:
 
 
 class RandomMaskGenerator:
-    """Masks exactly ``num_mask_patches`` patches, chosen uniformly.
+    """Masks exactly ``num_mask_patches`` patches, chosen uniformly; the block sizes have no effect.
 
     Args:
         grid_size: Patches ``(H, W)`` of the image, or one number for a square grid.
         num_mask_patches: Patches masked in every image.
-        min_num_patches: Has no effect, as there are no blocks; all strategies take the same arguments.
-        max_num_patches: Likewise.
+        min_num_patches: Has no effect.
+        max_num_patches: Has no effect.
 
     Raises:
         InputError: The count is not positive or exceeds the grid.

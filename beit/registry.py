@@ -1,13 +1,12 @@
-"""Everything that is chosen by name, in one table per kind; flags, error messages and documentation list its keys.
+"""Everything that is chosen by name, one table per kind; flags, error messages and documentation list the keys.
 
-A value is ``"module:object"``, imported when it is used, or the object itself. To add a choice, register it before the
-flags are parsed:
+A value is ``"module:object"``, imported when it is used, or the object itself; add one before flags are parsed:
 
     from beit.registry import MASK_STRATEGIES
 
     MASK_STRATEGIES["stripes"] = "my_package.masks:StripeMasks"
 
-Models have a table of their own, :data:`beit.zoo.MODELS`, which also holds the arguments they are built with.
+Models have their own table with their arguments, :data:`beit.zoo.MODELS`.
 """
 
 from collections.abc import Callable, Mapping
@@ -43,16 +42,7 @@ FORMATS: Table = {  # what `beit convert` writes: dialects of `beit.checkpoints.
 
 
 def resolve(table: Mapping[str, object], name: str, kind: str) -> Any:
-    """Returns the object that a table has under a name.
-
-    Args:
-        table: One of the tables above.
-        name: The key.
-        kind: What the table lists, for the error message: "tokenizer kind".
-
-    Raises:
-        InputError: The table has no such name.
-    """
+    """Returns a table's object by ``name``; if there is none, :class:`InputError` names the ``kind`` and choices."""
     if name not in table:
         raise InputError(f"unknown {kind} {name!r}{did_you_mean(name, table)}: choose from {', '.join(table)}")
     return locate(table[name])

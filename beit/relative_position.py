@@ -31,14 +31,7 @@ def num_table_rows(window_size: tuple[int, int]) -> int:
 
 
 def relative_position_index(window_size: tuple[int, int]) -> Tensor:
-    """Returns the table row of each pair (query, key) of tokens.
-
-    Args:
-        window_size: The patch grid ``(h, w)``, in patches.
-
-    Returns:
-        An int64 tensor ``(N + 1, N + 1)`` with values below ``num_table_rows(window_size)``.
-    """
+    """Returns the table row of each pair (query, key) of a window's tokens, int64 ``(N + 1, N + 1)``."""
     height, width = window_size
     row = torch.arange(height).repeat_interleave(width)
     column = torch.arange(width).repeat(height)
@@ -55,15 +48,12 @@ def relative_position_index(window_size: tuple[int, int]) -> Tensor:
 
 
 def relative_position_bias(table: Tensor, index: Tensor, window_size: tuple[int, int]) -> Tensor:
-    """Gathers the bias to be added to the attention logits.
+    """Gathers the bias to be added to the attention logits, contiguous ``(H, N + 1, N + 1)`` of the table's dtype.
 
     Args:
         table: Bias table ``(rows, H)``, one column per head.
         index: The rows to read, int64 ``(N + 1, N + 1)``, from :func:`relative_position_index`.
         window_size: The patch grid ``(h, w)`` of both.
-
-    Returns:
-        A contiguous tensor ``(H, N + 1, N + 1)`` of the table's dtype.
     """
     if table.device.type == "cuda":
         return bias_by_sliding(table, window_size)
@@ -76,8 +66,6 @@ def bias_by_sliding(table: Tensor, window_size: tuple[int, int]) -> Tensor:
 
     The offsets to all keys are a window of the plane of offsets, which slides from query to query. On a GPU a scatter
     adds up to ``N`` gradients to one row, one at a time and in a nondeterministic order.
-
-    Takes ``table`` and ``window_size`` as :func:`relative_position_bias` does.
     """
     height, width = window_size
     patches, heads = height * width, table.shape[1]
@@ -107,8 +95,8 @@ def resize_table(table: Tensor, source_window: tuple[int, int], target_window: t
     Raises:
         InputError: The table's shape is not that of ``source_window``, or a window is empty.
 
-    Deviation: The official code supports square windows only. Here each axis has its own ratio, an axis of unchanged
-        length keeps its values, and an axis of two patches (one patch) uses a spline of degree two (a constant).
+    Deviation: The official code supports square windows only. Here each axis has its own ratio, one of unchanged length
+        keeps its values, and one of two patches (one patch) uses a spline of degree two (a constant).
     """
     for window in (source_window, target_window):
         if len(window) != 2 or min(window) < 1:
@@ -130,15 +118,9 @@ def resize_table(table: Tensor, source_window: tuple[int, int], target_window: t
 
 
 def source_positions(source: int, target: int) -> FloatArray:
-    """Returns the positions of an axis's ``source`` offsets on the grid of an axis of ``target`` patches.
+    """Returns where the ``2 * source - 1`` offsets of an axis of ``source`` patches lie on one of ``target`` patches.
 
-    Args:
-        source: Length of the trained axis, in patches.
-        target: Length of the new axis, in patches.
-
-    Returns:
-        ``2 * source - 1`` increasing positions, symmetric about 0: sums of 1, q, q**2, … with the q of
-        :func:`geometric_ratio`; integers where the length does not change.
+    Symmetric about 0: sums of 1, q, q**2, … with the q of :func:`geometric_ratio`; integers if the length is the same.
     """
     if source == target:
         return np.arange(1.0 - source, source)

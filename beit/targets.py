@@ -1,10 +1,8 @@
 """What pre-training predicts for a patch: its visual token, its pixels, or whatever a subclass defines.
 
 A target reads a batch on the device: ``image``, the model's view, uint8 ``(B, 3, H, W)``; ``mask``, bool
-``(B, h, w)``; and, if ``second_view`` is set, ``token_image``, the same regions at another size, uint8
-``(B, 3, H2, W2)``. Patches are numbered through the batch: patch ``i`` is element ``i`` of the flattened ``(B, h, w)``.
-
-A target becomes a choice of ``--target`` by a line in :data:`beit.registry.TARGETS`.
+``(B, h, w)``; and, if ``second_view``, ``token_image``, the same regions at another size, uint8 ``(B, 3, H2, W2)``.
+Patch ``i`` is element ``i`` of the flattened ``(B, h, w)``. A line in :data:`beit.registry.TARGETS` adds a choice.
 """
 
 from abc import ABC, abstractmethod
@@ -30,8 +28,7 @@ class PredictionTarget(ABC):
 
     Attributes:
         second_view: Whether :meth:`compute` reads ``token_image``; if not, that view is not made.
-        name: What is predicted, including every option that changes what the model's outputs mean. Checkpoints record
-            it, and a run resumes only with the same target.
+        name: What is predicted, with every option that changes it; a run resumes only checkpoints of the same name.
         output_size: Size of the model's output for each patch.
     """
 
@@ -49,9 +46,7 @@ class PredictionTarget(ABC):
         std: Sequence[float],  # noqa: ARG003
         pixel_norm: bool,  # noqa: ARG003
     ) -> "PredictionTarget":
-        """Creates the target for a run. The default passes no arguments to the constructor.
-
-        A subclass that overrides this names the keywords it uses and takes the others as ``**_``.
+        """Creates the target for a run. An override names the keywords it uses and takes the others as ``**_``.
 
         Args:
             tokenizer: Loads the run's tokenizer; called only by a target that needs one.
@@ -71,12 +66,9 @@ class PredictionTarget(ABC):
 
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-        """Compares outputs with targets.
+        """Returns the loss of ``(M, output_size)`` outputs, perhaps in half precision, and ``(M, …)`` targets.
 
-        Args:
-            outputs: The model's, ``(M, output_size)``, possibly in half precision.
-            targets: What :meth:`compute` returned, ``(M, …)``.
-            reduction: ``mean`` or ``sum`` over the patches.
+        ``reduction`` is ``mean`` or ``sum``, over the patches.
         """
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
@@ -84,10 +76,7 @@ class PredictionTarget(ABC):
         return {}
 
     def tally(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Returns sums over the patches of a batch, to be added up over batches and processes for :meth:`scores`.
-
-        The default is each metric times the number of patches.
-        """
+        """Returns sums over a batch's patches, to be totalled for :meth:`scores`; by default metrics times patches."""
         return {name: value * len(outputs) for name, value in self.metrics(outputs, targets).items()}
 
     def scores(self, tally: Mapping[str, Tensor], patches: int) -> dict[str, float]:
@@ -95,27 +84,15 @@ class PredictionTarget(ABC):
         return {name: total.item() / patches for name, total in tally.items()}
 
     def check(self, patch_grid: tuple[int, int], second_size: tuple[int, int]) -> None:  # noqa: B027
-        """Checks the target against the model's patch grid ``(h, w)`` and the second view's size ``(H2, W2)``.
-
-        Raises:
-            InputError: They do not fit.
-        """
+        """Raises :class:`InputError` if patch grid ``(h, w)`` and second view's size ``(H2, W2)`` do not fit."""
 
     def pictures(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:  # noqa: ARG002
-        """Returns pictures of the predictions, if there are any: title → images ``(B, 3, H', W')`` in [0, 1].
-
-        Args:
-            outputs: Of all patches, float32 ``(B, h · w, output_size)``.
-            batch: Its views and masks.
-        """
+        """Returns title → pictures ``(B, 3, H', W')`` in [0, 1] of float32 outputs ``(B, h · w, output_size)``."""
         return {}
 
 
 class TokenTarget(PredictionTarget):
     """The visual token of a patch, from a frozen tokenizer; the loss is the cross-entropy.
-
-    Args:
-        tokenizer: The tokenizer.
 
     Source: section 2.3 of arXiv 2106.08254.
     """
@@ -177,8 +154,7 @@ class PixelTarget(PredictionTarget):
         std: Standard deviation of the model's input, per channel.
         normalised: Subtract each patch's mean and divide by its standard deviation, over all its values.
 
-    Source: "recover masked pixels", section 3.3 of arXiv 2106.08254, with raw pixels; normalising each patch is from
-    masked autoencoders, section 4.1 of arXiv 2111.06377.
+    Source: section 3.3 of arXiv 2106.08254 (raw pixels); section 4.1 of arXiv 2111.06377 (normalised per patch).
     """
 
     EPS = 1e-6  # added to the variance; a patch of one colour becomes zeros
@@ -229,10 +205,7 @@ class PixelTarget(PredictionTarget):
         return {"r2": _explained(tally).item()}
 
     def pictures(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Returns the images with masked patches as predicted.
-
-        Normalised patches are shown with the mean and deviation of the true ones, which the model cannot know.
-        """
+        """Returns the images with masked patches as predicted, scaled back by the true patches' mean and deviation."""
         truth = self._patches(batch)  # (B, N, p1 p2 c)
         if self.normalised:
             mean, deviation = self._statistics(truth)
@@ -261,17 +234,16 @@ def _explained(tally: Mapping[str, Tensor]) -> Tensor:
 
 
 def with_patch_index(batch: Batch, predict: str = "masked", room: int = 0) -> dict[str, Tensor]:
-    """Adds the flat positions of the patches to predict, computed on the host so that no GPU has to wait.
+    """Adds the positions of the patches to predict, computed on the host so that the GPU need not wait.
 
     Args:
         batch: Holds ``mask``, bool ``(B, h, w)``.
         predict: ``masked`` or ``all``.
-        room: Most masked patches that a batch can have. With it the model gets that many positions in every batch,
-            padded with the first patch: a compiled model needs the same shapes each time.
+        room: Most masked patches that a batch can have, to give a compiled model the same shapes every time.
 
     Returns:
-        The batch with ``patch_index``, int64 ``(M,)``, positions in the ``B * h * w`` patches; of masked ones with
-        ``room`` also ``padded_index``, int64 ``(room,)``.
+        The batch with ``patch_index``, int64 ``(M,)``, in the ``B * h * w`` patches; if masked, with ``room`` also
+        ``padded_index``, int64 ``(room,)``, padded with the first patch.
     """
     mask = batch["mask"].flatten()
     if predict != "masked":
@@ -282,13 +254,7 @@ def with_patch_index(batch: Batch, predict: str = "masked", room: int = 0) -> di
 
 
 class MaskedPrediction:
-    """The objective: the target's loss on the chosen patches of masked images.
-
-    Args:
-        target: What is predicted.
-        mean: Mean of the model's input, per channel.
-        std: Standard deviation of the model's input, per channel.
-    """
+    """The objective: the target's loss on masked images, normalised with ``mean`` and ``std`` per channel."""
 
     def __init__(self, target: PredictionTarget, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         self.target = target

@@ -1,13 +1,11 @@
-"""The published models by name, and how a model is built or a checkpoint opened.
+"""The published models by name, and how a model is built or a checkpoint opened. Imports torch only to build one.
 
-:data:`MODELS` is apart from timm's registry, which has models of the same names. A row is a factory: called bare it
-builds the published configuration, so that a released file loads into it; keywords change it. To add a model:
+:data:`MODELS` is separate from timm's registry, whose names it shares. A row is a factory: called bare it builds the
+published configuration, so that a released file loads into it; keywords change it. To add a model:
 
     from beit.zoo import MODELS, Model
 
     MODELS["my_vit"] = Model("my_package.models:MyViT", {"img_size": 224, "embed_dim": 256})
-
-This module does without torch until a model is built.
 """
 
 from collections.abc import Mapping
@@ -39,14 +37,7 @@ class Model(Generic[M_co]):
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, **overrides: Any) -> M_co:
-        """Builds the model.
-
-        Args:
-            **overrides: Keywords of the constructor, in place of or besides :attr:`arguments`.
-
-        Raises:
-            TypeError: The constructor has no such keyword.
-        """
+        """Builds the model; ``overrides`` replace or extend :attr:`arguments` (``TypeError`` for an unknown one)."""
         model: M_co = locate(self.builds)(**{**self.arguments, **overrides})
         return model
 
@@ -128,8 +119,7 @@ def open_model(name_or_path: str | Path) -> "tuple[Backbone, Metadata]":
     """Opens a checkpoint as the model it was saved from; of a segmentor, only the backbone.
 
     Args:
-        name_or_path: A file, folder, released name, address or hub id; or a key of :data:`MODELS`, for the checkpoint
-            that was released for that model.
+        name_or_path: A file, folder, released name, address or hub id; or a key of :data:`MODELS` for its release.
 
     Returns:
         The model in evaluation mode, and what the checkpoint records; see :mod:`beit.checkpoints.read`.

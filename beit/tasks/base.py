@@ -54,14 +54,12 @@ Schedule = Callable[[int], float]
 
 
 class Task(ABC, Generic[ConfigT]):
-    """A training job. A subclass says what is trained, on what, and to what end; the rest has defaults.
-
-    :func:`run` calls the methods in the order in which they stand here.
+    """A training job. :func:`run` calls the methods in the order below; a subclass overrides what differs.
 
     Attributes:
         config: The job's settings; after :meth:`start` those with ``--total_batch_size`` resolved.
         batch_multiple: What the images of a batch must be a multiple of.
-        best_metric: Metric of the evaluation, the larger the better, whose best checkpoint is kept; None for none.
+        best_metric: Evaluation metric, higher is better, whose best checkpoint is kept; None for none.
         evaluate_average: Whether the moving average of the weights is evaluated too.
         prepare_batch: Applied to a batch on the host, before it goes to the device; None for nothing.
         session: The processes, the device and the run folder.
@@ -83,11 +81,7 @@ class Task(ABC, Generic[ConfigT]):
         self.config = config
 
     def check(self) -> None:
-        """Makes sure that the settings can work together; each on its own is checked already.
-
-        Raises:
-            InputError: They cannot.
-        """
+        """Raises :class:`InputError` for settings that do not work together; each alone is checked already."""
 
     def start(self, session: Session) -> None:
         """Takes the session up, before anything is built."""
@@ -186,11 +180,7 @@ class Task(ABC, Generic[ConfigT]):
         return self.config.resume
 
     def accepts(self, checkpoint: Mapping[str, Any], source: str) -> None:
-        """Makes sure that a checkpoint can be resumed.
-
-        Raises:
-            InputError: It cannot; the message says why and what to do.
-        """
+        """Raises :class:`InputError` for a checkpoint that cannot be resumed, saying why and what to do."""
 
     def sharded_layers(self, model: nn.Module) -> Iterable[nn.Module]:
         """Returns the layers that ``--shard fsdp`` gathers one by one."""
@@ -203,14 +193,8 @@ class Task(ABC, Generic[ConfigT]):
     def finish(self) -> None:
         """Called at the end of a run that has trained to its last step."""
 
-    # What tasks build with
-
     def steps_per_epoch(self) -> int:
-        """Returns the optimizer steps of a pass over the data.
-
-        Raises:
-            InputError: The data have too few batches for one.
-        """
+        """Returns the optimizer steps per epoch; :class:`InputError` if the data have too few batches for one."""
         assert isinstance(self.config, BatchOptions)
         batches, update_freq = self.loader.batches_per_epoch, self.config.update_freq
         if batches < update_freq:
@@ -247,11 +231,7 @@ class Task(ABC, Generic[ConfigT]):
 
 
 def run(task: Task[Any]) -> None:
-    """Trains as a task says, from the settings to the last checkpoint.
-
-    Raises:
-        InputError: A setting, a file or a checkpoint cannot be used.
-    """
+    """Runs a task to the last checkpoint; :class:`InputError` for a setting, file or checkpoint that cannot be used."""
     with opened(task) as session:
         task.model = task.build_model().to(session.device)
         if getattr(task.config, "compile", False):
@@ -288,11 +268,7 @@ def run(task: Task[Any]) -> None:
 
 @contextmanager
 def opened(task: Task[Any], *, writes: bool = True) -> Iterator[Session]:
-    """Checks a task's settings and opens its session; a job that only looks leaves the run folder alone.
-
-    Raises:
-        InputError: A setting or the run folder cannot be used.
-    """
+    """Checks a task's settings (:class:`InputError`) and opens its session; without ``writes``, no run folder."""
     check_settings(task.config)
     task.check()
     if isinstance(task.config, OptimizerOptions):
@@ -350,11 +326,7 @@ def plan(config: BatchOptions, trainer: Trainer) -> str:
 
 
 def find_together(path: str) -> ImageIndex:
-    """Lists the images of a folder or a file once for all processes, which then read the kept index.
-
-    Raises:
-        InputError: There are none, or the processes do not see the same ones.
-    """
+    """Lists images once for all processes; :class:`InputError` if there are none or they differ between them."""
     distributed.on_main(lambda: len(index_images(path)))
     index = index_images(path)
     if not distributed.all_equal(len(index)):
@@ -365,12 +337,12 @@ def find_together(path: str) -> ImageIndex:
 def find_labelled(
     config: LabelledDataOptions, nb_classes: int, *, trains: bool = True, evaluates: bool = True, download: bool = False
 ) -> tuple[LabelledImages | None, LabelledImages | None, tuple[str, ...]]:
-    """Finds training images, validation images and the names of their classes.
+    """Returns training images, validation images (each None if not wanted) and class names.
 
     Args:
         config: Where they are.
-        nb_classes: Classes that must be found; 0 takes what is there.
-        trains: Whether training images are wanted; None is returned otherwise.
+        nb_classes: Number of classes that must be found; 0 takes what is there.
+        trains: Whether training images are wanted.
         evaluates: Whether validation images are wanted.
         download: Whether a missing CIFAR archive may be fetched.
 
@@ -399,15 +371,10 @@ def warn_of_another_mean(source: str, metadata: Mapping[str, Any], mean: tuple[f
 
 
 def named_model(config: ModelOptions, *, masked: bool = False, **arguments: object) -> Backbone:
-    """Builds ``--model`` with ``--model_kwargs`` over the arguments of its constructor.
+    """Builds ``--model`` from ``arguments`` of its constructor and ``--model_kwargs``, which win.
 
-    Args:
-        config: The settings.
-        masked: Whether it must be a pre-training model, rather than a classifier.
-        **arguments: Keywords of its constructor.
-
-    Raises:
-        InputError: The name is unknown or of the other kind, or an argument does not fit.
+    ``masked`` is whether it must be a pre-training model rather than a classifier. Raises :class:`InputError` for an
+    unknown name, one of the other kind, or an argument that does not fit.
     """
     name, builds = config.model, locate(MODELS[config.model].builds) if config.model in MODELS else None
     if isinstance(builds, type) and issubclass(builds, VisionTransformerForMaskedImageModeling) != masked:

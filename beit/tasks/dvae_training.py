@@ -143,12 +143,9 @@ def loss_schedules(config: DvaeConfig, settings: LoopSettings) -> tuple[WarmupCo
 
 
 class Reconstruction:
-    """The objective: reconstruction from relaxed codes, and the KL divergence of the codes to the uniform prior.
+    """The objective: reconstruction (``mse`` or ``smooth_l1``) from relaxed codes, and their KL divergence to uniform.
 
-    Args:
-        temperature: Temperature of the relaxation at an optimizer step.
-        kl_weight: Weight of the KL at an optimizer step.
-        kind: ``mse`` or ``smooth_l1``.
+    ``temperature`` and ``kl_weight`` are functions of the optimizer step.
     """
 
     def __init__(self, temperature: Callable[[int], float], kl_weight: Callable[[int], float], kind: str) -> None:
@@ -172,7 +169,7 @@ class Reconstruction:
 
 
 class HardTokenEvaluation:
-    """The tokenizer as it is used: reconstructions from plain argmax tokens, and how evenly these are used.
+    """Evaluates the tokenizer as it is used: reconstructions from argmax tokens, and how evenly these are used.
 
     Args:
         vae: The averaged weights.

@@ -174,11 +174,7 @@ class Finetuning(Task[FinetuningConfig]):
 
 
 def evaluate_checkpoint(config: FinetuningConfig) -> Metrics:
-    """Evaluates a checkpoint on the validation images, for ``--eval``; returns what :func:`evaluate` does.
-
-    Raises:
-        InputError: There is no checkpoint, or it is not for these classes or this model.
-    """
+    """Evaluates a checkpoint, for ``--eval``; :class:`InputError` if it is missing or its model or classes differ."""
     task = Finetuning(config)
     with opened(task, writes=False) as session:
         model = build_model(config, len(task.class_names)).to(session.device)
@@ -194,11 +190,7 @@ def evaluate_checkpoint(config: FinetuningConfig) -> Metrics:
 
 
 def checkpoint_to_evaluate(config: FinetuningConfig) -> str:
-    """Returns the checkpoint that ``--eval`` is about.
-
-    Raises:
-        InputError: There is none.
-    """
+    """Returns the checkpoint to evaluate with ``--eval``; :class:`InputError` if there is none."""
     found = config.resume
     if not found and config.auto_resume and config.output_dir:
         found = distributed.on_main(lambda: str(newest_checkpoint(Path(config.output_dir)) or ""))
@@ -208,11 +200,7 @@ def checkpoint_to_evaluate(config: FinetuningConfig) -> str:
 
 
 def load_whole(model: VisionTransformer, source: str, model_key: str, task: Finetuning) -> None:
-    """Loads a checkpoint that must fill the whole model, its head as well, and have the task's classes.
-
-    Raises:
-        InputError: It does not.
-    """
+    """Loads a checkpoint that must fill the model, head included, with the same classes; :class:`InputError` if not."""
     weights, metadata = read_weights(source, model_key, task.config.model_prefix)
     report = load_weights(model, weights, metadata)
     logger.info("%s", report.summary())
@@ -234,11 +222,7 @@ def load_whole(model: VisionTransformer, source: str, model_key: str, task: Fine
 
 
 def build_model(config: FinetuningConfig, num_classes: int) -> VisionTransformer:
-    """Creates the classifier, at the size of the images.
-
-    Raises:
-        InputError: The name is unknown or not a classifier, or an option does not fit.
-    """
+    """Creates the classifier at ``--input_size``; :class:`InputError` for a bad name or an option that does not fit."""
     model = named_model(
         config,
         img_size=config.input_size,
@@ -264,9 +248,8 @@ class Classification:
     Args:
         mean: Mean of the model's input, per channel.
         std: Standard deviation of the model's input, per channel.
-        smoothing: Share of the target that is spread over all classes.
-        mixup: timm's mixup and cutmix, which smooths by itself; None for none. It draws from NumPy's global generator,
-            which the loop seeds for every step.
+        smoothing: Label smoothing, the share of the target that is spread over all classes.
+        mixup: timm's mixup and cutmix, which also smooths; it draws from NumPy's global generator, seeded per step.
     """
 
     def __init__(
@@ -305,11 +288,7 @@ def build_eval_transform(config: FinetuningConfig) -> ClassificationEvalTransfor
 def evaluate(
     model: nn.Module, loader: EpochLoader, precision: Precision, *, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Metrics:
-    """Classifies a data set, each image once over all processes; unreadable images are skipped.
-
-    Returns:
-        ``loss``, the mean cross-entropy, and ``acc1`` and ``acc5``, top-1 and top-5 accuracy in percent.
-    """
+    """Returns mean ``loss``, ``acc1`` and ``acc5`` (percent); each image counts once, unreadable ones are skipped."""
     model.eval()
     device = next(model.parameters()).device  # a moving average may be kept on the host
     counts = zero_counts(device)

@@ -1,7 +1,4 @@
-"""The linear probe: how well do linear classifiers read the features of a frozen backbone, block by block?
-
-One head per block is trained, all side by side in one pass over augmented images; the best block is reported.
-"""
+"""The linear probe: linear classifiers on every block of a frozen backbone, trained together; the best is reported."""
 
 import hashlib
 import logging
@@ -139,11 +136,7 @@ class LinearProbe(Task[LinearProbeConfig]):
 
 
 def build_backbone(config: LinearProbeConfig) -> Backbone:
-    """Creates the backbone with its pre-trained or fine-tuned weights.
-
-    Raises:
-        InputError: The name is unknown, an option does not fit, or the checkpoint is of another model.
-    """
+    """Creates the backbone with its weights; :class:`InputError` for a bad name, option or checkpoint."""
     source, auto = config.checkpoint, config.model == AUTO
     if auto and not source:
         raise InputError("--model auto takes the architecture of a checkpoint: give --checkpoint as well")
@@ -175,12 +168,7 @@ def fingerprint(backbone: Backbone) -> str:
 
 
 class LinearHeads(nn.Module):
-    """A linear classifier for each feature; they are trained side by side, independently of each other.
-
-    Args:
-        features: What they read.
-        num_classes: Their outputs.
-    """
+    """Independent linear classifiers of ``num_classes`` outputs, one per feature, trained side by side."""
 
     def __init__(self, features: tuple[Feature, ...], num_classes: int) -> None:
         super().__init__()
@@ -196,11 +184,7 @@ class LinearHeads(nn.Module):
 
 
 class SideBySide:
-    """The objective: the sum of the heads' cross-entropies, in which each head has its own term.
-
-    Args:
-        features: Computes what the heads read.
-    """
+    """The objective: the sum of the heads' cross-entropies on the given features; each head has its own term."""
 
     def __init__(self, features: FrozenFeatures) -> None:
         self.features = features
@@ -224,9 +208,8 @@ def peak_lr(config: LinearProbeConfig, world_size: int) -> float:
 def evaluate(heads: nn.Module, features: FrozenFeatures, loader: EpochLoader) -> Metrics:
     """Scores every head, each image once over all processes; unreadable images are skipped.
 
-    Returns:
-        ``acc1``, ``acc5`` (percent) and ``loss`` of the head with the highest ``acc1``, its ``best_layer``, and
-        ``<name>_acc1`` and ``<name>_acc5`` of every head.
+    Returns ``acc1``, ``acc5`` (percent) and ``loss`` of the head with the highest ``acc1``, its ``best_layer``, and
+    ``<name>_acc1`` and ``<name>_acc5`` of every head.
     """
     heads.eval()
     names = [feature.name for feature in features.features]

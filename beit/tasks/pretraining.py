@@ -142,11 +142,7 @@ class Pretraining(Task[PretrainingConfig]):
 
 
 def build_target(config: PretrainingConfig, device: torch.device) -> PredictionTarget:
-    """Creates the target that ``--target`` names.
-
-    Raises:
-        InputError: Something it needs is missing, such as the tokenizer.
-    """
+    """Creates the ``--target``; :class:`InputError` if something it needs, such as the tokenizer, is missing."""
     with torch.device("meta"):  # takes no memory and draws no random number
         patch_size = build_model(config, 1).patch_embed.patch_size
     mean, std = normalization(config.imagenet_default_mean_and_std)
@@ -161,11 +157,7 @@ def build_target(config: PretrainingConfig, device: torch.device) -> PredictionT
 
 
 def build_tokenizer(config: PretrainingConfig, device: torch.device) -> VisualTokenizer:
-    """Loads the frozen tokenizer.
-
-    Raises:
-        InputError: No path was given, or it holds no tokenizer.
-    """
+    """Loads the frozen tokenizer; :class:`InputError` if no path was given or it holds no tokenizer."""
     path = config.discrete_vae_weight_path
     if not path:
         raise InputError(
@@ -180,8 +172,7 @@ def build_tokenizer(config: PretrainingConfig, device: torch.device) -> VisualTo
 def tokenizer_dtype(config: PretrainingConfig, device: torch.device) -> torch.dtype:
     """Returns the number format of the tokenizer's encoder.
 
-    ``auto`` follows that of the run: float32 where the run is, else float16 on a GPU, as the published encoder was
-    meant to run there, and bfloat16 elsewhere.
+    ``auto`` is float32 if the run is, else float16 on a GPU, as published, and bfloat16 elsewhere.
     """
     if config.tokenizer_dtype != "auto":
         return AMP_DTYPES[config.tokenizer_dtype]
@@ -191,11 +182,7 @@ def tokenizer_dtype(config: PretrainingConfig, device: torch.device) -> torch.dt
 
 
 def build_model(config: PretrainingConfig, output_size: int) -> VisionTransformerForMaskedImageModeling:
-    """Creates the model with ``output_size`` outputs per patch.
-
-    Raises:
-        InputError: The name is unknown or not a pre-training model, or an option does not fit.
-    """
+    """Creates the model with ``output_size`` outputs per patch; :class:`InputError` for a bad name or option."""
     model = named_model(
         config,
         masked=True,
@@ -234,11 +221,7 @@ def evaluation_transform(
 
 
 def check_target(checkpoint: Mapping[str, Any], source: str, target: str) -> None:
-    """Makes sure that a checkpoint predicts what this run predicts.
-
-    Raises:
-        InputError: It does not.
-    """
+    """Raises :class:`InputError` unless a checkpoint predicts what this run predicts."""
     if (theirs := checkpoint.get("target", VISUAL_TOKENS)) != target:
         raise InputError(
             f"{source} learned to predict {theirs}, this run predicts {target}: resume with the same --target and "
@@ -253,17 +236,10 @@ def initialize_from(
     model_key: str = "model|module",
     prefix: str = "",
 ) -> None:
-    """Loads the weights of a checkpoint; the head of another vocabulary or target is initialised from scratch.
+    """Loads a checkpoint's weights; the head of another vocabulary or ``target`` is initialised from scratch.
 
-    Args:
-        model: The model.
-        source: A file, folder, released name, address or hub id.
-        target: Name of what the model predicts.
-        model_key: Where the checkpoint has its weights; the first key found.
-        prefix: Prefix of the weights' names.
-
-    Raises:
-        InputError: The checkpoint cannot be read or is of another model.
+    ``source`` is a file, folder, released name, address or hub id, ``model_key`` where to look for its weights,
+    and ``prefix`` that of their names. Raises :class:`InputError` for an unreadable checkpoint or another model's.
     """
     weights, metadata = read_weights(source, model_key, prefix)
     theirs = metadata.get("target", VISUAL_TOKENS)
@@ -278,12 +254,9 @@ def initialize_from(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, objective: MaskedPrediction, loader: EpochLoader, precision: Precision) -> Metrics:
-    """Scores the prediction of masked patches over a data set, each image once with a fixed mask.
+    """Returns ``loss`` and the target's scores over a data set, each image once with a fixed mask.
 
     Only masked patches count, whichever were trained on, so that all runs with one target can be compared.
-
-    Returns:
-        ``loss``, the mean over all masked patches, and the target's scores over them.
     """
     model.eval()
     target, device = objective.target, precision.device

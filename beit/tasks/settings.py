@@ -1,8 +1,4 @@
-"""The settings of every training job of the package: flags, YAML keys and their defaults. Imports no torch.
-
-A job's dataclass is made of groups that jobs share, which are also the groups of ``--help``. Official names that
-differ, and those of earlier versions, are aliases of a field.
-"""
+"""The settings of every training job: flags, YAML keys and defaults, in groups that jobs share. Imports no torch."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar

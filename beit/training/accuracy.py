@@ -15,11 +15,9 @@ def zero_counts(device: torch.device, *heads: int) -> Tensor:
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sums up a batch: cross-entropy, top-1 and top-5 hits, and images, ``(4,)``.
+    """Returns the cross-entropy, top-1 and top-5 hits and images of a batch, summed, ``(4,)``.
 
-    Args:
-        logits: ``(B, K)``; with fewer than five classes all of them count as the top five.
-        labels: Int64 ``(B,)``; images with a negative label are left out.
+    Logits are ``(B, K)``; with fewer than five classes all are top-5. Negative labels, of int64 ``(B,)``, are skipped.
     """
     readable = labels >= 0
     logits, labels = logits[readable].float(), labels[readable]

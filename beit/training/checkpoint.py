@@ -34,18 +34,17 @@ def numbered_file(number: int) -> str:
 
 
 class RunFolder:
-    """A folder that one run at a time writes its checkpoints and logs into.
+    """A folder that one run at a time writes its checkpoints and logs into. Files appear whole or not at all.
 
-    ``checkpoint-<number>.pth`` are the epochs' checkpoints (counted from 0; or the optimizer steps done, where a run
-    counts those), ``checkpoint-last.pth`` the rolling one within an epoch. Files appear whole or not at all.
+    ``checkpoint-<number>.pth`` counts epochs from 0 (or optimizer steps); ``checkpoint-last.pth`` is the rolling one.
 
     Args:
-        path: The folder; made if missing.
-        keep: How many epoch checkpoints to keep, the newest; 0 keeps all.
+        path: The folder; created if missing.
+        keep: How many numbered checkpoints to keep, the newest; 0 keeps all.
         patience: Seconds to wait for another run to leave the folder.
 
     Raises:
-        InputError: The folder cannot be written, or another run is writing into it.
+        InputError: The folder is not writable, or another run is writing into it.
     """
 
     def __init__(self, path: str | Path, keep: int = 0, patience: float = 0.0) -> None:
@@ -98,10 +97,7 @@ class RunFolder:
         self._lock.close()
 
     def save(self, name: str, state: Checkpoint) -> None:
-        """Writes a checkpoint and removes the oldest of the epochs' beyond ``keep``, each with the folder it names.
-
-        Folders of rolling checkpoints before this one go too. No other folder is ever removed.
-        """
+        """Writes a checkpoint; removes those beyond ``keep``, and folders of earlier rolling ones, but no others."""
         save_checkpoint(self.path / name, dict(state))
         if name == LAST:
             for folder in _folders_of(self.path / LAST):
@@ -128,11 +124,7 @@ class RunFolder:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Returns a folder's checkpoint that has got furthest, or None if there is none.
-
-    Raises:
-        InputError: There are checkpoints and none of them can be read: starting over would overwrite them.
-    """
+    """Returns a folder's most advanced checkpoint, or None; :class:`InputError` if there are some, all unreadable."""
     candidates = [path for _, path in reversed(_numbered_files(folder))][:2]
     if (folder / LAST).exists():
         candidates.insert(0, folder / LAST)
@@ -173,11 +165,7 @@ def _remove(path: Path) -> None:
 
 
 def _check_folder(checkpoint: Checkpoint, path: Path) -> Path | None:
-    """Returns the folder that a checkpoint names, if it names one.
-
-    Raises:
-        InputError: The folder is not there, or was not written to the end.
-    """
+    """Returns the folder that a checkpoint names, if any; :class:`InputError` if it is missing or incomplete."""
     name = checkpoint.get(PIECES) or checkpoint.get(DEEPSPEED)
     if not isinstance(name, str):
         return None
@@ -196,11 +184,7 @@ def position_of(checkpoint: Checkpoint) -> tuple[int, int]:
 
 
 def folder_beside(source: str, name: str) -> Path:
-    """Returns the folder of pieces that a checkpoint names.
-
-    Raises:
-        InputError: It is not there.
-    """
+    """Returns the folder of pieces that a checkpoint names; :class:`InputError` if it is missing."""
     folder = Path(source).parent / Path(name).name
     if not folder.is_dir():
         raise InputError(f"{source} needs the folder {folder}, which is missing; keep both together")
@@ -208,11 +192,7 @@ def folder_beside(source: str, name: str) -> Path:
 
 
 def load_exactly(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Loads weights that must fit a module name by name and shape by shape.
-
-    Raises:
-        InputError: They do not; the message counts and shows the differences.
-    """
+    """Loads weights whose names and shapes must match the module's; :class:`InputError` lists the differences."""
     own = module.state_dict()
     # The index, in official files, follows from the window.
     given = {name: tensor for name, tensor in weights.items() if not name.endswith("relative_position_index")}

@@ -10,13 +10,9 @@ from torch import nn
 
 
 def compile_for_training(model: nn.Module, *, recomputes: bool = False) -> None:
-    """Makes a model's forward and backward pass one compiled graph, from the first call on, which takes minutes.
+    """Compiles forward and backward into one graph at the first call, which takes minutes; a graph break is an error.
 
-    A graph that would break is an error. Names and checkpoints stay what they are.
-
-    Args:
-        model: The model.
-        recomputes: Whether it computes activations anew in the backward pass.
+    Names and checkpoints do not change. ``recomputes``: whether the backward pass recomputes activations.
     """
     if recomputes:
         # Several processes get the graph in pieces, to exchange gradients as they come. Older PyTorch cannot cut one
@@ -27,8 +23,5 @@ def compile_for_training(model: nn.Module, *, recomputes: bool = False) -> None:
 
 
 def uncompiled() -> AbstractContextManager[object]:
-    """Runs what is compiled for training as it is written: other shapes would be compiled for minutes, to be used once.
-
-    What no one has compiled anything with is left alone: it takes seconds to import.
-    """
+    """Runs a model compiled for training eagerly, as other shapes would recompile; does not import the compiler."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

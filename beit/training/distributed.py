@@ -20,12 +20,12 @@ T = TypeVar("T")
 
 
 def select_device(name: str, local_rank: int, bound: bool = False) -> torch.device:
-    """Returns the device a process computes on; a missing accelerator is said in one line and the CPU used.
+    """Returns the device of this process; without the accelerator asked for, the CPU, with a warning.
 
     Args:
         name: ``cuda``, ``cpu`` or ``mps``.
         local_rank: Number of the process on its machine.
-        bound: Whether a scheduler may show each process only the GPU that is meant for it.
+        bound: Whether a scheduler may show each process only its own GPU.
 
     Raises:
         InputError: More processes than GPUs on this machine.
@@ -57,10 +57,7 @@ def select_device(name: str, local_rank: int, bound: bool = False) -> torch.devi
 def connect(placement: Placement, device: torch.device, patience: float = PATIENCE) -> None:
     """Joins the process group: NCCL between GPUs, gloo between CPUs; nothing for a single process.
 
-    Args:
-        placement: Where this process stands.
-        device: Where it computes.
-        patience: Minutes that it waits for the others, here and in every collective, before it gives up.
+    ``patience`` is how many minutes to wait for the others, here and in every collective, before giving up.
     """
     if placement.world_size == 1:
         return
@@ -153,10 +150,7 @@ def all_equal(value: object) -> bool:
 
 
 def on_main(action: Callable[[], T]) -> T:
-    """Runs an action on the main process and gives its result to all; its :class:`InputError` is raised on all.
-
-    So a mistake that only the main process can see (a folder that is not writable) ends every process at once.
-    """
+    """Runs an action on the main process and returns its result on all; an :class:`InputError` is raised on all."""
     if not dist.is_initialized():
         return action()
     outcome: list[object] = [None, None]

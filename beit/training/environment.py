@@ -13,12 +13,7 @@ LIBRARIES = ("beit", "torch", "torchvision", "timm", "numpy")
 
 
 def describe_environment(device: torch.device, processes: int) -> dict[str, object]:
-    """Returns versions, device, number of processes and the command line, as plain values.
-
-    Args:
-        device: Where a process computes.
-        processes: How many there are, on all machines.
-    """
+    """Returns versions, device, number of processes (on all machines) and the command line, as plain values."""
     content: dict[str, object] = {name: found for name in LIBRARIES if (found := _version_of(name))}
     content["torch"] = torch.__version__  # with the build, such as +cpu
     content |= {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}

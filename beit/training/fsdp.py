@@ -1,11 +1,10 @@
-"""The training loop with FSDP2: weights, gradients and the optimizer's state split over the processes.
+"""The training loop with FSDP2: weights, gradients and optimizer state are sharded over the processes.
 
-Weights are gathered layer by layer when they are needed, in float32, and gradients are averaged in float32; autocast
-picks the number format of the products, as without sharding. So a step computes the numbers of
-``DistributedDataParallel``. (Gathering in bfloat16 would halve what is sent, and round LayerNorms, LayerScale and the
-bias tables too, which autocast leaves in float32.) What autocast rounds for the products is kept for the backward pass:
-2 bytes for each weight of the whole model, unless blocks are recomputed. Gradients are exchanged once an update: with
-several batches an update each process adds them up whole, 4 bytes a weight.
+Weights are gathered layer by layer, and gradients averaged, in float32; autocast picks the number format of the
+products. So a step computes the same numbers as ``DistributedDataParallel``; gathering in bfloat16 would halve the
+traffic, but also round the LayerNorms, LayerScale and bias tables. Autocast keeps its rounded weights for the backward
+pass, 2 bytes per weight of the whole model, unless blocks are recomputed. Gradients are exchanged once per step: with
+``update_freq`` > 1 each process accumulates them whole, 4 bytes per weight.
 
 Source: ZeRO, arXiv 1910.02054 (stage 3); PyTorch FSDP, arXiv 2304.11277.
 """
@@ -34,13 +33,13 @@ from beit.training.state import Batch
 
 @dataclass(kw_only=True)
 class FullyShardedTrainer(ShardedTrainer):
-    """A trainer of which each process holds an equal part of everything that is as large as the model.
+    """A trainer that shards weights, gradients and optimizer state equally over the processes.
 
     Args:
-        layers: Gives a module's layers, each gathered as a whole; what is in none of them, while the module is at work.
+        layers: Returns a module's layers, each gathered as a unit; all else stays gathered while the module runs.
 
     Raises:
-        InputError: The device has no collectives for it.
+        InputError: The device or PyTorch has no support for it.
     """
 
     layers: Callable[[nn.Module], Iterable[nn.Module]] = nn.Module.children
@@ -89,11 +88,7 @@ class FullyShardedTrainer(ShardedTrainer):
         return bool(self._root)  # all processes have a part of the weights
 
     def _weights(self, module: nn.Module) -> dict[str, Tensor]:
-        """Gathers the weights on the host, one tensor after the other: the device never has to hold them all.
-
-        Returns:
-            The weights on the process with the run folder, nothing on the others.
-        """
+        """Gathers the weights one by one on the host of the process with the run folder; returns none elsewhere."""
         weights = {}
         for name, tensor in module.state_dict().items():
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -147,10 +142,7 @@ def _part_of(whole: Any, like: Any) -> Any:
 
 @contextlib.contextmanager
 def _gathered(module: nn.Module) -> Iterator[None]:
-    """Gives each process all weights of a module for a while.
-
-    It then needs no other process for a forward pass: in an evaluation, one may have more batches than another.
-    """
+    """Gathers all weights everywhere for a while: in an evaluation one process may have more batches than another."""
     parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)

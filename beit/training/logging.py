@@ -20,10 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class Averages:
-    """Running means of named numbers over an epoch; values that are not finite are left out.
-
-    They are part of a checkpoint, so that a resumed epoch reports the mean over all its steps.
-    """
+    """Running means of named numbers over an epoch, saved in checkpoints; values that are not finite are left out."""
 
     def __init__(self, state: Mapping[str, list[float]] | None = None) -> None:
         self._totals: dict[str, list[float]] = {name: list(pair) for name, pair in (state or {}).items()}
@@ -49,9 +46,9 @@ class EpochLog:
 
     Args:
         path: The file.
-        unit: What lines are numbered by: ``epoch``, from 0, or the ``step`` that ends them.
-        done: Periods done before the run; lines of later ones, which the run writes again, are removed.
-        fresh: Whether the run starts over instead of resuming; lines that it would remove are then set aside.
+        unit: The key that numbers the lines: ``epoch``, from 0, or the ``step`` that ends them.
+        done: Periods done before the run; lines of later ones are removed.
+        fresh: Whether the run starts over instead of resuming; lines to be removed are then set aside.
     """
 
     def __init__(self, path: Path, unit: str, done: int, fresh: bool) -> None:
@@ -88,11 +85,9 @@ def _end_of(line: str, unit: str) -> float:
 
 
 class ScalarWriter:
-    """TensorBoard scalars under the official tags; silent without a folder and on all but the main process.
+    """TensorBoard scalars under the official tags; silent without a ``--log_dir`` and on all but the main process.
 
-    Args:
-        folder: The ``--log_dir``.
-        first_step: The optimizer step the run starts with; later points of an earlier attempt are hidden.
+    Points from ``first_step`` on, left by an earlier attempt, are hidden.
     """
 
     def __init__(self, folder: str | None, first_step: int) -> None:
@@ -181,11 +176,7 @@ def memory_in_use(device: torch.device) -> str:
 class Progress:
     """The console's view of an epoch: a bar on a terminal, a line every window elsewhere.
 
-    Args:
-        head: What is going on.
-        steps: Optimizer steps in all.
-        first_step: Steps of the epoch already done.
-        before: Steps of earlier epochs, where ``steps`` are those of all epochs.
+    It counts ``steps`` from ``before + first_step``; ``before`` are those of earlier epochs where ``steps`` covers all.
     """
 
     def __init__(self, head: str, steps: int, first_step: int, before: int = 0) -> None:

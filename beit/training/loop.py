@@ -1,7 +1,6 @@
 """The training loop: any module, on any loader, from any optimizer step on.
 
-What happens in a step is the job's business (a function from a batch to a loss); gradient accumulation, precision,
-schedules, logs, checkpoints, signals and disagreement between processes are the loop's.
+A job supplies the step, a function from a batch to a loss; the rest, from accumulation to signals, is done here.
 """
 
 import contextlib
@@ -193,10 +192,7 @@ class Trainer(TrainingState):
         return to_device(batch, self._device)
 
     def _close_window(self, done: int, scalars: ScalarWriter, progress: Progress, flag: "_Flag") -> bool:
-        """Fetches the metrics of the last steps, the only place that waits for the device; returns whether to stop.
-
-        All processes meet here, so they agree on a loss that is not finite and on a wish to stop.
-        """
+        """Fetches the window's metrics, the only wait for the device; returns whether any process was asked to stop."""
         rows = torch.stack(self._window)
         self._window = []
         if rows.is_cuda:  # the host is ahead of the device, and a window lasts until its steps are done
@@ -349,11 +345,7 @@ def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
 
 
 def seed_step(seed: int, global_step: int, rank: int) -> None:
-    """Seeds Python, NumPy and torch for one optimizer step.
-
-    Dropout, stochastic depth and mixup then depend on the step alone, not on what ran before it, so a run continued
-    from a checkpoint draws the same numbers without storing any generator's state.
-    """
+    """Seeds Python, NumPy and torch for one step, so that a resumed run draws the same dropout, drop path and mixup."""
     words = np.random.SeedSequence((seed, global_step, rank)).generate_state(3)
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))  # noqa: NPY002  (timm's mixup draws from NumPy's global generator)

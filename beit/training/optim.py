@@ -41,8 +41,7 @@ def parameter_groups(
         layer_decay: Factor from one layer to the one below.
 
     Returns:
-        Groups in the order of their first parameter, with the keys ``params``, ``lr_scale``, ``weight_decay`` and
-        ``decays`` (whether a weight-decay schedule applies).
+        Groups with ``params``, ``lr_scale``, ``weight_decay`` and ``decays`` (whether a schedule changes the decay).
 
     Source: BEiT (arXiv 2106.08254), section 3.1 and appendix; the official scripts' grouping.
     """
@@ -73,10 +72,7 @@ def create_optimizer(
     fused: bool = False,
     in_parts: bool = False,
 ) -> torch.optim.Optimizer:
-    """Builds any optimizer that timm knows by name.
-
-    A name that begins with ``fused`` asks for NVIDIA apex; where apex is missing, torch's own fused kernels take its
-    place, which compute the same update.
+    """Builds any optimizer that timm knows by name; ``fused*`` is NVIDIA apex, or torch's fused kernels without it.
 
     Args:
         name: ``adamw``, ``sgd``, ``lamb``, ``fusedadamw``, …
@@ -85,9 +81,8 @@ def create_optimizer(
         eps: Adam's epsilon; the optimizer's default if None.
         betas: Adam's decay rates; the optimizer's default if None.
         momentum: Momentum of SGD and its relatives.
-        fused: Whether torch's fused kernels may be used, on devices that have them (CUDA and the CPU): one pass over
-            the parameters, 4 times faster than the plain loop on a CPU.
-        in_parts: Whether the parameters are to be split over processes, which apex cannot, nor torch's fused SGD.
+        fused: Whether torch's fused kernels may be used, on CUDA and the CPU (there 4 times faster than the loop).
+        in_parts: Whether parameters are sharded over processes, which neither apex nor torch's fused SGD supports.
 
     Raises:
         InputError: No optimizer has that name.
@@ -109,15 +104,15 @@ def create_optimizer(
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Checkpoint, class_name: str | None, source: str) -> None:
-    """Gives an optimizer what a checkpoint's has gathered; its settings (betas, weight decay, …) stay this run's.
+    """Restores an optimizer's state from a checkpoint; its settings (betas, weight decay, …) stay this run's.
 
-    Most gather moments for each parameter, some for a group as well, such as LAMB its number of steps. What a group
-    holds is a setting if it is an argument of the optimizer's, or one of :func:`parameter_groups`.
+    State is per parameter, and for some optimizers per group (LAMB's step count): a group's entry is a setting if it is
+    an argument of the optimizer or set by :func:`parameter_groups`.
 
     Args:
         optimizer: Over the same parameters, in the same groups.
         state: The ``state_dict`` of the checkpoint's optimizer.
-        class_name: What that was; None where the checkpoint does not say.
+        class_name: The class of that optimizer; None if not recorded.
         source: The checkpoint, for messages.
 
     Raises:

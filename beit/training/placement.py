@@ -1,7 +1,4 @@
-"""Which of how many processes this one is, from the environment of its launcher; imports no torch.
-
-Only this module reads the environment of launchers (torchrun, ``torch.distributed.launch``, SLURM, Open MPI).
-"""
+"""A process's place in a run, from the environment of its launcher (read only here); imports no torch."""
 
 import os
 import re
@@ -19,10 +16,10 @@ class Placement:
 
     Args:
         rank: Number of the process among all.
-        world_size: How many processes there are.
-        local_rank: Number of the process on its machine, which is also the GPU it uses.
+        world_size: Number of processes.
+        local_rank: Number of the process on its machine, and of its GPU.
         init_method: Where the processes meet: ``env://`` or ``tcp://host:port``.
-        bound: Whether a scheduler started it, which may show each process its own GPU alone.
+        bound: Whether a scheduler started it, which may show each process only its own GPU.
     """
 
     rank: int = 0
@@ -39,16 +36,15 @@ def find_placement(
     init_method: str = "env://",
     use_open_mpi: bool = False,
 ) -> Placement:
-    """Reads from the environment who this process is.
+    """Reads this process's place from the environment; without a launcher's variables the run has one process.
 
-    torchrun and ``torch.distributed.launch`` set RANK, ``srun`` sets SLURM_PROCID, ``mpirun`` (asked for with
-    ``--dist_on_itp``) OMPI_COMM_WORLD_RANK. Without any of these the run has one process.
+    torchrun and ``torch.distributed.launch`` set RANK, ``srun`` SLURM_PROCID, ``mpirun`` OMPI_COMM_WORLD_RANK.
 
     Args:
         environment: The environment variables; the process's own by default.
         local_rank: The ``--local_rank`` that old launchers pass; LOCAL_RANK wins.
         init_method: The ``--dist_url``.
-        use_open_mpi: Whether to read Open MPI's variables.
+        use_open_mpi: Whether to read Open MPI's variables (``--dist_on_itp``).
 
     Raises:
         InputError: A variable that the launcher should have set is missing.
@@ -93,10 +89,7 @@ def first_slurm_host(node_list: str) -> str:
 
 
 def may_follow_another(environment: Mapping[str, str] | None = None) -> bool:
-    """Whether a launcher may have started this run again: torchrun with ``--max-restarts``, SLURM after a requeue.
-
-    What the run before it held, such as the lock of its folder, may then be let go a little later.
-    """
+    """Whether torchrun or SLURM may have restarted this run, so that its old lock may be released a little later."""
     env = os.environ if environment is None else environment
     return any(int(env.get(name) or 0) > 0 for name in ("TORCHELASTIC_MAX_RESTARTS", "SLURM_RESTART_COUNT"))
 

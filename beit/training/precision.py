@@ -15,10 +15,8 @@ AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float
 def resolve_amp_dtype(name: str, device: torch.device) -> torch.dtype:
     """Turns ``auto``, ``bf16``, ``fp16`` or ``fp32`` into the dtype of the forward pass on a device.
 
-    ``auto`` is bf16 on a GPU that computes in it, float16 on an older one (V100), and float32 elsewhere.
-
-    Raises:
-        InputError: float16 was asked for where gradients cannot be scaled.
+    ``auto`` is bf16 on GPUs that compute in it, float16 on older ones (V100), float32 elsewhere. Raises
+    :class:`InputError` for float16 where gradients cannot be scaled.
     """
     if name != "auto":
         if name == "fp16" and device.type != "cuda":
@@ -30,12 +28,7 @@ def resolve_amp_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 class Precision:
-    """Runs forward, backward and the optimizer step in one number format.
-
-    Args:
-        dtype: float32, bfloat16 or float16; the last one comes with dynamic loss scaling.
-        device: Where the model lives.
-    """
+    """Runs forward, backward and the optimizer step on a device in float32, bfloat16 or float16 (with loss scaling)."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
@@ -57,9 +50,7 @@ class Precision:
     ) -> Tensor:
         """Clips the gradients, updates the parameters and clears the gradients, without waiting for the device.
 
-        Returns:
-            The norm of all gradients before clipping, a scalar on the device; not finite where float16 overflowed,
-            in which case the parameters stay as they are.
+        Returns the norm before clipping, on the device; if it is not finite (float16 overflow), nothing is updated.
         """
         self.scaler.unscale_(optimizer)
         if max_norm is None:

@@ -13,14 +13,13 @@ logger = logging.getLogger(__name__)
 class WarmupCosine:
     """Linear warm-up from ``start`` to ``base``, then a half cosine from ``base`` to ``final``.
 
-    The warm-up includes both its ends, and the cosine starts again at ``base``, as in the official BEiT schedule. A
-    warm-up as long as the run, or longer, is allowed: the cosine is then never reached.
+    The warm-up includes both its ends, and the cosine starts again at ``base``, as in the official schedule.
 
     Args:
         base: The peak value.
         final: The value that the cosine approaches; reached one step after the last.
         total_steps: Length of the run, in optimizer steps.
-        warmup_steps: Length of the warm-up, in optimizer steps.
+        warmup_steps: Length of the warm-up, in optimizer steps; may be that of the run or longer.
         start: The value at step 0 of the warm-up.
     """
 
@@ -54,9 +53,7 @@ class WarmupPoly:
         power: Exponent of the decay.
 
     Source: mmcv 1.x, ``PolyLrUpdaterHook`` with ``warmup="linear"``, which BEiT's segmentation recipes use.
-
-    Deviation: a layer's scale multiplies this whole value, ``final`` too, where mmcv ends every parameter group at the
-    same ``min_lr``. The recipes end at 0, where there is no difference.
+    Deviation: a layer's scale multiplies ``final`` too; mmcv ends every group at the same ``min_lr``, 0 in the recipes.
     """
 
     base: float
@@ -81,16 +78,13 @@ def duration_in_steps(*, epochs: float, steps: int, steps_per_epoch: int) -> int
 
 
 def split_batch(total: int, world_size: int, most: int, multiple: int = 1) -> tuple[int, int]:
-    """Splits the images of a step into batches, as few as possible.
+    """Splits the images of a step into as few batches as possible; returns images per process and batch, and batches.
 
     Args:
         total: Images per step, over all processes.
         world_size: Number of processes.
         most: Most images per process and batch.
         multiple: What the images of a batch must be a multiple of, such as 2 where they are mixed in pairs.
-
-    Returns:
-        Images per process and batch, and batches per step.
 
     Raises:
         InputError: The images cannot be split evenly.

@@ -30,14 +30,9 @@ PREDECESSOR_PATIENCE = 120.0
 
 @dataclass(frozen=True)
 class Session:
-    """The surroundings of a run.
+    """A run's device, its place among ``world_size`` processes, its folder and its settings as YAML.
 
-    Args:
-        device: Where this process computes.
-        rank: Number of this process.
-        world_size: Number of processes.
-        folder: The run folder, on the main process only; None if the run writes nothing.
-        settings: The run's settings as YAML.
+    ``folder`` is None on all but the main process, and in a run that writes nothing.
     """
 
     device: torch.device
@@ -49,9 +44,8 @@ class Session:
     def resume(self, trainer: Trainer, *, path: str, auto: bool, start_epoch: int) -> None:
         """Continues a trainer from ``path``, else from the folder's newest checkpoint, else starts at an epoch.
 
-        With ``auto`` the folder's newest checkpoint also comes before a ``path`` that it has got further than: a run
-        that was started from ``path`` and stopped goes on where it was. What the run would overwrite is set aside, and
-        its settings and its environment are written into the folder, once all this has worked.
+        With ``auto`` the folder's newest checkpoint wins over a ``path`` it is ahead of, so a stopped run goes on where
+        it was. Only then is what the run would overwrite set aside, and its settings and environment written.
 
         Raises:
             InputError: The file cannot be read or is of another model.
@@ -155,10 +149,7 @@ def seed_everything(seed: int) -> None:
 
 
 def make_deterministic() -> None:
-    """Computes with kernels that give the same bits each time, at some cost in speed.
-
-    On a GPU some operations of segmentation have none; torch warns of each that runs, once.
-    """
+    """Uses deterministic kernels, at some cost in speed; torch warns once of each operation that has none on a GPU."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,8 +1,6 @@
-"""The training loop where a process holds a part of the training state only, and writes only that part.
+"""The training loop where each process holds and writes only its part of the training state.
 
-A checkpoint is a folder ``checkpoint-<epoch>/`` with a piece of each process. Beside it lies a plain
-``checkpoint-<epoch>.pth`` with the whole model, for everything that reads checkpoints; it is written last, so that what
-it names is complete.
+A checkpoint is a folder ``checkpoint-<epoch>/`` of pieces and, written last, ``checkpoint-<epoch>.pth`` with the model.
 """
 
 import itertools

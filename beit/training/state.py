@@ -46,12 +46,9 @@ class Average(Protocol):
 
 @dataclass(frozen=True)
 class Period:
-    """The stretch of a run by which log lines and checkpoints are numbered.
+    """The stretch of a run, ``steps`` optimizer steps long, by which log lines and checkpoints are numbered.
 
-    Args:
-        name: ``epoch``: from 0, and the data start anew with each; ``step``: by the optimizer steps done, while the
-            data's epochs follow one another without a gap.
-        steps: Optimizer steps in it.
+    ``epoch`` counts from 0, and each starts the data anew; ``step`` counts optimizer steps, with no gap in the data.
     """
 
     name: str = "epoch"
@@ -67,13 +64,13 @@ class LoopSettings:
         period: What log lines and checkpoints are numbered by. Periods of several steps each get a line.
         update_freq: Batches whose gradients are accumulated for one optimizer step.
         clip_grad: Largest gradient norm; None to measure it only.
-        log_every: Steps between two looks at the device's numbers.
+        log_every: Most steps between two reads of the metrics from the device.
         save_every: Steps between two numbered checkpoints.
         save_last_every: Steps between two rolling checkpoints; 0 for none.
         evaluate_every: Steps between two evaluations.
         evaluate_average: Whether the moving average is evaluated too.
-        save: Whether to write checkpoints at all; without them ``log.txt`` alone is written.
-        best_metric: Metric of the evaluation, the larger the better, whose best checkpoint is kept; None for none.
+        save: Whether to write checkpoints; without them only ``log.txt`` is written.
+        best_metric: Evaluation metric, higher is better, whose best checkpoint is kept; None for none.
         seed: Seed of everything random in a step (dropout, stochastic depth, mixup).
     """
 
@@ -93,7 +90,7 @@ class LoopSettings:
 
 @dataclass(kw_only=True)
 class TrainingState:
-    """Everything that a run trains with, and its position; :class:`beit.training.loop.Trainer` moves it on.
+    """Everything that a run trains with, and its position; :class:`beit.training.loop.Trainer` advances it.
 
     Args:
         model: The module, on its device.
@@ -108,10 +105,9 @@ class TrainingState:
         folder: Where checkpoints and ``log.txt`` go; None to write nothing (and on all but the main process).
         log_dir: TensorBoard's folder.
         config: The run's settings as plain values, stored in checkpoints under ``args``.
-        extras: More that checkpoints hold, such as the model's architecture.
+        extras: Further entries of checkpoints, such as the model's architecture.
         ema: A moving average of the weights.
-        evaluate: ``(model, period) -> metrics``, logged with the prefix ``test_``, and those of the moving average with
-            ``test_ema_``. The period is the number of the one that ends, from 0.
+        evaluate: ``(model, period) -> metrics``, logged as ``test_*``, the average as ``test_ema_*``; periods from 0.
         on_epoch_end: Called on the main process after a period is saved, if the run writes anything.
         accepts: ``(checkpoint, source)``, raises :class:`InputError` for a checkpoint that the run cannot resume.
     """
@@ -144,11 +140,7 @@ class TrainingState:
         self._best: dict[str, float] = {}  # the best value so far of the metrics that decide what is kept
 
     def resume(self, checkpoint: Checkpoint, source: str) -> None:
-        """Takes weights, optimizer, scaler, averages and position over from a checkpoint.
-
-        Raises:
-            InputError: The checkpoint is of another model, or lacks the optimizer's state.
-        """
+        """Restores weights, optimizer and position; :class:`InputError` if the checkpoint does not fit or lacks any."""
         if self.accepts is not None:
             self.accepts(checkpoint, source)
         self._take_over(checkpoint, source)
@@ -216,12 +208,7 @@ class TrainingState:
         return surroundings
 
     def _state(self, step: int, period_open: bool = False) -> Checkpoint:
-        """Returns what a checkpoint holds when ``step`` optimizer steps are done.
-
-        Args:
-            step: Optimizer steps done.
-            period_open: Whether the last of them ended a period whose evaluation and log line are still to come.
-        """
+        """Returns the checkpoint after ``step`` steps; with ``period_open`` the evaluation and log line are to come."""
         period, within = divmod(step, self.settings.period.steps)
         if period_open:
             period, within = period - 1, self.settings.period.steps

@@ -35,13 +35,13 @@ ALLOWED_GLOBALS = {
 
 @dataclass(kw_only=True)
 class DeepSpeedTrainer(ShardedTrainer):
-    """A trainer whose steps DeepSpeed takes, and whose checkpoints are DeepSpeed's folders.
+    """A trainer on DeepSpeed's engine, whose checkpoints are DeepSpeed's folders.
 
     Args:
-        zero_stage: 0 splits nothing, 1 the optimizer's state, 2 the gradients too.
+        zero_stage: 0 shards nothing, 1 the optimizer's state, 2 the gradients too.
 
     Raises:
-        InputError: DeepSpeed is not installed, or cannot work with these settings.
+        InputError: DeepSpeed is not installed, or does not support these settings.
     """
 
     zero_stage: int = 0
@@ -108,11 +108,7 @@ class DeepSpeedTrainer(ShardedTrainer):
         self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
 
     def _take_over(self, checkpoint: Checkpoint, source: str) -> None:
-        """Takes weights and optimizer over from a checkpoint that DeepSpeed wrote.
-
-        Raises:
-            InputError: It did not, or for another model or another number of processes.
-        """
+        """Restores a checkpoint that DeepSpeed wrote for as many processes; :class:`InputError` for any other."""
         if "deepspeed" not in checkpoint:
             kept = numbered_file(checkpoint.get("epoch", 0))
             remedy = (
