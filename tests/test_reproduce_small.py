@@ -87,7 +87,7 @@ def test_no_two_cells_share_a_key(tmp_path):
 def test_scratch_and_pretrained_rows_get_their_own_recipe_and_the_same_length(tmp_path):
     for preset in PRESETS.values():
         jobs = Jobs(tmp_path, preset, 0)
-        for column, length in (("finetune", "epochs"), ("segment", "max_iters")):
+        for column, length in (("finetune", "epochs"), ("segment", "max_steps")):
             recipes = [jobs.evaluation(column, row) for row in ROWS]
             assert len({recipe[length] for recipe in recipes}) == 1
             assert recipes[1:] == [recipes[1]] * (len(ROWS) - 1)
@@ -201,7 +201,7 @@ def test_every_column_runs_with_and_without_pretraining(tmp_path, monkeypatch, c
         images=FEW_IMAGES,
         model={**QUICK.model, "embed_dim": 32, "num_heads": 2},
         dvae={**QUICK.dvae, "hidden_dim": 8},
-        segmentation={start: {**recipe, "max_iters": 2} for start, recipe in QUICK.segmentation.items()},
+        segmentation={start: {**recipe, "max_steps": 2} for start, recipe in QUICK.segmentation.items()},
         labels_per_class=4,
         seeds=(0,),
     )

@@ -175,7 +175,7 @@ class Finetuning(Task[FinetuningConfig]):
 
 def evaluate_checkpoint(config: FinetuningConfig) -> Metrics:
     """Evaluates a checkpoint, for ``--eval``; :class:`InputError` if it is missing or its model or classes differ."""
-    task = Finetuning(config)
+    task = Finetuning(dataclasses.replace(config, eval=True))
     with opened(task, writes=False) as session:
         model = build_model(config, len(task.class_names)).to(session.device)
         evaluation = task.build_evaluation()

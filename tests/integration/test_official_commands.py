@@ -240,7 +240,11 @@ def test_the_official_linear_probe_means_what_the_recipe_says():
     given = vars(read_command_line(LinearProbeConfig, shlex.split(LINEAR_PROBE), "run_linear_eval.py", ""))
     recipe = settings_of("linear_probe_base")
     assert WEIGHT_DECAY[given["opt"]] == recipe["weight_decay"]  # what it is where no flag gives it
-    assert {name for name in given if given[name] != recipe[name]} == {*PATHS_OF["linear"], "weight_decay"}
+    assert {name for name in given if given[name] != recipe[name]} == {
+        *PATHS_OF["linear"],
+        "weight_decay",
+        "total_batch_size",
+    }
     row = {"batch_size": 128, "lr": 4e-3, "epochs": 100, "weight_decay": None, "input_size": None}
     assert {name: given[name] for name in row} == row
     assert given["avgpool_patchtokens"]
