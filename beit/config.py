@@ -390,8 +390,8 @@ class _Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(args)
         if unknown:
             flag = unknown[0].split("=")[0]
-            if flag.removeprefix("--") in self.removed:
-                raise InputError(f"{flag} is gone: {self.removed[flag.removeprefix('--')][1]}")
+            if (name := flag.removeprefix("--").removeprefix("no_")) in self.removed:
+                raise InputError(f"{flag} is gone: {self.removed[name][1]}")
             self.error(f"unknown argument {unknown[0]}{did_you_mean(flag, self._option_string_actions)}")
         return parsed
 

@@ -128,7 +128,8 @@ def main(config: ReportConfig) -> None:
     """
     output = Path(config.output)
     if not config.output or output.is_dir():
-        raise InputError(f"-o {config.output}: give the file to write, such as {output / 'report.html'}")
+        given = f"-o {config.output} is a folder" if config.output else "-o is missing"
+        raise InputError(f"{given}: give the file to write, such as {output / 'report.html'}")
     before = output.read_bytes() if output.is_file() else b""
     if before and not (before.startswith(b"<!DOCTYPE html>") and b"beit report" in before):
         raise InputError(f"-o {output} exists and was not written by `beit report`: give another name")

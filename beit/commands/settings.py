@@ -102,7 +102,9 @@ class ShowConfig:
     """The settings of ``beit recipes show``."""
 
     REMOVED: ClassVar[dict[str, tuple[object, str]]] = {
-        "gpu_memory": (0.0, "--batch_size of the job caps the images per GPU, and accumulation follows")
+        "gpu_memory": (0.0, "--batch_size of the job caps the images per GPU, and accumulation follows"),
+        "nnodes": (1, "--gpus counts all GPUs; docs/clusters.md has launch files for several machines"),
+        "precision": ("amp", "--amp_dtype of the job sets the number format"),
     }
 
     name: str = option("", "recipe name, or the path of your own .yaml", positional=True)

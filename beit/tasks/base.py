@@ -200,7 +200,7 @@ class Task(ABC, Generic[ConfigT]):
         if batches < update_freq:
             raise InputError(
                 f"the data set has {batches} batches, less than one optimizer step of --update_freq {update_freq}: "
-                "lower --batch_size or --update_freq"
+                f"lower {'--total_batch_size' if self.config.total_batch_size else '--batch_size or --update_freq'}"
             )
         return batches // update_freq
 
