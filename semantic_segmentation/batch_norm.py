@@ -46,7 +46,7 @@ class CPUSyncBatchNorm(nn.BatchNorm2d):
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             share = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-            unbiased = variance.detach() * (count / (count - 1))
+            unbiased = (variance * (count / (count - 1))).detach()
             self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), share)
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)
         normal = centred * _channelwise((variance + self.eps).rsqrt())
