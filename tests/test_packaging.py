@@ -107,7 +107,7 @@ def test_an_installed_wheel_runs_away_from_the_sources(wheel, tmp_path):
         assert "'lr'" in run("-c", show.format(recipe.stem), cwd=tmp_path, env=environment)
     segment = (
         "import semantic_segmentation.config as c; "
-        "print(c.read_train(['configs/beit/upernet/upernet_beit_tiny_64_slide_ade20k.py']).max_iters)"
+        "print(c.read_train(['configs/beit/upernet/upernet_beit_tiny_64_slide_ade20k.py']).max_steps)"
     )
     assert int(run("-c", segment, cwd=tmp_path, env=environment)) > 0
     for tool in ("train", "test"):
