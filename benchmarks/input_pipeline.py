@@ -45,7 +45,6 @@ from beit.data.transforms import (
     flip_and_box,
     normalize,
     resized,
-    size_of,
     to_unit_range,
 )
 from beit.masking import BlockwiseMaskGenerator
@@ -149,7 +148,7 @@ def ours_in_stages(paths: list[str], stages: "Stages", second: str = "lanczos") 
                     state = sample_randomness(0, 0, number)
                     rng = state.__enter__()
                 with stages("flip and crop"):
-                    flipped, box = flip_and_box(size_of(image), SCALE, RATIO, rng)
+                    flipped, box = flip_and_box((image.shape[2], image.shape[1]), SCALE, RATIO, rng)
                     region = cut_out(image, box)
                 with stages("resize 224"):
                     sample = {"image": resized(region, (224, 224), "bicubic", rng)}
