@@ -6,6 +6,7 @@ or the argument ``config``), assignments such as ``--options lr=1e-3`` (see :cla
 
 import argparse
 import dataclasses
+import functools
 import logging
 import types
 import typing
@@ -468,12 +469,14 @@ class _CollectBatches(argparse.Action):
         setattr(namespace, self.dest, _Batches(values, str(option)))
 
 
+@functools.cache
 def _fields(config_class: type) -> dict[str, tuple[dataclasses.Field, Callable]]:
     """Returns each field of a configuration with the function that reads its value from a text or from YAML."""
     hints = typing.get_type_hints(config_class)
     return {field.name: (field, _reader(hints[field.name])) for field in dataclasses.fields(config_class)}
 
 
+@functools.cache
 def _names(config_class: type) -> dict[str, str]:
     """Returns every name of every setting -> its field."""
     fields: dict[str, Mapping] = {name: field.metadata for name, (field, _) in _fields(config_class).items()}
