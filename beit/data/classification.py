@@ -1,5 +1,6 @@
 """Images with classes: where they come from, whether their classes match, and how they are augmented."""
 
+import hashlib
 import logging
 import os
 from collections.abc import Sequence
@@ -61,6 +62,13 @@ class ArrayImages:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def fingerprint(self) -> str:
+        """Returns a hash of the images and their classes in their order."""
+        digest = hashlib.sha256(str(self.class_names).encode())
+        for values in (self.images, self.class_ids):
+            digest.update(np.ascontiguousarray(values).data)
+        return digest.hexdigest()
 
     def path(self, i: int) -> str:
         """Returns what to call image ``i`` in a message."""

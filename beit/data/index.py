@@ -51,6 +51,18 @@ class ImageIndex:
     def __len__(self) -> int:
         return len(self._names)
 
+    def fingerprint(self) -> str:
+        """Returns a hash of the images' names, folders and classes in their order; no file is opened.
+
+        It does not depend on where the root is. Of shards, the images' lengths count as well: names are mere numbers.
+        """
+        digest = hashlib.sha256(str(self.class_names).encode("utf-8", "surrogateescape"))
+        arrays = [*vars(self._folders).values(), *vars(self._names).values(), self._class_of_folder, self._folder_of]
+        arrays += [] if self._members is None else [self._members.lengths, self._members.labels]
+        for values in arrays:
+            digest.update(np.ascontiguousarray(values).data)
+        return digest.hexdigest()
+
     def path(self, i: int) -> str:
         """Returns the path of image ``i``; in a shard, the shard's path and the name in it, for messages only."""
         i = range(len(self))[i]

@@ -1,6 +1,5 @@
 """The linear probe: linear classifiers on every block of a frozen backbone, trained together; the best is reported."""
 
-import hashlib
 import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,6 +16,7 @@ from beit.data.preprocessing import normalization
 from beit.errors import InputError
 from beit.features import Feature, FrozenFeatures
 from beit.modeling import Backbone
+from beit.storage import weights_fingerprint
 from beit.tasks.base import Evaluation, Metrics, Schedule, Task, find_labelled, named_model, run, warn_of_another_mean
 from beit.tasks.settings import AUTO, OFFICIAL_NUM_LABELS, LinearProbeConfig
 from beit.training import distributed
@@ -113,11 +113,11 @@ class LinearProbe(Task[LinearProbeConfig]):
 
     def extras(self) -> Mapping[str, object]:
         """Records the class names by id, and which backbone the heads read."""
-        return {"labels": list(self.class_names), "backbone": fingerprint(self.backbone)}
+        return {"labels": list(self.class_names), "backbone": weights_fingerprint(self.backbone)}
 
     def accepts(self, checkpoint: Mapping[str, Any], source: str) -> None:
         """Refuses heads that have been reading another backbone."""
-        own = fingerprint(self.backbone)
+        own = weights_fingerprint(self.backbone)
         if checkpoint.get("backbone", own) != own:
             raise InputError(
                 f"{source} probes another backbone than --checkpoint: give another --output_dir, or start over with "
@@ -156,15 +156,6 @@ def build_backbone(config: LinearProbeConfig) -> Backbone:
         backbone.set_input_size(config.input_size)
     warn_of_another_mean(source, metadata, normalization(config.imagenet_default_mean_and_std)[0])
     return backbone
-
-
-def fingerprint(backbone: Backbone) -> str:
-    """Returns a hash of a backbone's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in backbone.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 class LinearHeads(nn.Module):

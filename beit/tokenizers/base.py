@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from beit.errors import InputError, did_you_mean
 from beit.registry import TOKENIZERS, resolve
+from beit.storage import weights_fingerprint
 
 # Logits are computed for this many cells × tokens at a time: 256 MiB of float32.
 LOGITS_AT_ONCE = 1 << 26
@@ -50,6 +51,10 @@ class VisualTokenizer(nn.Module, ABC):
     def reconstruct(self, ids: Tensor) -> Tensor:  # noqa: ARG002
         """Decodes int64 ids ``(B, h, w)`` into images ``(B, 3, H, W)`` in [0, 1]."""
         raise InputError(f"{type(self).__name__} has no decoder")
+
+    def fingerprint(self) -> str:
+        """Returns a hash of the weights: two tokenizers with the same one mean the same by a token."""
+        return weights_fingerprint(self)
 
     def train(self, mode: bool = True) -> "VisualTokenizer":  # noqa: ARG002
         """Stays in evaluation mode."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit.errors import InputError
-from beit.storage import check_recorded_hash, download
+from beit.storage import check_recorded_hash, download, weights_fingerprint
 from beit.tokenizers.base import LogitTokenizer
 from dall_e import Decoder, Encoder, ModelFileError, load_model, map_pixels, unmap_pixels
 from dall_e.utils import ResidualBlock
@@ -40,6 +40,7 @@ class DallETokenizer(LogitTokenizer):
         compiled: bool = False,
     ) -> None:
         super().__init__(encoder.vocab_size, 2 ** (encoder.group_count - 1), compiled)
+        self._fingerprint = weights_fingerprint(encoder)  # of what the file has, whatever ``dtype`` makes of it
         encoder.use_mixed_precision = False  # the weights are in ``dtype`` already and need no cast per call
         # bfloat16's 8 bits are too few for the shortcuts, which carry the sum over all blocks; the branches are 93 % of
         # the operations anyway. float16 is enough for both, as in the released modules.
@@ -50,6 +51,10 @@ class DallETokenizer(LogitTokenizer):
         self.decoder: Decoder | None = None
         self._load_decoder = load_decoder
         self.train()
+
+    def fingerprint(self) -> str:
+        """Returns a hash of the encoder's weights; the decoder decides nothing about tokens."""
+        return self._fingerprint
 
     def features(self, images: Tensor) -> Tensor:
         """Encodes images up to the head; see :meth:`VisualTokenizer.features`."""

@@ -17,8 +17,7 @@ from beit.data.loaders import EpochLoader
 from beit.errors import InputError
 from beit.features import FrozenFeatures
 from beit.launch import launch
-from beit.storage import load_checkpoint, save_checkpoint
-from beit.tasks import linear_probe
+from beit.storage import load_checkpoint, save_checkpoint, weights_fingerprint
 from beit.tasks.linear_probe import LinearHeads, LinearProbe, SideBySide, build_backbone, evaluate, main, peak_lr
 from beit.tasks.settings import LinearProbeConfig
 from beit.training.precision import Precision
@@ -252,16 +251,16 @@ def test_the_loss_is_the_sum_over_the_heads():
 def test_the_backbone_stays_as_it_is():
     # Broken by a backbone that learns, or drops anything out, or whose graph is kept.
     model = create_model("beit_tiny_patch16_224", drop_rate=0.5, drop_path_rate=0.5, **TINY)
-    before = linear_probe.fingerprint(model)
+    before = weights_fingerprint(model)
     features = frozen(model.train(), pools=("cls_mean",))
     images = batch_of([0, 1])["image"]
     assert torch.equal(features(images)["layer2_cls_mean"], features(images)["layer2_cls_mean"])
     train(features, small_heads())
-    assert linear_probe.fingerprint(model) == before
+    assert weights_fingerprint(model) == before
     assert not any(parameter.requires_grad for parameter in model.parameters())
     with torch.no_grad():
         model.blocks[2].attn.v_bias[3] += 1e-6
-    assert linear_probe.fingerprint(model) != before
+    assert weights_fingerprint(model) != before
 
 
 def test_evaluation_equals_a_naive_count(images, caplog):
