@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from beit.errors import InputError
 
+PUBLISHED_SHARE = 75 / 196  # of the patches, at most
 BLOCK_TRIES = 10  # proposals per block; if all fail, the mask is complete
 _EMPTY_REDRAWS = 1000  # empty masks before a fitting block is placed directly
 
@@ -187,7 +188,7 @@ def _checked_grid(grid_size: int | tuple[int, int], num_mask_patches: int) -> tu
     rows, columns = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
     if rows < 1 or columns < 1:
         raise InputError(f"a mask needs a grid of at least 1 x 1 patches, got {rows} x {columns}")
-    usual = max(1, round(rows * columns * 75 / 196))  # the published share
+    usual = max(1, round(rows * columns * PUBLISHED_SHARE))
     if num_mask_patches <= 0:
         raise InputError(f"num_mask_patches must be at least 1, got {num_mask_patches} (usual here: {usual})")
     if num_mask_patches > rows * columns:

@@ -5,6 +5,7 @@ A target reads a batch on the device: ``image``, the model's view, uint8 ``(B, 3
 Patch ``i`` is element ``i`` of the flattened ``(B, h, w)``. A line in :data:`beit.registry.TARGETS` adds a choice.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
@@ -19,6 +20,9 @@ from beit.data.transforms import normalize, to_unit_range
 from beit.tokenizers.base import VisualTokenizer
 
 VISUAL_TOKENS = "visual tokens"  # what a checkpoint that records no target was trained to predict
+NEARLY_ALL = 0.9
+
+logger = logging.getLogger(__name__)
 
 
 class PredictionTarget(ABC):
@@ -103,6 +107,7 @@ class TokenTarget(PredictionTarget):
     def __init__(self, tokenizer: VisualTokenizer) -> None:
         self.tokenizer = tokenizer
         self.output_size = tokenizer.vocab_size
+        self._batches_to_check = 4  # few, as the host waits for each
 
     @classmethod
     def build(cls, *, tokenizer: Callable[[], VisualTokenizer], **_: object) -> "TokenTarget":
@@ -110,8 +115,18 @@ class TokenTarget(PredictionTarget):
         return cls(tokenizer())
 
     def compute(self, batch: Batch, index: Tensor) -> Tensor:
-        """Returns the tokens of patches, int64 ``(M,)``."""
-        return self.tokenizer.encode(to_unit_range(batch["token_image"]), index=index)
+        """Returns the tokens of patches, int64 ``(M,)``; warns if those of a first batch are nearly all the same."""
+        tokens = self.tokenizer.encode(to_unit_range(batch["token_image"]), index=index)
+        if self._batches_to_check and len(tokens):
+            self._batches_to_check -= 1
+            most = int(torch.bincount(tokens).max())
+            if most > NEARLY_ALL * len(tokens):
+                self._batches_to_check = 0
+                advice = "check the tokenizer (is it trained?) and the images"
+                logger.warning(
+                    "%d of %d tokens of a batch are the same: nothing is learnt; %s", most, len(tokens), advice
+                )
+        return tokens
 
     def loss(self, outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """Returns the cross-entropy of logits ``(M, vocab)`` and tokens ``(M,)``."""

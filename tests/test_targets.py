@@ -210,3 +210,38 @@ class TestFromOutside:
             assert target.compute(batch, torch.arange(72)).shape == (72, target.output_size)
             total = target.loss(*objective.predict(model, with_patch_index(batch)), "sum")
             assert total.item() == pytest.approx(32 * loss.item(), rel=1e-4)
+
+
+class OneToken(torch.nn.Module):
+    """A tokenizer that gives token 3 to all of an image but ``others`` cells."""
+
+    vocab_size = 16
+
+    def __init__(self, others: int) -> None:
+        super().__init__()
+        self.others = others
+
+    def encode(self, images: Tensor, *, index: Tensor) -> Tensor:
+        return torch.where(torch.arange(len(index)) < self.others, torch.arange(len(index)) % 3, 3)
+
+
+@pytest.mark.parametrize(("others", "warns"), [(0, True), (2, True), (8, False)])
+def test_a_target_of_nearly_one_token_is_warned_of_once(batch, caplog, others, warns):
+    # The loss falls to 0 and looks brilliant; a broken tokenizer gives one token for everything.
+    target = TokenTarget(OneToken(others))
+    for _ in range(6):
+        target.compute(batch, torch.arange(32))
+    assert ("tokens of a batch are the same" in caplog.text) is warns
+    assert len(caplog.records) == warns
+    caplog.clear()
+    target.compute(batch, torch.arange(0))
+    TokenTarget(OneToken(0)).compute(batch, torch.arange(0))  # a batch without masked patches says nothing
+    assert not caplog.records
+
+
+def test_tokens_of_later_batches_are_not_waited_for(batch, monkeypatch):
+    target = TokenTarget(OneToken(8))
+    for _ in range(4):
+        target.compute(batch, torch.arange(32))
+    monkeypatch.setattr(torch, "bincount", None)
+    target.compute(batch, torch.arange(32))

@@ -73,8 +73,6 @@ def evaluate(config: KnnConfig) -> list[Result]:
         InputError: Images or checkpoint are missing, or settings contradict each other.
     """
     check_settings(config)
-    if not config.data_path:
-        raise InputError("--data_path is missing: the folder of the images, with train and val in it")
     if not config.k:
         raise InputError("--k is empty: give one or more numbers of neighbours")
     if config.untrained and not config.checkpoint:

@@ -31,30 +31,35 @@ def write_shards(index: ImageIndex, destination: str | os.PathLike[str], images_
 
     Image 12 is ``00000012.jpg`` and its class, if there are classes, ``00000012.cls``; ``classes.txt`` beside the
     shards has the class names. An unreadable file keeps its place as an empty one, so it is unreadable in the shard
-    too. Each shard is written whole or not at all; the last may have fewer images.
+    too. The last shard may have fewer images. Shards have hidden names until all are written, so that those of a killed
+    process are not taken for the whole; the next one replaces them.
 
     Returns the ``--data_path`` that reads them.
 
     Raises:
-        InputError: There are shards already, or the folder cannot be written.
+        InputError: There are shards already, a class name has a line break, or the folder cannot be written.
     """
     folder = Path(os.path.abspath(os.path.expanduser(destination)))
     present = next(iter(sorted(folder.glob("shards-*.tar"))), None)
     if present is not None:
         raise InputError(f"{present} exists already: give another folder, or remove its shards first")
+    if broken := [name for name in index.class_names if set(name) & set("\r\n")]:
+        raise InputError(f"{CLASS_NAMES_FILE} has one name per line, which {broken[0]!r} is not: rename that class")
     starts = range(0, len(index), images_per_shard)
     missing = 0
     # No progress bar in log files.
     for number, start in enumerate(tqdm(starts, unit="shard", disable=None)):
         images = range(start, min(start + images_per_shard, len(index)))
         with (
-            atomic_write(folder / f"shards-{number:06d}.tar") as file,
+            atomic_write(folder / f".shards-{number:06d}.tar") as file,
             tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive,
         ):
             missing += sum(not _add(archive, index, image) for image in images)
     if index.class_names:
         with atomic_write(folder / CLASS_NAMES_FILE) as file:
             file.write("".join(f"{name}\n" for name in index.class_names).encode("utf-8", "surrogateescape"))
+    for number in reversed(range(len(starts))):  # the first last, as no pattern but a wildcard does without it
+        os.replace(folder / f".shards-{number:06d}.tar", folder / f"shards-{number:06d}.tar")
     if missing:
         logger.warning("%d of %d files could not be read; they are empty in the shards", missing, len(index))
     name = f"{{000000..{len(starts) - 1:06d}}}" if len(starts) > 1 else "000000"
@@ -62,11 +67,11 @@ def write_shards(index: ImageIndex, destination: str | os.PathLike[str], images_
 
 
 def _add(archive: tarfile.TarFile, index: ImageIndex, number: int) -> bool:
-    source = index.file(number)
     try:
+        source = index.file(number)
         content = Path(source).read_bytes() if isinstance(source, str) else source.read()
-    except OSError as error:
-        logger.warning("cannot read %s: %s", index.path(number), error.strerror)
+    except (OSError, ValueError) as error:  # a path may have a null byte
+        logger.warning("cannot read %s: %s", index.path(number), getattr(error, "strerror", error))
         content = b""
     extension = os.path.splitext(index.path(number))[1].lower()
     add_member(archive, f"{number:08d}{extension}", content)

@@ -116,8 +116,6 @@ def embeddings(config: EmbeddingsConfig) -> None:
         InputError: The folder has no classes, or there is no such checkpoint or block.
     """
     check_picture_name(config.output)
-    if not config.data_path:
-        raise InputError("--data_path is missing: a folder with one folder of images per class, or shards")
     index = index_images(config.data_path)
     if not index.class_names:
         raise InputError(

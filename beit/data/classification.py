@@ -1,6 +1,5 @@
 """Images with classes: where they come from, whether their classes match, and how they are augmented."""
 
-import hashlib
 import logging
 import os
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from torchvision import datasets
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from beit.data.compact import fingerprint_of
 from beit.data.datasets import ImageDataset, Transform
 from beit.data.index import ImageIndex, index_images
 from beit.data.preprocessing import default_crop_pct
@@ -65,10 +65,7 @@ class ArrayImages:
 
     def fingerprint(self) -> str:
         """Returns a hash of the images and their classes in their order."""
-        digest = hashlib.sha256(str(self.class_names).encode())
-        for values in (self.images, self.class_ids):
-            digest.update(np.ascontiguousarray(values).data)
-        return digest.hexdigest()
+        return fingerprint_of(self.class_names, (self.images, self.class_ids))
 
     def path(self, i: int) -> str:
         """Returns what to call image ``i`` in a message."""
@@ -110,14 +107,16 @@ def find_images(
     if data_set in CIFAR:
         return _cifar(data_set, data_path, train, download)
     if data_set == "IMNET":
-        folder = os.path.join(data_path, "train" if train else "val")
+        folder = data_path and os.path.join(data_path, "train" if train else "val")
     elif not train and not eval_data_path:
         raise InputError("--eval_data_path is missing: --data_set image_folder needs a folder of validation images")
     else:
         folder = data_path if train else str(eval_data_path)
     index = index_images(folder)
     if not index.class_names:
-        raise InputError(f"{folder} has images without a class: each class needs its own folder, {folder}/CLASS")
+        raise InputError(
+            f"{folder} has images without a class, such as {index.path(0)}: each class needs its own folder"
+        )
     return index
 
 

@@ -1,6 +1,8 @@
 """One image, decoded and transformed the same way every time it is asked for."""
 
 import contextlib
+import functools
+import logging
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence, Sized
@@ -19,6 +21,9 @@ from torchvision.transforms.v2 import functional as F
 from beit.data.index import ImageIndex as ImageIndex
 from beit.data.index import index_images as index_images
 from beit.errors import InputError
+
+logger = logging.getLogger(__name__)
+_warn_once = functools.cache(logger.warning)  # per process, not per image
 
 LABEL = "label"  # key of a sample's class id
 UNREADABLE = "unreadable"  # key of a sample for the images that it had to replace
@@ -307,13 +312,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_deep_grey(image: Image.Image) -> Image.Image:
-    """Scales greys of 16 or 32 bits or floating point to 8 bits, by the range that the numbers seem to have."""
+    """Scales greys of 16 or 32 bits or floating point to 8 bits, by the range that the numbers seem to have.
+
+    For 16 bits that is 65535, else the first of 1 (for floats), 255 and 65535 that is exceeded by a tenth at most, as
+    resampling may; what lies outside is clipped. Where that leaves nearly nothing of an image, a warning says so.
+    """
     values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0)
     largest = float(values.max())
     if image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):
         full = 65535.0
     else:
         ranges = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
-        full = next((full for full in ranges if largest <= full), largest)
+        full = next((full for full in ranges if largest <= 1.1 * full), largest)
+    if 0 < largest < full / 16 or values.min() < -0.1 * full or largest > 1.1 * 65535:
+        _warn_once("images of more than 8 bits (mode %s) are black or cut off: convert all to 8 bits alike", image.mode)
     grey = np.clip(values / full * 255, 0, 255).round().astype(np.uint8)
     return Image.fromarray(grey).convert("RGB")

@@ -1,13 +1,14 @@
 """Which images there are: a folder, a list or tar shards, listed once, kept compactly, and on disk for the next run."""
 
 import hashlib
+import heapq
 import io
 import logging
 import os
 import time
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from beit.data.compact import AnyArray, Strings, as_array, map_arrays, save_arrays
-from beit.data.shards import Members, ShardReader, class_names, did_you_mean_file, expand, names_shards, scan
-from beit.errors import InputError
+from beit.data.compact import AnyArray, Strings, as_array, fingerprint_of, map_arrays, save_arrays
+from beit.data.shards import SUFFIX, Members, ShardReader, class_names, did_you_mean_file, expand, names_shards, scan
+from beit.errors import InputError, listed
 from beit.storage import beit_home
 
 logger = logging.getLogger(__name__)
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision's folders
+# Of the files that are images; what is in a file decides how it is decoded.
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".webp", ".avif", ".jp2", ".tif", ".tiff", ".bmp", ".tga"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
 
-_INDEX_VERSION = 3
-_STRINGS = ("watched", "classes", "folders", "names")  # in the kept index, each as two arrays
+_INDEX_VERSION = 4
+_STRINGS = ("watched", "classes", "left_out", "folders", "names")  # in the kept index, each as two arrays
 # A folder changed this shortly before it was listed may change again without its time stamp moving.
 _SETTLED_NS = 2_000_000_000
 
@@ -37,6 +42,7 @@ class ImageIndex:
     Attributes:
         root: Absolute path of the folder, or of the folder that has the list or the shards.
         class_names: The folders directly below ``root`` if every image is in one, or the shards' classes; else empty.
+        left_out: What was found there and not taken, such as ``12 .txt``.
     """
 
     root: str
@@ -46,22 +52,11 @@ class ImageIndex:
     _names: Strings = field(repr=False)
     _folder_of: NDArray[np.int32] = field(repr=False)
     _members: Members | None = field(repr=False, default=None)
+    left_out: tuple[str, ...] = ()
     _reader: ShardReader = field(repr=False, compare=False, default_factory=ShardReader)
 
     def __len__(self) -> int:
         return len(self._names)
-
-    def fingerprint(self) -> str:
-        """Returns a hash of the images' names, folders and classes in their order; no file is opened.
-
-        It does not depend on where the root is. Of shards, the images' lengths count as well: names are mere numbers.
-        """
-        digest = hashlib.sha256(str(self.class_names).encode("utf-8", "surrogateescape"))
-        arrays = [*vars(self._folders).values(), *vars(self._names).values(), self._class_of_folder, self._folder_of]
-        arrays += [] if self._members is None else [self._members.lengths, self._members.labels]
-        for values in arrays:
-            digest.update(np.ascontiguousarray(values).data)
-        return digest.hexdigest()
 
     def path(self, i: int) -> str:
         """Returns the path of image ``i``; in a shard, the shard's path and the name in it, for messages only."""
@@ -82,6 +77,33 @@ class ImageIndex:
         if not self.class_names:
             return None
         return int(self._class_of_folder[self._folder_of[i]] if self._members is None else self._members.labels[i])
+
+    def fingerprint(self) -> str:
+        """Returns a hash of names, folders and classes in their order, and of lengths in shards; reads no image."""
+        arrays = [*vars(self._folders).values(), *vars(self._names).values(), self._class_of_folder, self._folder_of]
+        arrays += [] if self._members is None else [self._members.lengths, self._members.labels]
+        return fingerprint_of(self.class_names, arrays)
+
+    def announce(self) -> None:
+        """Logs how many images there are of how many classes, and warns of what was left out."""
+        labels = self._class_of_folder[self._folder_of] if self._members is None else self._members.labels
+        found, left_out = _counted(len(self), "image"), list(self.left_out)
+        if self.class_names:
+            counts = np.bincount(labels, minlength=len(self.class_names))
+            found += f" in {_counted(len(counts), 'class')}, {counts.min():,} to {counts.max():,} in each"
+            if empty := [name for name, count in zip(self.class_names, counts, strict=True) if not count]:
+                left_out.append(f"{_counted(len(empty), 'class')} without images ({listed(empty)})")
+        else:
+            found += f" in {_counted(len(self._folders), 'folder' if self._members is None else 'shard')}"
+            if labels.max() >= 0:
+                left_out.append(f"all classes, since {(labels < 0).sum()} of {_counted(len(self), 'image')} have none")
+        logger.info("%s: %s", self.root, found)
+        if left_out:
+            logger.warning("%s: left out %s", self.root, listed(left_out, 8))
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
 def image_files(given: Iterable[str]) -> list[str]:
@@ -108,13 +130,15 @@ def index_images(path: str | os.PathLike[str], cache_dir: str | os.PathLike[str]
 
     A folder is listed as it is: a ``train`` folder inside it is not picked. Images are ordered by path, class by class.
     If every image is in a folder below ``path``, the folders directly below are the classes (as in torchvision's
-    ``ImageFolder``; folders without images do not count). Hidden folders are skipped and links are followed. A text
-    file has one path per line, absolute or relative to the file, in the order wanted.
+    ``ImageFolder``; folders without images do not count). Hidden folders are skipped, links are followed, and a folder
+    that they lead to again is left out. A text file has one path per line, absolute or relative to the file, in the
+    order wanted; lines that start with ``#`` are comments.
 
     A path that ends in ``.tar`` names shards in WebDataset's format; it may have ranges, lists and wildcards, such as
     ``shards-{000000..000127}.tar``. Images come shard by shard, in the order of the files in each.
 
-    The list is kept in ``cache_dir`` and used again until a folder in it (or the text file, or a shard) changes. It is
+    Each call logs the number of images and warns of what was left out. The list is kept in ``cache_dir`` and used again
+    until a folder in it (or the text file, or a shard) changes, unless something could not be read. It is
     memory-mapped, so all processes of a machine share it.
 
     Args:
@@ -122,55 +146,57 @@ def index_images(path: str | os.PathLike[str], cache_dir: str | os.PathLike[str]
         cache_dir: Where to keep the list; ``None`` is ``index`` in ``$BEIT_HOME`` (or ``~/.cache/beit``).
 
     Raises:
-        InputError: The path does not exist or cannot be read, or there is no image.
+        InputError: The path is empty, does not exist or cannot be read, or there is no image.
     """
+    if not os.fspath(path):
+        raise InputError("--data_path is missing: give a folder of images, a text file of paths, or tar shards")
     source = Path(os.path.abspath(os.path.expanduser(path)))
     shards = expand(str(source)) if names_shards(source) else []
-    if not shards and not source.exists():
+    if not shards and not (source.is_dir() or source.is_file()):
         raise InputError(f"no such folder or list of images: {source}{did_you_mean_file(source)}")
+    root = str(source if source.is_dir() else source.parent)
+    if shards:
+        root = os.path.commonpath([os.path.dirname(shard) for shard in shards])
     folder = beit_home() / "index" if cache_dir is None else Path(cache_dir)
-    cache = folder / hashlib.sha256(os.fsencode(source)).hexdigest()[:24]
-    index = _load_index(cache, source, shards)
+    cache, began = folder / hashlib.sha256(os.fsencode(source)).hexdigest()[:24], time.time_ns()
+    index = _load_index(cache, source, root, shards)
     if index is None:
-        listing = _list_shards(shards) if shards else _list_folder(source) if source.is_dir() else _list_file(source)
-        # Use the mapped copy if there is one: the listing is in this process's memory.
-        kept = _save_index(cache, source, listing)
-        index = (_load_index(cache, source, shards) if kept else None) or listing.index
+        index, watched = (
+            _list_shards(root, shards) if shards else _list_folder(source) if source.is_dir() else _list_file(source)
+        )
+        if _save_index(cache, source, index, watched, began):
+            # Use the mapped copy: the listing is in this process's memory.
+            index = _load_index(cache, source, root, shards) or index
     if source.is_file() and not shards:
         _require_some_exist(index, source)
+    index.announce()
     return index
 
 
-@dataclass(frozen=True)
-class _Listing:
-    index: ImageIndex
-    watched: Iterable[str]  # folders or shards (relative to the root) or the text file: a change makes the list stale
-    stamps: list[int]  # their modification times in ns, taken before they were read
-    began: int  # when the listing did, ns
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    # Copies and archives set the modification time back, so it alone does not show a change.
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_ino % 2**63, status.st_size
 
 
-def _list_folder(root: Path) -> _Listing:
-    began = time.time_ns()
+def _list_folder(root: Path) -> tuple[ImageIndex, Mapping[str, tuple[int, ...]]]:
     images: dict[str, bytes] = {}  # the names in a folder, joined: a tenth of the memory of a list
-    stamps: dict[str, int] = {}
+    watched: dict[str, tuple[int, ...]] = {}
     others: Counter[str] = Counter()
-    for folder, stamp, names in _walk(str(root)):
-        stamps[folder] = stamp
+    skipped: list[str] = []
+    for folder, stamp, names in _walk(str(root), skipped):
+        watched[folder] = stamp
         found = [name for name in names if name.lower().endswith(EXTENSIONS)]
-        others.update(os.path.splitext(name)[1].lower() or "no extension" for name in names)
+        others.update(os.path.splitext(name)[1].lower() for name in names if not name.lower().endswith(EXTENSIONS))
         if found:
             images[folder] = b"\0".join(os.fsencode(name) for name in sorted(found))
-    if not images:
-        listed = ", ".join(f"{count} {extension}" for extension, count in others.most_common(5))
-        raise InputError(
-            f"no images in {root} or the folders below: looked for {' '.join(EXTENSIONS)}, "
-            f"found {f'other files only ({listed})' if listed else 'no files at all'}"
-        )
+    left_out = _left_out(len(images), f"{root} or the folders below", others, skipped)
     # Class by class, then by path: "a/x" comes before "a-b", which plain string order would put first.
     folders = sorted(images, key=lambda folder: (folder.partition(os.sep)[0], folder))
     classes = tuple(dict.fromkeys(folder.partition(os.sep)[0] for folder in folders))
     classes = () if "" in images else classes
     ids = {name: i for i, name in enumerate(classes)}
+    if empty := sorted(name for name in watched if classes and name and os.sep not in name and name not in ids):
+        left_out = (f"{_counted(len(empty), 'class folder')} without images ({listed(empty)})", *left_out)
     counts = [images[folder].count(b"\0") + 1 for folder in folders]
     index = ImageIndex(
         str(root),
@@ -179,53 +205,76 @@ def _list_folder(root: Path) -> _Listing:
         np.asarray([ids.get(folder.partition(os.sep)[0], -1) for folder in folders], dtype=np.int32),
         Strings.of(name for folder in folders for name in images.pop(folder).split(b"\0")),
         np.repeat(np.arange(len(folders), dtype=np.int32), counts),
+        left_out=left_out,
     )
-    return _Listing(index, stamps, list(stamps.values()), began)
+    # Nothing that is watched need change when what could not be read is repaired.
+    return index, {} if skipped else watched
 
 
-def _walk(root: str) -> Iterator[tuple[str, int, list[str]]]:
-    """Yields (folder relative to ``root``, its modification time in ns, its file names) for every folder."""
-    waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
+def _walk(root: str, skipped: list[str]) -> Iterator[tuple[str, tuple[int, ...], list[str]]]:
+    """Yields (folder relative to ``root``, its stamp, its file names) for every folder, each once.
+
+    Folders behind links come last, so that none is left out for a link to it.
+    """
+    waiting = [(False, "")]
+    entered: set[tuple[int, int]] = set()
     while waiting:
-        folder, above = waiting.pop()
+        linked, folder = heapq.heappop(waiting)
         path = os.path.join(root, folder)
         try:
             status = os.stat(path)
             with os.scandir(path) as entries:
-                # Not pipes or devices, whatever their names; a dead link counts as an image that cannot be read.
-                found = [(e.name, e.is_dir()) for e in entries if e.is_dir() or e.is_file() or e.is_symlink()]
+                found = [entry for entry in entries if not entry.name.startswith(".")]
         except OSError as error:
             if not folder:
                 raise InputError(f"cannot list {root}: {error.strerror}") from error
-            logger.warning("skipped the folder %s: %s", path, error.strerror)
+            skipped.append(f"{folder}: {error.strerror}")
             continue
         identity = (status.st_dev, status.st_ino)
-        if identity in above:  # a link back to a folder above
+        if linked and identity in entered:
+            skipped.append(f"{folder}: a link to a folder listed already")
             continue
-        yield folder, status.st_mtime_ns, [name for name, is_folder in found if not (is_folder or name.startswith("."))]
-        waiting += [
-            (os.path.join(folder, name), (*above, identity))
-            for name, is_folder in found
-            if is_folder and not name.startswith(".")
-        ]
+        entered.add(identity)
+        files = []
+        for entry in found:  # not pipes or devices, whatever their names
+            try:
+                if entry.is_dir():
+                    heapq.heappush(waiting, (linked or entry.is_symlink(), os.path.join(folder, entry.name)))
+                elif entry.is_file() or entry.is_symlink():  # a dead link counts as an image that cannot be read
+                    files.append(entry.name)
+            except OSError as error:
+                skipped.append(f"{os.path.join(folder, entry.name)}: {error.strerror}")
+        yield folder, _stamp(status), files
 
 
-def _list_file(source: Path) -> _Listing:
-    began = time.time_ns()
+def _left_out(images: int, where: str, others: Counter[str], skipped: Sequence[str] = ()) -> tuple[str, ...]:
+    """Returns in words what a listing left out; raises :class:`InputError` if that is all there is."""
+    words = [f"{_counted(len(skipped), 'path')} ({listed(skipped)})"] if skipped else []
+    words += [f"{count:,} {extension or 'no extension'}" for extension, count in others.most_common()]
+    if not images:
+        found = listed(words, 8) or "no files at all"
+        hint = f"; tar shards are given as 'FOLDER/*{SUFFIX}'" if SUFFIX in others else ""
+        raise InputError(f"no images in {where}: looked for {' '.join(EXTENSIONS)}, found {found}{hint}")
+    return tuple(words)
+
+
+def _list_file(source: Path) -> tuple[ImageIndex, Mapping[str, tuple[int, ...]]]:
     if source.name.lower().endswith(EXTENSIONS):
         raise InputError(f"{source} is one image; give a folder of images, or a text file with one path per line")
     folders: dict[str, int] = {}
     folder_of = array("i")
 
     def names(lines: Iterable[str]) -> Iterator[str]:
-        for line in lines:
-            if line := line.strip():
+        for line in map(str.strip, lines):
+            if line and not line.startswith("#"):
                 folder, name = os.path.split(line)
+                if not name or name.lower().endswith(SUFFIX):
+                    raise InputError(f"{source} lists {line}: give folders and tar shards themselves, not in a list")
                 folder_of.append(folders.setdefault(folder, len(folders)))
                 yield name
 
     try:
-        stamp = source.stat().st_mtime_ns
+        watched = {source.name: _stamp(source.stat())}
         with source.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
             if "\0" in lines.read(4096):
                 raise InputError(f"{source} is not a text file; give a folder, or a text file with one path per line")
@@ -237,28 +286,18 @@ def _list_file(source: Path) -> _Listing:
         raise InputError(f"the list of images {source} is empty; it needs one path per line")
     no_classes = np.full(len(folders), -1, dtype=np.int32)
     index = ImageIndex(str(source.parent), (), Strings.of(folders), no_classes, strings, as_array(folder_of))
-    return _Listing(index, [source.name], [stamp], began)
+    return index, watched
 
 
-def _list_shards(shards: list[str]) -> _Listing:
-    began = time.time_ns()
-    stamps = [os.stat(shard).st_mtime_ns for shard in shards]
-    names, shard_of, members = scan(shards, EXTENSIONS)
-    root = _root(Path(), shards)
-    without = int((members.labels < 0).sum())
-    if 0 < without < len(names):
-        logger.warning("%d of %d images in %s have no class, so none is used", without, len(names), root)
-    relative = [os.path.relpath(shard, root) for shard in shards]
+def _list_shards(root: str, shards: list[str]) -> tuple[ImageIndex, Mapping[str, tuple[int, ...]]]:
+    watched = {os.path.relpath(shard, root): _stamp(os.stat(shard)) for shard in shards}
+    names, shard_of, members, others = scan(shards, EXTENSIONS)
+    left_out = _left_out(len(names), f"{shards[0]} (of {_counted(len(shards), 'shard')})", others)
+    relative = Strings.of(os.path.relpath(shard, root) for shard in shards)
     no_classes = np.full(len(shards), -1, dtype=np.int32)
     classes = class_names(root, members.labels)
-    index = ImageIndex(root, classes, Strings.of(relative), no_classes, names, shard_of, members)
-    return _Listing(index, relative, stamps, began)
-
-
-def _root(source: Path, shards: list[str]) -> str:
-    if shards:
-        return os.path.commonpath([os.path.dirname(shard) for shard in shards])
-    return str(source if source.is_dir() else source.parent)
+    index = ImageIndex(root, classes, relative, no_classes, names, shard_of, members, left_out)
+    return index, watched
 
 
 def _require_some_exist(index: ImageIndex, source: Path) -> None:
@@ -275,20 +314,22 @@ def _key(source: Path) -> AnyArray:
     return np.frombuffer(f"{_INDEX_VERSION} ".encode() + os.fsencode(source), dtype=np.uint8)
 
 
-def _save_index(cache: Path, source: Path, listing: _Listing) -> bool:
+def _save_index(
+    cache: Path, source: Path, index: ImageIndex, watched: Mapping[str, tuple[int, ...]], began: int
+) -> bool:
     """Keeps a listing on disk; returns whether it did."""
-    if max(listing.stamps) > listing.began - _SETTLED_NS:
+    modified = [stamp[0] for stamp in watched.values()]
+    if not modified or max(modified) > began - _SETTLED_NS:
         return False
-    index = listing.index
     arrays = {
         "key": _key(source),
-        "stamps": np.asarray(listing.stamps),
+        "stamps": np.asarray(list(watched.values())),
         "class_of_folder": index._class_of_folder,
         "folder_of": index._folder_of,
         **({} if index._members is None else vars(index._members)),
     }
-    watched, classes = Strings.of(listing.watched), Strings.of(index.class_names)
-    for name, strings in zip(_STRINGS, (watched, classes, index._folders, index._names), strict=True):
+    packed = (*map(Strings.of, (watched, index.class_names, index.left_out)), index._folders, index._names)
+    for name, strings in zip(_STRINGS, packed, strict=True):
         arrays |= {name: strings.blob, f"{name}_ends": strings.ends}
     try:
         save_arrays(cache, arrays)
@@ -298,23 +339,23 @@ def _save_index(cache: Path, source: Path, listing: _Listing) -> bool:
     return True
 
 
-def _load_index(cache: Path, source: Path, shards: list[str]) -> ImageIndex | None:
+def _load_index(cache: Path, source: Path, root: str, shards: list[str]) -> ImageIndex | None:
     """Returns the kept index of ``source`` if there is one and nothing has changed since."""
     try:
         kept: dict[str, Any] = map_arrays(cache)
-        watched, classes, folders, names = (Strings(kept[name], kept[f"{name}_ends"]) for name in _STRINGS)
-        root = _root(source, shards)
+        watched, classes, left_out, folders, names = (Strings(kept[name], kept[f"{name}_ends"]) for name in _STRINGS)
         paths = [os.path.join(root, path) for path in watched]
         if (
             not np.array_equal(kept["key"], _key(source))
             or (shards and paths != shards)
-            or [os.stat(path).st_mtime_ns for path in paths] != kept["stamps"].tolist()
+            or not np.array_equal(kept["stamps"], [_stamp(os.stat(path)) for path in paths])
         ):
             return None
         members = Members(kept["offsets"], kept["lengths"], kept["labels"]) if shards else None
         # Class names of shards are in a file beside them, which may have come later.
         labels = tuple(classes) if members is None else class_names(root, members.labels)
-        return ImageIndex(root, labels, folders, kept["class_of_folder"], names, kept["folder_of"], members)
+        arrays = kept["class_of_folder"], names, kept["folder_of"]
+        return ImageIndex(root, labels, folders, *arrays, members, tuple(left_out))
     except InputError:
         raise
     except Exception as error:  # a damaged cache can fail in any way, and must never stop a run

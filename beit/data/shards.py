@@ -1,7 +1,8 @@
 """Images in tar files, as WebDataset writes them: found once, then read one by one, in any order.
 
 Files that share a name up to the first dot belong to one sample: ``0007.jpg`` is an image, ``0007.cls`` its class, a
-number in text. Nothing is ever extracted: an index records which bytes of which shard are an image.
+number in text. A name may have more dots: ``a.1.jpg`` is an image too, but not beside ``a.jpg``, whose sample it
+belongs to. Nothing is ever extracted: an index records which bytes of which shard are an image.
 """
 
 import errno
@@ -29,6 +30,7 @@ LABEL_EXTENSION = "cls"
 CLASS_NAMES_FILE = "classes.txt"  # beside the shards: one class name per line, from class 0 on
 
 _LONGEST_LABEL = 32
+_AT_ONCE = 1 << 20  # bytes
 _MOST_SHARDS = 1_000_000
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _CONTROL = re.compile(r"[\0-\x1f\x7f]")
@@ -51,20 +53,26 @@ def names_shards(path: str | os.PathLike[str]) -> bool:
 def expand(pattern: str) -> list[str]:
     """Returns the files that a pattern names: ranges and lists in braces in their order, then ``*?[]`` by name.
 
+    A folder that exists is taken as it is spelled, whatever is in its name, and so is a file.
+
     Raises :class:`InputError` if a range cannot be used, or a shard does not exist.
     """
-    if os.path.exists(pattern):
+    if os.path.isfile(pattern):
         return [pattern]
-    names = list(itertools.islice(_braces_expanded(pattern), _MOST_SHARDS + 1))
+    folder = pattern
+    while folder and not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    names = list(itertools.islice(_braces_expanded(pattern[len(folder) :]), _MOST_SHARDS + 1))
     if len(names) > _MOST_SHARDS:
         raise InputError(f"{pattern} stands for more than {_MOST_SHARDS} files")
-    paths = [path for name in names for path in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])]
+    paths: list[str] = []
+    for name in names:  # one that matches nothing stays, as a file that is missing
+        paths += sorted(glob.glob(glob.escape(folder) + name)) or [folder + name]
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise InputError(f"{pattern}: no such file: {missing[0]}{more}{did_you_mean_file(missing[0])}")
-    if not paths:
-        raise InputError(f"no file matches {pattern}")
+        what = "no file matches" if glob.has_magic(missing[0].removeprefix(folder)) else "no such file:"
+        raise InputError(f"{pattern}: {what} {missing[0]}{more}{did_you_mean_file(missing[0])}")
     return paths
 
 
@@ -108,62 +116,63 @@ class Members:
     labels: NDArray[np.int32]
 
 
-def scan(paths: Sequence[str], extensions: Sequence[str]) -> tuple[Strings, NDArray[np.int32], Members]:
+def scan(paths: Sequence[str], extensions: Sequence[str]) -> tuple[Strings, NDArray[np.int32], Members, Counter[str]]:
     """Finds the images in tar files by reading their headers; ``extensions`` are with the dot, in lower case.
 
-    Returns the images' names in their shards, the number of each image's shard ``(N,)``, and where they are.
+    Returns the images' names in their shards, the number of each image's shard ``(N,)``, where they are, and how many
+    files of which extension are neither images nor belong to one.
 
     Raises:
-        InputError: A file is cut short, damaged or not a plain tar file, or there is no image.
+        InputError: A file is cut short, damaged or not a plain tar file, or has two members of one name.
     """
     shard_of, offsets, lengths, labels = array("i"), array("q"), array("q"), array("i")
     others: Counter[str] = Counter()
 
     def names() -> Iterator[str]:
         for number, path in enumerate(paths):
-            images, classes = _images(path, extensions, others)
-            for name, offset, length in images:
+            for name, offset, length, label in _images(path, extensions, others):
                 shard_of.append(number)
                 offsets.append(offset)
                 lengths.append(length)
-                labels.append(classes.get(_split(name)[0], -1))
+                labels.append(label)
                 yield name
 
     strings = Strings.of(names())
-    if not len(strings):
-        found = ", ".join(f"{count} .{extension}" for extension, count in others.most_common(5)) or "no files at all"
-        raise InputError(
-            f"no images in {paths[0]} (of {len(paths)} shards): looked for {' '.join(extensions)}, found {found}"
-        )
-    return strings, as_array(shard_of), Members(as_array(offsets), as_array(lengths), as_array(labels))
+    return strings, as_array(shard_of), Members(as_array(offsets), as_array(lengths), as_array(labels)), others
 
 
-def _images(
-    path: str, extensions: Sequence[str], others: Counter[str]
-) -> tuple[list[tuple[str, int, int]], dict[str, int]]:
-    """Returns a shard's images and its classes by key, and counts the extensions of all other files."""
-    images, classes = [], {}
+def _images(path: str, extensions: Sequence[str], others: Counter[str]) -> Iterator[tuple[str, int, int, int]]:
+    """Yields name, offset, length and class (-1 for none) of a shard's images; counts the other files' extensions."""
+    places: dict[str, tuple[int, int]] = {}
+    classes: dict[str, int] = {}
     try:
         with open(path, "rb") as file:
             for member in _members(file, path):
-                key, extension = _split(member.name)
-                if f".{extension.lower()}" in extensions:
-                    images.append((member.name, member.offset_data, member.size))
-                elif extension == LABEL_EXTENSION:
+                if member.name in places:
+                    raise InputError(f"{path} has two files {member.name}: names in a shard must differ")
+                places[member.name] = member.offset_data, member.size
+                stem, extension = os.path.splitext(member.name)
+                if extension == f".{LABEL_EXTENSION}":
                     content = os.pread(file.fileno(), min(member.size, _LONGEST_LABEL), member.offset_data)
-                    classes[key] = _label(content, path, member.name)
-                else:
-                    others[extension or "no extension"] += 1
+                    classes[stem] = _label(content, path, member.name)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    return images, classes
+    names = [name for name in places if not os.path.basename(name).startswith(".")]
+    stems = {os.path.splitext(name)[0] for name in names if name.lower().endswith(tuple(extensions))}
+    samples = stems | set(map(_key, stems))
+    for name in names:
+        (stem, extension), key = os.path.splitext(name), _key(name)
+        image = extension.lower() in extensions
+        if image and (stem == key or key not in stems):
+            yield name, *places[name], classes.get(stem, classes.get(key, -1))
+        elif image or not {stem, key} & samples:
+            others[name.removeprefix(key).lower()] += 1
 
 
-def _split(name: str) -> tuple[str, str]:
-    # As WebDataset: the key is the name up to the first dot after the last slash.
-    folder, _, file = name.rpartition("/")
-    key, _, extension = file.partition(".")
-    return f"{folder}/{key}", extension
+def _key(name: str) -> str:
+    # As WebDataset: the name up to the first dot after the last slash.
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + file.partition(".")[0]
 
 
 def _label(content: bytes, path: str, name: str) -> int:
@@ -200,6 +209,10 @@ def _members(file: io.BufferedReader, path: str) -> Iterator[tarfile.TarInfo]:
         raise InputError(f"{path} is cut short: it ends at byte {size} without the end mark of a tar file")
     if any(block):
         raise InputError(f"{path} is damaged: there is no valid header at byte {at}")
+    file.seek(at)
+    while rest := file.read(_AT_ONCE):
+        if rest.strip(b"\0"):
+            raise InputError(f"{path} goes on after its end mark at byte {at}: give archives one by one, not joined")
 
 
 def class_names(folder: str, labels: NDArray[np.int32]) -> tuple[str, ...]:
@@ -212,8 +225,8 @@ def class_names(folder: str, labels: NDArray[np.int32]) -> tuple[str, ...]:
     count = int(labels.max()) + 1
     path = os.path.join(folder, CLASS_NAMES_FILE)
     try:
-        with open(path, encoding="utf-8") as file:
-            names = tuple(file.read().splitlines())
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+            names = tuple(file.read().removesuffix("\n").split("\n"))  # not splitlines: names may have other breaks
     except FileNotFoundError:
         return tuple(map(str, range(count)))
     except (OSError, ValueError) as error:

@@ -327,8 +327,9 @@ def plan(config: BatchOptions, trainer: Trainer) -> str:
 
 def find_together(path: str) -> ImageIndex:
     """Lists images once for all processes; :class:`InputError` if there are none or they differ between them."""
-    distributed.on_main(lambda: len(index_images(path)))
-    index = index_images(path)
+    listed: list[ImageIndex] = []
+    distributed.on_main(lambda: listed.append(index_images(path)))
+    index = listed[0] if listed else index_images(path)
     if not distributed.all_equal(len(index)):
         raise InputError(f"{path} does not hold the same images on all machines: {len(index)} on this one")
     return index

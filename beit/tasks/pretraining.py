@@ -1,21 +1,23 @@
 """BEiT pre-training: predict the visual tokens of masked patches (arXiv 2106.08254, section 2), or another target."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from beit.checkpoints.load import load_weights
 from beit.checkpoints.read import read_weights
-from beit.data.datasets import ImageDataset
+from beit.data.datasets import ImageDataset, sample_randomness
 from beit.data.loaders import EpochLoader
 from beit.data.preprocessing import normalization
 from beit.data.transforms import MaskedImageModelingEvalTransform, MaskedImageModelingTransform, size_pair
 from beit.errors import InputError
-from beit.masking import MaskGenerator
+from beit.masking import PUBLISHED_SHARE, MaskGenerator
 from beit.modeling import VisionTransformerForMaskedImageModeling
 from beit.registry import MASK_STRATEGIES, TARGETS, resolve
 from beit.targets import VISUAL_TOKENS, MaskedPrediction, PredictionTarget, TokenTarget, with_patch_index
@@ -34,6 +36,8 @@ from beit.visualization.image_log import reconstruction_picture, spread_samples
 logger = logging.getLogger(__name__)
 
 PUBLISHED_LR, PUBLISHED_BATCH = 1.5e-3, 2048
+LEAST_MASKED, MOST_MASKED = 0.2, 0.6  # of the patches, on average
+MASK_DRAWS = 1000
 
 
 def main(config: PretrainingConfig) -> None:
@@ -131,6 +135,7 @@ class Pretraining(Task[PretrainingConfig]):
             yield f"tokenizer {config.discrete_vae_weight_path}: {self.target.output_size} tokens"
         else:
             yield f"predicting {self.target.name}: {self.target.output_size} numbers per patch"
+        yield describe_masks(self.masks)
         batch = config.batch_size * config.update_freq * self.session.world_size
         ratio = (config.lr / batch) / (PUBLISHED_LR / PUBLISHED_BATCH)
         if not 0.5 <= ratio <= 2:
@@ -205,6 +210,20 @@ def build_mask_generator(config: PretrainingConfig, grid_size: tuple[int, int]) 
         max_num_patches=config.max_mask_patches_per_block,
     )
     return masks
+
+
+def describe_masks(masks: MaskGenerator) -> str:
+    """Says how many patches are masked on average, from some draws; warns where that is far from the usual share."""
+    with sample_randomness(0, 0, 0) as rng:  # of its own: the run's draws stay what they are
+        mean = float(np.mean([masks(rng).sum() for _ in range(MASK_DRAWS)]))
+    patches = math.prod(masks.grid_size)
+    line = f"masks: {mean:.1f} of {patches} patches on average ({100 * mean / patches:.0f} %)"
+    if not LEAST_MASKED <= mean / patches <= MOST_MASKED:
+        advice = (
+            f"the published share is --num_mask_patches {round(PUBLISHED_SHARE * patches)}, in blocks from 16 patches"
+        )
+        logger.warning("%s: hardly anything is learnt outside 20 to 60 %%; %s", line, advice)
+    return line
 
 
 def evaluation_transform(

@@ -165,6 +165,15 @@ def array_source(count=8, size=32):
     return ArrayImages(images, np.arange(count) % 2, ("even", "odd"), "nowhere")
 
 
+def test_the_fingerprint_of_images_in_memory_is_of_pixels_and_classes():
+    images, other_pixels, other_classes = array_source(), array_source(), array_source()
+    assert images.fingerprint() == array_source().fingerprint()
+    other_pixels.images[3, 1, 1] ^= 1
+    other_classes.class_ids[:2] = 1, 0
+    rolled = ArrayImages(images.images.transpose(0, 2, 1, 3), images.class_ids, images.class_names, "elsewhere")
+    assert len({source.fingerprint() for source in (images, other_pixels, other_classes, rolled)}) == 4
+
+
 @pytest.mark.parametrize("source", ["files", "arrays"])
 def test_a_sample_follows_from_seed_epoch_and_index_alone(tmp_path, source):
     # Breaks if a transform draws from a generator that is not seeded for the sample (RandAugment, erasing, jitter).

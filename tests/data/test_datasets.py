@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from beit.data import datasets
+from beit.data import datasets as datasets_module
 from beit.data.datasets import (
     UNREADABLE,
     ImageDataset,
@@ -415,3 +416,37 @@ def test_a_photograph_on_its_side_is_turned_upright(tmp_path):
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_damaged_orientation_is_ignored(tmp_path):
     assert read_back(tmp_path / "x.jpg", Image.new("RGB", (32, 16)), exif=b"Exif\0\0MM\0*garbage").shape == (16, 32, 3)
+
+
+@pytest.fixture
+def grey_warnings(caplog):
+    datasets_module._warn_once.cache_clear()
+    return lambda: [record.getMessage() for record in caplog.records if record.name == "beit.data.datasets"]
+
+
+@pytest.mark.parametrize(("kind", "full"), [(np.float32, 1), (np.float32, 255), (np.float32, 65535), (np.int32, 255)])
+@pytest.mark.parametrize("overshoot", [1.0004, 1.09])
+def test_greys_a_little_above_their_range_do_not_turn_the_image_black(tmp_path, kind, full, overshoot, grey_warnings):
+    # One pixel at 1.0004, as after bicubic resampling, made a mean of 130 one of 0.5.
+    values = np.linspace(0, full, 48 * 72).reshape(48, 72)
+    values[0, 0] = np.ceil(full * overshoot) if kind is np.int32 else full * overshoot
+    pixels = read_back(tmp_path / "x.tif", Image.fromarray(values.astype(kind)))
+    assert abs(pixels.mean() - 127.5) < 1
+    assert pixels[0, 0, 0] == 255
+    assert not grey_warnings()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.linspace(0, 4095, 50).astype(np.uint16),  # 12 bits, as cameras and scanners store them
+        np.linspace(0, 1000, 50).astype(np.int32),
+        np.linspace(0, 300_000, 50).astype(np.float32),
+        np.linspace(-1, 1, 50).astype(np.float32),
+    ],
+)
+def test_greys_of_another_range_are_warned_of_once(tmp_path, values, grey_warnings):
+    for _ in range(3):
+        read_back(tmp_path / "x.tif", Image.fromarray(values.reshape(5, 10)))
+    (warning,) = grey_warnings()
+    assert "convert" in warning

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from beit.__main__ import main as beit_main
+from beit.commands import shards as shards_module
 from beit.commands.shards import write_shards
 from beit.data import index as index_module
 from beit.data.classification import find_images
@@ -21,6 +22,7 @@ from beit.data.shards import ShardReader, expand, names_shards
 from beit.data.transforms import MaskedImageModelingTransform
 from beit.errors import InputError
 from beit.masking import BlockwiseMaskGenerator
+from beit.storage import atomic_write
 
 IMAGES, LONG_AGO = 23, (1_500_000_000, 1_500_000_000)
 
@@ -279,6 +281,108 @@ def test_a_shard_cut_short_later_is_unreadable_images(folder, tmp_path):
     assert dict(fresh[0, 20]["unreadable"])[20] == "no such file or directory"
 
 
+# Which files of a shard are images
+
+
+def listed(tmp_path, members, cache="cache"):
+    path = make_tar(tmp_path / "one.tar", members)
+    index = index_images(path, tmp_path / cache)
+    return {os.path.relpath(index.path(i), path): index.class_id(i) for i in range(len(index))}, index
+
+
+def test_names_with_dots_are_images_by_their_last_part(tmp_path, caplog):
+    # Three of four photographs of a shard went missing.
+    members = [("Screenshot 10.11.12.png", b"a"), ("Screenshot 10.11.12.cls", b"1"), ("n014_1.0.JPEG", b"b")]
+    members += [("n014_1.cls", b"0"), ("img.2024.05.jpg", b"c"), ("img.2024.06.jpg", b"d"), ("img.cls", b"2")]
+    found, _ = listed(tmp_path, members)
+    assert found == {"Screenshot 10.11.12.png": 1, "n014_1.0.JPEG": 0, "img.2024.05.jpg": 2, "img.2024.06.jpg": 2}
+    assert "left out" not in caplog.text
+
+
+def test_what_belongs_to_an_image_is_not_one_and_what_belongs_to_none_is_said(tmp_path, caplog):
+    members = [("a/1.jpg", b"x"), ("a/1.json", b"{}"), ("a/1.seg.png", b"y"), ("a/._1.jpg", b"z"), ("2.txt", b"")]
+    members += [("b.0.jpg", b"x"), ("b.0.txt", b""), ("b.caption.txt", b""), ("readme", b""), ("3.cls", b"1")]
+    found, index = listed(tmp_path, members)
+    assert list(found) == ["a/1.jpg", "b.0.jpg"]
+    assert index.left_out == ("1 .seg.png", "1 .txt", "1 no extension", "1 .cls")
+    assert "left out 1 .seg.png, 1 .txt, 1 no extension, 1 .cls" in caplog.text
+
+
+@pytest.mark.parametrize("twice", ["x.jpg", "x.cls", "y.json"])
+def test_a_name_that_is_there_twice_is_refused(tmp_path, twice):
+    # Both images would get the class of the second; WebDataset refuses them too.
+    members = [("x.jpg", b"a"), ("x.cls", b"0"), ("y.jpg", b"b"), ("y.json", b""), ("y.cls", b"1"), (twice, b"1")]
+    with pytest.raises(InputError, match=f"two files {twice}"):
+        listed(tmp_path, members)
+
+
+def test_archives_that_were_joined_are_refused(tmp_path):
+    # tar reads up to the first end mark: 20 of 40 images.
+    parts = [make_tar(tmp_path / f"{name}.tar", [(f"{name}.jpg", b"x" * 700)]).read_bytes() for name in "ab"]
+    (tmp_path / "joined.tar").write_bytes(b"".join(parts))
+    with pytest.raises(InputError, match=r"joined\.tar goes on after its end mark at byte 1536"):
+        index_images(tmp_path / "joined.tar", tmp_path / "cache")
+    (tmp_path / "padded.tar").write_bytes(parts[0] + bytes(3_000_000))  # as tar --blocking-factor writes
+    assert len(index_images(tmp_path / "padded.tar", tmp_path / "cache")) == 1
+
+
+def test_classes_that_never_occur_are_named(tmp_path, caplog):
+    (tmp_path / "classes.txt").write_text("ant\nbee\ncat\ndog\n")
+    with caplog.at_level(logging.INFO):
+        listed(tmp_path, [("1.jpg", b"a"), ("1.cls", b"1"), ("2.jpg", b"b"), ("2.cls", b"1")])
+    assert "2 images in 4 classes, 0 to 2 in each" in caplog.text
+    assert "left out 3 classes without images (ant, cat, dog)" in caplog.text
+
+
+def test_class_names_are_lines_and_nothing_else(tmp_path):
+    # Other breaks that Python knows shifted the classes; a byte order mark and bytes of Latin-1 are no error.
+    (tmp_path / "classes.txt").write_bytes("\ufeffa\x0bb\u2028c\r\nd\n".encode() + b"caf\xe9\n")
+    _, index = listed(tmp_path, [("1.jpg", b""), ("1.cls", b"2")])
+    assert index.class_names == ("a\x0bb\u2028c", "d", os.fsdecode(b"caf\xe9"))
+
+
+def test_folders_that_exist_are_taken_as_they_are_spelled(tmp_path):
+    # `beit shards` prints such paths, and of "[2024]" and "{a,b}" no file fitted.
+    folder = tmp_path / "[2024] {a,b} *"
+    folder.mkdir()
+    for name in ("s-0.tar", "s-1.tar", "[x]-0.tar"):
+        (folder / name).write_bytes(b"")
+    for pattern, names in {
+        "s-{0..1}.tar": ["s-0.tar", "s-1.tar"],
+        "s-*.tar": ["s-0.tar", "s-1.tar"],
+        "[x]-0.tar": ["[x]-0.tar"],
+        "[x]-{0..0}.tar": ["[x]-0.tar"],
+    }.items():
+        assert expand(f"{folder}/{pattern}") == [f"{folder}/{name}" for name in names]
+
+
+@pytest.mark.parametrize("pattern", ["{s,extra}-*.tar", "s-{0,7*}.tar", "[a-r]*.tar"])
+def test_a_part_of_a_pattern_that_matches_nothing_is_an_error(tmp_path, pattern):
+    (tmp_path / "s-0.tar").write_bytes(b"")
+    with pytest.raises(InputError, match=r"no file matches \S*(extra-\*|s-7\*|\[a-r\]\*)\.tar"):
+        expand(f"{tmp_path}/{pattern}")
+
+
+def test_a_shard_that_is_rewritten_with_its_old_time_stamp_is_scanned_again(tmp_path):
+    # Old offsets into new bytes gave other images than those listed.
+    for content in (b"old", b"new"):
+        path = make_tar(
+            tmp_path / "new.tar", [("1.jpg", content * 400), ("2.jpg", content)][:: 1 if content == b"old" else -1]
+        )
+        path.replace(tmp_path / "one.tar")
+        os.utime(tmp_path / "one.tar", LONG_AGO)
+        index = index_images(tmp_path / "one.tar", tmp_path / "cache")
+        assert {index.file(i).read() for i in range(2)} == {content * 400, content}
+
+
+def test_the_fingerprint_of_shards_tells_other_images_of_the_same_names(tmp_path):
+    prints = {
+        listed(tmp_path, [("1.jpg", content), ("1.cls", label)], f"cache{content}{label}")[1].fingerprint()
+        for content, label in ((b"a", b"0"), (b"aa", b"0"), (b"a", b"1"), (b"b", b"0"))
+    }
+    assert len(prints) == 3  # the bytes themselves are not read
+
+
 # The kept index
 
 
@@ -397,3 +501,41 @@ def test_a_file_that_cannot_be_read_keeps_its_place(tmp_path):
     (tmp_path / "in" / "1.png").unlink()
     packed = index_images(write_shards(index, tmp_path / "out"), tmp_path / "cache")
     assert [len(packed.file(i).read()) > 0 for i in range(3)] == [True, False, True]
+
+
+def test_shards_of_a_killed_command_are_not_taken_for_the_whole(folder, tmp_path, monkeypatch):
+    # Four of 150 were: a wildcard read them without a word, and a second try was refused.
+    out, written = tmp_path / "out", []
+
+    def killed_at_the_third(path):
+        written.append(path)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        return atomic_write(path)
+
+    index = index_images(folder, tmp_path / "cache")
+    with monkeypatch.context() as patched:
+        patched.setattr(shards_module, "atomic_write", killed_at_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            write_shards(index, out, 5)
+    with pytest.raises(InputError, match="no file matches"):
+        index_images(f"{out}/*.tar", tmp_path / "cache")
+    assert len(index_images(write_shards(index, out, 5), tmp_path / "cache")) == IMAGES
+    assert sorted(os.listdir(out)) == ["classes.txt", *(f"shards-{number:06d}.tar" for number in range(5))]
+
+
+@pytest.mark.parametrize(
+    ("name", "fits"), [("a\nb", False), ("a\rb", False), ("a\x0bb\u2028", True), (b"caf\xe9", True)]
+)
+def test_class_names_come_through_shards_or_are_refused(tmp_path, name, fits):
+    for folder in (name, "z"):
+        (tmp_path / "in" / os.fsdecode(folder)).mkdir(parents=True)
+        (tmp_path / "in" / os.fsdecode(folder) / "1.jpg").write_bytes(b"")
+    index = index_images(tmp_path / "in", tmp_path / "cache")
+    if fits:
+        packed = index_images(write_shards(index, tmp_path / "out"), tmp_path / "cache")
+        assert packed.class_names == index.class_names == (os.fsdecode(name), "z")
+    else:
+        with pytest.raises(InputError, match="one name per line"):
+            write_shards(index, tmp_path / "out")
+        assert not (tmp_path / "out").exists()

@@ -1,9 +1,12 @@
 """The pre-training job: flags, objective, evaluation, and what it says about mistakes."""
 
+import dataclasses
 import io
 import json
 import logging
 import math
+import random
+import re
 
 import numpy as np
 import pytest
@@ -26,6 +29,7 @@ from beit.tasks.pretraining import (
     PretrainingConfig,
     build_mask_generator,
     build_model,
+    describe_masks,
     evaluate,
     initialize_from,
     main,
@@ -270,6 +274,40 @@ def test_an_lr_that_does_not_fit_the_batch_is_said_and_not_changed(good_flags, c
     assert ("lr/batch is" in caplog.text) is warns
     state = torch.load(good_flags["--output_dir"] / "checkpoint-0.pth", weights_only=True)
     assert state["args"]["lr"] == lr
+
+
+@pytest.mark.parametrize(
+    ("grid", "options", "line", "warns"),
+    [
+        (14, {}, " of 196 patches on average (38 %)", False),
+        (28, {}, " of 784 patches on average (9 %)", True),  # the default, with 8-pixel patches: 10 %
+        (8, {"mask_strategy": "random", "num_mask_patches": 64}, "masks: 64.0 of 64 patches on average (100 %)", True),
+        (8, {"mask_strategy": "random", "num_mask_patches": 30}, "masks: 30.0 of 64 patches on average (47 %)", False),
+        (14, {"max_mask_patches_per_block": 5}, " of 196 patches on average (5 %)", True),
+        ((2, 50), {"num_mask_patches": 40, "min_mask_patches_per_block": 2}, " of 100 patches on average (", True),
+    ],
+)
+def test_the_start_says_how_much_is_masked_and_warns_of_too_much_or_too_little(grid, options, line, warns, caplog):
+    masks = build_mask_generator(
+        dataclasses.replace(parse(), **options), (grid, grid) if isinstance(grid, int) else grid
+    )
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
+    said = describe_masks(masks)
+    assert line in said
+    mean = float(said.split()[1])
+    assert abs(mean - np.mean([masks(np.random.default_rng(i)).sum() for i in range(200)])) < 0.5
+    assert said == describe_masks(masks)
+    assert bool(caplog.records) is warns
+    assert all("outside 20 to 60 %" in record.getMessage() for record in caplog.records)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[:2]  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), states[2])
+
+
+def test_a_run_says_its_masks(good_flags, caplog):
+    with caplog.at_level(logging.INFO):
+        call(good_flags)
+    assert re.search(r"masks: \d\.\d of 16 patches on average \(\d\d %\)", caplog.text)
+    assert "20 images in 1 folder" in caplog.text
 
 
 class TestOtherTargets:

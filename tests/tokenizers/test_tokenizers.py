@@ -368,3 +368,25 @@ def test_download_refuses_what_is_not_an_encoder(tmp_path, monkeypatch, server, 
     with pytest.raises(InputError, match="holds the encoder, not the decoder"):
         download_tokenizer(tmp_path, url)
     assert not (tmp_path / "encoder.pkl").exists()
+
+
+@pytest.mark.parametrize("kind", ["dall-e", "customized"])
+def test_a_fingerprint_is_of_the_weights_in_the_file(kind, golden, dvae_folder, tmp_path):
+    # Whatever they are computed in, and whether or not the decoder has been loaded.
+    folder = golden / "dalle_small" if kind == "dall-e" else dvae_folder
+    tokenizer = load_tokenizer(folder, kind)
+    before = tokenizer.fingerprint()
+    tokenizer.decode(torch.zeros(1, 8, 8, dtype=torch.int64))
+    assert tokenizer.fingerprint() == before
+    for dtype in (torch.float16, torch.bfloat16):
+        assert load_tokenizer(folder, kind, dtype=dtype).fingerprint() == before
+    model = load_model(folder / "encoder.pkl") if kind == "dall-e" else load_dvae(folder)
+    with torch.no_grad():
+        next(model.parameters()).flatten()[0] += 1e-3
+    if kind == "dall-e":
+        save_file(
+            {name: value.contiguous() for name, value in model.state_dict().items()}, tmp_path / "encoder.safetensors"
+        )
+    else:
+        save_dvae(tmp_path, model)
+    assert load_tokenizer(tmp_path, kind).fingerprint() != before
