@@ -122,10 +122,10 @@ class TokenTarget(PredictionTarget):
             most = int(torch.bincount(tokens).max())
             if most > NEARLY_ALL * len(tokens):
                 self._batches_to_check = 0
-                advice = "check the tokenizer (is it trained?) and the images"
-                logger.warning(
-                    "%d of %d tokens of a batch are the same: nothing is learnt; %s", most, len(tokens), advice
+                said = (
+                    "%d of %d tokens of a batch are the same, so there is nothing to learn: check tokenizer and images"
                 )
+                logger.warning(said, most, len(tokens))
         return tokens
 
     def loss(self, outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:

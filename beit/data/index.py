@@ -87,17 +87,16 @@ class ImageIndex:
     def announce(self) -> None:
         """Logs how many images there are of how many classes, and warns of what was left out."""
         labels = self._class_of_folder[self._folder_of] if self._members is None else self._members.labels
-        found, left_out = _counted(len(self), "image"), list(self.left_out)
+        counts, left_out = np.bincount(labels[labels >= 0], minlength=len(self.class_names)), list(self.left_out)
         if self.class_names:
-            counts = np.bincount(labels, minlength=len(self.class_names))
-            found += f" in {_counted(len(counts), 'class')}, {counts.min():,} to {counts.max():,} in each"
+            places = f"{_counted(len(counts), 'class')}, {counts.min():,} to {counts.max():,} in each"
             if empty := [name for name, count in zip(self.class_names, counts, strict=True) if not count]:
                 left_out.append(f"{_counted(len(empty), 'class')} without images ({listed(empty)})")
         else:
-            found += f" in {_counted(len(self._folders), 'folder' if self._members is None else 'shard')}"
-            if labels.max() >= 0:
-                left_out.append(f"all classes, since {(labels < 0).sum()} of {_counted(len(self), 'image')} have none")
-        logger.info("%s: %s", self.root, found)
+            places = _counted(len(self._folders), "folder" if self._members is None else "shard")
+            if counts.any():
+                left_out.append(f"all classes, since {len(self) - counts.sum()} of {len(self)} images have none")
+        logger.info("%s: %s in %s", self.root, _counted(len(self), "image"), places)
         if left_out:
             logger.warning("%s: left out %s", self.root, listed(left_out, 8))
 
