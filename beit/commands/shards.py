@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from beit.commands.settings import ShardsConfig
-from beit.data.index import ImageIndex, index_images
+from beit.data.index import EXTENSIONS, ImageIndex, index_images
 from beit.data.shards import CLASS_NAMES_FILE, LABEL_EXTENSION, add_member
 from beit.errors import InputError
 from beit.storage import atomic_write
@@ -74,7 +74,8 @@ def _add(archive: tarfile.TarFile, index: ImageIndex, number: int) -> bool:
         logger.warning("cannot read %s: %s", index.path(number), getattr(error, "strerror", error))
         content = b""
     extension = os.path.splitext(index.path(number))[1].lower()
-    add_member(archive, f"{number:08d}{extension}", content)
+    # A list may have any names; in a shard, one without an extension of images would be left out.
+    add_member(archive, f"{number:08d}{extension if extension in EXTENSIONS else EXTENSIONS[0]}", content)
     label = index.class_id(number)
     if label is not None:
         add_member(archive, f"{number:08d}.{LABEL_EXTENSION}", str(label).encode())

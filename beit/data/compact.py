@@ -1,12 +1,11 @@
 """Many strings in two arrays, and arrays on disk that all processes of a machine share."""
 
 import contextlib
-import hashlib
 import os
 import tempfile
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,14 +47,6 @@ class Strings:
 def as_array(values: "array[int]") -> NDArray[np.signedinteger]:
     """Returns the numbers of a standard-library array, without a copy."""
     return np.frombuffer(values, dtype=values.typecode) if values else np.zeros(0, dtype=values.typecode)
-
-
-def fingerprint_of(names: Sequence[str], arrays: Iterable[AnyArray]) -> str:
-    """Returns a hash of names and arrays, in their order."""
-    digest = hashlib.sha256(ascii(names).encode())
-    for values in arrays:
-        digest.update(np.ascontiguousarray(values).data)
-    return digest.hexdigest()
 
 
 def save_arrays(folder: Path, arrays: Mapping[str, AnyArray]) -> None:

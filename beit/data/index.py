@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from beit.data.compact import AnyArray, Strings, as_array, fingerprint_of, map_arrays, save_arrays
+from beit.data.compact import AnyArray, Strings, as_array, map_arrays, save_arrays
 from beit.data.shards import SUFFIX, Members, ShardReader, class_names, did_you_mean_file, expand, names_shards, scan
 from beit.errors import InputError, listed
 from beit.storage import beit_home
@@ -82,7 +82,10 @@ class ImageIndex:
         """Returns a hash of names, folders and classes in their order, and of lengths in shards; reads no image."""
         arrays = [*vars(self._folders).values(), *vars(self._names).values(), self._class_of_folder, self._folder_of]
         arrays += [] if self._members is None else [self._members.lengths, self._members.labels]
-        return fingerprint_of(self.class_names, arrays)
+        digest = hashlib.sha256(ascii(self.class_names).encode())
+        for values in arrays:
+            digest.update(np.ascontiguousarray(values).data)
+        return digest.hexdigest()
 
     def announce(self) -> None:
         """Logs how many images there are of how many classes, and warns of what was left out."""
@@ -267,7 +270,7 @@ def _list_file(source: Path) -> tuple[ImageIndex, Mapping[str, tuple[int, ...]]]
         for line in map(str.strip, lines):
             if line and not line.startswith("#"):
                 folder, name = os.path.split(line)
-                if not name or name.lower().endswith(SUFFIX):
+                if name in ("", ".", "..") or name.lower().endswith(SUFFIX):
                     raise InputError(f"{source} lists {line}: give folders and tar shards themselves, not in a list")
                 folder_of.append(folders.setdefault(folder, len(folders)))
                 yield name

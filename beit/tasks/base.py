@@ -330,8 +330,10 @@ def find_together(path: str) -> ImageIndex:
     listed: list[ImageIndex] = []
     distributed.on_main(lambda: listed.append(index_images(path)))
     index = listed[0] if listed else index_images(path)
-    if not distributed.all_equal(len(index)):
-        raise InputError(f"{path} does not hold the same images on all machines: {len(index)} on this one")
+    if not distributed.all_equal(index.fingerprint()):
+        raise InputError(
+            f"{path} does not hold the same images on all machines: {len(index)} on this one, or other names"
+        )
     return index
 
 

@@ -539,3 +539,14 @@ def test_class_names_come_through_shards_or_are_refused(tmp_path, name, fits):
         with pytest.raises(InputError, match="one name per line"):
             write_shards(index, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+def test_images_of_any_name_come_through_shards(tmp_path):
+    # From a list of any names: without an extension of images they would be left out of what is read back.
+    names = ["photo", "photo.jpg_large", "1.JPG", "2.tif", "x." + "y" * 200]
+    for name in names:
+        (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    index = index_images(tmp_path / "list.txt", tmp_path / "cache")
+    packed = index_images(write_shards(index, tmp_path / "out"), tmp_path / "cache")
+    assert [packed.file(i).read().decode() for i in range(len(packed))] == names
