@@ -4,6 +4,7 @@ import hashlib
 import heapq
 import io
 import logging
+import operator
 import os
 import time
 from array import array
@@ -31,6 +32,8 @@ EXTENSIONS = (
 
 _INDEX_VERSION = 4
 _STRINGS = ("watched", "classes", "left_out", "folders", "names")  # in the kept index, each as two arrays
+# What changes with a file or folder; copies and archives set the modification time back, so it alone is not enough.
+_stamp = operator.attrgetter("st_mtime_ns", "st_ctime_ns", "st_ino", "st_size")
 # A folder changed this shortly before it was listed may change again without its time stamp moving.
 _SETTLED_NS = 2_000_000_000
 
@@ -80,10 +83,10 @@ class ImageIndex:
 
     def fingerprint(self) -> str:
         """Returns a hash of names, folders and classes in their order, and of lengths in shards; reads no image."""
-        arrays = [*vars(self._folders).values(), *vars(self._names).values(), self._class_of_folder, self._folder_of]
-        arrays += [] if self._members is None else [self._members.lengths, self._members.labels]
+        members = () if self._members is None else (self._members.lengths, self._members.labels)
+        strings = (*vars(self._folders).values(), *vars(self._names).values())
         digest = hashlib.sha256(ascii(self.class_names).encode())
-        for values in arrays:
+        for values in (*strings, self._class_of_folder, self._folder_of, *members):
             digest.update(np.ascontiguousarray(values).data)
         return digest.hexdigest()
 
@@ -173,11 +176,6 @@ def index_images(path: str | os.PathLike[str], cache_dir: str | os.PathLike[str]
         _require_some_exist(index, source)
     index.announce()
     return index
-
-
-def _stamp(status: os.stat_result) -> tuple[int, ...]:
-    # Copies and archives set the modification time back, so it alone does not show a change.
-    return status.st_mtime_ns, status.st_ctime_ns, status.st_ino % 2**63, status.st_size
 
 
 def _list_folder(root: Path) -> tuple[ImageIndex, Mapping[str, tuple[int, ...]]]:

@@ -31,7 +31,7 @@ CLASS_NAMES_FILE = "classes.txt"  # beside the shards: one class name per line, 
 
 _LONGEST_LABEL = 32
 _AT_ONCE = 1 << 20  # bytes
-_MOST_SHARDS = 1_000_000
+_MOST_SHARDS = _MOST_CLASSES = 1_000_000
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _CONTROL = re.compile(r"[\0-\x1f\x7f]")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -180,7 +180,7 @@ def _label(content: bytes, path: str, name: str) -> int:
         label = int(content)
     except ValueError:
         label = -1
-    if not 0 <= label < 2**31:
+    if not 0 <= label < _MOST_CLASSES:
         raise InputError(f"{path}: {name} is not the number of a class: {content[:16]!r}")
     return label
 

@@ -232,6 +232,7 @@ def overwritten(path):
         (lambda path: make_tar(path, [("1.txt", b"x"), ("2.json", b"")]), r"found 1 \.txt, 1 \.json"),
         (lambda path: make_tar(path, [("1.jpg", b"x"), ("1.cls", b"cat")]), "not the number of a class: b'cat'"),
         (lambda path: make_tar(path, [("1.jpg", b"x"), ("1.cls", b"-1")]), "not the number of a class"),
+        (lambda path: make_tar(path, [("1.jpg", b"x"), ("1.cls", b"2000000000")]), "not the number of a class"),
     ],
 )
 def test_what_is_no_shard_is_refused_in_one_line(tmp_path, make, message):
