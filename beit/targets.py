@@ -20,7 +20,6 @@ from beit.data.transforms import normalize, to_unit_range
 from beit.tokenizers.base import VisualTokenizer
 
 VISUAL_TOKENS = "visual tokens"  # what a checkpoint that records no target was trained to predict
-NEARLY_ALL = 0.9
 
 logger = logging.getLogger(__name__)
 
@@ -118,14 +117,10 @@ class TokenTarget(PredictionTarget):
         """Returns the tokens of patches, int64 ``(M,)``; warns if those of a first batch are nearly all the same."""
         tokens = self.tokenizer.encode(to_unit_range(batch["token_image"]), index=index)
         if self._batches_to_check and len(tokens):
-            self._batches_to_check -= 1
             most = int(torch.bincount(tokens).max())
-            if most > NEARLY_ALL * len(tokens):
-                self._batches_to_check = 0
-                said = (
-                    "%d of %d tokens of a batch are the same, so there is nothing to learn: check tokenizer and images"
-                )
-                logger.warning(said, most, len(tokens))
+            self._batches_to_check = 0 if most > 0.9 * len(tokens) else self._batches_to_check - 1
+            if most > 0.9 * len(tokens):
+                logger.warning("%d of %d tokens of a batch are the same: check tokenizer and images", most, len(tokens))
         return tokens
 
     def loss(self, outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:

@@ -3,6 +3,7 @@
 import hashlib
 import heapq
 import io
+import json
 import logging
 import operator
 import os
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from beit.data.compact import AnyArray, Strings, as_array, map_arrays, save_arrays
+from beit.data.compact import Strings, as_array, map_arrays, save_arrays
 from beit.data.shards import SUFFIX, Members, ShardReader, class_names, did_you_mean_file, expand, names_shards, scan
 from beit.errors import InputError, listed
 from beit.storage import beit_home
@@ -31,11 +32,12 @@ EXTENSIONS = (
 )
 
 _INDEX_VERSION = 4
-_STRINGS = ("watched", "classes", "left_out", "folders", "names")  # in the kept index, each as two arrays
 # What changes with a file or folder; copies and archives set the modification time back, so it alone is not enough.
 _stamp = operator.attrgetter("st_mtime_ns", "st_ctime_ns", "st_ino", "st_size")
 # A folder changed this shortly before it was listed may change again without its time stamp moving.
 _SETTLED_NS = 2_000_000_000
+
+Stamps = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -163,22 +165,22 @@ def index_images(path: str | os.PathLike[str], cache_dir: str | os.PathLike[str]
     if shards:
         root = os.path.commonpath([os.path.dirname(shard) for shard in shards])
     folder = beit_home() / "index" if cache_dir is None else Path(cache_dir)
-    cache, began = folder / hashlib.sha256(os.fsencode(source)).hexdigest()[:24], time.time_ns()
-    index = _load_index(cache, source, root, shards)
+    cache, began = folder / hashlib.sha256(os.fsencode(f"{_INDEX_VERSION} {source}")).hexdigest()[:24], time.time_ns()
+    index = _load_index(cache, root, shards)
     if index is None:
         index, watched = (
             _list_shards(root, shards) if shards else _list_folder(source) if source.is_dir() else _list_file(source)
         )
-        if _save_index(cache, source, index, watched, began):
+        if _save_index(cache, index, watched, began):
             # Use the mapped copy: the listing is in this process's memory.
-            index = _load_index(cache, source, root, shards) or index
+            index = _load_index(cache, root, shards) or index
     if source.is_file() and not shards:
         _require_some_exist(index, source)
     index.announce()
     return index
 
 
-def _list_folder(root: Path) -> tuple[ImageIndex, Mapping[str, tuple[int, ...]]]:
+def _list_folder(root: Path) -> tuple[ImageIndex, Stamps]:
     images: dict[str, bytes] = {}  # the names in a folder, joined: a tenth of the memory of a list
     watched: dict[str, tuple[int, ...]] = {}
     others: Counter[str] = Counter()
@@ -258,7 +260,7 @@ def _left_out(images: int, where: str, others: Counter[str], skipped: Sequence[s
     return tuple(words)
 
 
-def _list_file(source: Path) -> tuple[ImageIndex, Mapping[str, tuple[int, ...]]]:
+def _list_file(source: Path) -> tuple[ImageIndex, Stamps]:
     if source.name.lower().endswith(EXTENSIONS):
         raise InputError(f"{source} is one image; give a folder of images, or a text file with one path per line")
     folders: dict[str, int] = {}
@@ -289,7 +291,7 @@ def _list_file(source: Path) -> tuple[ImageIndex, Mapping[str, tuple[int, ...]]]
     return index, watched
 
 
-def _list_shards(root: str, shards: list[str]) -> tuple[ImageIndex, Mapping[str, tuple[int, ...]]]:
+def _list_shards(root: str, shards: list[str]) -> tuple[ImageIndex, Stamps]:
     watched = {os.path.relpath(shard, root): _stamp(os.stat(shard)) for shard in shards}
     names, shard_of, members, others = scan(shards, EXTENSIONS)
     left_out = _left_out(len(names), f"{shards[0]} (of {_counted(len(shards), 'shard')})", others)
@@ -310,27 +312,21 @@ def _require_some_exist(index: ImageIndex, source: Path) -> None:
         )
 
 
-def _key(source: Path) -> AnyArray:
-    return np.frombuffer(f"{_INDEX_VERSION} ".encode() + os.fsencode(source), dtype=np.uint8)
-
-
-def _save_index(
-    cache: Path, source: Path, index: ImageIndex, watched: Mapping[str, tuple[int, ...]], began: int
-) -> bool:
+def _save_index(cache: Path, index: ImageIndex, watched: Stamps, began: int) -> bool:
     """Keeps a listing on disk; returns whether it did."""
-    modified = [stamp[0] for stamp in watched.values()]
-    if not modified or max(modified) > began - _SETTLED_NS:
+    if not watched or max(modified for modified, *_ in watched.values()) > began - _SETTLED_NS:
         return False
+    about = {"watched": watched, "classes": index.class_names, "left_out": index.left_out}
     arrays = {
-        "key": _key(source),
-        "stamps": np.asarray(list(watched.values())),
+        "about": np.frombuffer(json.dumps(about).encode(), dtype=np.uint8),
+        "folders": index._folders.blob,
+        "folders_ends": index._folders.ends,
+        "names": index._names.blob,
+        "names_ends": index._names.ends,
         "class_of_folder": index._class_of_folder,
         "folder_of": index._folder_of,
         **({} if index._members is None else vars(index._members)),
     }
-    packed = (*map(Strings.of, (watched, index.class_names, index.left_out)), index._folders, index._names)
-    for name, strings in zip(_STRINGS, packed, strict=True):
-        arrays |= {name: strings.blob, f"{name}_ends": strings.ends}
     try:
         save_arrays(cache, arrays)
     except OSError as error:  # the next run lists the images again, no more
@@ -339,23 +335,21 @@ def _save_index(
     return True
 
 
-def _load_index(cache: Path, source: Path, root: str, shards: list[str]) -> ImageIndex | None:
+def _load_index(cache: Path, root: str, shards: list[str]) -> ImageIndex | None:
     """Returns the kept index of ``source`` if there is one and nothing has changed since."""
     try:
         kept: dict[str, Any] = map_arrays(cache)
-        watched, classes, left_out, folders, names = (Strings(kept[name], kept[f"{name}_ends"]) for name in _STRINGS)
-        paths = [os.path.join(root, path) for path in watched]
-        if (
-            not np.array_equal(kept["key"], _key(source))
-            or (shards and paths != shards)
-            or not np.array_equal(kept["stamps"], [_stamp(os.stat(path)) for path in paths])
-        ):
+        about = json.loads(kept["about"].tobytes())
+        paths = [os.path.join(root, path) for path in about["watched"]]
+        stamps = [list(_stamp(os.stat(path))) for path in paths]
+        if (shards and paths != shards) or stamps != list(about["watched"].values()):
             return None
         members = Members(kept["offsets"], kept["lengths"], kept["labels"]) if shards else None
         # Class names of shards are in a file beside them, which may have come later.
-        labels = tuple(classes) if members is None else class_names(root, members.labels)
+        labels = tuple(about["classes"]) if members is None else class_names(root, members.labels)
+        folders, names = (Strings(kept[name], kept[f"{name}_ends"]) for name in ("folders", "names"))
         arrays = kept["class_of_folder"], names, kept["folder_of"]
-        return ImageIndex(root, labels, folders, *arrays, members, tuple(left_out))
+        return ImageIndex(root, labels, folders, *arrays, members, tuple(about["left_out"]))
     except InputError:
         raise
     except Exception as error:  # a damaged cache can fail in any way, and must never stop a run

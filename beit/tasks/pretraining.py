@@ -218,10 +218,8 @@ def describe_masks(masks: MaskGenerator) -> str:
     patches = math.prod(masks.grid_size)
     line = f"masks: {mean:.1f} of {patches} patches on average ({100 * mean / patches:.0f} %)"
     if not 0.2 <= mean / patches <= 0.6:
-        usual = (
-            f"usual are 20 to 60 %, published is --num_mask_patches {round(PUBLISHED_SHARE * patches)}, blocks from 16"
-        )
-        logger.warning("%s: hardly anything is learnt so; %s", line, usual)
+        usual = round(PUBLISHED_SHARE * patches)
+        logger.warning("%s; usual are 20 to 60 %%, as published --num_mask_patches %d in blocks from 16", line, usual)
     return line
 
 
