@@ -42,6 +42,7 @@ ERASING_MODES = ("pixel", "rand", "const")
 
 NATIVE_SIZE = 32  # up to this input size, images that have it are neither zoomed nor cut (as official; for CIFAR)
 NATIVE_PADDING = 4
+LONGEST = 16  # times the shorter side: what is cut off is never shown
 
 
 @dataclass(frozen=True)
@@ -258,6 +259,10 @@ class ClassificationEvalTransform:
     def __call__(self, image: Image.Image, _rng: np.random.Generator | None = None) -> dict[str, Tensor]:
         """Returns ``image``, uint8 ``(3, H, W)``."""
         if not is_native(image, self.size):
+            # The ends of a very long image are cut off first: resized whole, 8000 x 1 pixels would take gigabytes.
+            longest = LONGEST * min(image.size) * max(self.size) // min(self.size)
+            if max(image.size) > longest:
+                image = F.center_crop(image, [min(side, longest) for side in (image.height, image.width)])
             image = F.resize(image, self.resized(image.size), INTERPOLATIONS[self.interpolation])
             image = F.center_crop(image, list(self.size))
         return {"image": F.pil_to_tensor(image)}

@@ -331,9 +331,7 @@ def find_together(path: str) -> ImageIndex:
     distributed.on_main(lambda: listed.append(index_images(path)))
     index = listed[0] if listed else index_images(path)
     if not distributed.all_equal(index.fingerprint()):
-        raise InputError(
-            f"{path} does not hold the same images on all machines: {len(index)} on this one, or other names"
-        )
+        raise InputError(f"{path} does not hold the same images on all machines: {len(index)} on this one")
     return index
 
 

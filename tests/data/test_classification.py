@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from torchvision import datasets, transforms
+from torchvision.transforms import v2
 
 from beit.data.classification import (
     CIFAR,
@@ -233,6 +234,29 @@ def test_evaluation_at_sizes_that_are_not_square():
     assert transform(photo(20, 900))["image"].shape == (3, 64, 128)
     assert default_crop_pct((384, 512)) == 1.0
     assert default_crop_pct((224, 512)) == 0.875
+
+
+@pytest.mark.parametrize(
+    ("size", "input_size"), [((8000, 1), 224), ((1, 3000), 32), ((5000, 2), (32, 96)), ((3, 900), (96, 32))]
+)
+def test_very_long_images_take_no_memory(size, input_size, monkeypatch):
+    # Resized whole, 8000 x 1 pixels became 2,048,000 x 256, 2 GB, of which 224 x 224 were shown.
+    areas = []
+    resize = v2.functional.resize
+    monkeypatch.setattr(
+        v2.functional, "resize", lambda image, to, *rest: areas.append(to[0] * to[1]) or resize(image, to, *rest)
+    )
+    image = Image.fromarray(np.full((size[1], size[0], 3), 77, dtype=np.uint8))
+    shown = ClassificationEvalTransform(input_size)(image)["image"]
+    assert (shown == 77).all()
+    assert max(areas) < 100 * shown[0].numel()
+
+
+def test_the_middle_of_a_long_image_is_shown():
+    # As without the cut: to within the half pixel that it may be off.
+    image = Image.fromarray(np.linspace(0, 255, 3 * 900).reshape(3, 900).astype(np.uint8)).convert("RGB")
+    shown = ClassificationEvalTransform(32)(image)["image"].float()
+    assert abs(shown.mean() - 127.5) < 1
 
 
 def test_small_images_of_the_right_size_are_shifted_not_zoomed():
