@@ -92,22 +92,6 @@ class ImageIndex:
             digest.update(np.ascontiguousarray(values).data)
         return digest.hexdigest()
 
-    def announce(self) -> None:
-        """Logs how many images there are of how many classes, and warns of what was left out."""
-        labels = self._class_of_folder[self._folder_of] if self._members is None else self._members.labels
-        counts, left_out = np.bincount(labels[labels >= 0], minlength=len(self.class_names)), list(self.left_out)
-        if self.class_names:
-            places = f"{_counted(len(counts), 'class')}, {counts.min():,} to {counts.max():,} in each"
-            if empty := [name for name, count in zip(self.class_names, counts, strict=True) if not count]:
-                left_out.append(f"{_counted(len(empty), 'class')} without images ({listed(empty)})")
-        else:
-            places = _counted(len(self._folders), "folder" if self._members is None else "shard")
-            if counts.any():
-                left_out.append(f"all classes, since {len(self) - counts.sum()} of {len(self)} images have none")
-        logger.info("%s: %s in %s", self.root, _counted(len(self), "image"), places)
-        if left_out:
-            logger.warning("%s: left out %s", self.root, listed(left_out, 8))
-
 
 def _counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
@@ -159,25 +143,40 @@ def index_images(path: str | os.PathLike[str], cache_dir: str | os.PathLike[str]
         raise InputError("--data_path is missing: give a folder of images, a text file of paths, or tar shards")
     source = Path(os.path.abspath(os.path.expanduser(path)))
     shards = expand(str(source)) if names_shards(source) else []
-    if not shards and not (source.is_dir() or source.is_file()):
+    is_folder = os.path.isdir(source)
+    if not (shards or is_folder or os.path.isfile(source)):
         raise InputError(f"no such folder or list of images: {source}{did_you_mean_file(source)}")
-    root = str(source if source.is_dir() else source.parent)
-    if shards:
-        root = os.path.commonpath([os.path.dirname(shard) for shard in shards])
+    folders = [os.path.dirname(path) for path in shards or [str(source)]]
+    root = str(source) if is_folder else os.path.commonpath(folders)
     folder = beit_home() / "index" if cache_dir is None else Path(cache_dir)
     cache, began = folder / hashlib.sha256(os.fsencode(f"{_INDEX_VERSION} {source}")).hexdigest()[:24], time.time_ns()
     index = _load_index(cache, root, shards)
     if index is None:
-        index, watched = (
-            _list_shards(root, shards) if shards else _list_folder(source) if source.is_dir() else _list_file(source)
-        )
+        index, watched = _list_shards(root, shards) if shards else (_list_folder if is_folder else _list_file)(source)
         if _save_index(cache, index, watched, began):
             # Use the mapped copy: the listing is in this process's memory.
             index = _load_index(cache, root, shards) or index
-    if source.is_file() and not shards:
+    if not (shards or is_folder):
         _require_some_exist(index, source)
-    index.announce()
+    _announce(index, source)
     return index
+
+
+def _announce(index: ImageIndex, source: Path) -> None:
+    """Logs how many images there are of how many classes, and warns of what was left out."""
+    labels = index._class_of_folder[index._folder_of] if index._members is None else index._members.labels
+    counts, left_out = np.bincount(labels[labels >= 0], minlength=len(index.class_names)), list(index.left_out)
+    if index.class_names:
+        places = f"{_counted(len(counts), 'class')}, {counts.min():,} to {counts.max():,} in each"
+        if empty := [name for name, count in zip(index.class_names, counts, strict=True) if not count]:
+            left_out.append(f"{_counted(len(empty), 'class')} without images ({listed(empty)})")
+    else:
+        places = _counted(len(index._folders), "folder" if index._members is None else "shard")
+        if counts.any():
+            left_out.append(f"all classes, since {len(index) - counts.sum()} of {len(index)} images have none")
+    logger.info("%s: %s in %s", source, _counted(len(index), "image"), places)
+    if left_out:
+        logger.warning("%s: left out %s", source, listed(left_out, 8))
 
 
 def _list_folder(root: Path) -> tuple[ImageIndex, Stamps]:

@@ -97,7 +97,7 @@ def did_you_mean_file(path: str | os.PathLike[str]) -> str:
     folder, name = os.path.split(path)
     try:
         return did_you_mean(name, os.listdir(folder))
-    except OSError:
+    except (OSError, ValueError):
         return f" ({folder} does not exist either)"
 
 

@@ -119,6 +119,11 @@ def test_a_list_keeps_its_order_and_takes_both_kinds_of_paths(tmp_path):
     [
         (lambda root: touch(root, "images/1.jpg"), "imagse", "did you mean 'images'"),
         (lambda root: None, "a/b/c", "does not exist either"),
+        (lambda root: None, "x" * 5000, "no such folder"),
+        (lambda root: None, "x" * 5000 + "/y.txt", "no such folder"),
+        (lambda root: None, "a\0/b", "no such folder"),
+        (lambda root: None, "\ud800/b", "no such folder"),
+        (lambda root: touch(root, "1.tar", "2.TAR"), ".", "tar shards are given as"),
         (lambda root: touch(root, "d/x.npy", "d/y.NPY", "d/z"), "d", r"2 \.npy, 1 no extension"),
         (lambda root: (root / "d").mkdir(), "d", "no files at all"),
         (lambda root: touch(root, "list.txt"), "list.txt", "is empty"),
@@ -461,3 +466,14 @@ def test_a_fingerprint_is_of_names_classes_and_order(tmp_path):
         (tmp_path / f"{number}.txt").write_text(order.replace(" ", "\n"))
     first, second = (index_images(tmp_path / f"{number}.txt", tmp_path / "cache") for number in range(2))
     assert first.fingerprint() != second.fingerprint()
+
+
+def test_lists_in_one_folder_are_told_apart(tmp_path, caplog):
+    touch(tmp_path, "1.jpg", "2.jpg")
+    for name, content in (("train.txt", "1.jpg\n2.jpg"), ("val.txt", "1.jpg")):
+        (tmp_path / name).write_text(content)
+    with caplog.at_level(logging.INFO):
+        index_images(tmp_path / "train.txt", tmp_path / "cache")
+        index_images(tmp_path / "val.txt", tmp_path / "cache")
+    assert f"{tmp_path}/train.txt: 2 images in 1 folder" in caplog.text
+    assert f"{tmp_path}/val.txt: 1 image in 1 folder" in caplog.text
