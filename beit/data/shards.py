@@ -226,7 +226,9 @@ def class_names(folder: str, labels: NDArray[np.int32]) -> tuple[str, ...]:
     path = os.path.join(folder, CLASS_NAMES_FILE)
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-            names = tuple(file.read().removesuffix("\n").split("\n"))  # not splitlines: names may have other breaks
+            if "\0" in (content := file.read()):
+                raise ValueError("it is not UTF-8 text")
+        names = tuple(content.removesuffix("\n").split("\n"))  # not splitlines: names may have other breaks
     except FileNotFoundError:
         return tuple(map(str, range(count)))
     except (OSError, ValueError) as error:

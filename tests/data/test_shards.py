@@ -340,6 +340,9 @@ def test_class_names_are_lines_and_nothing_else(tmp_path):
     (tmp_path / "classes.txt").write_bytes("\ufeffa\x0bb\u2028c\r\nd\n".encode() + b"caf\xe9\n")
     _, index = listed(tmp_path, [("1.jpg", b""), ("1.cls", b"2")])
     assert index.class_names == ("a\x0bb\u2028c", "d", os.fsdecode(b"caf\xe9"))
+    (tmp_path / "classes.txt").write_text("a\nb\nc\n", encoding="utf-16")
+    with pytest.raises(InputError, match="not UTF-8 text"):
+        index_images(tmp_path / "one.tar", tmp_path / "cache")
 
 
 def test_folders_that_exist_are_taken_as_they_are_spelled(tmp_path):
