@@ -234,6 +234,7 @@ class TestConfig(SegmentationConfig):
     format_only: bool = option(False, "write label maps for the ADE20K server, and measure nothing")
     show: bool = option(False, "show the results", no_effect="no window is opened; --show_dir writes the pictures")
     show_dir: str = option("", "folder for images with their segmentation painted over")
+    overwrite: bool = option(False, "replace files that were not written by beit")
     opacity: float = option(0.5, "opacity of what is painted over", within="(0, 1]")
     gpu_collect: bool = option(False, "unused", no_effect=_SPREAD)
     tmpdir: str = option("", "unused", no_effect=_SPREAD)
@@ -246,7 +247,8 @@ class PredictConfig:
 
     images: tuple[str, ...] = option((), "image files and folders of images", positional=True)
     checkpoint: str = option("", f"segmentor: {ANY_MODEL}")
-    output_dir: str = option("segmentation", "folder for NAME.png, the label map, and NAME_overlay.png")
+    output_dir: str = option("segmentation", "folder for label maps, overlays and figures of the images")
+    overwrite: bool = option(False, "replace files that were not written by beit")
     classes: str = option("", "file with one class per line, if the checkpoint does not name them")
     test_mode: str | None = option(None, "windows of the training size, or whole images", choices=("slide", "whole"))
     test_ratios: tuple[float, ...] | None = option(None, "factors on the image size to average over", within="(0, inf)")

@@ -1,7 +1,7 @@
 """Images with label maps: finding them, their classes, and samples for training and testing.
 
-The layout is ADE20K's: a folder of images, a folder of label maps, PNG files of the same names, and a ``classes.txt``
-for classes other than ADE20K's. A label map has 8 bits per pixel, greys or palette indices; 255 means no label.
+The layout is ADE20K's: a folder of images, a folder of label maps of the same names, and a ``classes.txt`` for classes
+other than ADE20K's. A label map has 8 bits per pixel, greys or palette indices; 255 means no label.
 """
 
 import colorsys
@@ -9,7 +9,9 @@ import itertools
 import logging
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,25 +19,24 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from beit.data.datasets import EXIF_ORIENTATION, Key, UnreadableImageError, opened_image, sample_randomness, upright
+from beit.data.datasets import Key, UnreadableImageError, opened_image, orientation, sample_randomness, upright
 from beit.data.index import index_images
 from beit.data.shards import names_shards
-from beit.errors import InputError
+from beit.errors import InputError, listed
 from beit.inference import decoded
 from semantic_segmentation.metrics import IGNORED
 
 logger = logging.getLogger(f"beit.{__name__}")
 
 CLASSES_FILE = "classes.txt"
-LABEL_MAPS = ".png"
-NAMED = 3  # files that a message names
-CHECKED = 16  # label maps, at the start
+LABEL_MAPS = (".png", ".tif", ".tiff", ".bmp")
+CHECKED, MOST_CHECKED = 16, 512  # label maps; the latter while the last class is not seen
+NO_CLASS = ("background", "_background_", "void", "unlabeled", "unlabelled", "ignore", "ignored", "none")
 GREYS_SPREAD_BY = {"L;2": 85, "L;4": 17}  # Pillow spreads greys of 2 and 4 bits over 0 to 255
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
@@ -147,7 +148,8 @@ def find_classes(
 ) -> SegmentationClasses:
     """Returns the classes of a data set: those of a file, else of its ``classes.txt``, else ADE20K's.
 
-    ``reduce_zero_label`` is whether label 0 is ignored, as in ADE20K; a mismatch is logged as a warning.
+    ``reduce_zero_label`` is whether label 0 is ignored, as in ADE20K; a mismatch is logged as a warning, and so are
+    ADE20K's names for a folder that is not its own.
 
     Raises:
         InputError: The list of classes is not valid; see :func:`read_classes`.
@@ -155,8 +157,8 @@ def find_classes(
     own = Path(data_root) / CLASSES_FILE
     if classes_file or own.exists():
         return read_classes(classes_file or own)
-    classes = ade20k_classes()
-    logger.info("%s has no %s: using the %d classes of ADE20K", data_root, CLASSES_FILE, len(classes))
+    classes, log = ade20k_classes(), logger.info if "ADE" in str(data_root) else logger.warning
+    log("%s has no %s: using the %d classes of ADE20K; --classes names others", data_root, CLASSES_FILE, len(classes))
     if not reduce_zero_label:
         logger.warning("reduce_zero_label is off: label 0, ignored in ADE20K, is taken for %r", classes.names[0])
     return classes
@@ -197,14 +199,13 @@ def find_pairs(images_dir: PathLike, annotations_dir: PathLike | None = None) ->
     )
     for these, those, what, other in sides:
         if alone := [stem for stem in these if stem not in those]:
-            some = ", ".join([*alone[:NAMED], *("…" for _ in alone[NAMED : NAMED + 1])])
-            problems.append(f"{len(alone)} of {len(these)} {what} have no {other}: {some}")
+            problems.append(f"{len(alone)} of {len(these)} {what} have no {other}: {listed(alone)}")
     if problems:
-        raise InputError(f"{'; '.join(problems)} (the label map of a.jpg is a{LABEL_MAPS})")
+        raise InputError(f"{'; '.join(problems)} (the label map of a.jpg is a{LABEL_MAPS[0]})")
     return ImagePairs(tuple(images.values()), tuple(labels[stem] for stem in images), root)
 
 
-def _by_stem(folder: PathLike, what: str, extension: str = "") -> tuple[Path, dict[str, Path]]:
+def _by_stem(folder: PathLike, what: str, extensions: tuple[str, ...] = ("",)) -> tuple[Path, dict[str, Path]]:
     """Returns a folder's absolute path, and the images below it by relative path without extension, sorted."""
     root = Path(os.path.abspath(os.path.expanduser(folder)))
     if names_shards(root) or root.is_file():
@@ -214,13 +215,13 @@ def _by_stem(folder: PathLike, what: str, extension: str = "") -> tuple[Path, di
     index = index_images(root)
     files: dict[str, Path] = {}
     for path in sorted(Path(index.path(i)) for i in range(len(index))):
-        if path.name.lower().endswith(extension):
-            stem = path.relative_to(root).with_suffix("").as_posix()
+        if path.name.lower().endswith(extensions):
+            stem = unicodedata.normalize("NFC", path.relative_to(root).with_suffix("").as_posix())
             if stem in files:
                 raise InputError(f"{files[stem]} and {path.name} would have the same label map: rename or remove one")
             files[stem] = path
     if not files:
-        raise InputError(f"no label maps (*{extension}) in {root} or the folders below, but images like {path.name}")
+        raise InputError(f"no label maps ({' '.join(extensions)}) in {root} or below, but images like {path.name}")
     return root, dict(sorted(files.items()))
 
 
@@ -254,32 +255,83 @@ def read_labels(path: PathLike) -> NDArray[np.uint8]:
     return labels.astype(np.uint8)
 
 
-def check_labels(pairs: ImagePairs, reduce_zero_label: bool) -> None:
-    """Checks a sample of the label maps for labels to train or test on, other than 0 with ``reduce_zero_label``.
+def _upright_size(path: Path) -> tuple[int, int]:
+    """Returns the height and width of an image file, turned as its EXIF data ask for."""
+    try:
+        with opened_image(path) as image:
+            # For EXIF data behind the pixels of a PNG file, Pillow would decode them.
+            known = image.format != "PNG" or "exif" in image.info
+            return image.size if known and orientation(image) > 4 else image.size[::-1]
+    except UnreadableImageError as error:
+        raise InputError(f"cannot read the image {path}: {error}") from error
+
+
+def check_labels(pairs: ImagePairs, classes: SegmentationClasses, reduce_zero_label: bool) -> None:
+    """Logs which labels there are and what each is called, and warns of what looks like a mistake.
+
+    Of all files the headers are read. A random sample of the label maps, the same in every run, is read in full: 16, or
+    up to 512 until the last class is seen, or all until any class is.
 
     Raises:
-        InputError: No pixel has a label, or a label map cannot be read.
+        InputError: Sizes differ, no pixel has a label, a label is no class, or a file cannot be read.
     """
-    count, seen = min(CHECKED, len(pairs.labels)), np.zeros(IGNORED + 1, dtype=bool)
-    for number in range(count):
-        seen[read_labels(pairs.labels[number * len(pairs.labels) // count])] = True
-    is_class = seen.copy()
-    is_class[[0, IGNORED] if reduce_zero_label else [IGNORED]] = False
-    checked = f"{pairs.labels[0]} and {count - 1} more that were checked" if count > 1 else str(pairs.labels[0])
-    if not is_class.any():
-        values = " and ".join(map(str, np.flatnonzero(seen)))
-        first, none = (1, "0 (with reduce_zero_label) and 255 mean") if reduce_zero_label else (0, "255 means")
-        hint = "; if 0 is a class, set reduce_zero_label=False" if reduce_zero_label else ""
+    with ThreadPoolExecutor(8) as pool:  # its threads mostly wait for the disk
+        sizes = zip(*(pool.map(_upright_size, paths) for paths in (pairs.images, pairs.labels)), strict=True)
+        for index, (image, label) in enumerate(sizes):
+            check_size(pairs, index, image, label)
+    first, last = int(reduce_zero_label), len(classes) - 1 + int(reduce_zero_label)
+    pixels, count = np.zeros(IGNORED + 1, dtype=np.int64), 0
+    for count, index in enumerate(np.random.default_rng(0).permutation(len(pairs)), 1):
+        labels = read_labels(pairs.labels[index])
+        check_numbers(pairs.labels[index], labels, len(classes), reduce_zero_label)
+        pixels += np.bincount(labels.ravel(), minlength=IGNORED + 1)
+        if count >= CHECKED and (pixels[last] or (count >= MOST_CHECKED and pixels[first:IGNORED].any())):
+            break
+    where = f"{count} of {len(pairs)} label maps in {pairs.labels[0].parent}"
+    seen = np.flatnonzero(pixels).tolist()
+    named = {label: f"{label} {classes.names[label - first]!r}" for label in seen if first <= label < IGNORED}
+    if not named:
+        none = "0 (unless you set reduce_zero_label=False) and 255 mean" if first else "255 means"
         raise InputError(
-            f"no pixel has a label in {checked}: there is only {values}, and {none} no label here; write classes as "
-            f"{first}, {first + 1}, and so on{hint}"
+            f"no pixel has a label in {where}: there is only {' and '.join(map(str, seen))}, and {none} no label here; "
+            f"write classes as {first}, {first + 1}, and so on"
         )
-    if is_class.sum() < 2 and seen[IGNORED]:
-        logger.warning(
-            "%d is the only class in %s, besides 255, which means no label: write the object as 1, and set "
-            "reduce_zero_label=False if 0 is a class",
-            *(np.flatnonzero(is_class)[0], checked),
+    shares = [f"{named.get(label, f'{label} (no class)')} {pixels[label] / pixels.sum():.1%}" for label in seen]
+    logger.info("labels in %s: %s", where, listed(shares, most=30))
+    doubts: dict[str, object] = {
+        f"reduce_zero_label is on, so 0 ({pixels[0] / pixels.sum():.0%} of the pixels of {where}) is no class and 1 is "
+        f"{classes.names[0]!r}: if 0 is a class, as the background is, name it first and set reduce_zero_label=False": (
+            first and (not pixels.argmax() or classes.names[0].casefold() in NO_CLASS)
+        ),
+        f"{min(named)} is the only class in {where}: write the object as 1, and set reduce_zero_label=False if 0 is a "
+        "class": len(named) == 1,
+        f"the last class, {last} {classes.names[-1]!r}, does not occur in {where}: see whether the names are in the "
+        "order of the numbers, and whether 0 is a class": not pixels[last],
+    }
+    for doubt in (doubt for doubt, applies in doubts.items() if applies):
+        logger.warning("%s", doubt)
+
+
+def check_size(pairs: ImagePairs, index: int, image_size: tuple[int, ...], size: tuple[int, ...]) -> None:
+    """Raises InputError if the upright image ``index`` and its label map differ in size, ``(H, W)`` each."""
+    if size != image_size:
+        hint = "; if its EXIF data rotate it, the labels must match the upright image" * (size == image_size[::-1])
+        raise InputError(
+            f"the label map {pairs.labels[index]} is {size[0]}x{size[1]} pixels (height x width), but its image "
+            f"{pairs.images[index]} {image_size[0]}x{image_size[1]}{hint}"
         )
+
+
+def check_numbers(path: Path, labels: NDArray[np.uint8], num_classes: int, reduce_zero_label: bool) -> None:
+    """Raises InputError if a number in a label map is none of the classes' and not 255."""
+    first, largest = int(reduce_zero_label), int(labels[labels != IGNORED].max(initial=0))
+    if largest < num_classes + first:
+        return
+    count = "1 class has" if num_classes == 1 else f"{num_classes} classes have"
+    numbers = f"{first} to {num_classes - 1 + first} ({'0 and 255 are' if first else '255 is'} no class)"
+    ade20k = not first and largest == num_classes
+    hint = "; if 0 is no class, as in ADE20K, set reduce_zero_label" if ade20k else ""
+    raise InputError(f"{path} has the label {largest}, but the {count} the labels {numbers}{hint}")
 
 
 class SegmentationDataset(Dataset[dict[str, Any]]):
@@ -300,7 +352,7 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         reduce_zero_label: Whether label 0 in the files is ignored; see :func:`reduce_zero`.
 
     Raises:
-        InputError: There are no label maps to train on, or more classes than 8 bits can hold.
+        InputError: There are no label maps or a single class to train on, or more classes than 8 bits can hold.
     """
 
     def __init__(
@@ -315,6 +367,8 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         most = IGNORED - int(reduce_zero_label)
         if not 1 <= num_classes <= most:
             raise InputError(f"there can be 1 to {most} classes in label maps of 8 bits, got {num_classes}")
+        if transform is not None and num_classes == 1:
+            raise InputError("there is one class, so nothing to tell apart: name the others too, such as background")
         if transform is not None and not pairs.labels:
             raise InputError(f"training needs label maps; the images in {pairs.root} have none")
         self.pairs, self.num_classes, self.reduce_zero_label = pairs, num_classes, reduce_zero_label
@@ -346,30 +400,9 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
             return dict(self.transform(tv_tensors.Image(image), tv_tensors.Mask(label), rng))
 
     def _label(self, index: int, image: Tensor) -> Tensor:
-        path, size = self.pairs.labels[index], tuple(image.shape[-2:])
-        labels = torch.from_numpy(read_labels(path))
-        if tuple(labels.shape) != size:
-            raise InputError(self._another_size(index, tuple(labels.shape), size))
-        if self.reduce_zero_label:
-            labels = reduce_zero(labels)
-        if len(strange := labels[(labels >= self.num_classes) & (labels != IGNORED)]):
-            raise InputError(self._strange_label(path, int(strange.max())))
-        return labels
-
-    def _another_size(self, index: int, size: tuple[int, ...], image_size: tuple[int, ...]) -> str:
-        path = self.pairs.images[index]
-        with Image.open(path) as image:
-            turned = image.getexif().get(EXIF_ORIENTATION, 1) > 4
-        hint = "; its EXIF data rotate it, and the labels must match the upright image"
-        return (
-            f"the label map {self.pairs.labels[index]} is {size[0]}x{size[1]} pixels (height x width), but its image "
-            f"{path} {image_size[0]}x{image_size[1]}{hint if turned and size == image_size[::-1] else ''}"
-        )
-
-    def _strange_label(self, path: Path, label: int) -> str:
-        first, classes = int(self.reduce_zero_label), self.num_classes
-        count = "1 class has" if classes == 1 else f"{classes} classes have"
-        labels = f"{first} to {classes - 1 + first} ({'0 and 255 are' if first else '255 is'} no class)"
-        ade20k = not first and label == classes
-        hint = "; if 0 is no class, as in ADE20K, set reduce_zero_label" if ade20k else ""
-        return f"{path} has the label {label + first}, but the {count} the labels {labels}{hint}"
+        path = self.pairs.labels[index]
+        numbers = read_labels(path)
+        check_size(self.pairs, index, tuple(image.shape[-2:]), numbers.shape)
+        check_numbers(path, numbers, self.num_classes, self.reduce_zero_label)
+        labels = torch.from_numpy(numbers)
+        return reduce_zero(labels) if self.reduce_zero_label else labels

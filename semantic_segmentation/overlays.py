@@ -1,6 +1,6 @@
 """Predictions as files: label maps, and figures with the classes painted over the image."""
 
-import tempfile
+import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from beit.errors import InputError
+from beit.outputs import png_mark
 from beit.storage import atomic_write
 from beit.visualization import figures
 from semantic_segmentation.data import Colour, SegmentationClasses
@@ -61,20 +62,8 @@ class WritingThread:
             self._pool.shutdown(cancel_futures=not failed)
 
 
-def check_writable(flag: str, folder: Path) -> None:
-    """Raises InputError, naming the ``flag``, if a folder, which need not exist yet, is not writable."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    try:
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise InputError(f"{flag} {folder}: cannot write into {place}: {error.strerror}") from error
-
-
-def save_label_map(path: str | Path, prediction: Tensor, add_one: bool = False) -> None:
-    """Writes the class of each pixel, integers ``(H, W)``, to an 8-bit grey PNG file; missing folders are created.
+def save_label_map(path: str | Path, prediction: Tensor, add_one: bool = False, colours: Sequence[Colour] = ()) -> None:
+    """Writes the class of each pixel, integers ``(H, W)``, to an 8-bit PNG file, grey or with a palette of ``colours``.
 
     ``add_one`` writes class 0 as 1 and so on, and 255 (ignored) as 0, as in ADE20K's annotations and on its server.
 
@@ -85,8 +74,17 @@ def save_label_map(path: str | Path, prediction: Tensor, add_one: bool = False) 
     if (largest := int(numbers.max())) > IGNORED:
         raise InputError(f"cannot write {path}: class {largest} does not fit in a PNG file of 8 bits (0 to 255)")
     numbers = (numbers + 1) % 256 if add_one else numbers
+    picture = Image.fromarray(numbers.to(torch.uint8).numpy())
+    if colours:
+        palette = ([(0, 0, 0)] if add_one else []) + [*colours, *itertools.repeat((0, 0, 0), 256)]
+        picture.putpalette(list(itertools.chain.from_iterable(palette[:256])))
+    save_png(path, picture)
+
+
+def save_png(path: str | Path, picture: Image.Image) -> None:
+    """Writes a picture to a PNG file that is marked as the library's; missing folders are created."""
     with atomic_write(path) as file:
-        Image.fromarray(numbers.to(torch.uint8).numpy()).save(file, format="PNG")
+        picture.save(file, format="PNG", pnginfo=png_mark())
 
 
 def overlay(image: Tensor, prediction: Tensor, colours: Sequence[Colour], opacity: float = OPACITY) -> Tensor:

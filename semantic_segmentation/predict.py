@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -13,16 +13,17 @@ from beit.checkpoints.formats.segmentation import leaves_zero_out
 from beit.data.datasets import UnreadableImageError, read_image
 from beit.data.index import image_files
 from beit.errors import InputError
+from beit.outputs import check_outputs, is_ours
 from beit.training.precision import Precision, resolve_amp_dtype
 from beit.visualization.figures import save_figure
 from semantic_segmentation.api import classes_of, init_model, settings_of
 from semantic_segmentation.config import PredictConfig
 from semantic_segmentation.inference import predict_each, statistics_of
-from semantic_segmentation.overlays import WritingThread, check_writable, result_figure, save_label_map
+from semantic_segmentation.overlays import WritingThread, overlay, result_figure, save_label_map, save_png
 
 logger = logging.getLogger(f"beit.{__name__}")
 
-LABEL_MAP, PICTURE = ".png", "_overlay.png"  # endings of an image's results
+ENDINGS = (".png", "_overlay.png", "_figure.png")  # of an image's results: label map, overlay, figure with a legend
 RECORDED = ("test_mode", "test_ratios", "test_flip", "test_short_at_least_crop")  # by the checkpoint, if not given
 
 
@@ -30,11 +31,8 @@ def main(config: PredictConfig) -> None:
     """Segments images; raises InputError at once for a missing one, and at the end for those that cannot be read."""
     if not config.checkpoint:
         raise InputError("--checkpoint is missing: a trained segmentor, a file of your own or a released name")
-    outputs = find_images(config.images)
-    for file in (file for name in outputs.values() for file in result_files(config.output_dir, name)):
-        if os.path.abspath(file) in outputs:
-            raise InputError(f"{file} would be overwritten by a result: choose another --output_dir")
-    check_writable("--output_dir", Path(config.output_dir))
+    outputs = find_images(config.images, config.output_dir)
+    check_outputs("--output_dir", _results(outputs.values(), config.output_dir), config.overwrite)
     segmentor = init_model(checkpoint=config.checkpoint, device=config.device)
     classes = classes_of(segmentor, config.classes)
     recorded = {name: getattr(config, name) for name in RECORDED}
@@ -56,9 +54,10 @@ def main(config: PredictConfig) -> None:
                 yield (path, image), image
 
     def save(path: str, image: Tensor, prediction: Tensor) -> None:
-        label_map, picture = result_files(config.output_dir, outputs[path])
-        save_label_map(label_map, prediction, add_one=add_one)
-        save_figure(result_figure(image, prediction, classes, opacity=config.opacity), picture)
+        label_map, picture, figure = map(Path, _results([outputs[path]], config.output_dir))
+        save_label_map(label_map, prediction, add_one, classes.colours)
+        save_png(picture, F.to_pil_image(overlay(image, prediction, classes.colours, config.opacity)))
+        save_figure(result_figure(image, prediction, classes, opacity=config.opacity), figure)
         logger.info("%s: %s", path, picture)
 
     predictions = predict_each(segmentor, images(), settings, precision=precision, **statistics)
@@ -69,19 +68,27 @@ def main(config: PredictConfig) -> None:
         raise InputError(f"{len(unreadable)} of {len(outputs)} images could not be read: {', '.join(unreadable[:3])}")
 
 
-def find_images(given: Sequence[str]) -> Mapping[str, str]:
-    """Lists the images of files and folders, each with a distinct name for results; raises InputError for none."""
-    if not given:
-        raise InputError("no image is given: name image files, or folders of images")
-    paths = list(dict.fromkeys(image_files(map(os.path.abspath, given))))
-    names = [Path(path).stem for path in paths]
-    files = [name + end for name in names for end in (LABEL_MAP, PICTURE)]
-    if len(set(files)) < len(files):  # then by their paths below the folder they share
-        shared = os.path.commonpath([os.path.dirname(path) for path in paths])
-        names = [os.path.relpath(path, shared) for path in paths]
-    return dict(zip(paths, names, strict=True))
+def find_images(given: Sequence[str], output_dir: str) -> Mapping[str, str]:
+    """Lists the images of files and folders but for earlier results in ``output_dir``, each with a name for its own.
+
+    That is its path in the folder given, or in the one that all share where results would take the place of others or
+    of images. Raises InputError if there is no image, or a path does not exist.
+    """
+    root, places = os.path.abspath(output_dir), dict[str, str]()
+    for place in map(os.path.abspath, given):
+        for path in image_files([place]):
+            if path == place or not (Path(path).is_relative_to(root) and is_ours(path)):
+                places.setdefault(path, os.path.dirname(path) if path == place else place)
+    if not places:
+        raise InputError("no image is given: name image files, or folders with images that are no results")
+    shared = os.path.commonpath(list(places.values()))
+    stems = {os.path.splitext(path)[0]: folder for path, folder in places.items()}
+    namings = [[os.path.relpath(stem, folder) for stem, folder in stems.items()]]
+    namings += [[os.path.relpath(path, shared) for path in paths] for paths in (stems, places)]
+    distinct = (names for names in namings if len({*_results(names, root)} - {*places}) == len(ENDINGS) * len(places))
+    return dict(zip(places, next(distinct, namings[-1]), strict=True))
 
 
-def result_files(folder: str, name: str) -> tuple[Path, Path]:
-    """Returns the paths of an image's label map and picture."""
-    return Path(folder) / (name + LABEL_MAP), Path(folder) / (name + PICTURE)
+def _results(names: Iterable[str], folder: str = "") -> list[str]:
+    """Returns the files of the results of images."""
+    return [os.path.join(folder, name + ending) for name in names for ending in ENDINGS]

@@ -1,7 +1,7 @@
 """Training of a segmentor on a pre-trained backbone (arXiv 2106.08254, section 3.2), counted in optimizer steps."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from semantic_segmentation.data import SegmentationDataset, find_classes, find_p
 from semantic_segmentation.heads import resize
 from semantic_segmentation.inference import Statistics
 from semantic_segmentation.metrics import IGNORED, scores
-from semantic_segmentation.modeling import Segmentor, load_segmentor
+from semantic_segmentation.modeling import Segmentor, load_segmentor, match_classifiers
 from semantic_segmentation.testing import build_model, build_test, check_data
 from semantic_segmentation.transforms import TrainTransform
 
@@ -57,7 +57,7 @@ class Segmentation(Task[TrainConfig]):
     def build_model(self) -> Segmentor:
         """Creates the segmentor and loads what it starts from: a whole segmentor, or a backbone."""
         segmentor = build_model(self.config, len(self.classes))
-        start_from(segmentor, self.config.init_from)
+        start_from(segmentor, self.config.init_from, self.classes.names)
         if self.session.world_size > 1:
             synchronise_batch_norm(segmentor)
         return segmentor
@@ -131,6 +131,7 @@ class Segmentation(Task[TrainConfig]):
             assert isinstance(segmentor, Segmentor)
             results = scores(test(segmentor))
             logger.info("%s", results.summary())
+            logger.info("per class, in percent:\n%s", results.table(self.classes.names))
             return results.means()
 
         return evaluation
@@ -157,14 +158,14 @@ class Segmentation(Task[TrainConfig]):
         yield f"lr {config.lr:g}, layer decay {config.layer_decay:g}"
 
 
-def start_from(segmentor: Segmentor, source: str) -> None:
-    """Loads a checkpoint: a segmentor whole, any other model as backbone; raises InputError if it does not fit."""
+def start_from(segmentor: Segmentor, source: str, classes: Sequence[str]) -> None:
+    """Loads a segmentor for ``classes``, or any other model as backbone; raises InputError if it does not fit."""
     if not source:
         logger.warning("no --init_from: the backbone is initialised from scratch")
         return
     weights, metadata = read_weights(source)
     if metadata.get("segmentation"):
-        load_segmentor(segmentor, weights, metadata, source)
+        load_segmentor(segmentor, match_classifiers(segmentor, weights, metadata, classes), metadata, source)
         return
     report = load_weights(segmentor.backbone, weights, metadata)
     (logger.warning if report.unexpected else logger.info)("%s", report.summary())

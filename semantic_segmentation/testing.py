@@ -18,6 +18,7 @@ from beit.config import check_settings
 from beit.data.loaders import EpochLoader
 from beit.data.transforms import size_pair
 from beit.errors import InputError
+from beit.outputs import JSON_MARK, check_outputs
 from beit.storage import atomic_write
 from beit.tasks.base import EVALUATION_WORKERS, session_of
 from beit.training import distributed
@@ -25,6 +26,7 @@ from beit.training.logging import Progress
 from beit.training.precision import Precision, resolve_amp_dtype
 from beit.training.session import Session
 from beit.visualization.figures import save_figure
+from semantic_segmentation.api import classes_of
 from semantic_segmentation.config import (
     SegmentationConfig,
     TestConfig,
@@ -36,17 +38,17 @@ from semantic_segmentation.config import (
     segmentor_arguments,
 )
 from semantic_segmentation.data import (
+    CLASSES_FILE,
     ImagePairs,
     SegmentationClasses,
     SegmentationDataset,
     check_labels,
-    find_classes,
     find_pairs,
 )
 from semantic_segmentation.inference import Statistics, TestSettings, predict_each, statistics_of
 from semantic_segmentation.metrics import Confusion, SegmentationScores, scores
-from semantic_segmentation.modeling import Segmentor, build_segmentor, load_segmentor
-from semantic_segmentation.overlays import WritingThread, check_writable, result_figure, save_label_map
+from semantic_segmentation.modeling import Segmentor, build_segmentor, comparable, heads_in, load_segmentor
+from semantic_segmentation.overlays import WritingThread, result_figure, save_label_map
 
 logger = logging.getLogger(f"beit.{__name__}")
 
@@ -63,14 +65,16 @@ def main(config: TestConfig) -> None:
     check_settings(config)
     check(config)
     with session_of(config, writes=False) as session:
-        distributed.on_main(partial(check_outputs, config))
         root = Path(config.data_path)
         annotations = None if config.format_only else root / config.val_annotations
         pairs = find_pairs(root / config.val_images, annotations)
-        classes = find_classes(root, config.classes, config.reduce_zero_label)
+        for flag, files in outputs(config, pairs).items():
+            distributed.on_main(partial(check_outputs, flag, files, config.overwrite))
+        weights, metadata = read_weights(config.checkpoint)
+        segmentor = build_model(config, heads_in(weights, config.checkpoint).num_classes)
+        load_segmentor(segmentor, weights, metadata, config.checkpoint)
+        classes = classes_of(segmentor, config.classes or next(root.glob(CLASSES_FILE), ""))
         check_data(config, [pairs], classes)
-        segmentor = build_model(config, len(classes))
-        load_segmentor(segmentor, *read_weights(config.checkpoint), config.checkpoint)
         compare_with_record(segmentor.metadata, config, classes)
         precision = precision_of(config, session.device)
         logger.info("testing %s on the %d images in %s", config.checkpoint, len(pairs), pairs.root)
@@ -87,20 +91,18 @@ def main(config: TestConfig) -> None:
             write_scores(Path(config.out), results, confusion, config, classes)
 
 
-def check_outputs(config: TestConfig) -> None:
-    """Raises :class:`InputError` if what is asked for cannot be written, before hours of work."""
-    if config.out:
-        if Path(config.out).is_dir():
-            raise InputError(f"--out {config.out}: is a folder; name a file in it")
-        check_writable("--out", Path(config.out).parent)
-    if config.show_dir:
-        check_writable("--show_dir", Path(config.show_dir))
-    if config.format_only:
-        check_writable("--eval_options imgfile_prefix", label_map_folder(config))
+def outputs(config: TestConfig, pairs: ImagePairs) -> dict[str, list[Path]]:
+    """Returns the files that are asked for, by the setting that asks for them."""
+    names = [f"{pairs.name(number)}.png" for number in range(len(pairs))]
+    return {
+        "--out": [Path(config.out)] * bool(config.out),
+        "--eval_options imgfile_prefix": [label_map_folder(config) / name for name in names * config.format_only],
+        "--show_dir": [Path(config.show_dir, name) for name in names * bool(config.show_dir)],
+    }
 
 
 def check_data(config: SegmentationConfig, found: Sequence[ImagePairs], classes: SegmentationClasses) -> None:
-    """Raises InputError if the processes have found different data, or no pixel of the label maps has a label."""
+    """Raises InputError if the processes have found different data, or what they have found cannot be used."""
     names = [[pairs.name(number) for number in range(len(pairs))] for pairs in found]
     digest = hashlib.sha256(json.dumps([names, classes.names]).encode()).hexdigest()
     if not distributed.all_equal(digest):
@@ -111,22 +113,17 @@ def check_data(config: SegmentationConfig, found: Sequence[ImagePairs], classes:
         )
     for pairs in found:
         if pairs.labels:
-            distributed.on_main(partial(check_labels, pairs, config.reduce_zero_label))
+            distributed.on_main(partial(check_labels, pairs, classes, config.reduce_zero_label))
 
 
 def compare_with_record(metadata: Mapping[str, Any], config: TestConfig, classes: SegmentationClasses) -> None:
     """Warns where a checkpoint records other classes than the data have, or in another order."""
-    names = [str(name) for name in metadata.get("labels") or ()]
-    different = [
-        (number, learnt, given)
-        for number, (learnt, given) in enumerate(zip(names, classes.names, strict=False))
-        if learnt.strip().casefold() != given.strip().casefold()
-    ]
-    if different and len(names) == len(classes):
+    learnt, given = comparable(metadata.get("labels") or ()), comparable(classes.names)
+    different = [number for number, pair in enumerate(zip(learnt, given, strict=False)) if len({*pair}) > 1]
+    if different and len(learnt) == len(given):
         logger.warning(
             "%s has learnt other classes than the data have: %d of %d names differ; number %d is %r there and %r here",
-            config.checkpoint,
-            *(len(different), len(names), *different[0]),
+            *(config.checkpoint, len(different), len(given), number := different[0], learnt[number], given[number]),
         )
     zero = metadata.get("reduce_zero_label")
     if zero is not None and zero != config.reduce_zero_label:
@@ -215,17 +212,16 @@ def build_test(
 
 def visitor(config: TestConfig, pairs: ImagePairs, classes: SegmentationClasses) -> Visitor | None:
     """Returns what writes the files that are asked for: label maps, pictures."""
-    if not (config.format_only or config.show_dir):
+    _, label_maps, pictures = outputs(config, pairs).values()
+    if not (label_maps or pictures):
         return None
 
     def visit(index: int, image: Tensor, prediction: Tensor, label: Tensor) -> None:
-        if config.format_only:
-            path = label_map_folder(config) / f"{pairs.name(index)}.png"
-            save_label_map(path, prediction, add_one=adds_one(config))
-        if config.show_dir:
-            path = Path(config.show_dir) / f"{pairs.name(index)}.png"
+        if label_maps:
+            save_label_map(label_maps[index], prediction, add_one=adds_one(config))
+        if pictures:
             labels = label if pairs.labels else None
-            save_figure(result_figure(image, prediction, classes, labels, opacity=config.opacity), path)
+            save_figure(result_figure(image, prediction, classes, labels, opacity=config.opacity), pictures[index])
 
     return visit
 
@@ -239,6 +235,7 @@ def write_scores(
         return None if math.isnan(value) else value
 
     content = {
+        **JSON_MARK,
         "checkpoint": config.checkpoint,
         **{name: known(value) for name, value in results.means().items()},
         "IoU": dict(zip(classes.names, map(known, results.iou), strict=True)),

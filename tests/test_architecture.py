@@ -18,7 +18,7 @@ EVERYBODY_MAY = ("beit.errors",)
 PARTS = (
     *("beit.modeling", "beit.zoo", "beit.inference", "beit.masking", "beit.targets", "beit.tokenizers.*"),
     "beit.registry",
-    *("beit.checkpoints.*", "beit.relative_position", "beit.storage", "beit.config", "beit.data.*"),
+    *("beit.checkpoints.*", "beit.relative_position", "beit.storage", "beit.config", "beit.outputs", "beit.data.*"),
 )
 MAY_IMPORT = {
     # the ground floor: nothing else of ours
@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "beit.masking": (),
     "beit.storage": (),
     "beit.config": (),
+    "beit.outputs": (),
     "dall_e.*": ("dall_e.*",),
     # the engine: any module on any loader, knowing neither models nor data
     "beit.training.*": ("beit.training.*", "beit.storage", "beit.checkpoints.pieces"),

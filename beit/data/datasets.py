@@ -267,7 +267,7 @@ def _decoded(image: ImageFile.ImageFile) -> Image.Image:
 
 def _plain_jpeg(image: ImageFile.ImageFile) -> Tensor | None:
     """Decodes an upright colour JPEG with torchvision, a quarter faster than Pillow; None for files left to Pillow."""
-    if image.format != "JPEG" or image.mode != "RGB" or _orientation(image) != 1 or image.fp is None:
+    if image.format != "JPEG" or image.mode != "RGB" or orientation(image) != 1 or image.fp is None:
         return None
     image.fp.seek(0)
     data = torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)
@@ -282,7 +282,7 @@ def _plain_jpeg(image: ImageFile.ImageFile) -> Tensor | None:
 def _reduce(image: ImageFile.ImageFile, reduction: Reduction) -> tuple[int, int] | None:
     """Sets the scale at which to decode a JPEG file; returns its upright ``(width, height)``, None if not reduced."""
     size = image.size
-    full_size = size[::-1] if _orientation(image) in range(5, 9) else size
+    full_size = size[::-1] if orientation(image) in range(5, 9) else size
     by = reduction(full_size)
     if by > 1:
         image.draft(None, (size[0] // by, size[1] // by))  # type: ignore[arg-type]
@@ -291,10 +291,11 @@ def _reduce(image: ImageFile.ImageFile, reduction: Reduction) -> tuple[int, int]
 
 def upright(image: Image.Image) -> Image.Image:
     """Turns a photograph upright if its EXIF data ask for it; see :func:`read_image`."""
-    return ImageOps.exif_transpose(image) if _orientation(image) in range(2, 9) else image
+    return ImageOps.exif_transpose(image) if orientation(image) in range(2, 9) else image
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
+    """Returns how a photograph lies, from 1, upright, to 8, as its EXIF data have it."""
     try:
         return int(image.getexif().get(EXIF_ORIENTATION, 1))
     except Exception:  # damaged metadata; the pixels are fine

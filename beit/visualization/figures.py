@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from beit.errors import InputError
+from beit.outputs import MARK
 from beit.storage import atomic_write
 
 if TYPE_CHECKING:
@@ -259,5 +260,6 @@ def save_figure(figure: "Figure", path: str | Path) -> None:
 
     kind = check_picture_name(path)
     # Reproducible files: no date, and fixed ids in SVG.
+    metadata = {"Date": None, "Creator": MARK} if kind == "svg" else {"Software": MARK}
     with atomic_write(path) as file, rc_context({"svg.hashsalt": "beit"}):
-        figure.savefig(file, format=kind, facecolor="white", metadata={"Date": None} if kind == "svg" else None)
+        figure.savefig(file, format=kind, facecolor="white", metadata=metadata)

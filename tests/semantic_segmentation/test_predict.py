@@ -49,35 +49,52 @@ def test_results_are_called_as_the_images_are(tmp_path):
     first, second = write_image(tmp_path / "b.png"), write_image(tmp_path / "in" / "deep" / "a.jpg")
     write_image(tmp_path / "in" / "c.jpg")
     (tmp_path / "in" / "notes.txt").write_text("no image")
-    found = find_images([str(first), str(tmp_path / "in"), str(second)])  # `second` is given twice
-    assert found == {str(first): "b", str(tmp_path / "in" / "c.jpg"): "c", str(second): "a"}
+    found = find_images([str(first), str(tmp_path / "in"), str(second)], "out")  # `second` is given twice
+    assert found == {str(first): "b", str(tmp_path / "in" / "c.jpg"): "c", str(second): os.path.join("deep", "a")}
 
 
 def test_paths_may_be_relative(tmp_path, monkeypatch):
     write_image(tmp_path / "b.png")
     monkeypatch.chdir(tmp_path)
-    assert find_images(["b.png", "./b.png"]) == {str(tmp_path / "b.png"): "b"}
+    assert find_images(["b.png", "./b.png"], "out") == {str(tmp_path / "b.png"): "b"}
 
 
 def test_images_of_one_stem_keep_apart(tmp_path):
     # Broken by results that overwrite each other: in other folders, or with another extension.
     paths = [write_image(tmp_path / name) for name in ("x/a.jpg", "y/a.jpg", "y/a.png", "y/b.jpg")]
-    found = find_images([str(path) for path in paths])
+    found = find_images([str(path) for path in paths], "out")
     assert list(found.values()) == [
         os.path.join(*name.split("/")) for name in ("x/a.jpg", "y/a.jpg", "y/a.png", "y/b.jpg")
     ]
 
 
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        (["in"], ["x/a", "x/deep/b", "y/a"]),  # one stem in two folders
+        (["in/x/a.jpg", "in/y/a.jpg"], ["x/a", "y/a"]),  # as a shell's in/*/a.jpg
+        (["in/x", "in/y"], ["x/a", "x/deep/b", "y/a"]),
+        (["in/x"], ["a", "deep/b"]),
+    ],
+)
+def test_results_lie_as_the_images_do(tmp_path, given, names):
+    # Broken by a.jpg.png, which training does not take for the label map of a.jpg.
+    for name in ("x/a.jpg", "x/deep/b.jpg", "y/a.jpg"):
+        write_image(tmp_path / "in" / name)
+    found = find_images([str(tmp_path / place) for place in given], str(tmp_path / "out"))
+    assert [name.replace(os.sep, "/") for name in found.values()] == names
+
+
 def test_shards_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"\.tar: results are named after image files, not read from tar"):
-        find_images([str(write_image(tmp_path / "a.jpg")), str(tmp_path / "images-{00..12}.tar")])
+        find_images([str(write_image(tmp_path / "a.jpg")), str(tmp_path / "images-{00..12}.tar")], "out")
 
 
 @pytest.mark.parametrize("missing", ["nowhere.jpg", "empty"])
 def test_what_is_not_there_is_named(tmp_path, missing):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=missing):
-        find_images([str(write_image(tmp_path / "a.jpg")), str(tmp_path / missing)])
+        find_images([str(write_image(tmp_path / "a.jpg")), str(tmp_path / missing)], "out")
 
 
 # The whole command, in this process
@@ -96,18 +113,17 @@ def test_it_writes_a_label_map_and_a_picture_for_each_image(tmp_path, checkpoint
     )
     output = tmp_path / "out"
     main(PredictConfig(tuple(map(str, images)), checkpoint=file, output_dir=str(output), device="cpu", opacity=1.0))
-    assert sorted(path.name for path in output.iterdir()) == [
-        "tall.png",
-        "tall_overlay.png",
-        "wide.png",
-        "wide_overlay.png",
-    ]
+    endings = ("_figure.png", ".png", "_overlay.png")
+    assert {path.name for path in output.iterdir()} == {stem + end for stem in ("tall", "wide") for end in endings}
     for name, size in (("wide", (20, 50)), ("tall", (40, 31))):
         labels = read(output / f"{name}.png")
         assert (labels.shape, labels.dtype) == (size, np.uint8)
         assert (labels == number).all()
-        picture = read(output / f"{name}_overlay.png")[..., :3].reshape(-1, 3)
-        assert (picture == (0, 255, 0)).all(axis=1).mean() > 0.05  # the class's own colour, with no image through it
+        with Image.open(output / f"{name}.png") as label_map:  # the same numbers, to be looked at as colours
+            assert (np.asarray(label_map.convert("RGB")) == (0, 255, 0)).all()
+        assert (read(output / f"{name}_overlay.png") == np.full((*size, 3), (0, 255, 0))).all()  # as large as the image
+        figure = read(output / f"{name}_figure.png")[..., :3].reshape(-1, 3)
+        assert (figure == (0, 255, 0)).all(axis=1).mean() > 0.05  # the class's own colour, with no image through it
 
 
 def test_what_cannot_be_read_is_named_when_the_rest_is_done(tmp_path, checkpoint, caplog):
@@ -134,7 +150,7 @@ def test_what_cannot_be_read_is_named_when_the_rest_is_done(tmp_path, checkpoint
         ({"test_mode": "slides"}, "slide or whole, not 'slides'"),
         ({"test_batch_size": 0}, "at least 1 window"),
         ({"images": ()}, "no image"),
-        ({"output_dir": "/proc/version/x"}, "--output_dir /proc/version/x: cannot write into /proc/version"),
+        ({"output_dir": "/proc/version/x"}, "--output_dir /proc/version/x: cannot be written"),
     ],
 )
 def test_mistakes_are_said_before_anything_is_written(tmp_path, checkpoint, options, message):
@@ -151,16 +167,46 @@ def test_an_opacity_that_shows_nothing_is_refused():
         check_settings(PredictConfig(opacity=0.0))
 
 
+def settings_for(image, checkpoint, output, **options):
+    return PredictConfig((str(image),), checkpoint=checkpoint, output_dir=str(output), device="cpu", **options)
+
+
 def test_an_image_is_not_overwritten_by_its_own_labels(tmp_path, checkpoint):
     image = write_image(tmp_path / "photo.png")
     before = image.read_bytes()
-    config = PredictConfig((str(image),), checkpoint=checkpoint(), output_dir=str(tmp_path), device="cpu")
-    with pytest.raises(InputError, match=r"photo\.png would be overwritten"):
-        main(config)
+    main(settings_for(image, checkpoint(), tmp_path, overwrite=True))
     assert image.read_bytes() == before
+    assert (read(tmp_path / "photo.png.png") == 2).all()
+
+
+@pytest.mark.parametrize("name", ["photo.png", "photo_overlay.png", "photo_figure.png", "deep/more.png"])
+def test_files_of_others_are_not_overwritten(tmp_path, checkpoint, name):
+    # Broken by hand-drawn label maps that a prediction into their folder replaces.
+    for image in ("photo.jpg", "deep/more.jpg"):
+        write_image(tmp_path / "in" / image)
+    drawn = write_image(tmp_path / "annotations" / name)
+    before, file = drawn.read_bytes(), checkpoint()
+    with pytest.raises(InputError, match=rf"{name} exists and was not written by beit; .* --overwrite"):
+        main(settings_for(tmp_path / "in", file, drawn.parents[name.count("/")]))
+    assert drawn.read_bytes() == before
+    assert len(list((tmp_path / "annotations").rglob("*.png"))) == 1
+    main(settings_for(tmp_path / "in", file, tmp_path / "annotations", overwrite=True))
+    assert drawn.read_bytes() != before
+
+
+def test_results_are_replaced_by_those_of_the_next_run_and_are_no_images(tmp_path, checkpoint):
+    # Broken by label maps and overlays that the second run segments.
+    for image in ("photo.jpg", "deep/more.jpg", "out/own.jpg"):  # the last is no result, wherever it lies
+        write_image(tmp_path / image)
+    for sees in (1, 2):
+        main(settings_for(tmp_path, checkpoint(sees), tmp_path / "out"))
+    found = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.png"))
+    stems = ("deep/more", "out/own", "photo")
+    assert found == sorted(stem + end for stem in stems for end in (".png", "_overlay.png", "_figure.png"))
+    assert (read(tmp_path / "out" / "deep" / "more.png") == 2).all()
 
 
 def test_labels_of_one_image_do_not_take_the_place_of_anothers_picture(tmp_path):
-    # As when a folder is segmented that holds pictures of an earlier prediction.
+    # As when a folder is segmented that holds pictures of another program.
     paths = [write_image(tmp_path / name) for name in ("a.jpg", "a_overlay.png")]
-    assert list(find_images([str(path) for path in paths]).values()) == ["a.jpg", "a_overlay.png"]
+    assert list(find_images([str(path) for path in paths], "out").values()) == ["a.jpg", "a_overlay.png"]

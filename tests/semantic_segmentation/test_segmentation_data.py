@@ -23,6 +23,7 @@ from semantic_segmentation.data import (
     check_labels,
     find_classes,
     find_pairs,
+    named_classes,
     read_classes,
     read_labels,
     reduce_zero,
@@ -141,7 +142,10 @@ def test_a_list_of_classes_that_is_none(tmp_path):
 def test_which_list_of_classes_counts(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     assert find_classes(tmp_path) == ade20k_classes()
-    assert "using the 150 classes of ADE20K" in caplog.text
+    assert "using the 150 classes of ADE20K; --classes names others" in caplog.text
+    assert caplog.records[-1].levelno == logging.WARNING  # a guess, unless it is ADE20K's own folder
+    assert find_classes(tmp_path / "ADEChallengeData2016") == ade20k_classes()
+    assert caplog.records[-1].levelno == logging.INFO
     assert "reduce_zero_label" not in caplog.text
     find_classes(tmp_path, reduce_zero_label=False)
     assert "reduce_zero_label is off: label 0, ignored in ADE20K, is taken for 'wall'" in caplog.text
@@ -170,6 +174,17 @@ def test_images_and_label_maps_pair_by_name(tmp_path):
     assert (alone.images, alone.labels) == (pairs.images, ())
 
 
+@pytest.mark.parametrize("name", ["mask.tif", "mask.TIFF", "mask.bmp", "m\u00fcnster.png", "mu\u0308nster.png"])
+def test_label_maps_of_other_kinds_and_spellings_pair(tmp_path, name):
+    # Broken by letters with accents, which macOS and Linux spell in two ways that look the same.
+    stem = "mask" if name.startswith("mask") else "m\u00fcnster"
+    image = write(tmp_path / "images" / f"{stem}.jpg", np.zeros((2, 3, 3), np.uint8))
+    labels = write(tmp_path / "labels" / name, np.array([[0, 1, 2], [3, 4, 255]], np.uint8))
+    pairs = find_pairs(tmp_path / "images", tmp_path / "labels")
+    assert (pairs.images, pairs.labels) == ((image,), (labels,))
+    assert read_labels(labels).tolist() == [[0, 1, 2], [3, 4, 255]]
+
+
 def test_files_without_a_partner_are_named(folders):
     (folders / "labels" / "b.png").unlink()
     with pytest.raises(InputError) as error:
@@ -183,7 +198,7 @@ def test_files_without_a_partner_are_named(folders):
         find_pairs(folders / "images", folders / "labels")
     assert one_line(error) == (
         f"1 of 3 images in {folders / 'images'} have no label map: b; 5 of 7 label maps in {folders / 'labels'} have "
-        "no image: d, e, f, … (the label map of a.jpg is a.png)"
+        "no image: d, e, f and 2 more (the label map of a.jpg is a.png)"
     )
 
 
@@ -214,7 +229,7 @@ def test_folders_that_are_missing_or_empty(folders):
         one_line(error)
     write(folders / "jpegs" / "a.jpg", np.zeros((2, 2), np.uint8))
     with pytest.raises(
-        InputError, match=r"no label maps \(\*\.png\) in .*jpegs or .*, but images like a\.jpg"
+        InputError, match=r"no label maps \(\.png .*\.bmp\) in .*jpegs or .*, but images like a\.jpg"
     ) as error:
         find_pairs(folders / "images", folders / "jpegs")
     one_line(error)
@@ -359,51 +374,123 @@ def test_files_that_cannot_be_read_are_named(folders):
         samples[0, 2]
 
 
+def pairs_of(folder, maps):
+    """Writes images with label maps of one row."""
+    for number, row in enumerate(maps):
+        write(folder / "images" / f"{number:03}.png", np.zeros((1, len(row), 3), np.uint8))
+        write(folder / "labels" / f"{number:03}.png", np.array([row], np.uint8))
+    return find_pairs(folder / "images", folder / "labels")
+
+
 @pytest.mark.parametrize(
     ("maps", "reduced", "said"),
     [
         # a mask of one object, drawn black and white
-        ([[0, 255]], True, "there is only 0 and 255, and 0 (with reduce_zero_label) and 255 mean no label here; write"),
+        ([[0, 255]], True, "only 0 and 255, and 0 (unless you set reduce_zero_label=False) and 255 mean no label here"),
         ([[255]], False, "there is only 255, and 255 means no label here; write classes as 0, 1, and so on"),
-        ([[0, 0]], True, "there is only 0, and 0 (with"),
-        ([[0, 255]], False, "0 is the only class in"),
-        ([[1, 255], [1, 0]], True, "1 is the only class in"),
-        ([[0, 255]] * 2 + [[1, 0]], False, ""),  # seen since not only the first is looked at
-        ([[0, 1]], True, ""),  # one class of which all is labelled, beside none: nobody wrote 255
-        ([[1, 2, 255]], True, ""),
+        ([[0, 0]], True, "there is only 0, and 0 (unless"),
+        ([[0, 9]], True, "000.png has the label 9, but the 3 classes have the labels 1 to 3 (0 and 255 are no class)"),
+        ([[0, 3]], False, "000.png has the label 3, but the 3 classes have the labels 0 to 2"),
     ],
 )
-def test_label_maps_that_teach_nothing_are_said_at_the_start(tmp_path, caplog, maps, reduced, said):
+def test_label_maps_that_cannot_be_used_are_refused_at_the_start(tmp_path, maps, reduced, said):
     # Broken by masks of 0 and 255, with which training runs to its end and has learnt nothing.
-    for number, row in enumerate(maps):
-        write(tmp_path / "images" / f"{number}.png", np.zeros((1, len(row), 3), np.uint8))
-        write(tmp_path / "labels" / f"{number}.png", np.array([row], np.uint8))
+    with pytest.raises(InputError) as caught:
+        check_labels(pairs_of(tmp_path, maps), named_classes(["grass", "box", "ball"]), reduced)
+    assert said in one_line(caught)
+
+
+@pytest.mark.parametrize(
+    ("maps", "names", "reduced", "said"),
+    [
+        # 0 is the background, and reduce_zero_label is left on: the object is called background and IoU is 100
+        ([[0, 0, 1]], "background object", True, "so 0 (67% of the pixels of 1 of 1 label maps in"),
+        ([[0, 1, 1]], "Unlabeled object", True, "no class and 1 is 'Unlabeled': if 0 is a class, as the background is"),
+        ([[0, 0, 0, 1, 2]], "grass box ball", True, "so 0 (60% of"),
+        ([[1, 1, 0], [2, 2, 0]], "grass box ball", True, "the last class, 3 'ball', does not occur in 2 of 2 label"),
+        ([[0, 1, 255]], "grass box ball", False, "the last class, 2 'ball', does not occur"),
+        ([[0, 255]] * 2, "grass box", False, "0 is the only class in 2 of 2 label maps"),
+        ([[1, 1, 0]], "grass box", True, "1 is the only class in"),
+        ([[0, 0, 1, 2]], "background box ball", False, ""),
+        ([[1, 2, 255]], "grass box", True, ""),
+        ([[0, 255]] * 20 + [[1, 0]], "grass box", False, ""),  # seen since more than the first are looked at
+    ],
+)
+def test_numbers_and_names_that_hardly_go_together_are_said(tmp_path, caplog, maps, names, reduced, said):
+    check_labels(pairs_of(tmp_path, maps), named_classes(names.split()), reduced)
+    texts = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert any(said in text for text in texts) is bool(said)
+    assert bool(texts) is bool(said)
+    assert not any("\n" in text for text in texts)
+
+
+def test_the_labels_seen_are_listed_with_their_names(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    check_labels(pairs_of(tmp_path, [[0, 1, 1, 3], [255, 2, 2, 2]]), named_classes(["sky", "road", "tree"]), True)
+    assert caplog.messages == [
+        f"labels in 2 of 2 label maps in {tmp_path / 'labels'}: 0 (no class) 12.5%, 1 'sky' 25.0%, 2 'road' 37.5%, "
+        "3 'tree' 12.5%, 255 (no class) 12.5%"
+    ]
+
+
+def test_label_maps_are_looked_at_until_classes_are_seen(tmp_path, monkeypatch):
+    # Broken by every fourth map, in order, of which none has labels while all others have.
+    classes, maps = named_classes(["grass", "box"]), [[255, 0] if n % 4 == 0 else [1, 2] for n in range(64)]
+    check_labels(pairs_of(tmp_path, maps), classes, True)
     pairs = find_pairs(tmp_path / "images", tmp_path / "labels")
-    if "there is only" in said:
-        with pytest.raises(InputError) as caught:
-            check_labels(pairs, reduced)
-        assert said in one_line(caught)
-        assert ("set reduce_zero_label=False" in str(caught.value)) is reduced
-        return
-    check_labels(pairs, reduced)
-    assert [said in record.getMessage() for record in caplog.records] == ([True] if said else [])
+
+    def looked_at(first):
+        """Returns the maps looked at, where those before number `first` have no label."""
+        seen = []
+
+        def stand_in(path):
+            seen.append(int(path.stem))
+            return np.array([[1, 2] if len(seen) >= first else [0, 255]], np.uint8)
+
+        monkeypatch.setattr(data, "read_labels", stand_in)
+        check_labels(pairs, classes, True)
+        return seen
+
+    for first, count in ((1, 16), (40, 40), (64, 64)):
+        seen = looked_at(first)
+        assert len(seen) == len(set(seen)) == count
+        assert max(seen[:16]) > 40  # from all over
+        assert looked_at(first) == seen
 
 
-def test_a_few_label_maps_from_all_over_are_looked_at(monkeypatch, folders):
-    pairs = find_pairs(folders / "images", folders / "labels")
-    many = ImagePairs(pairs.images * 100, tuple(folders / f"{number:03}.png" for number in range(300)), pairs.root)
-    seen = []
+def test_a_sample_has_an_end(tmp_path, monkeypatch):
+    pairs, seen = pairs_of(tmp_path, [[1, 1]]), []
+    monkeypatch.setattr(data, "_upright_size", lambda _: (1, 2))
+    monkeypatch.setattr(data, "read_labels", lambda path: seen.append(path) or np.array([[1, 1]], np.uint8))
+    check_labels(ImagePairs(pairs.images * 2000, pairs.labels * 2000, pairs.root), named_classes(["a", "b"]), True)
+    assert len(seen) == 512
 
-    def stand_in(path):
-        seen.append(int(path.stem))
-        return np.array([[1, 2]])
 
-    monkeypatch.setattr(data, "read_labels", stand_in)
-    check_labels(many, True)
-    assert len(seen) == 16
-    assert seen[0] == 0
-    assert seen[-1] > 270
-    assert max(np.diff(seen)) < 20
+@pytest.mark.parametrize("kind", ["larger", "rotated", "damaged"])
+def test_sizes_are_compared_before_the_work(tmp_path, kind):
+    # Broken by a map that is not in the sample, and fails at the first evaluation, after hours.
+    maps = [[1, 2]] * 60
+    for index in (0, 31, 59):
+        pairs = pairs_of(tmp_path / f"{index}", maps)
+        said = rf"{index:03}\.png is 2x1 pixels \(height x width\), but its image .*{index:03}\.\w+ 1x2; if its EXIF"
+        if kind == "larger":
+            write(pairs.labels[index], np.ones((4, 2), np.uint8))
+            said = rf"{index:03}\.png is 4x2 pixels .* 1x2$"
+        elif kind == "rotated":  # as stored it fits, as shown it does not
+            pairs.images[index].unlink()
+            exif = Image.Exif()
+            exif[0x0112] = 8
+            Image.new("RGB", (2, 1)).save(pairs.images[index].with_suffix(".jpg"), exif=exif)
+            write(pairs.labels[index], np.ones((1, 2), np.uint8))
+            said = rf"{index:03}\.png is 1x2 pixels .*, but its image .*{index:03}\.jpg 2x1; if its EXIF data rotate it"
+        else:
+            pairs.images[index].write_bytes(b"no image")
+            said = rf"cannot read the image .*{index:03}\.png: not an image"
+        with pytest.raises(InputError, match=said) as error:
+            check_labels(
+                find_pairs(pairs.root, tmp_path / f"{index}" / "labels"), named_classes(["grass", "box"]), True
+            )
+        one_line(error)
 
 
 def test_how_many_classes_a_label_map_can_tell_apart(folders):
@@ -411,6 +498,8 @@ def test_how_many_classes_a_label_map_can_tell_apart(folders):
         with pytest.raises(InputError, match=f"1 to {most} classes in label maps of 8 bits, got {count}"):
             dataset(folders, count, reduce_zero_label)
     pairs = find_pairs(folders / "images")
+    with pytest.raises(InputError, match=r"there is one class, so nothing to tell apart"):
+        dataset(folders, 1, reduce_zero_label=True)
     with pytest.raises(InputError, match=r"training needs label maps; the images in .*images have none"):
         SegmentationDataset(pairs, as_decoded, num_classes=3, reduce_zero_label=False)
     without_labels = SegmentationDataset(pairs, num_classes=3, reduce_zero_label=False)[0, 2]
@@ -440,7 +529,7 @@ def test_images_of_other_kinds(folders):
     assert image[:, 50, 20].argmax() == 0
     write(folders / "labels" / "c.png", np.zeros((40, 60), np.uint8))
     with pytest.raises(
-        InputError, match=r"c\.png is 40x60 pixels .* 60x40; its EXIF data rotate it, .* upright"
+        InputError, match=r"c\.png is 40x60 pixels .* 60x40; if its EXIF data rotate it, .* upright"
     ) as error:
         samples[0, 2]
     one_line(error)

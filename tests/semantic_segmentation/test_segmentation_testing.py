@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -162,12 +163,12 @@ def test_options_that_do_nothing_or_make_no_sense_are_said(caplog):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--out", "{file}/scores.json"), "--out {file}: cannot write into {file}"),
+        (("--out", "{file}/scores.json"), "--out {file}: cannot be written"),
         (("--out", "{folder}"), "--out {folder}: is a folder"),
-        (("--show-dir", "{file}/deep/shown"), "--show_dir {file}/deep/shown: cannot write into {file}"),
+        (("--show-dir", "{file}/deep/shown"), "--show_dir {file}/deep/shown: cannot be written"),
         (
             ("--format-only", "--eval-options", "imgfile_prefix={file}/maps"),
-            "--eval_options imgfile_prefix {file}/maps: cannot write into {file}",
+            "--eval_options imgfile_prefix {file}/maps: cannot be written",
         ),
     ],
 )
@@ -182,13 +183,59 @@ def test_what_cannot_be_written_is_said_before_the_work(tested, tmp_path, monkey
     assert "\n" not in str(caught.value)
 
 
-def test_looking_leaves_nothing_behind(tested, tmp_path):
+def test_looking_leaves_nothing_behind(tested, tmp_path, monkeypatch):
     out = tmp_path / "new" / "scores.json"
-    testing.check_outputs(tested("--out", out, "--show-dir", tmp_path / "shown"))
+    with monkeypatch.context() as patch:
+        patch.setattr(testing, "read_weights", lambda _: (_ for _ in ()).throw(InputError("the work begins")))
+        with pytest.raises(InputError, match="the work begins"):
+            testing.main(tested("--out", out, "--show-dir", tmp_path / "shown"))
     assert not out.parent.exists()
     assert not (tmp_path / "shown").exists()
-    testing.main(tested("--out", out))
+    for _ in range(2):  # our own scores are replaced
+        testing.main(tested("--out", out))
     assert json.loads(out.read_text())["checkpoint"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "victim"),
+    [
+        (("--show-dir", "{data}/images/validation"), "images/validation/ADE_val_00000001.png"),
+        (
+            ("--format-only", "--eval-options", "imgfile_prefix={data}/annotations/validation"),
+            "annotations/validation/ADE_val_00000001.png",
+        ),
+        (("--out", "{data}/classes.txt"), "classes.txt"),
+    ],
+)
+def test_data_are_not_overwritten(tested, tmp_path, scenes, monkeypatch, flags, victim):
+    # Broken by label maps and images that a test replaces by its results.
+    data = shutil.copytree(scenes, tmp_path / "data")
+    if not (data / victim).exists():
+        (data / victim).write_bytes((data / victim).with_suffix(".jpg").read_bytes())
+        (data / victim).with_suffix(".jpg").unlink()
+    before, flags = (data / victim).read_bytes(), [flag.format(data=data) for flag in flags]
+    with monkeypatch.context() as patch:
+        patch.setattr(testing, "read_weights", lambda _: pytest.fail("the work has begun"))
+        with pytest.raises(InputError, match=r"not written by beit; choose another name, or --overwrite"):
+            testing.main(tested("--data_root", data, *flags))
+    assert (data / victim).read_bytes() == before
+    monkeypatch.setattr(testing, "predict_each", all_of_class_0)
+    testing.main(tested("--data_root", data, *flags, "--overwrite"))
+    assert (data / victim).read_bytes() != before
+    if "annotations" in victim:
+        testing.main(tested("--data_root", data, *flags))  # by now these are ours
+
+
+@pytest.mark.parametrize("recorded", [{"labels": list(SHAPES)}, {}])
+def test_a_folder_without_a_list_has_the_classes_of_the_checkpoint(tested, tmp_path, scenes, recorded):
+    data = shutil.copytree(scenes, tmp_path / "data")
+    (data / "classes.txt").unlink()
+    testing.main(tested("--data_root", data, "--out", tmp_path / "scores.json", **recorded))
+    names = list(SHAPES) if recorded else [f"class {number}" for number in range(len(SHAPES))]
+    assert list(json.loads((tmp_path / "scores.json").read_text())["IoU"]) == names
+    (data / "classes.txt").write_text("one\ntwo\n")
+    with pytest.raises(InputError, match=r"classes\.txt has 2 classes and the checkpoint 8"):
+        testing.main(tested("--data_root", data))
 
 
 # Data
