@@ -192,7 +192,7 @@ def test_images_are_predicted_as_they_are_tested(tmp_path, trained, scenes, subm
     flags = ("--checkpoint", trained / "checkpoint-best.pth", "--output_dir", tmp_path, "--device", "cpu")
     run("-m", "semantic_segmentation", "predict", *images, *flags)
     stems = [path.stem for path in images]
-    files = [stem + end for stem in stems for end in (".png", "_overlay.png")]
+    files = [stem + end for stem in stems for end in (".png", "_figure.png", "_overlay.png")]
     assert sorted(path.name for path in tmp_path.iterdir()) == files
     predicted = label_maps(tmp_path)
     assert all(np.array_equal(predicted[stem], submission[stem]) for stem in stems)
@@ -277,14 +277,29 @@ def test_a_run_is_continued_in_another_folder(tmp_path, few_scenes, undisturbed)
     assert log_of(tmp_path) == [entry for entry in log_of(undisturbed) if entry["step"] > 6]
 
 
-def test_a_longer_run_with_other_intervals_continues_at_its_step(tmp_path, few_scenes, undisturbed, capfd):
-    # Broken by a position in units that depend on the length or on the intervals.
+@pytest.mark.parametrize(
+    ("first", "changes", "steps", "said"),
+    [
+        (12, "--max_iters 16 --eval_interval 5 --checkpoint_interval 16", [4, 6, 8, 12, 15, 16], ""),
+        (12, "--max_iters 14 --eval_interval 1 --checkpoint_interval 7", [4, 6, 8, 12, 13, 14], ""),
+        (6, "--eval_interval 5 --checkpoint_interval 12", [4, 6, 10, 12], ""),
+        (6, "--max_iters 8 --samples_per_gpu 2", [4, 6, 8], "images_per_step went from 4 to 2"),
+    ],
+)
+def test_another_length_interval_or_batch_continues_at_the_step(
+    tmp_path, few_scenes, undisturbed, capfd, first, changes, steps, said
+):
+    # Broken by a position in units that depend on the length, on the intervals or on the batch.
     folder = shutil.copytree(undisturbed, tmp_path / "run")
-    flags = (*SMALL, "--data_root", few_scenes, "--work-dir", folder, "--max_iters", 16, "--eval_interval", 5)
-    assert main(["train", TINY, *map(str, flags), "--checkpoint_interval", "16"]) == 0
-    assert "checkpoint-12.pth at step 12" in capfd.readouterr().err
-    assert [entry["step"] for entry in log_of(folder)] == [4, 6, 8, 12, 15, 16]
-    assert (folder / "checkpoint-16.pth").is_file()
+    for path in () if first == ITERATIONS else (folder / "checkpoint-12.pth", folder / "checkpoint-last.pth"):
+        path.unlink()
+    flags = (*SMALL, "--data_root", few_scenes, "--work-dir", folder, *changes.split())
+    assert main(["train", TINY, *map(str, flags)]) == 0
+    output = capfd.readouterr().err
+    assert f"checkpoint-{first}.pth at step {first}" in output
+    assert said in output
+    assert [entry["step"] for entry in log_of(folder)] == steps
+    assert (folder / f"checkpoint-{steps[-1]}.pth").is_file()
 
 
 def test_a_continued_run_knows_the_best_it_has_seen(tmp_path, few_scenes, undisturbed):
