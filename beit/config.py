@@ -22,6 +22,7 @@ from beit.errors import InputError, did_you_mean
 logger = logging.getLogger(__name__)
 
 ConfigT = TypeVar("ConfigT")
+FunctionT = TypeVar("FunctionT", bound=Callable)
 Size = int | tuple[int, int]
 Values = dict[str, Any]  # settings by name; a value's type is its field's
 
@@ -469,14 +470,18 @@ class _CollectBatches(argparse.Action):
         setattr(namespace, self.dest, _Batches(values, str(option)))
 
 
-@functools.cache
+def _cached(function: FunctionT) -> FunctionT:
+    return functools.cache(function)  # type: ignore[return-value]  # which takes more than the function does
+
+
+@_cached
 def _fields(config_class: type) -> dict[str, tuple[dataclasses.Field, Callable]]:
     """Returns each field of a configuration with the function that reads its value from a text or from YAML."""
     hints = typing.get_type_hints(config_class)
     return {field.name: (field, _reader(hints[field.name])) for field in dataclasses.fields(config_class)}
 
 
-@functools.cache
+@_cached
 def _names(config_class: type) -> dict[str, str]:
     """Returns every name of every setting -> its field."""
     fields: dict[str, Mapping] = {name: field.metadata for name, (field, _) in _fields(config_class).items()}
