@@ -90,11 +90,17 @@ class Pretraining(Task[PretrainingConfig]):
 
     def extras(self) -> Mapping[str, object]:
         """Records what the outputs mean."""
-        return {"target": self.target.name}
+        tokens = {"tokenizer": self.target.tokenizer.fingerprint()} if isinstance(self.target, TokenTarget) else {}
+        return {"target": self.target.name, **tokens}
 
     def accepts(self, checkpoint: Mapping[str, Any], source: str) -> None:
-        """Refuses a checkpoint that predicts another target."""
+        """Refuses a checkpoint that predicts another target, or the tokens of another tokenizer."""
         check_target(checkpoint, source, self.target.name)
+        if (own := self.extras().get("tokenizer")) != checkpoint.get("tokenizer", own):
+            raise InputError(
+                f"{source} learned the tokens of another tokenizer: resume with the same --discrete_vae_weight_path,"
+                "or start from its weights with --init_from in another --output_dir"
+            )
 
     def build_evaluation(self) -> Evaluation | None:
         """Returns the evaluation on held-out images, if there are any."""

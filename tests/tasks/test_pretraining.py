@@ -26,6 +26,7 @@ from beit.storage import save_checkpoint
 from beit.targets import PixelTarget, TokenTarget
 from beit.tasks.pretraining import (
     MaskedPrediction,
+    Pretraining,
     PretrainingConfig,
     build_mask_generator,
     build_model,
@@ -529,3 +530,21 @@ def images_in(folder):
         return []
     pictures = events.Images("reconstructions")
     return [(event.step, Image.open(io.BytesIO(event.encoded_image_string))) for event in pictures]
+
+
+def test_a_checkpoint_of_another_tokenizer_of_the_same_size_is_refused():
+    # Breaks if only the size of the vocabulary is compared: the same number would mean another token.
+    class Tokenizer:
+        vocab_size = 8
+
+        def __init__(self, name):
+            self.fingerprint = lambda: name
+
+    task = Pretraining(PretrainingConfig())
+    task.target = TokenTarget(Tokenizer("a"))
+    recorded = dict(task.extras())
+    task.accepts(recorded, "a.pth")
+    task.accepts({}, "of version 0.1")
+    task.target = TokenTarget(Tokenizer("b"))
+    with pytest.raises(InputError, match="another tokenizer"):
+        task.accepts(recorded, "a.pth")
