@@ -99,7 +99,7 @@ class Pretraining(Task[PretrainingConfig]):
         if (own := self.extras().get("tokenizer")) != checkpoint.get("tokenizer", own):
             raise InputError(
                 f"{source} learned the tokens of another tokenizer: resume with the same --discrete_vae_weight_path,"
-                "or start from its weights with --init_from in another --output_dir"
+                " or start from its weights with --init_from in another --output_dir"
             )
 
     def build_evaluation(self) -> Evaluation | None:
