@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 ConfigT = TypeVar("ConfigT")
 
-OK, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 OUT_OF_MEMORY = (
     "out of memory on the {device}: lower --batch_size and raise --update_freq to keep the effective batch; "
     "--grad_checkpointing saves memory too, in jobs that have it"
@@ -54,7 +54,7 @@ def launch(
 
     Returns:
         0 when done, 2 for a mistake in the input, 1 for a run that could not continue (out of memory, a loss that is
-        not finite), 143 after SIGTERM, 130 after Ctrl-C.
+        not finite), 130 after Ctrl-C, 143 after SIGTERM and likewise 128 + its number after another signal.
     """
     arguments = sys.argv[1:] if argv is None else argv
     open_mpi = asks_for_open_mpi(arguments)
@@ -132,7 +132,7 @@ def _end_of_training(error: Exception) -> tuple[str, int]:
 
     if isinstance(error, Stopped):
         logger.info("%s; the same command resumes from there", error)
-        return "", TERMINATED
+        return "", 128 + error.signal
     message = str(error)
     if isinstance(error, torch.OutOfMemoryError):
         message = OUT_OF_MEMORY.format(device="GPU")

@@ -5,6 +5,7 @@ other than ADE20K's. A label map has 8 bits per pixel, greys or palette indices;
 """
 
 import colorsys
+import hashlib
 import itertools
 import logging
 import os
@@ -178,6 +179,11 @@ class ImagePairs:
     def name(self, index: int) -> str:
         """Returns the path of image ``index`` relative to the folder of images, without extension."""
         return self.images[index].relative_to(self.root).with_suffix("").as_posix()
+
+    def fingerprint(self) -> str:
+        """Returns a hash of the images' names in their order."""
+        names = ascii([self.name(index) for index in range(len(self))])
+        return hashlib.sha256(names.encode()).hexdigest()
 
 
 def find_pairs(images_dir: PathLike, annotations_dir: PathLike | None = None) -> ImagePairs:

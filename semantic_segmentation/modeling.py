@@ -306,32 +306,6 @@ def load_segmentor(
     return report
 
 
-def match_classifiers(
-    segmentor: Segmentor, weights: Mapping[str, Tensor], metadata: Metadata, classes: Sequence[str]
-) -> Mapping[str, Tensor]:
-    """Returns weights whose classifiers have the rows of ``classes``, by name, and the segmentor's own for new ones.
-
-    Classifiers of a checkpoint that does not name its classes are kept if there are as many.
-    """
-    source, wanted, own = str(metadata.get("source")), comparable(classes), segmentor.state_dict()
-    learnt, count = comparable(metadata.get("labels") or ()), heads_in(weights, source).num_classes
-    learnt = learnt if len(learnt) == count else []
-    if learnt == wanted or (not learnt and count == len(wanted)):
-        return weights
-    matched = {name: own[name].clone() for name in weights if ".conv_seg." in name and name in own}
-    known = {row: learnt.index(name) for row, name in enumerate(wanted) if name in learnt}
-    for name, tensor in matched.items():
-        if weights[name].shape[1:] == tensor.shape[1:]:  # otherwise the heads differ in more
-            tensor[list(known)] = weights[name][list(known.values())]
-    logger.warning("%s: %d of %d classes matched by name, the rest from scratch", source, len(known), len(wanted))
-    return {**weights, **matched}
-
-
-def comparable(names: Sequence[object]) -> list[str]:
-    """Returns class names in one spelling."""
-    return [str(name).strip().casefold() for name in names]
-
-
 def _check_build(segmentor: Segmentor, weights: Mapping[str, Tensor], metadata: Metadata, source: str) -> None:
     """Refuses weights of another head, or of other taps and grids, which would load and segment badly."""
     heads, head, auxiliary = heads_in(weights, source), segmentor.decode_head, segmentor.auxiliary_head

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from beit.checkpoints.heads import match_classes
 from beit.checkpoints.load import load_weights
 from beit.checkpoints.read import read_weights
 from beit.data.loaders import EpochLoader
@@ -23,7 +24,7 @@ from semantic_segmentation.data import SegmentationDataset, find_classes, find_p
 from semantic_segmentation.heads import resize
 from semantic_segmentation.inference import Statistics
 from semantic_segmentation.metrics import IGNORED, scores
-from semantic_segmentation.modeling import Segmentor, load_segmentor, match_classifiers
+from semantic_segmentation.modeling import Segmentor, heads_in, load_segmentor
 from semantic_segmentation.testing import build_model, build_test, check_data
 from semantic_segmentation.transforms import TrainTransform
 
@@ -148,6 +149,9 @@ class Segmentation(Task[TrainConfig]):
             "out_indices": list(segmentor.backbone.out_indices),
             "mean": list(STATISTICS.mean),
             "std": list(STATISTICS.std),
+            "reduce_zero_label": self.config.reduce_zero_label,
+            "data": self.train.fingerprint(),
+            **({"eval_data": self.val.fingerprint()} if self.val else {}),
         }
 
     def summary(self) -> Iterator[str]:
@@ -165,7 +169,9 @@ def start_from(segmentor: Segmentor, source: str, classes: Sequence[str]) -> Non
         return
     weights, metadata = read_weights(source)
     if metadata.get("segmentation"):
-        load_segmentor(segmentor, match_classifiers(segmentor, weights, metadata, classes), metadata, source)
+        heads_in(weights, source)  # says so if there are none that fit
+        weights, metadata, _ = match_classes(weights, metadata, segmentor.state_dict(), classes)
+        load_segmentor(segmentor, weights, metadata, source)
         return
     report = load_weights(segmentor.backbone, weights, metadata)
     (logger.warning if report.unexpected else logger.info)("%s", report.summary())

@@ -1,6 +1,5 @@
 """Testing of a segmentor: the scores over a data set, label maps for a server, pictures to look at."""
 
-import hashlib
 import json
 import logging
 import math
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from beit.checkpoints.heads import comparable
 from beit.checkpoints.read import read_weights
 from beit.config import check_settings
 from beit.data.loaders import EpochLoader
@@ -47,7 +47,7 @@ from semantic_segmentation.data import (
 )
 from semantic_segmentation.inference import Statistics, TestSettings, predict_each, statistics_of
 from semantic_segmentation.metrics import Confusion, SegmentationScores, scores
-from semantic_segmentation.modeling import Segmentor, build_segmentor, comparable, heads_in, load_segmentor
+from semantic_segmentation.modeling import Segmentor, build_segmentor, heads_in, load_segmentor
 from semantic_segmentation.overlays import WritingThread, result_figure, save_label_map
 
 logger = logging.getLogger(f"beit.{__name__}")
@@ -103,9 +103,7 @@ def outputs(config: TestConfig, pairs: ImagePairs) -> dict[str, list[Path]]:
 
 def check_data(config: SegmentationConfig, found: Sequence[ImagePairs], classes: SegmentationClasses) -> None:
     """Raises InputError if the processes have found different data, or what they have found cannot be used."""
-    names = [[pairs.name(number) for number in range(len(pairs))] for pairs in found]
-    digest = hashlib.sha256(json.dumps([names, classes.names]).encode()).hexdigest()
-    if not distributed.all_equal(digest):
+    if not distributed.all_equal(ascii([*(pairs.fingerprint() for pairs in found), classes.names])):
         counts = " and ".join(f"{len(pairs)} images in {pairs.root}" for pairs in found)
         raise InputError(
             f"the processes see different data; process {distributed.rank()} sees {counts}, and {len(classes)} "

@@ -6,6 +6,7 @@ print(report.summary())
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from beit.checkpoints.formats.dialect import Weights
 from beit.checkpoints.formats.unilm import TABLE
+from beit.checkpoints.heads import match_classes
 from beit.checkpoints.read import SHARED_TABLE, Metadata, architecture_of, read_weights, window_of
 from beit.errors import InputError, listed
 from beit.modeling import Backbone, resize_position_embedding
@@ -80,7 +82,13 @@ class KeyReport:
 
 
 def load_pretrained(
-    model: Backbone, source: str | Path, *, model_key: str = "model|module", prefix: str = "", drop_head: bool = False
+    model: Backbone,
+    source: str | Path,
+    *,
+    model_key: str = "model|module",
+    prefix: str = "",
+    drop_head: bool = False,
+    classes: Sequence[str] = (),
 ) -> KeyReport:
     """Loads a checkpoint of any dialect into a model.
 
@@ -95,11 +103,15 @@ def load_pretrained(
         model_key: Where in the file the weights are; alternatives are separated by ``|``.
         prefix: Take only names that begin with this prefix, and remove it.
         drop_head: Leave the head out even if it fits.
+        classes: The model's classes; the rows of a head that fits are matched by name if the checkpoint names its own.
 
     Raises:
         InputError: There is no such checkpoint, or it is of another model.
     """
-    report = load_weights(model, *read_weights(source, model_key, prefix), drop_head=drop_head)
+    weights, metadata = read_weights(source, model_key, prefix)
+    if len(weights.get("head.weight", ())) == len(classes) and not drop_head:
+        weights, metadata, _ = match_classes(weights, metadata, model.state_dict(), classes)
+    report = load_weights(model, weights, metadata, drop_head=drop_head)
     (logger.warning if report.unexpected else logger.info)("%s", report.summary())
     return report
 

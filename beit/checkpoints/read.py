@@ -6,7 +6,8 @@ A source is resolved to a file (:mod:`beit.checkpoints.released`), its state dic
 The metadata is a plain dict. A key is present only if the file, its neighbours or the table of released files have it:
 ``source``, ``dialect``, ``args`` (settings of the run), ``labels`` (class names), ``image_size`` ``(H, W)`` in pixels,
 ``window`` ``(h, w)`` in patches, ``mean``, ``std``, ``crop_pct``, ``interpolation``, ``num_heads``, ``layer_norm_eps``,
-``target`` (what it was trained to predict of a patch). A segmentor also has ``segmentation`` (True), ``out_indices``
+``target`` (what it was trained to predict of a patch), ``tokenizer`` (a hash of its weights). A segmentor also has
+``segmentation`` (True), ``out_indices``
 (blocks that are tapped, from 0), ``pool_scales`` (of UPerNet), ``auxiliary_index`` (the tap that the auxiliary head
 sees), ``palette`` (class colours), ``reduce_zero_label`` (0 is no class in label maps). Its weights are named
 ``blocks.…``, ``fpn1.…``, ``fpn2.…``, ``decode_head.…``, ``auxiliary_head.…``, without the ``backbone.`` of its files.

@@ -7,8 +7,9 @@ import logging
 import multiprocessing.connection
 import signal
 import threading
+import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import KW_ONLY, dataclass
 from multiprocessing.process import BaseProcess
 from types import FrameType
@@ -29,7 +30,7 @@ Batch = Mapping[str, Tensor]
 Unreadable = Sequence[tuple[int, str]]  # (index, reason) of each image that could not be read
 Loaded = tuple[Batch, Unreadable | InputError]  # an error is returned: raised, it would reach us as a traceback's text
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+LOOK_EVERY, TELL_EVERY = 5, 60  # seconds of waiting for data
 
 
 class EpochDataset(Protocol, Sized):
@@ -83,6 +84,7 @@ class EpochLoader:
         drop_last: Drop the incomplete global batch at the end. Otherwise every image is seen exactly once, and ranks
             may get different numbers of batches.
         max_unreadable: Number of unreadable files tolerated; ``None`` is 1 % of the data set, at least 10.
+        while_waiting: Called every few seconds while no batch comes; may raise, to end the wait.
         multiprocessing_context: How workers start: fork, forkserver, spawn, or ``None`` for the platform's default.
 
     Raises:
@@ -100,6 +102,7 @@ class EpochLoader:
     drop_last: bool = True
     _: KW_ONLY
     max_unreadable: int | None = None
+    while_waiting: Callable[[], None] | None = None
     multiprocessing_context: str | None = None
 
     def __post_init__(self) -> None:
@@ -121,6 +124,7 @@ class EpochLoader:
         self._loader: DataLoader[Any] | None = None
         self._iterator: Iterator[Loaded] = iter(())  # of the loader; held here only, as its workers end with it
         self._workers: list[BaseProcess] = []
+        self._stalled = False  # the workers have not answered for a while
         self._turn = 0  # number of calls of epoch(): only the epoch asked for last goes on
 
     @property
@@ -155,9 +159,9 @@ class EpochLoader:
         iterator: Any = self._iterator
         workers, self._workers = self._workers, []
         self._loader, self._iterator = None, iter(())
-        if any(worker.exitcode is not None for worker in workers):
+        if self._stalled or any(worker.exitcode is not None for worker in workers):
             # One that was killed may have held the lock of the event that ends the others, so that setting it would
-            # wait forever: kill them, and give the iterator another event to set.
+            # wait forever, and one that hangs does not end: kill them, and give the iterator another event to set.
             for worker in workers:
                 worker.kill()
             for worker in workers:
@@ -166,6 +170,8 @@ class EpochLoader:
         if workers:
             # As deleting the iterator does, but the traceback of an error may still hold it.
             iterator._shutdown_workers()
+            for worker in workers:
+                worker.kill()  # one that was stopped has not ended
 
     def _batches(self, epoch: int, first_batch: int, turn: int) -> Iterator[Batch]:
         self._require_turn(turn)
@@ -181,18 +187,41 @@ class EpochLoader:
     def _loaded(self) -> Iterator[Loaded]:
         try:
             self._begin()
-            while (loaded := next(self._iterator, None)) is not None:
+            while (loaded := self._next()) is not None:
                 yield loaded
         except (RuntimeError, OSError, EOFError) as error:
             # A dead worker shows up as one of these, but so does an exception in a live one, which needs no comment.
             codes = _exit_codes(self._workers)
+            if not codes and "shared memory" in str(error):
+                codes = ["no shared memory left"]
             if not codes:
                 raise
             self.close()
             raise InputError(
                 f"a data loading process died ({', '.join(codes)}), most often because memory ran out: lower "
-                f"--num_workers (now {self.num_workers}) or the batch size, or give the machine more (shared) memory"
+                f"--num_workers (now {self.num_workers}) or the batch size, or give the machine more (shared) memory "
+                "(docker run --shm-size)"
             ) from error
+
+    def _next(self) -> Loaded | None:
+        """Returns the next batch, None after the last one; says now and then that none comes."""
+        start = time.monotonic()
+        told = TELL_EVERY
+        while True:
+            try:
+                loaded = next(self._iterator, None)
+                self._stalled = False
+                return loaded
+            except RuntimeError as error:  # the time of the data loader is up, which changes nothing about it
+                if "timed out" not in str(error):
+                    raise
+            waited = time.monotonic() - start
+            self._stalled = True
+            if waited >= told:
+                logger.warning("no data for %.0f s: the data loading processes hang, or the storage does", waited)
+                told += TELL_EVERY
+            if self.while_waiting is not None:
+                self.while_waiting()
 
     def _begin(self) -> None:
         """Starts the iterator of an epoch and, the first time, the workers."""
@@ -220,6 +249,7 @@ class EpochLoader:
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             persistent_workers=workers,
+            timeout=LOOK_EVERY if workers else 0,
             multiprocessing_context=self.multiprocessing_context if workers else None,
             worker_init_fn=_start_worker,
             # Its own generator: otherwise each epoch would draw from the global one, and stopping in the middle of an
@@ -280,10 +310,11 @@ def _start_worker(_worker: int) -> None:
     # A terminal or a scheduler signals all processes at once. The main process decides when to stop and may need a few
     # more batches to end well; the workers end with it. (A second SIGTERM is obeyed: a main process that crashes sends
     # it to workers that it could not tell to stop.)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in {"SIGINT", "SIGHUP", "SIGUSR1"} & set(dir(signal)):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _ignore_once)
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
 
 
 def _ignore_once(_signal: int, _frame: FrameType | None) -> None:
@@ -306,7 +337,7 @@ def _signals_undisturbed() -> Iterator[None]:
     if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
         yield
         return
-    handler, mask = signal.getsignal(signal.SIGCHLD), signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    handler, mask = signal.getsignal(signal.SIGCHLD), signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         yield
     finally:

@@ -172,15 +172,12 @@ class Task(ABC, Generic[ConfigT]):
         return None
 
     def extras(self) -> Mapping[str, object]:
-        """Returns what checkpoints record besides the training state."""
+        """Returns what checkpoints record besides the training state; see :data:`beit.training.meaning.FACTS`."""
         return {}
 
     def resume_path(self) -> str:
         """Returns the checkpoint that was named to resume from, if any."""
         return self.config.resume
-
-    def accepts(self, checkpoint: Mapping[str, Any], source: str) -> None:
-        """Raises :class:`InputError` for a checkpoint that cannot be resumed, saying why and what to do."""
 
     def sharded_layers(self, model: nn.Module) -> Iterable[nn.Module]:
         """Returns the layers that ``--shard fsdp`` gathers one by one."""
@@ -256,8 +253,8 @@ def run(task: Task[Any]) -> None:
             ema=task.build_average(),
             evaluate=task.build_evaluation(),
             on_epoch_end=task.build_epoch_end(),
-            accepts=task.accepts,
         )
+        task.loader.while_waiting = trainer.look_up
         start_epoch = task.config.start_epoch if isinstance(task.config, EpochOptions) else 0
         session.resume(trainer, path=task.resume_path(), auto=task.config.auto_resume, start_epoch=start_epoch)
         for line in (*task.summary(), plan(task.config, trainer)):
@@ -359,6 +356,11 @@ def find_labelled(
     found = [find(train) if wanted else None for train, wanted in ((True, trains), (False, evaluates))]
     class_names = check_classes([images for images in found if images is not None], nb_classes)
     return found[0], found[1], class_names
+
+
+def fingerprints(train: LabelledImages | None, val: LabelledImages | None) -> dict[str, str]:
+    """Returns what identifies the images that a run trains and is evaluated on."""
+    return {key: images.fingerprint() for key, images in (("data", train), ("eval_data", val)) if images is not None}
 
 
 def warn_of_another_mean(source: str, metadata: Mapping[str, Any], mean: tuple[float, ...]) -> None:

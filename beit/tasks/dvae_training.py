@@ -4,7 +4,7 @@ Source: BEiT (arXiv 2106.08254), section 2.1; DALL-E (arXiv 2102.12092), section
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from PIL import Image
@@ -16,7 +16,7 @@ from beit.data.loaders import EpochDataset, EpochLoader, EvenlySpread
 from beit.data.transforms import CenterCropTransform, RandomCropTransform, to_unit_range
 from beit.errors import InputError
 from beit.storage import atomic_write
-from beit.tasks.base import Evaluation, Metrics, Task, find_together, run
+from beit.tasks.base import Evaluation, Metrics, Task, find_together, fingerprints, run
 from beit.tasks.settings import DvaeConfig
 from beit.tokenizers.dvae import (
     DiscreteVAE,
@@ -61,6 +61,11 @@ class DvaeTraining(Task[DvaeConfig]):
             first, last = config.temperature_start, config.temperature_end
             raise InputError(f"--temperature_end {last:g}: must be at most --temperature_start {first:g}")
 
+    def prepare(self) -> None:
+        """Finds the images."""
+        self.index = find_together(self.config.data_path)
+        self.eval_index = find_together(self.config.eval_data_path) if self.config.eval_data_path else None
+
     def build_model(self) -> RelaxedAutoencoder:
         """Creates the dVAE with its relaxation."""
         config = self.config
@@ -72,7 +77,7 @@ class DvaeTraining(Task[DvaeConfig]):
         config = self.config
         scale = (config.min_crop, 1.0)
         transform = RandomCropTransform(config.input_size, interpolation=config.interpolation, scale=scale)
-        return self.loader_of(ImageDataset(find_together(config.data_path), transform, config.seed))
+        return self.loader_of(ImageDataset(self.index, transform, config.seed))
 
     def build_objective(self) -> StepFunction:
         """Returns the loss with its schedules."""
@@ -90,14 +95,17 @@ class DvaeTraining(Task[DvaeConfig]):
         """
         config = self.config
         transform = CenterCropTransform(config.input_size, interpolation=config.interpolation)
-        index = find_together(config.eval_data_path or config.data_path)
-        dataset: EpochDataset = ImageDataset(index, transform, config.seed)
-        if not config.eval_data_path and config.eval_images < len(dataset):
+        dataset: EpochDataset = ImageDataset(self.eval_index or self.index, transform, config.seed)
+        if self.eval_index is None and config.eval_images < len(dataset):
             dataset = EvenlySpread(dataset, config.eval_images)
         loader = self.loader_of(dataset, training=False, shuffle=True, num_workers=self.few_workers())
         vae = self.average.module.vae
         self.evaluation = HardTokenEvaluation(vae, loader, config.reconstruction, config.epochs, self.device)
         return self.evaluation
+
+    def extras(self) -> Mapping[str, object]:
+        """Records the data."""
+        return fingerprints(self.index, self.eval_index)
 
     def build_epoch_end(self) -> Callable[[int, ScalarWriter], None]:
         """Returns what publishes the tokenizer and the newest picture."""

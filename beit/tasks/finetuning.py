@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from beit.checkpoints.heads import match_classes
 from beit.checkpoints.load import load_pretrained, load_weights
 from beit.checkpoints.read import read_weights
 from beit.checkpoints.released import resolve
@@ -20,9 +22,19 @@ from beit.data.classification import ClassificationEvalTransform, Classification
 from beit.data.loaders import EpochLoader
 from beit.data.preprocessing import normalization
 from beit.data.transforms import normalize, size_pair
-from beit.errors import InputError
+from beit.errors import InputError, listed
 from beit.modeling import VisionTransformer
-from beit.tasks.base import Evaluation, Metrics, Task, find_labelled, named_model, opened, run, warn_of_another_mean
+from beit.tasks.base import (
+    Evaluation,
+    Metrics,
+    Task,
+    find_labelled,
+    fingerprints,
+    named_model,
+    opened,
+    run,
+    warn_of_another_mean,
+)
 from beit.tasks.settings import FinetuningConfig
 from beit.training import distributed
 from beit.training.accuracy import count_correct, rates, zero_counts
@@ -75,13 +87,15 @@ class Finetuning(Task[FinetuningConfig]):
         if config.mixes and len(self.class_names) < 2:
             raise InputError(f"mixup and cutmix need two classes or more; {config.data_path} has one")
         self.mean, self.std = normalization(config.imagenet_default_mean_and_std)
+        self.eval_transform = build_eval_transform(config)
 
     def build_model(self) -> VisionTransformer:
         """Creates the classifier and loads the backbone that it starts from."""
         config = self.config
         model = build_model(config, len(self.class_names))
         if config.init_from:
-            load_pretrained(model, config.init_from, model_key=config.model_key, prefix=config.model_prefix)
+            key, prefix = config.model_key, config.model_prefix
+            load_pretrained(model, config.init_from, model_key=key, prefix=prefix, classes=self.class_names)
         return model
 
     def build_loader(self) -> EpochLoader:
@@ -152,19 +166,19 @@ class Finetuning(Task[FinetuningConfig]):
         """Returns the evaluation on the validation images, if there are any."""
         if self.val is None:
             return None
-        dataset = labelled_dataset(self.val, build_eval_transform(self.config), self.config.seed, strict=True)
+        dataset = labelled_dataset(self.val, self.eval_transform, self.config.seed, strict=True)
         loader = self.loader_of(dataset, training=False)
         return lambda model, _epoch: evaluate(model, loader, self.precision, mean=self.mean, std=self.std)
 
     def extras(self) -> Mapping[str, object]:
-        """Records what a user of the model needs: class names by id, and how an image is preprocessed."""
-        transform = build_eval_transform(self.config)
+        """Records what a user of the model needs: class names by id, how an image is preprocessed, and the data."""
         return {
             "labels": list(self.class_names),
-            "crop_pct": transform.crop_pct,
-            "interpolation": transform.interpolation,
+            "crop_pct": self.eval_transform.crop_pct,
+            "interpolation": self.eval_transform.interpolation,
             "mean": list(self.mean),
             "std": list(self.std),
+            **fingerprints(self.train, self.val),
         }
 
     def summary(self) -> Iterator[str]:
@@ -174,19 +188,41 @@ class Finetuning(Task[FinetuningConfig]):
 
 
 def evaluate_checkpoint(config: FinetuningConfig) -> Metrics:
-    """Evaluates a checkpoint, for ``--eval``; :class:`InputError` if it is missing or its model or classes differ."""
+    """Evaluates a checkpoint, for ``--eval``; :class:`InputError` if it is missing or does not know the classes.
+
+    Images are cropped as the checkpoint records, unless ``--crop_pct`` is given. With fewer classes in the data than
+    it has learnt, only these compete, matched by name.
+    """
     task = Finetuning(dataclasses.replace(config, eval=True))
     with opened(task, writes=False) as session:
         model = build_model(config, len(task.class_names)).to(session.device)
-        evaluation = task.build_evaluation()
-        assert evaluation is not None
         source = checkpoint_to_evaluate(config)
-        if config.model_ema and Path(source).name != BEST_EMA:  # there the model is the average
-            load_whole(model, source, "model_ema", task)
-            logger.info("the moving average of the weights:")
-            evaluation(model, 0)
-        load_whole(model, source, config.model_key, task)
-        return evaluation(model, 0)
+        averaged = config.model_ema and Path(source).name != BEST_EMA  # there the model is the average
+        results: Metrics = {}
+        for model_key in (*(("model_ema",) if averaged else ()), config.model_key):
+            if model_key == "model_ema":
+                logger.info("the moving average of the weights:")
+            metadata = load_whole(model, source, model_key, task)
+            task.eval_transform = recorded_transform(config, metadata, source)
+            evaluation = task.build_evaluation()
+            assert evaluation is not None
+            results = evaluation(model, 0)
+        return results
+
+
+def recorded_transform(
+    config: FinetuningConfig, metadata: Mapping[str, Any], source: str
+) -> ClassificationEvalTransform:
+    """Returns how images are evaluated: as a checkpoint for this input size records, unless ``--crop_pct`` differs."""
+    size = size_pair(config.input_size)
+    if "crop_pct" not in metadata or metadata.get("image_size", size) != size:
+        return build_eval_transform(config)
+    crop = metadata["crop_pct"]
+    if config.crop_pct is not None and not math.isclose(config.crop_pct, crop):
+        logger.warning("--crop_pct %g, where %s was evaluated with %g", config.crop_pct, source, crop)
+        crop = config.crop_pct
+    interpolation = metadata.get("interpolation", "bicubic")
+    return ClassificationEvalTransform(size, crop_pct=crop, interpolation=interpolation)
 
 
 def checkpoint_to_evaluate(config: FinetuningConfig) -> str:
@@ -199,15 +235,17 @@ def checkpoint_to_evaluate(config: FinetuningConfig) -> str:
     return found or config.init_from
 
 
-def load_whole(model: VisionTransformer, source: str, model_key: str, task: Finetuning) -> None:
-    """Loads a checkpoint that must fill the model, head included, with the same classes; :class:`InputError` if not."""
+def load_whole(model: VisionTransformer, source: str, model_key: str, task: Finetuning) -> Mapping[str, Any]:
+    """Loads a checkpoint that must fill the model, with a head that knows the data's classes; returns its metadata.
+
+    Raises :class:`InputError` if it does not.
+    """
     weights, metadata = read_weights(source, model_key, task.config.model_prefix)
+    weights, metadata, unknown = match_classes(weights, metadata, model.state_dict(), task.class_names)
+    if unknown:
+        raise InputError(f"{source} has not learnt {len(unknown)} of the data's classes: {listed(unknown)}")
     report = load_weights(model, weights, metadata)
     logger.info("%s", report.summary())
-    labels = [str(label) for label in metadata.get("labels") or ()]
-    for number, (label, name) in enumerate(zip(labels, task.class_names, strict=False)):
-        if len(labels) == len(task.class_names) and label != name:
-            raise InputError(f"{source}: class {number} of the checkpoint is {label!r}, that of the data {name!r}")
     warn_of_another_mean(source, metadata, task.mean)
     if extra := report.unexpected:
         what = f"{len(extra)} tensors without a place in this model, such as {extra[0]}"
@@ -219,6 +257,7 @@ def load_whole(model: VisionTransformer, source: str, model_key: str, task: Fine
             f"{source} does not fill this model of {model.num_classes} classes, {what}; check the data, --model and "
             "its options"
         )
+    return metadata
 
 
 def build_model(config: FinetuningConfig, num_classes: int) -> VisionTransformer:

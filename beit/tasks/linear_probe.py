@@ -17,7 +17,17 @@ from beit.errors import InputError
 from beit.features import Feature, FrozenFeatures
 from beit.modeling import Backbone
 from beit.storage import weights_fingerprint
-from beit.tasks.base import Evaluation, Metrics, Schedule, Task, find_labelled, named_model, run, warn_of_another_mean
+from beit.tasks.base import (
+    Evaluation,
+    Metrics,
+    Schedule,
+    Task,
+    find_labelled,
+    fingerprints,
+    named_model,
+    run,
+    warn_of_another_mean,
+)
 from beit.tasks.settings import AUTO, OFFICIAL_NUM_LABELS, LinearProbeConfig
 from beit.training import distributed
 from beit.training.accuracy import count_correct, rates, zero_counts
@@ -60,6 +70,7 @@ class LinearProbe(Task[LinearProbeConfig]):
             logger.info("%d classes, as in the data", len(self.class_names))
         self.mean, self.std = normalization(config.imagenet_default_mean_and_std)
         self.backbone = build_backbone(config).to(self.device)
+        self.eval_transform = ClassificationEvalTransform(self.backbone.img_size, crop_pct=config.crop_pct)
         dtype = resolve_amp_dtype(config.amp_dtype if config.amp_forward else "fp32", self.device)
         self.features = FrozenFeatures(
             self.backbone,
@@ -106,23 +117,19 @@ class LinearProbe(Task[LinearProbeConfig]):
 
     def build_evaluation(self) -> Evaluation:
         """Returns the evaluation of every head on the validation images."""
-        transform = ClassificationEvalTransform(self.backbone.img_size, crop_pct=self.config.crop_pct)
-        dataset = labelled_dataset(self.val, transform, self.config.seed, strict=True)
+        dataset = labelled_dataset(self.val, self.eval_transform, self.config.seed, strict=True)
         loader = self.loader_of(dataset, training=False)
         return lambda model, _epoch: evaluate(model, self.features, loader)
 
     def extras(self) -> Mapping[str, object]:
-        """Records the class names by id, and which backbone the heads read."""
-        return {"labels": list(self.class_names), "backbone": weights_fingerprint(self.backbone)}
-
-    def accepts(self, checkpoint: Mapping[str, Any], source: str) -> None:
-        """Refuses heads that have been reading another backbone."""
-        own = weights_fingerprint(self.backbone)
-        if checkpoint.get("backbone", own) != own:
-            raise InputError(
-                f"{source} probes another backbone than --checkpoint: give another --output_dir, or start over with "
-                "--no_auto_resume"
-            )
+        """Records the class names by id, which backbone the heads read, how images are prepared, and the data."""
+        return {
+            "labels": list(self.class_names),
+            "backbone": weights_fingerprint(self.backbone),
+            "mean": list(self.mean),
+            "crop_pct": self.eval_transform.crop_pct,
+            **fingerprints(self.train, self.val),
+        }
 
     def summary(self) -> Iterator[str]:
         """Yields the heads, the backbone and the learning rate."""

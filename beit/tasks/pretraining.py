@@ -21,13 +21,14 @@ from beit.masking import PUBLISHED_SHARE, MaskGenerator
 from beit.modeling import VisionTransformerForMaskedImageModeling
 from beit.registry import MASK_STRATEGIES, TARGETS, resolve
 from beit.targets import VISUAL_TOKENS, MaskedPrediction, PredictionTarget, TokenTarget, with_patch_index
-from beit.tasks.base import Evaluation, Metrics, Task, find_together, named_model, run
+from beit.tasks.base import Evaluation, Metrics, Task, find_together, fingerprints, named_model, run
 from beit.tasks.settings import PretrainingConfig
 from beit.tokenizers.base import VisualTokenizer, load_tokenizer
 from beit.training import distributed
 from beit.training.compilation import uncompiled
 from beit.training.logging import ScalarWriter
 from beit.training.loop import to_device
+from beit.training.meaning import FACTS, difference
 from beit.training.optim import parameter_groups
 from beit.training.precision import AMP_DTYPES, Precision, resolve_amp_dtype
 from beit.training.state import Batch, StepFunction
@@ -48,9 +49,11 @@ class Pretraining(Task[PretrainingConfig]):
     """Masked image modeling."""
 
     def prepare(self) -> None:
-        """Builds the prediction target, which decides on the model's outputs, and the masks."""
+        """Builds the prediction target, which decides on the model's outputs, and finds the images."""
         self.target = build_target(self.config, self.device)
         self.mean, self.std = normalization(self.config.imagenet_default_mean_and_std)
+        self.index = find_together(self.config.data_path)
+        self.eval_index = find_together(self.config.eval_data_path) if self.config.eval_data_path else None
         room = self.config.batch_size * self.config.num_mask_patches if self.config.compile else 0
         self.prepare_batch = partial(with_patch_index, predict=self.config.predict, room=room)
         self.objective = MaskedPrediction(self.target, self.mean, self.std)
@@ -62,7 +65,7 @@ class Pretraining(Task[PretrainingConfig]):
         self.target.check(model.patch_embed.grid_size, size_pair(config.second_input_size))
         self.masks = build_mask_generator(config, model.patch_embed.grid_size)
         if config.init_from:
-            initialize_from(model, config.init_from, self.target.name, config.model_key, config.model_prefix)
+            initialize_from(model, config.init_from, meaning_of(self.target), config.model_key, config.model_prefix)
         return model
 
     def build_loader(self) -> EpochLoader:
@@ -76,8 +79,7 @@ class Pretraining(Task[PretrainingConfig]):
             color_jitter=config.color_jitter,
             mask_generator=self.masks,
         )
-        index = find_together(config.data_path)
-        return self.loader_of(ImageDataset(index, transform, config.seed, fast_decode=config.fast_decode))
+        return self.loader_of(ImageDataset(self.index, transform, config.seed, fast_decode=config.fast_decode))
 
     def build_objective(self) -> StepFunction:
         """Returns the loss of the masked patches."""
@@ -89,26 +91,20 @@ class Pretraining(Task[PretrainingConfig]):
         return parameter_groups(self.model, self.config.weight_decay, no_decay=no_decay)
 
     def extras(self) -> Mapping[str, object]:
-        """Records what the outputs mean."""
-        tokens = {"tokenizer": self.target.tokenizer.fingerprint()} if isinstance(self.target, TokenTarget) else {}
-        return {"target": self.target.name, **tokens}
-
-    def accepts(self, checkpoint: Mapping[str, Any], source: str) -> None:
-        """Refuses a checkpoint that predicts another target, or the tokens of another tokenizer."""
-        check_target(checkpoint, source, self.target.name)
-        if (own := self.extras().get("tokenizer")) != checkpoint.get("tokenizer", own):
-            raise InputError(
-                f"{source} learned the tokens of another tokenizer: resume with the same --discrete_vae_weight_path,"
-                " or start from its weights with --init_from in another --output_dir"
-            )
+        """Records what the outputs mean, and the data."""
+        return {
+            **meaning_of(self.target),
+            "mean": list(self.mean),
+            **fingerprints(self.index, self.eval_index),
+        }
 
     def build_evaluation(self) -> Evaluation | None:
         """Returns the evaluation on held-out images, if there are any."""
         config = self.config
-        if not config.eval_data_path:
+        if self.eval_index is None:
             return None
         transform = evaluation_transform(config, self.target, self.masks)
-        dataset = ImageDataset(find_together(config.eval_data_path), transform, config.seed)
+        dataset = ImageDataset(self.eval_index, transform, config.seed)
         loader = self.loader_of(dataset, training=False, num_workers=self.few_workers())
         return lambda model, _epoch: evaluate(model, self.objective, loader, self.precision)
 
@@ -119,7 +115,7 @@ class Pretraining(Task[PretrainingConfig]):
             logger.warning("--log_images has no effect without --log_dir and --output_dir")
         elif config.log_images:
             transform = evaluation_transform(config, self.target, self.masks)
-            dataset = ImageDataset(find_together(config.eval_data_path or config.data_path), transform, config.seed)
+            dataset = ImageDataset(self.eval_index or self.index, transform, config.seed)
             samples = to_device(spread_samples(dataset, config.log_images), self.device)
 
             def outputs_of_all(model: nn.Module, batch: Batch) -> Tensor:
@@ -242,36 +238,43 @@ def evaluation_transform(
     )
 
 
-def check_target(checkpoint: Mapping[str, Any], source: str, target: str) -> None:
-    """Raises :class:`InputError` unless a checkpoint predicts what this run predicts."""
-    if (theirs := checkpoint.get("target", VISUAL_TOKENS)) != target:
-        raise InputError(
-            f"{source} learned to predict {theirs}, this run predicts {target}: resume with the same --target and "
-            "--pixel_norm, or start from its weights with --init_from in another --output_dir"
-        )
+def meaning_of(target: PredictionTarget) -> dict[str, str]:
+    """Returns what a head that predicts a target depends on."""
+    tokens = {"tokenizer": target.tokenizer.fingerprint()} if isinstance(target, TokenTarget) else {}
+    return {"target": target.name, **tokens}
 
 
 def initialize_from(
     model: VisionTransformerForMaskedImageModeling,
     source: str,
-    target: str = VISUAL_TOKENS,
+    meaning: Mapping[str, str] | None = None,
     model_key: str = "model|module",
     prefix: str = "",
 ) -> None:
-    """Loads a checkpoint's weights; the head of another vocabulary or ``target`` is initialised from scratch.
+    """Loads a checkpoint's weights; a head that predicts something else is initialised from scratch.
 
-    ``source`` is a file, folder, released name, address or hub id, ``model_key`` where to look for its weights,
-    and ``prefix`` that of their names. Raises :class:`InputError` for an unreadable checkpoint or another model's.
+    Args:
+        model: The model to load into.
+        source: A file, folder, released name, address or hub id.
+        meaning: What the model's head will predict, from :func:`meaning_of`; by default what the checkpoint's does.
+        model_key: Where in the file the weights are.
+        prefix: Prefix of the weights' names.
+
+    Raises:
+        InputError: The checkpoint cannot be read, or is of another model.
     """
     weights, metadata = read_weights(source, model_key, prefix)
-    theirs = metadata.get("target", VISUAL_TOKENS)
-    report = load_weights(model, weights, metadata, drop_head=theirs != target)
+    theirs = {"target": VISUAL_TOKENS, **metadata}
+    other = [key for key, own in (meaning or {}).items() if theirs.get(key, own) != own]
+    report = load_weights(model, weights, metadata, drop_head=bool(other))
     (logger.warning if report.unexpected else logger.info)("%s", report.summary())
-    if theirs != target or "lm_head.weight" in report.missing:
+    if other or "lm_head.weight" in report.missing:
         reason = "has another vocabulary or none"
-        if theirs != target:
-            reason = f"learned to predict {theirs}, this run predicts {target}"
+        if meaning and other:
+            reason = f"learned another {FACTS[other[0]].name}{difference(theirs[other[0]], meaning[other[0]])}"
         logger.info("%s %s: the head is initialised from scratch", source, reason)
+    elif unknown := [FACTS[key].name for key in meaning or {} if key not in theirs]:
+        logger.warning("%s does not record its %s: its head is kept as it is", source, ", ".join(unknown))
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """The run folder: who may write into it, the checkpoints in it, and which one a run continues from."""
 
+import contextlib
 import errno
 import logging
 import os
@@ -15,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from beit.errors import InputError
-from beit.storage import Checkpoint, differences, load_checkpoint, save_checkpoint
+from beit.storage import Checkpoint, atomic_write, differences, load_checkpoint, save_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +51,15 @@ class RunFolder:
     def __init__(self, path: str | Path, keep: int = 0, patience: float = 0.0) -> None:
         self.path = Path(path)
         self.keep = keep
+        self._records: dict[str, bytes] = {}
+        self._take_lock(patience)
+
+    def _take_lock(self, patience: float) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115  (held open for as long as the run lives)
         except OSError as error:
             raise InputError(f"cannot write to --output_dir {self.path}: {error.strerror}") from error
-        self._take_lock(patience)
-
-    def _take_lock(self, patience: float) -> None:
         last, told = time.monotonic() + patience, False
         while not self._try_lock():
             self._lock.seek(0)
@@ -96,8 +98,29 @@ class RunFolder:
         """Lets another run use the folder."""
         self._lock.close()
 
+    def ensure(self) -> None:
+        """Makes a folder that was deleted or moved away anew; :class:`InputError` if another run is in it by now."""
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / ".lock")):
+                return
+        logger.warning("%s was deleted or moved away: creating it again, what was in it is not", self.path)
+        self._lock.close()
+        self._take_lock(0.0)
+        for name, content in self._records.items():
+            self.record(name, content)
+
+    def record(self, name: str, content: bytes) -> None:
+        """Writes what describes the run; an older version that says something else is kept under another name."""
+        self._records[name] = content
+        path = self.path / name
+        if path.is_file() and path.read_bytes() != content:
+            path.rename(path.with_stem(f"{path.stem}-until-{datetime.now():%Y%m%d-%H%M%S}"))
+        with atomic_write(path) as file:
+            file.write(content)
+
     def save(self, name: str, state: Checkpoint) -> None:
         """Writes a checkpoint; removes those beyond ``keep``, and folders of earlier rolling ones, but no others."""
+        self.ensure()
         save_checkpoint(self.path / name, dict(state))
         if name == LAST:
             for folder in _folders_of(self.path / LAST):
@@ -112,7 +135,13 @@ class RunFolder:
         """Moves what a run with this next number would overwrite, or be taken for, into ``previous-<time>/``."""
         later = [path for number, path in _numbered_files(self.path) if number >= first_number]
         paths = [*later, *(self.path / name for name in (LAST, BEST, BEST_EMA))]
-        paths += [folder for path in (*later, self.path / LAST) for folder in _folders_of(path)]
+        self._move_aside([*paths, *(folder for path in (*later, self.path / LAST) for folder in _folders_of(path))])
+
+    def set_aside_best(self) -> None:
+        """Moves the best checkpoints, whose scores do not compare with those to come, into ``previous-<time>/``."""
+        self._move_aside([self.path / BEST, self.path / BEST_EMA])
+
+    def _move_aside(self, paths: list[Path]) -> None:
         paths = [path for path in paths if path.exists()]
         if not paths:
             return
@@ -124,21 +153,36 @@ class RunFolder:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Returns a folder's most advanced checkpoint, or None; :class:`InputError` if there are some, all unreadable."""
-    candidates = [path for _, path in reversed(_numbered_files(folder))][:2]
-    if (folder / LAST).exists():
-        candidates.insert(0, folder / LAST)
-    positions: list[tuple[tuple[int, int], Path]] = []
-    for path in candidates:
+    """Returns a folder's most advanced checkpoint that is whole, or None if it has none.
+
+    Raises :class:`InputError` if there are some, and all are damaged.
+    """
+    numbered = [path for _, path in reversed(_numbered_files(folder))]
+    candidates = [path for path in (folder / LAST, *numbered, folder / BEST) if path.exists()]
+    positions = {path: position for path in candidates if (position := _position_in(path)) is not None}
+    # The best one is written before the numbered one of its epoch, so that a killed run does both again: it comes last.
+    for path in sorted(positions, key=lambda path: (path.name != BEST, positions[path]), reverse=True):
         try:
-            checkpoint = load_checkpoint(path, mmap=True)
-            _check_folder(checkpoint, path)
-            positions.append((position_of(checkpoint), path))
+            load_checkpoint(path)  # in full, which finds what is damaged inside
+            return path
         except InputError as error:
-            logger.warning("%s", error)
-    if candidates and not positions:
+            logger.warning("%s: trying an older checkpoint", error)
+    if any(path.name != BEST for path in candidates):
         raise InputError(f"no checkpoint in {folder} can be read; move them away, or start over with --no_auto_resume")
-    return max(positions, default=((0, 0), None))[1]
+    return None
+
+
+def _position_in(path: Path) -> tuple[int, int] | None:
+    """Returns the position in a checkpoint, None with a warning if it cannot be resumed from."""
+    try:
+        checkpoint = load_checkpoint(path, mmap=True)
+        _check_folder(checkpoint, path)
+        if path.name == BEST and not {"optimizer", PIECES} & checkpoint.keys():
+            return None  # of a run that keeps its training state elsewhere
+        return position_of(checkpoint)
+    except InputError as error:
+        logger.warning("%s is passed over: %s", path.name, error)
+        return None
 
 
 def _numbered_files(folder: Path) -> list[tuple[int, Path]]:
@@ -178,9 +222,12 @@ def _check_folder(checkpoint: Checkpoint, path: Path) -> Path | None:
 def position_of(checkpoint: Checkpoint) -> tuple[int, int]:
     """Returns where a run continues from a checkpoint: the epoch, and the optimizer steps already done in it."""
     progress = checkpoint.get("progress")
-    if progress is not None:
-        return progress["epoch"], progress["step"]
-    return checkpoint.get("epoch", -1) + 1, 0  # an official file, written at the end of an epoch
+    try:
+        if progress is not None:
+            return int(progress["epoch"]), int(progress["step"])
+        return int(checkpoint.get("epoch", -1)) + 1, 0  # an official file, written at the end of an epoch
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"the checkpoint does not say where its run was: {error!r}") from error
 
 
 def folder_beside(source: str, name: str) -> Path:

@@ -53,11 +53,11 @@ class EpochLog:
 
     def __init__(self, path: Path, unit: str, done: int, fresh: bool) -> None:
         self.path = path
-        if not path.exists():
+        if not path.is_file():
             return
         kept: list[str] = []
         dropped: list[str] = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             (kept if _end_of(line, unit) <= done else dropped).append(line)
         if not dropped:
             return

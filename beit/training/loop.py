@@ -8,11 +8,13 @@ import logging
 import math
 import random
 import signal
+import threading
 import time
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from inspect import signature
 from itertools import islice
+from types import FrameType
 from typing import Any, NoReturn
 
 import numpy as np
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from beit.errors import InputError
 from beit.storage import Checkpoint
 from beit.training import distributed
 from beit.training.checkpoint import BEST, BEST_EMA, LAST, numbered_file
@@ -30,8 +33,11 @@ from beit.training.state import Batch, TrainingState
 logger = logging.getLogger(__name__)
 
 LONGEST_WINDOW = 5.0  # seconds between two looks at the device's numbers, if steps are not longer
+SOON = 10  # steps
 MOST_OVERFLOWS = 50  # in a row; the loss scale falls from 65536 to 1 in 16
-REMEDY = "the last checkpoint is from before it. Lower --lr, set --clip_grad, or use --amp_dtype fp32"
+STOP_SIGNALS = [signal.Signals[name] for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+PATIENCE_WITH_DATA = 5.0  # seconds
+REMEDY = "Lower --lr, set --clip_grad, or use --amp_dtype fp32"
 
 
 class NonFiniteLossError(RuntimeError):
@@ -39,7 +45,11 @@ class NonFiniteLossError(RuntimeError):
 
 
 class Stopped(Exception):
-    """The run was asked to end (SIGTERM) and has saved where it was."""
+    """The run was asked to end by a signal and has saved where it was. ``signal`` is its number."""
+
+    def __init__(self, message: str, number: int = signal.SIGTERM) -> None:
+        super().__init__(message)
+        self.signal = number
 
 
 @dataclass(kw_only=True)
@@ -53,34 +63,42 @@ class Trainer(TrainingState):
         self._window: list[Tensor] = []  # one row of metrics per step, on the device
         self._window_limit = 1  # steps until the next look at them; grows once their pace is known
         self._overflows = 0  # in a row
+        self._stop_wish = StopWish()
+
+    def look_up(self) -> None:
+        """Obeys a signal while data do not come, by raising :class:`Stopped`; data loaders call it now and then."""
+        self._stop_wish.obey()
 
     def fit(self) -> None:
         """Trains from the current position to the last step.
 
         Raises:
             NonFiniteLossError: The loss is NaN or infinite on some process; all of them raise.
-            Stopped: SIGTERM came; the position has been saved.
+            Stopped: SIGTERM, SIGINT, SIGHUP or SIGUSR1 came; the position has been saved.
         """
         model, total, period = self._distribute(), self.settings.total_steps, self.settings.period
-        name, by_step = period.name, period.name == "step"
+        name = period.name
         periods_done = (self.first_step - self._period_open) // period.steps
         log = EpochLog(self.folder.path / "log.txt", name, periods_done, self._fresh) if self.folder else None
         scalars = ScalarWriter(self.log_dir, self.first_step)
         step, is_open = self.first_step, self._period_open
-        with contextlib.closing(scalars), _termination_flag() as terminated:
-            if step >= total and not is_open:
+        with contextlib.closing(scalars), self._stop_wish:
+            if self.is_done:
                 logger.info("all %d %ss are done: nothing left to train", total // period.steps, name)
             with contextlib.closing(self._batches(step * self.settings.update_freq)) as batches:
                 while step < total or is_open:
                     end = step if is_open else self._next_end(step)
-                    self._train(model, batches, step, end, scalars, terminated)
-                    if by_step and not is_open and self.settings.save_last_every and self._evaluates_at(end):
+                    self._train(model, batches, step, end, scalars)
+                    saved = is_open
+                    if not is_open and self.settings.save_last_every and self._evaluates_at(end):
                         self._save(LAST, end, period_open=True)  # the evaluation may take long
-                    entry = self._log_entry(end, scalars)
+                        saved = True
+                    with self._stop_wish.at_once(self._place(end)) if saved else contextlib.nullcontext():
+                        entry = self._log_entry(end, scalars)
                     self._averages = Averages()
                     self._finish_period(end, entry, log, scalars)
                     step, is_open = end, False
-                    wish = torch.tensor([float(terminated.is_set)], device=self._device)
+                    wish = torch.tensor([float(self._stop_wish.is_set)], device=self._device)
                     if step < total and distributed.sum_over_ranks(wish).item():
                         self._stop(step)
 
@@ -115,20 +133,25 @@ class Trainer(TrainingState):
         synchronise: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
         return DistributedDataParallel(self.model, device_ids=devices, gradient_as_bucket_view=True, **synchronise)
 
-    def _train(
-        self, model: nn.Module, batches: Iterator[Batch], first: int, end: int, scalars: ScalarWriter, flag: "_Flag"
-    ) -> None:
+    def _train(self, model: nn.Module, batches: Iterator[Batch], first: int, end: int, scalars: ScalarWriter) -> None:
         """Takes the optimizer steps from ``first`` up to ``end``."""
         model.train()
         self._throughput = Throughput(self.images_per_step)
         progress = self._progress(first, end)
+        alone = distributed.world_size() == 1
         try:
             for done in range(first + 1, end + 1):
-                self._window.append(self._optimizer_step(model, batches, done - 1))
+                try:
+                    self._window.append(self._optimizer_step(model, batches, done - 1))
+                except (InputError, Stopped):  # the data have failed; what was trained is kept
+                    if alone and done - 1 > self.first_step:
+                        if self._window:
+                            self._close_window(done - 1, scalars, progress)
+                        self._save(LAST, done - 1)
+                    raise
                 save = self._saves_last_at(done) and done != end
-                alone = distributed.world_size() == 1
-                if done == end or save or len(self._window) >= self._window_limit or (alone and flag.is_set):
-                    if self._close_window(done, scalars, progress, flag):
+                if done == end or save or len(self._window) >= self._window_limit or (alone and self._stop_wish.is_set):
+                    if self._close_window(done, scalars, progress):
                         self._stop(done, period_open=done == end)
                     if save:
                         self._save(LAST, done)
@@ -146,7 +169,7 @@ class Trainer(TrainingState):
     def _stop(self, step: int, period_open: bool = False) -> NoReturn:
         self._save(LAST, step, period_open)
         distributed.barrier()  # a launcher ends the others when one is gone: not before the checkpoint is written
-        raise Stopped(f"stopped at {self._place(step)}")
+        raise Stopped(f"stopped at {self._place(step)}", self._stop_wish.signal)
 
     def _saves_last_at(self, step: int) -> bool:
         return self.settings.save_last_every > 0 and step % self.settings.save_last_every == 0
@@ -186,18 +209,20 @@ class Trainer(TrainingState):
         return self.precision.loss_scale
 
     def _next_batch(self, batches: Iterator[Batch]) -> Batch:
-        start = time.perf_counter()
-        batch = next(batches) if self.prepare is None else self.prepare(next(batches))
+        start = self._stop_wish.waiting_since = time.perf_counter()
+        batch = next(batches)
+        self._stop_wish.waiting_since = math.inf
+        batch = batch if self.prepare is None else self.prepare(batch)
         self._throughput.waited(time.perf_counter() - start)
         return to_device(batch, self._device)
 
-    def _close_window(self, done: int, scalars: ScalarWriter, progress: Progress, flag: "_Flag") -> bool:
+    def _close_window(self, done: int, scalars: ScalarWriter, progress: Progress) -> bool:
         """Fetches the window's metrics, the only wait for the device; returns whether any process was asked to stop."""
         rows = torch.stack(self._window)
         self._window = []
         if rows.is_cuda:  # the host is ahead of the device, and a window lasts until its steps are done
             torch.cuda.current_stream(rows.device).synchronize()
-        wish = torch.tensor([float(flag.is_set), self._throughput.window_seconds()])
+        wish = torch.tensor([float(self._stop_wish.is_set), self._throughput.window_seconds()])
         sums = torch.cat([rows.flatten(), wish.to(self._device)])
         together = distributed.sum_over_ranks(sums).cpu().double() / distributed.world_size()
         table, (stop, seconds) = together[:-2].reshape(rows.shape), together[-2:].tolist()
@@ -217,7 +242,9 @@ class Trainer(TrainingState):
         self, global_step: int, values: dict[str, float], loss_scale: float, scalars: ScalarWriter
     ) -> None:
         if not math.isfinite(values["loss"]):
-            raise NonFiniteLossError(f"the loss is {values['loss']} at step {global_step} (counted from 0); {REMEDY}")
+            raise NonFiniteLossError(
+                f"the loss is {values['loss']} at step {global_step} (counted from 0); {self._remedy(global_step)}"
+            )
         rates = [self.lr(global_step) * group.get("lr_scale", 1.0) for group in self.optimizer.param_groups]
         decays = [group["weight_decay"] for group in self.optimizer.param_groups if group.get("decays")]
         settings = {
@@ -241,11 +268,19 @@ class Trainer(TrainingState):
         self._skipped_steps += 1
         self._overflows += 1
         if self.precision.dtype != torch.float16:
-            raise NonFiniteLossError(f"the gradients are not finite at step {global_step} (counted from 0); {REMEDY}")
+            raise NonFiniteLossError(
+                f"the gradients are not finite at step {global_step} (counted from 0); {self._remedy(global_step)}"
+            )
         if self._overflows == MOST_OVERFLOWS:
             raise NonFiniteLossError(
-                f"the gradients overflowed {MOST_OVERFLOWS} times in a row, up to step {global_step}; {REMEDY}"
+                f"the gradients overflowed {MOST_OVERFLOWS} times in a row, up to step {global_step}; "
+                f"{self._remedy(global_step)}"
             )
+
+    def _remedy(self, global_step: int) -> str:
+        if not self._fresh and global_step - self.first_step < SOON:
+            return f"the checkpoint that was resumed leads there: choose an older one with --resume. {REMEDY}"
+        return f"the last checkpoint is from before it. {REMEDY}"
 
     def _console_text(self, done: int, speed: Mapping[str, float]) -> str:
         means = self._averages.means()
@@ -287,7 +322,8 @@ class Trainer(TrainingState):
         logger.info(
             "%s: %s", where, "  ".join(f"{k} {f'{v:.5g}' if isinstance(v, float) else v}" for k, v in entry.items())
         )
-        if log is not None:
+        if log is not None and self.folder is not None:
+            self.folder.ensure()
             log.write(entry)
         if self.settings.best_metric is not None:
             self._keep_best(self.settings.best_metric, step, entry)
@@ -352,24 +388,53 @@ def seed_step(seed: int, global_step: int, rank: int) -> None:
     torch.manual_seed(int(words[2]))
 
 
-class _Flag:
+class StopWish:
+    """Whether a signal has asked the run to end: SIGTERM, SIGHUP, SIGUSR1 and the first SIGINT, while it is entered.
+
+    A signal that is ignored when the run starts, as SIGHUP is under nohup, stays ignored; a second SIGINT ends at once.
+    """
+
     is_set = False
+    signal = int(signal.SIGTERM)
+    waiting_since = math.inf  # seconds of the performance counter; for data
+    _place: str | None = None  # where an evaluation may be left at once
 
+    def __enter__(self) -> None:
+        self._previous: dict[signal.Signals, Any] = {}
+        if threading.current_thread() is not threading.main_thread():
+            return  # someone else's process, someone else's signals
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._receive)
 
-@contextlib.contextmanager
-def _termination_flag() -> Iterator[_Flag]:
-    """Turns SIGTERM into a flag while the loop runs."""
-    flag = _Flag()
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
-    def raise_flag(*_: object) -> None:
-        flag.is_set = True
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if self.is_set and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.is_set, self.signal = True, number
+        self.obey()
 
-    try:
-        previous = signal.signal(signal.SIGTERM, raise_flag)
-    except ValueError:  # not in the main thread: someone else's process, someone else's signals
-        yield flag
-        return
-    try:
-        yield flag
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    @contextlib.contextmanager
+    def at_once(self, place: str) -> Iterator[None]:
+        """Raises :class:`Stopped` as soon as the wish is there: ``place`` has been saved."""
+        self._place = place
+        try:
+            self.obey()
+            yield
+        finally:
+            self._place = None
+
+    def obey(self) -> None:
+        """Raises :class:`Stopped` if the wish is there and nothing is lost, or no data have come for some seconds."""
+        if not self.is_set:
+            return
+        if (place := self._place) is not None:
+            self._place = None  # once
+            raise Stopped(f"stopped at {place}, in the evaluation", self.signal)
+        waited = time.perf_counter() - self.waiting_since
+        # Other processes train on, and it takes a step of all to save.
+        if waited > (PATIENCE_WITH_DATA if distributed.world_size() == 1 else 4 * PATIENCE_WITH_DATA):
+            raise Stopped(f"stopped after waiting {waited:.0f} s for data", self.signal)

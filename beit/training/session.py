@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from beit.errors import InputError
-from beit.storage import atomic_write, load_checkpoint
+from beit.storage import load_checkpoint
 from beit.training import distributed
 from beit.training.checkpoint import RunFolder, newest_checkpoint, position_of
 from beit.training.console import configure_console
@@ -45,7 +45,8 @@ class Session:
         """Continues a trainer from ``path``, else from the folder's newest checkpoint, else starts at an epoch.
 
         With ``auto`` the folder's newest checkpoint wins over a ``path`` it is ahead of, so a stopped run goes on where
-        it was. Only then is what the run would overwrite set aside, and its settings and environment written.
+        it was. Only then is what the run would overwrite set aside, and its settings and environment written,
+        unless nothing is left to train.
 
         Raises:
             InputError: The file cannot be read or is of another model.
@@ -61,13 +62,14 @@ class Session:
                 raise InputError(f"--start_epoch {start_epoch}: must be between 0 and --epochs {epochs}")
             trainer.first_step = start_epoch * steps
         if self.folder is not None:
+            if trainer.is_done:
+                return  # what is there describes the run that has trained
             if not own:
                 next_end = trainer.first_step + trainer.settings.period.steps
                 self.folder.set_aside(trainer.checkpoint_number(next_end))
-            with atomic_write(self.folder.path / "config.yaml") as file:
-                file.write(self.settings.encode())
-            with atomic_write(self.folder.path / ENVIRONMENT) as file:
-                file.write(json.dumps(describe_environment(self.device, self.world_size), indent=2).encode() + b"\n")
+            self.folder.record("config.yaml", self.settings.encode())
+            environment = describe_environment(self.device, self.world_size)
+            self.folder.record(ENVIRONMENT, json.dumps(environment, indent=2).encode() + b"\n")
 
     def _newest(self, path: str) -> str:
         """Returns the folder's newest checkpoint, or nothing if ``path`` has got as far."""

@@ -13,12 +13,18 @@ from beit.storage import Checkpoint
 from beit.training import distributed
 from beit.training.checkpoint import PIECES, RunFolder, folder_beside, load_exactly, position_of, to_cpu
 from beit.training.logging import Averages, ScalarWriter
+from beit.training.meaning import SCORES, compare, plain, settings_in
 from beit.training.optim import load_optimizer
 from beit.training.precision import Precision
 
 logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, Tensor]
+WITHOUT_EFFECT = {  # settings that do not change the training, or are compared by what they lead to
+    *("output_dir", "log_dir", "device", "num_workers", "pin_mem", "resume", "auto_resume", "start_epoch", "log_every"),
+    *("local_rank", "dist_url", "dist_on_itp", "dist_timeout", "world_size", "keep_checkpoints", "save_ckpt_steps"),
+    *("batch_size", "update_freq", "total_batch_size", "data_path", "eval_data_path", "discrete_vae_weight_path"),
+}
 StepFunction = Callable[[nn.Module, Batch, int], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -105,11 +111,10 @@ class TrainingState:
         folder: Where checkpoints and ``log.txt`` go; None to write nothing (and on all but the main process).
         log_dir: TensorBoard's folder.
         config: The run's settings as plain values, stored in checkpoints under ``args``.
-        extras: Further entries of checkpoints, such as the model's architecture.
+        extras: Further entries of checkpoints; those in :data:`beit.training.meaning.FACTS` are compared at a resume.
         ema: A moving average of the weights.
         evaluate: ``(model, period) -> metrics``, logged as ``test_*``, the average as ``test_ema_*``; periods from 0.
         on_epoch_end: Called on the main process after a period is saved, if the run writes anything.
-        accepts: ``(checkpoint, source)``, raises :class:`InputError` for a checkpoint that the run cannot resume.
     """
 
     model: nn.Module
@@ -128,7 +133,6 @@ class TrainingState:
     ema: Average | None = None
     evaluate: Callable[[nn.Module, int], dict[str, float]] | None = None
     on_epoch_end: Callable[[int, ScalarWriter], None] | None = None
-    accepts: Callable[[Checkpoint, str], None] | None = None
 
     def __post_init__(self) -> None:
         self.images_per_step = self.loader.batch_size * self.settings.update_freq * distributed.world_size()
@@ -141,18 +145,34 @@ class TrainingState:
 
     def resume(self, checkpoint: Checkpoint, source: str) -> None:
         """Restores weights, optimizer and position; :class:`InputError` if the checkpoint does not fit or lacks any."""
-        if self.accepts is not None:
-            self.accepts(checkpoint, source)
+        changed = compare(checkpoint, self.extras, source)
         self._take_over(checkpoint, source)
         if self.ema is not None:  # a run without an average begins one with its weights
             average = checkpoint.get("model_ema") or checkpoint["model"]
             self._load_weights(self.ema.module, average, f"{source} (model_ema)")
         self._averages = Averages(checkpoint.get("averages"))
         self._skipped_steps = checkpoint.get("skipped_steps", 0)
-        self._best = dict(checkpoint.get("best", {}))
+        if SCORES not in changed:
+            self._best = dict(checkpoint.get("best", {}))
+        elif self.folder is not None:
+            self.folder.set_aside_best()
         self._set_position(checkpoint)
         self._fresh = False
+        self._name_changes(checkpoint)
         logger.info("resuming %s at %s", source, self._place(self.first_step))
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no step is left to take, and nothing to evaluate and log."""
+        return self.first_step >= self.settings.total_steps and not self._period_open
+
+    def _name_changes(self, checkpoint: Checkpoint) -> None:
+        """Says which settings differ from the checkpoint's, its length among them."""
+        then, now = settings_in(checkpoint), self.config
+        both = [key for key in now if key in then and key not in WITHOUT_EFFECT]
+        if different := [key for key in both if plain(then[key]) != plain(now[key])]:
+            changes = ", ".join(f"{key} {then[key]} -> {now[key]}" for key in different)
+            logger.warning("settings changed since the checkpoint: %s", changes)
 
     def _take_over(self, checkpoint: Checkpoint, source: str) -> None:
         """Takes over weights, optimizer and scaler."""
@@ -188,11 +208,12 @@ class TrainingState:
         if by_step:
             is_open = int(step > 0 and step == then.get("steps_per_epoch", 1))  # version 0.1 counted rounds of steps
             period, step = then.get("global_step", period) - is_open, is_open
-        if changed and (step or by_step):
+        if changed:
+            share = "the same share of " if step else ""
             logger.warning(
                 "%s since the checkpoint: continuing at %s, with other samples",
                 ", ".join(f"{name} went from {then[name]} to {now[name]}" for name in changed),
-                f"step {period + step}" if by_step else f"the same share of epoch {period}",
+                f"step {period + step}" if by_step else f"{share}epoch {period}",
             )
         if changed and step and not by_step:
             images = then.get("images_per_step", self.images_per_step)

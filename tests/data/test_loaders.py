@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from beit.data import loaders
 from beit.data.datasets import ImageDataset, index_images
 from beit.data.loaders import EpochLoader, _Batches, _start_worker
 from beit.data.transforms import (
@@ -418,3 +419,37 @@ def alive(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_workers_that_hang_are_told_and_do_not_outlive_a_wish_to_stop(caplog, monkeypatch):
+    # Breaks if the loader waits without a look at the clock: no signal could end such a run.
+    class Wish(Exception):
+        pass
+
+    def hang(index):
+        while index == 12:
+            time.sleep(60)
+
+    def stop():
+        if "no data for 2 s" in caplog.text:
+            raise Wish
+
+    monkeypatch.setattr(loaders, "LOOK_EVERY", 1)
+    monkeypatch.setattr(loaders, "TELL_EVERY", 1)
+    loader = EpochLoader(Numbers(40, hang), 4, num_workers=1, shuffle=False, while_waiting=stop)
+    batches = loader.epoch(0)
+    assert len([next(batches) for _ in range(3)]) == 3
+    (worker,) = loader._workers
+    with pytest.raises(Wish):
+        next(batches)
+    loader.close()
+    assert worker.exitcode == -signal.SIGKILL
+
+
+def test_no_shared_memory_is_one_line():
+    def fail(_index):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    loader = EpochLoader(Numbers(8, fail), 4, num_workers=1)
+    with pytest.raises(InputError, match="--shm-size"):
+        list(loader.epoch(0))

@@ -122,7 +122,7 @@ def test_a_run_writes_what_is_promised(undisturbed):
     entries = log_of(undisturbed)
     assert [entry["epoch"] for entry in entries] == [0, 1, 2]
     assert {"test_loss", "test_acc1", "test_acc5", "test_ema_acc1", "train_loss", "n_parameters"} <= entries[0].keys()
-    names = {"checkpoint-1.pth", "checkpoint-2.pth", "checkpoint-best.pth", "checkpoint-best-ema.pth"}
+    names = {f"checkpoint-{name}.pth" for name in ("1", "2", "best", "best-ema", "last")}
     assert {path.name for path in undisturbed.glob("*.pth")} == names
     state = torch.load(undisturbed / "checkpoint-2.pth", weights_only=True)
     assert {"model", "optimizer", "epoch", "scaler", "args", "model_ema", "labels"} <= state.keys()
@@ -140,9 +140,9 @@ def test_killed_twice_it_ends_with_the_same_bits(tmp_path, flags, undisturbed, w
     assert_same_bits(tmp_path, undisturbed)
 
 
-@pytest.mark.parametrize("write", ["2", "3"])
+@pytest.mark.parametrize("write", ["3", "5"])
 def test_killed_between_temporary_file_and_rename(tmp_path, flags, undisturbed, write):
-    # The first epoch writes both best files, then nothing; the second its checkpoint.
+    # The first epoch writes checkpoint-last.pth and both best files; the second that and its checkpoint.
     again = (*flags, *EVERYTHING, "--output_dir", tmp_path)
     killed = run(KILLED, "rename", write, "--", *again, check=False)
     assert killed.returncode == -9, killed.stderr

@@ -13,7 +13,7 @@ from beit.tasks.base import resolve_batch
 from beit.training.optim import apply_schedules
 from beit.training.state import Period
 from semantic_segmentation.config import TrainConfig, read_train, segmentor_arguments
-from semantic_segmentation.data import named_classes
+from semantic_segmentation.data import ImagePairs, named_classes
 from semantic_segmentation.modeling import build_segmentor, segmentor_from
 from semantic_segmentation.task import (
     PixelClassification,
@@ -233,6 +233,7 @@ def test_a_checkpoint_describes_its_segmentor(tmp_path, bias):
     settings = {key: value for key, value in to_plain(config).items() if key not in TOLD_APART}
     task = Segmentation(config)
     task.model, task.classes = segmentor, classes
+    task.train = task.val = ImagePairs((), (), tmp_path)
     content = {"model": segmentor.state_dict(), "args": settings, **task.extras()}
     torch.save(content, tmp_path / "checkpoint.pth")
 

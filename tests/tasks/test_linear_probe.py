@@ -353,7 +353,7 @@ def test_heads_do_not_go_on_with_another_backbone(good_flags, checkpoints, capsy
     assert call(good_flags) == 0
     other = {**good_flags, "--epochs": 3, "--pretrained_weights": checkpoints["finetuned"][0]}
     assert call(other) == 2
-    assert "probes another backbone" in capsys.readouterr().err
+    assert "trained with another backbone: resume with the same --checkpoint" in capsys.readouterr().err
     assert call(other, "--no_auto_resume") == 0
 
 

@@ -23,10 +23,9 @@ from beit.errors import InputError
 from beit.launch import launch
 from beit.masking import BlockwiseMaskGenerator
 from beit.storage import save_checkpoint
-from beit.targets import PixelTarget, TokenTarget
+from beit.targets import VISUAL_TOKENS, PixelTarget, TokenTarget
 from beit.tasks.pretraining import (
     MaskedPrediction,
-    Pretraining,
     PretrainingConfig,
     build_mask_generator,
     build_model,
@@ -34,10 +33,12 @@ from beit.tasks.pretraining import (
     evaluate,
     initialize_from,
     main,
+    meaning_of,
     with_patch_index,
 )
 from beit.tokenizers.base import load_tokenizer
 from beit.tokenizers.dvae import DiscreteVAE, save_dvae
+from beit.training.meaning import compare
 from beit.training.precision import Precision
 from beit.visualization.image_log import reconstruction_picture, spread_samples
 from beit.zoo import create_model
@@ -370,7 +371,7 @@ class TestOtherTargets:
         tokenizer = ("--discrete_vae_weight_path", "--discrete_vae_type", "--second_input_size")
         flags = {**pixel_flags, **{name: good_flags[name] for name in tokenizer}, **other, "--epochs": 2}
         line = self.error_of(flags, capsys)
-        assert "learned to predict pixels normalised per patch, this run predicts" in line
+        assert "another prediction target (pixels normalised per patch there" in line
         assert "--init_from" in line
         assert call({**pixel_flags, "--epochs": 2}) == 0
 
@@ -382,10 +383,10 @@ class TestOtherTargets:
         for name, anew in (("pixels normalised per patch", False), ("raw pixels", True)):
             model = build_model(config, 192)  # as many outputs as theirs
             with caplog.at_level(logging.INFO):
-                initialize_from(model, source, name)
+                initialize_from(model, source, {"target": name})
             assert torch.equal(model.blocks[1].mlp.fc1.weight, theirs["blocks.1.mlp.fc1.weight"])
             assert torch.equal(model.lm_head.weight, theirs["lm_head.weight"]) is not anew
-        assert "learned to predict pixels normalised per patch, this run predicts raw pixels" in caplog.text
+        assert "another prediction target (pixels normalised per patch there, raw pixels here)" in caplog.text
 
     def test_fine_tuning_says_what_the_weights_learned_to_predict(self, pixel_flags):
         assert call(pixel_flags) == 0
@@ -540,11 +541,23 @@ def test_a_checkpoint_of_another_tokenizer_of_the_same_size_is_refused():
         def __init__(self, name):
             self.fingerprint = lambda: name
 
-    task = Pretraining(PretrainingConfig())
-    task.target = TokenTarget(Tokenizer("a"))
-    recorded = dict(task.extras())
-    task.accepts(recorded, "a.pth")
-    task.accepts({}, "of version 0.1")
-    task.target = TokenTarget(Tokenizer("b"))
+    recorded = meaning_of(TokenTarget(Tokenizer("a")))
+    assert compare(recorded, recorded, "a.pth") == frozenset()
     with pytest.raises(InputError, match="another tokenizer"):
-        task.accepts(recorded, "a.pth")
+        compare(recorded, meaning_of(TokenTarget(Tokenizer("b"))), "a.pth")
+
+
+def test_a_head_that_predicts_other_tokens_is_not_started_from(setting, tmp_path, caplog):
+    # Breaks if the head is kept because its size fits: the same number would mean another token.
+    _, _, model = setting
+    save_checkpoint(tmp_path / "a.pth", {"model": model.state_dict(), "tokenizer": "a", "target": VISUAL_TOKENS})
+    config = parse("--model", "beit_tiny_patch16_224_8k_vocab", "--input_size", 32, "--model_kwargs", *overrides(TINY))
+    for tokenizer, kept in (("a", True), ("b", False)):
+        other = build_model(config, 16)
+        with caplog.at_level(logging.INFO):
+            initialize_from(other, str(tmp_path / "a.pth"), {"target": VISUAL_TOKENS, "tokenizer": tokenizer})
+        assert torch.equal(other.lm_head.weight, model.lm_head.weight) == kept
+    assert "learned another tokenizer: the head is initialised from scratch" in caplog.text
+    save_checkpoint(tmp_path / "official.pth", {"model": model.state_dict()})
+    initialize_from(build_model(config, 16), str(tmp_path / "official.pth"), {"tokenizer": "a"})
+    assert "official.pth does not record its tokenizer" in caplog.messages[-1]

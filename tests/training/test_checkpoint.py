@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from beit.errors import InputError
 from beit.storage import save_checkpoint
-from beit.training.checkpoint import LAST, RunFolder, load_exactly, newest_checkpoint, numbered_file, position_of
+from beit.training.checkpoint import BEST, LAST, RunFolder, load_exactly, newest_checkpoint, numbered_file, position_of
 
 
 def hold(folder, with_child=False):
@@ -96,6 +97,36 @@ def test_a_damaged_checkpoint_is_passed_over_and_two_are_not_silently_overwritte
     (tmp_path / "checkpoint-0.pth").write_bytes(b"")
     with pytest.raises(InputError, match=r"no checkpoint in .* can be read"):
         newest_checkpoint(folder.path)
+
+
+def test_every_older_checkpoint_is_tried_and_the_best_one_too(tmp_path):
+    # Breaks if only the newest few are looked at, or a short run that has only its best file starts again.
+    folder = RunFolder(tmp_path)
+    folder.save(BEST, {"optimizer": {}, "progress": {"epoch": 1, "step": 0}})
+    folder.save(numbered_file(0), {"optimizer": {}, "progress": {"epoch": 1, "step": 0}})
+    for name in (LAST, *map(numbered_file, range(1, 5))):
+        folder.save(name, {"progress": {}})
+    assert newest_checkpoint(tmp_path).name == "checkpoint-0.pth"
+    (tmp_path / "checkpoint-0.pth").unlink()
+    assert newest_checkpoint(tmp_path).name == BEST
+    folder.save(BEST, {"model": {}})  # no training state: nothing to go on from
+    with pytest.raises(InputError, match="can be read"):
+        newest_checkpoint(tmp_path)
+
+
+def test_a_folder_that_was_deleted_is_made_again_with_its_records(tmp_path, caplog):
+    folder = RunFolder(tmp_path / "run")
+    folder.record("config.yaml", b"lr: 1\n")
+    shutil.rmtree(tmp_path / "run")
+    folder.save(numbered_file(0), {"epoch": 0})
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "config.yaml", "checkpoint-0.pth"}
+    assert "was deleted or moved away" in caplog.text
+    (tmp_path / "run").rename(tmp_path / "moved")
+    folder.ensure()
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == b"lr: 1\n"
+    folder.record("config.yaml", b"lr: 2\n")
+    (older,) = (tmp_path / "run").glob("config-until-*.yaml")
+    assert older.read_bytes() == b"lr: 1\n"
 
 
 def test_position_of_ours_and_of_official_files():

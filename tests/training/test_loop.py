@@ -120,15 +120,22 @@ def test_stopped_at_any_step_it_ends_with_the_same_bits_and_the_same_log(tmp_pat
     assert log_lines(tmp_path) == log_lines(undisturbed)
 
 
-def test_sigterm_saves_and_the_next_run_goes_on(tmp_path, undisturbed):
+def signalled_at(number, at=13, times=1):
     def signalled_step(model, batch, global_step):
-        if global_step == 13:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if global_step == at:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
         return step(model, batch, global_step)
 
-    trainer = make_trainer(tmp_path, step=signalled_step)
-    with pytest.raises(Stopped, match="epoch 1, step 4"):
+    return signalled_step
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_saves_and_the_next_run_goes_on(tmp_path, undisturbed, number):
+    trainer = make_trainer(tmp_path, step=signalled_at(number))
+    with pytest.raises(Stopped, match="epoch 1, step 4") as caught:
         trainer.fit()
+    assert caught.value.signal == number
     trainer.folder.close()
     assert load_checkpoint(tmp_path / LAST)["progress"]["global_step"] == 14
     trainer = continued(tmp_path)
@@ -416,6 +423,112 @@ def test_a_scaled_run_goes_on_with_its_loss_scale(tmp_path):
     assert ours == theirs
     ours, theirs = final_state(tmp_path / "killed"), final_state(tmp_path / "whole")
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_signal_that_is_ignored_stays_ignored_and_the_second_ctrl_c_ends_at_once(tmp_path, undisturbed):
+    # Breaks under nohup, if the run would end with its terminal.
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        trainer = make_trainer(tmp_path / "ignored", step=signalled_at(signal.SIGHUP))
+        trainer.fit()
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+    ours, theirs = final_state(tmp_path / "ignored"), final_state(undisturbed)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    trainer = make_trainer(tmp_path / "twice", step=signalled_at(signal.SIGINT, times=2))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+
+
+@pytest.mark.parametrize("settings", [{}, {"period": Period("step"), "save_every": 10, "evaluate_every": 10}])
+def test_a_signal_during_an_evaluation_is_obeyed_at_once_and_nothing_is_lost(tmp_path, settings):
+    # Breaks if the evaluation goes on: launchers kill after 30 seconds what they have asked to end.
+    def trainer_with(evaluate, folder):
+        trainer = continued(folder, save_last_every=1000, **settings)
+        trainer.evaluate = evaluate
+        return trainer
+
+    def score(module, _period):
+        return {"score": sum(weight.sum().item() for weight in module.parameters())}
+
+    def signalled(module, period):
+        if len(seen) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            pytest.fail("the evaluation went on")
+        seen.append(period)
+        return score(module, period)
+
+    seen = []
+    trainer = trainer_with(signalled, tmp_path / "signalled")
+    with pytest.raises(Stopped, match="in the evaluation"):
+        trainer.fit()
+    trainer.folder.close()
+    assert load_checkpoint(tmp_path / "signalled" / LAST)["progress"]["global_step"] == 20
+    trainer_with(score, tmp_path / "signalled").fit()
+    trainer_with(score, tmp_path / "whole").fit()
+    assert log_lines(tmp_path / "signalled") == log_lines(tmp_path / "whole")
+
+
+def test_what_was_trained_is_saved_when_the_data_fail(tmp_path, undisturbed):
+    # Breaks if a worker that was killed costs the steps since the last save.
+    class FailingBatches(Batches):
+        def epoch(self, epoch, first_batch=0):
+            for number, batch in enumerate(super().epoch(epoch, first_batch), first_batch):
+                if (epoch, number) == (1, 6):
+                    raise InputError("a data loading process died (SIGKILL)")
+                yield batch
+
+    trainer = make_trainer(tmp_path)
+    trainer.loader = FailingBatches(4)
+    with pytest.raises(InputError, match="SIGKILL"):
+        trainer.fit()
+    trainer.folder.close()
+    trainer = continued(tmp_path)
+    assert trainer.first_step == 16
+    trainer.fit()
+    assert all(torch.equal(a, b) for a, b in zip(final_state(tmp_path), final_state(undisturbed), strict=True))
+    assert log_lines(tmp_path) == log_lines(undisturbed)
+
+
+def test_scores_on_other_images_do_not_compete_with_those_of_before(tmp_path, caplog):
+    # Breaks if the best stays the best of another validation set for ever.
+    def trainer_on(images, score, step=step):
+        trainer = make_trainer(tmp_path, best_metric="score", step=step)
+        trainer.evaluate, trainer.extras = (lambda *_: {"score": score}), {"eval_data": images}
+        return trainer
+
+    first = trainer_on("old", 90.0, signalled_at(signal.SIGTERM, at=15))
+    with pytest.raises(Stopped):
+        first.fit()
+    first.folder.close()
+    second = trainer_on("new", 50.0)
+    second.resume(load_checkpoint(tmp_path / LAST), LAST)
+    assert "other validation images than in" in caplog.text
+    second.fit()
+    assert load_checkpoint(tmp_path / BEST)["best"] == {"score": 50.0}
+    (kept,) = tmp_path.glob(f"previous-*/{BEST}")
+    assert load_checkpoint(kept)["best"] == {"score": 90.0}
+
+
+def test_settings_that_have_changed_are_named(tmp_path, caplog):
+    trainer = make_trainer(tmp_path)
+    trainer.config = {"lr": 9.0, "epochs": 5, "output_dir": "new", "drop_path": 0.1}
+    state = make_trainer(None)._state(7)
+    state["args"] = {"lr": 0.1, "epochs": 3, "output_dir": "old", "drop_path": 0.1}
+    trainer.resume(state, "a.pth")
+    (message,) = [text for text in caplog.messages if "settings changed" in text]
+    assert message.endswith(": lr 0.1 -> 9.0, epochs 3 -> 5")
+
+
+def test_after_a_resume_that_leads_to_nan_an_older_checkpoint_is_advised(tmp_path):
+    def spoilt(model, batch, global_step):
+        loss, metrics = step(model, batch, global_step)
+        return (loss * math.nan if global_step > 12 else loss), metrics
+
+    trainer = make_trainer(None, step=spoilt)
+    trainer.resume(make_trainer(None)._state(12), "a.pth")
+    with pytest.raises(NonFiniteLossError, match="choose an older one with --resume"):
+        trainer.fit()
 
 
 BY_STEP = {"period": Period("step"), "save_every": 10, "evaluate_every": 10}

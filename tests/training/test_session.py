@@ -59,6 +59,19 @@ def test_a_start_that_fails_leaves_the_settings_of_the_run_alone(tmp_path):
     assert (tmp_path / "config.yaml").read_text() == "lr: 1\n"
 
 
+def test_settings_of_the_run_that_has_trained_are_kept(tmp_path):
+    # Breaks if a start that trains nothing writes its own: a report would show them beside another run's numbers.
+    begin(tmp_path)
+    save(tmp_path / "checkpoint-2.pth", 3, 0)
+    assert begin(tmp_path, settings="lr: 9\n") == (3, 0)  # all is done
+    assert (tmp_path / "config.yaml").read_text() == "lr: 1\n"
+    (tmp_path / "checkpoint-2.pth").unlink()
+    begin(tmp_path, settings="lr: 9\n")
+    assert (tmp_path / "config.yaml").read_text() == "lr: 9\n"
+    (kept,) = tmp_path.glob("config-until-*.yaml")
+    assert kept.read_text() == "lr: 1\n"
+
+
 def test_a_run_writes_down_what_it_runs_on_but_not_where(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["run_beit_pretraining.py", "--config", "pretrain_base_22k"])
     monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace())

@@ -64,6 +64,7 @@ RECORDED: dict[str, Reader] = {
     "num_heads": _whole,
     "layer_norm_eps": _positive,
     "target": _value(str, bool),
+    "tokenizer": _value(str, bool),
     "out_indices": _sequence(_index),
     "pool_scales": _sequence(_index),
     "auxiliary_index": _index,

@@ -1,0 +1,102 @@
+"""What gives the weights and scores of a checkpoint their meaning, and what follows if a resumed run has another.
+
+A job records these facts with every checkpoint (``Task.extras``), and :func:`compare` holds a resumed run to them.
+"""
+
+import argparse
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from beit.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS, SCORES, ORDER = "weights", "scores", "order"
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Something that a checkpoint records about what its numbers mean.
+
+    Args:
+        name: What to call it in a message.
+        decides: What another value changes the meaning of: ``WEIGHTS`` cannot be resumed then, ``SCORES`` are not
+            compared with those of before, and with another ``ORDER`` the run goes on with other samples.
+        remedy: How a run with the recorded value is started.
+        unrecorded: What a checkpoint means that records nothing; None if that is not known.
+    """
+
+    name: str
+    decides: str
+    remedy: str = "the same data"
+    unrecorded: object = None
+
+
+FACTS: dict[str, Fact] = {
+    "target": Fact("prediction target", WEIGHTS, "the same --target and --pixel_norm", unrecorded="visual tokens"),
+    "tokenizer": Fact("tokenizer", WEIGHTS, "the same --discrete_vae_weight_path"),
+    "labels": Fact("classes", WEIGHTS),
+    "reduce_zero_label": Fact("reduce_zero_label", WEIGHTS, "the same reduce_zero_label"),
+    "backbone": Fact("backbone", WEIGHTS, "the same --checkpoint"),
+    "mean": Fact("mean of the images", WEIGHTS, "the same --imagenet_default_mean_and_std"),
+    "eval_data": Fact("validation images", SCORES),
+    "crop_pct": Fact("crop_pct", SCORES),
+    "data": Fact("training images", ORDER),
+}
+
+
+def compare(recorded: Mapping[str, Any], own: Mapping[str, Any], source: str) -> frozenset[str]:
+    """Compares what a checkpoint called ``source`` records with a run's own facts.
+
+    Returns what has changed, of ``SCORES`` and ``ORDER``, with a warning for each.
+
+    Raises:
+        InputError: The weights would mean something else in this run.
+    """
+    changed, unknown = set(), []
+    for key, fact in FACTS.items():
+        if key not in own:
+            continue
+        then, now = recorded.get(key, fact.unrecorded), own[key]
+        if then is None:  # version 0.1 had some among the settings only
+            then = settings_in(recorded).get(key)
+        if then is None:
+            unknown.append(fact.name)
+        elif plain(then) != plain(now):
+            told = difference(then, now)
+            if fact.decides == WEIGHTS:
+                raise InputError(
+                    f"{source} was trained with another {fact.name}{told}: resume with {fact.remedy}, or start "
+                    "anew with another --output_dir (where there is --init_from, from its weights)"
+                )
+            follows = "scores so far are not compared with new ones" if fact.decides == SCORES else "samples differ"
+            logger.warning("other %s than in %s%s: %s", fact.name, source, told, follows)
+            changed.add(fact.decides)
+    if unknown:
+        logger.warning("%s does not record its %s: not compared with this run's", source, ", ".join(unknown))
+    return frozenset(changed)
+
+
+def settings_in(checkpoint: Mapping[str, Any]) -> Mapping[str, object]:
+    """Returns the settings of the run that wrote a checkpoint, which official files have as a ``Namespace``."""
+    args = checkpoint.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    return args if isinstance(args, Mapping) else {}
+
+
+def plain(value: object) -> object:
+    """Returns a value such that lists and tuples of the same items are equal."""
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def difference(then: object, now: object) -> str:
+    """Describes a difference, with the first of several; a fingerprint tells a reader nothing."""
+    if isinstance(then, (list, tuple)) and isinstance(now, (list, tuple)):
+        if len(then) != len(now):
+            return f" ({len(then)} there, {len(now)} here)"
+        number = next(number for number, pair in enumerate(zip(then, now, strict=True)) if pair[0] != pair[1])
+        return f" (number {number} is {then[number]!r} there, {now[number]!r} here)"
+    is_hash = isinstance(then, str) and len(then) >= 32
+    return "" if is_hash else f" ({then} there, {now} here)"
