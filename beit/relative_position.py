@@ -112,7 +112,7 @@ def resize_table(table: Tensor, source_window: tuple[int, int], target_window: t
 
     patches, class_token = table.detach().split([len(table) - CLASS_TOKEN_ROWS, CLASS_TOKEN_ROWS])
     grids = patches.t().reshape(-1, 2 * source_window[0] - 1, 2 * source_window[1] - 1)  # (H, 2h-1, 2w-1)
-    resized = np.stack([_resize_grid(grid, target_window) for grid in grids.double().cpu().numpy()])
+    resized = np.stack([_resize_grid(grid, target_window) for grid in grids.cpu().double().numpy()])
     rows = torch.from_numpy(resized).to(table).flatten(1).t()  # (H, 2h'-1, 2w'-1) -> (rows', H)
     return torch.cat((rows, class_token)).contiguous()
 

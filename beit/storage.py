@@ -50,7 +50,10 @@ ONE_DAY_SECONDS = 24 * 60 * 60
 
 def beit_home() -> Path:
     """Returns the folder for downloads: ``$BEIT_HOME``, by default ``~/.cache/beit``."""
-    return Path(os.environ.get("BEIT_HOME") or Path.home() / ".cache" / "beit").expanduser()
+    chosen = os.environ.get("BEIT_HOME") or os.path.join("~", ".cache", "beit")
+    if (path := os.path.expanduser(chosen)).startswith("~"):
+        raise InputError(f"there is no home folder for {chosen}: set BEIT_HOME to a folder for downloads")
+    return Path(path)
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

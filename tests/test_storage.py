@@ -223,6 +223,9 @@ def test_home(monkeypatch, tmp_path):
     assert beit_home() == tmp_path
     monkeypatch.delenv("BEIT_HOME")
     assert beit_home().parts[-2:] == (".cache", "beit")
+    monkeypatch.setenv("BEIT_HOME", "~no-such-user/x")
+    with pytest.raises(InputError, match="there is no home folder for ~no-such-user/x: set BEIT_HOME"):
+        beit_home()
 
 
 class Server:

@@ -283,7 +283,7 @@ def count_codes(ids: Tensor, num_tokens: int) -> Tensor:
 def codebook_statistics(counts: Tensor) -> CodebookStatistics:
     """Statistics from the counts of :func:`count_codes`, ``(num_tokens,)``; perplexity 0 when there are none."""
     used = int((counts > 0).sum())
-    shares = counts[counts > 0].double() / counts.sum()
+    shares = counts[counts > 0].cpu().double() / counts.sum().item()  # MPS has no float64
     perplexity = math.exp(-(shares * shares.log()).sum().item()) if used else 0.0
     return CodebookStatistics(perplexity, used, counts.numel() - used)
 

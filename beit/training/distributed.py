@@ -4,6 +4,7 @@ import datetime
 import importlib
 import logging
 import os
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -35,10 +36,11 @@ def select_device(name: str, local_rank: int, bound: bool = False) -> torch.devi
         logger.warning("--device %s: no %s device here, computing on the CPU", name, name.partition(":")[0].upper())
         return torch.device("cpu")
     if name != "cuda":
-        try:
-            chosen = torch.device(name)
-        except RuntimeError as error:
-            raise InputError(f"--device {name}: use cuda, cpu or mps") from error
+        if not re.fullmatch(r"(cuda|cpu|mps)(:\d{1,3})?", name) or (
+            name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count()
+        ):
+            raise InputError(f"--device {name}: use cuda, cpu or mps; there are {torch.cuda.device_count()} GPUs here")
+        chosen = torch.device(name)
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)  # what asks for the current device is to find this one
         return chosen

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from beit.errors import InputError
 
+HIGHEST_PORT = 65535
 PATIENCE = 30.0  # minutes that processes wait for one another, if nothing else is said
 
 
@@ -47,35 +48,46 @@ def find_placement(
         use_open_mpi: Whether to read Open MPI's variables (``--dist_on_itp``).
 
     Raises:
-        InputError: A variable that the launcher should have set is missing.
+        InputError: A variable that the launcher should have set is missing, or is not what it should be.
     """
     env = os.environ if environment is None else environment
     try:
         if use_open_mpi:
             return _open_mpi_placement(env)
         if "RANK" in env and "WORLD_SIZE" in env:
-            local = int(env.get("LOCAL_RANK", max(local_rank, 0)))
-            if int(env["WORLD_SIZE"]) > 1 and init_method == "env://":
-                _ = env["MASTER_ADDR"], env["MASTER_PORT"]
-            return Placement(int(env["RANK"]), int(env["WORLD_SIZE"]), local, init_method)
+            size = _number(env, "WORLD_SIZE", least=1)
+            if size > 1 and init_method == "env://":
+                _ = env["MASTER_ADDR"], _number(env, "MASTER_PORT", most=HIGHEST_PORT)
+            local = _number(env, "LOCAL_RANK", max(local_rank, 0))
+            return Placement(_number(env, "RANK", most=size - 1), size, local, init_method)
         # SLURM_STEP_NUM_TASKS is there under srun only, so `python run_….py` inside an allocation stays one process.
-        if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        if _number(env, "SLURM_STEP_NUM_TASKS", 1) > 1:
             return _slurm_placement(env)
     except KeyError as missing:
         raise InputError(f"the launcher did not set {missing.args[0]}; start the run with torchrun instead") from None
     return Placement()
 
 
+def _number(env: Mapping[str, str], name: str, default: int | None = None, least: int = 0, most: int = 2**31) -> int:
+    text = env[name] if default is None else env.get(name) or str(default)
+    number = int(text) if text.isdecimal() and len(text) < 20 else -1
+    if not least <= number <= most:
+        where = "in the environment: unset it, or start the run with torchrun"
+        raise InputError(f"{name}={text!r}, no whole number from {least} to {most}, {where}")
+    return number
+
+
 def _open_mpi_placement(env: Mapping[str, str]) -> Placement:
-    rank, size, local_rank = (int(env[f"OMPI_COMM_WORLD_{name}"]) for name in ("RANK", "SIZE", "LOCAL_RANK"))
-    return Placement(rank, size, local_rank, f"tcp://{env['MASTER_ADDR']}:{env['MASTER_PORT']}", bound=True)
+    rank, size, local_rank = (_number(env, f"OMPI_COMM_WORLD_{name}") for name in ("RANK", "SIZE", "LOCAL_RANK"))
+    port = _number(env, "MASTER_PORT", most=HIGHEST_PORT)
+    return Placement(rank, size, local_rank, f"tcp://{env['MASTER_ADDR']}:{port}", bound=True)
 
 
 def _slurm_placement(env: Mapping[str, str]) -> Placement:
     host = env.get("MASTER_ADDR") or first_slurm_host(env["SLURM_STEP_NODELIST"])
-    job = env.get("SLURM_JOB_ID", "0")
-    port = env.get("MASTER_PORT") or str(20000 + int(job) % 20000)  # the same on all ranks, another for another job
-    rank, size, local_rank = (int(env[f"SLURM_{name}"]) for name in ("PROCID", "STEP_NUM_TASKS", "LOCALID"))
+    own = 20000 + _number(env, "SLURM_JOB_ID", 0) % 20000  # the same on all ranks, another for another job
+    port = _number(env, "MASTER_PORT", own, most=HIGHEST_PORT)
+    rank, size, local_rank = (_number(env, f"SLURM_{name}") for name in ("PROCID", "STEP_NUM_TASKS", "LOCALID"))
     return Placement(rank, size, local_rank, f"tcp://{host}:{port}", bound=True)
 
 
@@ -91,7 +103,8 @@ def first_slurm_host(node_list: str) -> str:
 def may_follow_another(environment: Mapping[str, str] | None = None) -> bool:
     """Whether torchrun or SLURM may have restarted this run, so that its old lock may be released a little later."""
     env = os.environ if environment is None else environment
-    return any(int(env.get(name) or 0) > 0 for name in ("TORCHELASTIC_MAX_RESTARTS", "SLURM_RESTART_COUNT"))
+    counts = (env.get(name, "") for name in ("TORCHELASTIC_MAX_RESTARTS", "SLURM_RESTART_COUNT"))
+    return any(count.lstrip("0").isdecimal() for count in counts)
 
 
 def name_local_rank(local_rank: int) -> None:

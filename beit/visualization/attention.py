@@ -71,16 +71,16 @@ def patch_distances(grid: tuple[int, int], patch_size: tuple[int, int]) -> Tenso
 
 
 def mean_distances(attention: Tensor, distances: Tensor) -> Tensor:
-    """Returns the mean attention distance of each head in pixels, float64 ``(B, heads)``.
+    """Returns the mean attention distance of each head in pixels, float64 ``(B, heads)`` on the CPU.
 
     Distances, from :func:`patch_distances`, are weighted by the attention probabilities ``(B, heads, N + 1, N + 1)``
     of the patches, rescaled to sum to 1 without the class token, and then averaged over all query patches.
 
     Source: ViT (arXiv 2010.11929), appendix D.7, which does not mention the class token.
     """
-    between_patches = attention[:, :, 1:, 1:].double()
+    between_patches = attention[:, :, 1:, 1:].cpu().double()  # MPS has no float64
     seen = between_patches / between_patches.sum(dim=-1, keepdim=True)
-    return (seen * distances.to(seen.device)).sum(dim=-1).mean(dim=-1)
+    return (seen * distances).sum(dim=-1).mean(dim=-1)
 
 
 @dataclass(frozen=True)

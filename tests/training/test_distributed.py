@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from beit.errors import InputError
+from beit.relative_position import resize_table
+from beit.tokenizers.dvae import codebook_statistics
 from beit.training.distributed import is_loss_of_another, on_main, select_device
 from beit.training.placement import Placement, find_placement, first_slurm_host, may_follow_another
+from beit.visualization.attention import mean_distances, patch_distances
 from tests.shell import run
 
 
@@ -57,6 +60,21 @@ def test_open_mpi_only_when_asked_for():
         find_placement({"MASTER_ADDR": "head", "MASTER_PORT": "99"}, use_open_mpi=True)
 
 
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "head", "MASTER_PORT": "99"}
+SRUN = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "MASTER_ADDR": "head"}
+WRONG = [(TORCHRUN, name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")]
+WRONG += [(TORCHRUN, name, value) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") for value in ("x", "-1", "9" * 5000)]
+WRONG += [(TORCHRUN, "RANK", "2"), (TORCHRUN, "WORLD_SIZE", "0"), (TORCHRUN, "MASTER_PORT", "99999")]
+WRONG += [(SRUN, name, "x") for name in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_JOB_ID", "MASTER_PORT")]
+
+
+@pytest.mark.parametrize(("environment", "name", "value"), WRONG)
+def test_an_environment_that_makes_no_sense_names_the_variable(environment, name, value):
+    find_placement(environment)
+    with pytest.raises(InputError, match=f"^{name}='{value}', no whole number from "):
+        find_placement({**environment, name: value})
+
+
 @pytest.mark.parametrize(
     ("nodes", "first"),
     [("node1", "node1"), ("node1,node2", "node1"), ("gpu[03-07,11]", "gpu03"), ("a[1,2]-ib,b", "a1-ib")],
@@ -71,6 +89,35 @@ def test_cuda_without_cuda_says_so_and_uses_the_cpu(caplog, monkeypatch):
     assert "no CUDA device" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["xpu", "meta", "cuda:99", "cuda:x", "gpu", ""])
+def test_a_device_that_is_none_of_ours_is_refused(name, monkeypatch):
+    # Breaks when torch knows a device of that name, and fails once something is moved there.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(InputError, match=f"--device {name}: use cuda, cpu or mps"):
+        select_device(name, 0)
+
+
+class OnMps(torch.Tensor):
+    """A tensor like those on an Apple GPU, where float64 does not exist."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            if function is torch.Tensor.cpu:
+                return args[0].as_subclass(torch.Tensor)
+            if function is torch.Tensor.double:
+                raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_float64_is_computed_on_the_host():
+    attention = torch.rand(1, 2, 5, 5).as_subclass(OnMps)
+    assert mean_distances(attention, patch_distances((2, 2), (8, 8))).shape == (1, 2)
+    assert codebook_statistics(torch.tensor([3, 0, 3]).as_subclass(OnMps)).perplexity == pytest.approx(2)
+    table = resize_table(torch.rand(3 * 3 + 3, 2).as_subclass(OnMps), (2, 2), (3, 3))
+    assert table.shape == (5 * 5 + 3, 2)
+
+
 def test_on_main_gives_the_result():
     assert on_main(lambda: 3) == 3
 
@@ -80,6 +127,7 @@ def test_on_main_gives_the_result():
     [
         ({}, False),
         ({"TORCHELASTIC_MAX_RESTARTS": "0", "SLURM_RESTART_COUNT": ""}, False),
+        ({"TORCHELASTIC_MAX_RESTARTS": "many", "SLURM_RESTART_COUNT": "-1"}, False),
         ({"TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_RESTART_COUNT": "0"}, True),  # an agent that came later
         ({"SLURM_RESTART_COUNT": "1"}, True),
     ],
