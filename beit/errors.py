@@ -1,5 +1,6 @@
 """The exception for mistakes in what the user gave, and suggestions for misspelt names."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -15,6 +16,11 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Returns `` (did you mean 'a' or 'b'?)`` for the closest of ``choices``, or an empty string if none is close."""
     matches = get_close_matches(word, list(dict.fromkeys(choices)), n=3, cutoff=0.6)
     return f" (did you mean {' or '.join(repr(match) for match in matches)}?)" if matches else ""
+
+
+def printable(text: str) -> str:
+    """Returns a text in one line, its control characters written out."""
+    return re.sub("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", lambda it: it[0].encode("unicode_escape").decode(), text)
 
 
 def listed(names: Iterable[object], most: int = 3) -> str:

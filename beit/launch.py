@@ -5,6 +5,7 @@ Imports no torch: flags are read, and mistakes in them reported, before anything
 
 import contextlib
 import errno
+import io
 import logging
 import os
 import sys
@@ -14,7 +15,7 @@ from itertools import pairwise
 from typing import TypeVar
 
 from beit.config import read_command_line
-from beit.errors import InputError
+from beit.errors import InputError, printable
 from beit.registry import locate
 from beit.training.console import configure_console
 from beit.training.placement import find_placement
@@ -58,10 +59,12 @@ def launch(
     """
     arguments = sys.argv[1:] if argv is None else argv
     open_mpi = asks_for_open_mpi(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that the console's encoding lacks
     name = prog or sys.argv[0].rpartition("/")[2]
 
     def run() -> None:
-        configure_console(main_process=find_placement(use_open_mpi=open_mpi).rank == 0)
+        configure_console(find_placement(use_open_mpi=open_mpi).rank == 0, always=True)
         config = read_command_line(config_class, arguments, name, description or "")
         locate(main)(config)
 
@@ -118,7 +121,7 @@ def run_and_report(run: Callable[[], None], open_mpi: bool = False) -> int:
         # Mistakes strike all processes alike. The first one's exit makes the launcher end the others, so that a
         # mistake is reported once; what only this process has met is still reported.
         time.sleep(5)
-    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.write(f"error: {printable(message)}\n")
     sys.stderr.flush()
     return status
 

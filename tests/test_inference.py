@@ -266,6 +266,16 @@ def test_predict_takes_folders_and_leaves_out_what_cannot_be_read(checkpoint, pi
     assert "b.png" in told.err.splitlines()[-1]
 
 
+def test_a_name_cannot_act_on_the_terminal(checkpoint, picture, tmp_path, capsys):
+    picture.save(tmp_path / "\x1b[2J.png")
+    (tmp_path / "\x1b]0;x\x07.png").write_bytes(b"cut short")
+    assert main(["predict", str(tmp_path), "--checkpoint", str(checkpoint)]) == 2
+    told = capsys.readouterr()
+    assert "\\x1b[2J.png" in told.out
+    assert "\\x1b]0;x\\x07.png" in told.err
+    assert not set("\x1b\x07") & set(told.out + told.err)
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [

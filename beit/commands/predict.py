@@ -3,12 +3,11 @@
 import json
 import logging
 import sys
-from typing import Any
 
 from beit.commands.settings import PredictConfig
 from beit.data.datasets import UnreadableImageError, read_image
 from beit.data.index import image_files
-from beit.errors import InputError
+from beit.errors import InputError, printable
 from beit.inference import inference_model
 from beit.training.distributed import select_device
 from beit.zoo import open_model
@@ -37,11 +36,11 @@ def main(config: PredictConfig) -> None:
             logger.error("cannot read the image %s: %s", path, error)
             unreadable.append(path)
             continue
-        prediction: Any = inference_model(model, image, topk=config.topk, metadata=metadata)
+        prediction = inference_model(model, image, topk=config.topk, metadata=metadata)
         if config.json:
             sys.stdout.write(json.dumps({"image": path, **prediction}) + "\n")
         else:
             ranked = (f"  {score:6.1%}  {name}\n" for name, score in prediction[f"top{config.topk}"])
-            sys.stdout.write("".join([f"{path}\n", *ranked]))
+            sys.stdout.write("".join([f"{printable(path)}\n", *ranked]))
     if unreadable:
         raise InputError(f"{len(unreadable)} of {len(paths)} images could not be read: {', '.join(unreadable[:3])}")
