@@ -1,13 +1,18 @@
 """Typed configurations: one frozen dataclass per job, whose fields are the command-line flags and the YAML keys.
 
 Only this module knows ``argparse`` and YAML. Values come from, weakest first: the defaults, a YAML file (``--config``,
-or the argument ``config``), assignments such as ``--options lr=1e-3`` (see :class:`SettingsFiles`), and the flags.
+or the argument ``config``), assignments such as ``--options lr=1e-3`` (see :class:`SettingsFiles`), and the flags. All
+of them, and a dataclass made in Python, go through the same converters, chosen by the fields' annotations.
 """
 
 import argparse
 import dataclasses
+import datetime
 import functools
 import logging
+import math
+import os
+import reprlib
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -29,6 +34,7 @@ Values = dict[str, Any]  # settings by name; a value's type is its field's
 RECIPE_KEYS = ("base", "recipe")  # in a YAML file: the file it builds on, and facts about the run that are no settings
 _YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml where it is built in: ten times as fast
 NOTHING = ("None", "null")
+WORDS = {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}
 DEFAULTS_FOLLOW = "# The rest has its default."  # in a run's config.yaml
 
 
@@ -88,33 +94,6 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def parse_size(text: str | int | Sequence[int]) -> Size:
-    """Reads ``224`` as a square size and ``192x256`` as height × width, in pixels."""
-    if isinstance(text, int):
-        return text
-    parts = text.lower().split("x") if isinstance(text, str) else list(text)
-    sizes = [int(part) for part in parts]
-    if len(sizes) not in (1, 2) or min(sizes) < 1:
-        raise ValueError("a size is one number, or HEIGHTxWIDTH")
-    return sizes[0] if len(sizes) == 1 else (sizes[0], sizes[1])
-
-
-def parse_bool(text: str) -> bool:
-    """Reads a truth value in words: ``true``, ``on`` or ``1``, ``false``, ``off`` or ``0``."""
-    words = {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}
-    if text.lower() not in words:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return words[text.lower()]
-
-
-def parse_assignment(text: str) -> tuple[str, object]:
-    """Reads ``key=value``, the value as YAML does (``depth=6`` is a number, ``qkv_bias=false`` a truth value)."""
-    key, equals, value = text.partition("=")
-    if not (key and equals):
-        raise ValueError(f"{text!r} is not of the form key=value")
-    return key, _yaml_value(value)
-
-
 def read_command_line(config_class: type[ConfigT], argv: Sequence[str], prog: str, description: str) -> ConfigT:
     """Builds a configuration from command-line arguments and the YAML file that they name.
 
@@ -124,15 +103,14 @@ def read_command_line(config_class: type[ConfigT], argv: Sequence[str], prog: st
     parser = _build_parser(config_class, prog, description)
     given = vars(parser.parse_args([_underscored(argument) for argument in argv]))
     yaml_name, assignments, fields = given.get("config"), given.pop(_OVERRIDES, []), _fields(config_class)
-    flags = {name: fields[name][1](v) if isinstance(v, list) else v for name, v in given.items() if name in fields}
+    flags = {name: _read_flag(value, name, *fields[name]) for name, value in given.items() if name in fields}
     values = _read_keys(config_class, yaml_name) if yaml_name else {}
     values, assigned = _override(config_class, values, assignments)
     values, chosen = {**values, **flags}, {*assigned, *flags}
     for name, (field, _) in fields.items():
         if field.metadata["yields_to"] in chosen and name not in chosen:
             values.pop(name, None)
-    config = config_class(**_in_steps(config_class, values))
-    check_settings(config)
+    config = read_settings(config_class(**_in_steps(config_class, values)))
     _log_flags_without_effect(config)
     return config
 
@@ -173,10 +151,7 @@ def read_run_settings(path: Path) -> tuple[Values, set[str] | None]:
     Raises:
         InputError: It cannot be read, or is not YAML.
     """
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    text = _content(path)
     before, marker, _ = text.partition(DEFAULTS_FOLLOW.encode())
     return _parse(text, path), set(_parse(before, path)) if marker else None
 
@@ -187,21 +162,23 @@ def from_plain(config_class: type[ConfigT], values: Mapping) -> ConfigT:
     return config_class(**_in_steps(config_class, dict(_converted(config_class, known.items(), ""))))
 
 
-def check_settings(config: object) -> None:
-    """Raises :class:`InputError` for the first setting outside its choices or interval, or whose path is missing."""
-    for name, (field, _) in _fields(type(config)).items():
-        value, meta = getattr(config, name), field.metadata
-        if value is None:
-            continue
-        if meta["choices"] is not None and value not in (field.default, *meta["choices"]):
-            hint = did_you_mean(str(value), meta["choices"])
-            raise InputError(f"--{name} {value}: choose {', '.join(meta['choices'])}{hint}")
-        for number in _items(value):
-            if meta["within"] and not _is_within(number, meta["within"]):
+def read_settings(config: ConfigT) -> ConfigT:
+    """Returns a configuration, wherever it was made, with every setting in its field's type.
+
+    Raises:
+        InputError: A setting is of another type or outside its choices or interval, or its path is missing.
+    """
+    values: Values = {}
+    for name, (field, reader) in _fields(type(config)).items():
+        values[name] = value = _convert(field, reader, getattr(config, name), f"--{name}")
+        within = field.metadata["within"]
+        for number in _items(value) if within and value is not None else ():
+            if not _is_within(number, within):
                 shown = " ".join(map(str, _items(value)))
-                raise InputError(f"--{name} {shown}: must be {_in_words(meta['within'])}")
-        for path in _items(value) if meta["must_exist"] else ():
+                raise InputError(f"--{name} {shown}: must be {_in_words(within)}")
+        for path in _items(value) if field.metadata["must_exist"] and value else ():
             _check_exists(name, path)
+    return dataclasses.replace(config, **values)  # type: ignore[type-var]  # any dataclass
 
 
 def _items(value: object) -> Sequence:
@@ -209,15 +186,14 @@ def _items(value: object) -> Sequence:
 
 
 def _check_exists(name: str, value: str) -> None:
-    path = Path(value).expanduser()
-    if value and not set("{*?[") & set(value) and not path.exists():  # shards-{000..127}.tar is left to its reader
-        hint = did_you_mean(path.name, (other.name for other in path.parent.iterdir())) if path.parent.is_dir() else ""
+    if value and not set("{*?[") & set(value) and not os.path.exists(value):  # shards-{000..127}.tar: its reader does
+        folder, missing = os.path.split(os.path.abspath(value))
+        beside = os.listdir(folder) if os.path.isdir(folder) and os.access(folder, os.R_OK) else ()
+        hint = did_you_mean(missing, beside)
         raise InputError(f"{name.replace('_', ' ')} {value}: no such file or folder{hint}")
 
 
-def _is_within(number: object, interval: str) -> bool:
-    if isinstance(number, bool) or not isinstance(number, int | float):
-        return False
+def _is_within(number: float, interval: str) -> bool:
     low, high = (float(end) for end in interval[1:-1].split(","))
     above = number >= low if interval[0] == "[" else number > low
     return above and (number <= high if interval[-1] == "]" else number < high)
@@ -263,7 +239,7 @@ def _converted(config_class: type, items: Iterable[tuple[str, object]], where: s
 class _Batches:
     """A duration in batches, given under an alias, until it is known how many batches make a step."""
 
-    count: int
+    count: Any  # an int, once it is read
     name: str
 
 
@@ -272,7 +248,7 @@ def _in_steps(config_class: type, values: Values) -> Values:
     settled = dict(values)
     for name, value in values.items():
         if isinstance(value, _Batches):
-            batches = values.get("update_freq", getattr(config_class, "update_freq", 1))
+            batches = max(1, values.get("update_freq", getattr(config_class, "update_freq", 1)))
             if value.count % batches:
                 raise InputError(f"{value.name} {value.count}: must be a multiple of update_freq, {batches}")
             settled[name] = value.count // batches
@@ -282,22 +258,26 @@ def _in_steps(config_class: type, values: Values) -> Values:
 def _read_layers(name: str, folder: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, Values]]:
     """Returns the content of a settings file, after that of the files it builds on."""
     path = _find_yaml(name, folder)
-    content = _parse(path.read_bytes(), path)
-    base = content.get("base")
+    content = _parse(_content(path), path)
+    base = str(content.get("base") or "")
     if not base:
         return [(path, content)]
     beside = path.parent / base
-    below = beside if beside.is_file() else _find_yaml(str(base), folder)  # or one of the package
+    below = beside if os.path.isfile(beside) else _find_yaml(base, folder, f"{path}: ")  # or one of the package
     if below.resolve() in (seen := (*seen, path.resolve())):
         raise InputError(f"{path}: base {base!r} leads back to a file that builds on it")
     return [*_read_layers(str(below), folder, seen), (path, content)]
 
 
-def _parse(text: bytes, path: Path) -> Values:
+def _content(path: Path) -> bytes:
     try:
-        content = yaml.load(text.decode("utf-8"), Loader=_YAML) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _parse(text: bytes, path: Path) -> Values:
+    content = _load_yaml(text, f"{path} is not a YAML file") or {}
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold 'key: value' lines, one for each setting")
     return content
@@ -354,7 +334,7 @@ def _find_setting(config_class: type, key: str, where: str) -> tuple[str, str, t
     name = names.get(name, name)
     if key in (removed := _removed(config_class)):
         raise InputError(f"{where}: {key} is gone: {removed[key][1]}")
-    if name not in fields or (item and fields[name][1] is not dict):
+    if name not in fields or (item and fields[name][1] is not _read_dict):
         hint = did_you_mean(key, {*names, *files.keys, *files.without_effect})
         raise InputError(f"{where}: unknown key {key!r}{hint}")
     return name, item, fields[name]
@@ -363,21 +343,24 @@ def _find_setting(config_class: type, key: str, where: str) -> tuple[str, str, t
 def _from_text(text: str, field: dataclasses.Field, reader: Callable) -> object:
     """Reads the value of an assignment: ``None``, ``True``, ``a,b``, ``[a, b]`` or ``(a, b)``, else the text itself."""
     if text in NOTHING and (field.default is None or field.default == ""):
-        return field.default
-    if reader is _read_bool:
-        return {"true": True, "false": False}.get(text.lower(), text)
-    if reader is dict:
+        return None
+    if reader is _read_dict:
         return _yaml_value(text)
-    if reader in (*_SEVERAL, parse_size) and ("," in text or text[:1] in ("(", "[")):
+    if (reader is _read_size or isinstance(reader, _Several)) and ("," in text or text[:1] in ("(", "[")):
         return [item.strip(" '\"") for item in text.strip("()[] ").split(",") if item.strip()]
-    return [text] if reader in (_read_floats, _read_ints) else text
+    return text
+
+
+def _load_yaml(text: str | bytes, problem: str) -> object:
+    """Returns what a YAML text holds; raises InputError, which begins with the ``problem``, if it is none."""
+    try:
+        return yaml.load(text.decode("utf-8") if isinstance(text, bytes) else text, Loader=_YAML)
+    except Exception as error:  # of a date without such a day, an !!int without digits or deep nesting it may be any
+        raise InputError(f"{problem}: {' '.join(str(error).split())}") from error
 
 
 def _yaml_value(text: str) -> object:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"{text!r} is no value: {' '.join(str(error).split())}") from error
+    return _load_yaml(text, f"{text!r} is no value")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -438,8 +421,8 @@ def _add_flag(
 ) -> None:
     meta = field.metadata
     if meta["positional"]:
-        how: dict[str, Any] = {"nargs": "+"} if reader is _read_strings else {"type": reader}
-        parser.add_argument(name, help=meta["help"].replace("%", "%%"), metavar=name.upper(), **how)
+        several: dict[str, Any] = {"nargs": "+"} if isinstance(reader, _Several) else {}
+        parser.add_argument(name, help=meta["help"].replace("%", "%%"), metavar=name.upper(), **several)
         return
     default = "" if field.default in (None, "", ()) else f" (default: {field.default})"
     text = f"{meta['help']}{default}".replace("%", "%%")
@@ -447,22 +430,20 @@ def _add_flag(
     flags = [*([meta["short"]] if meta["short"] else []), f"--{name}", *aliases]
     arguments: dict[str, Any] = {"dest": name, "help": text}
     if reader is _read_bool:
-        in_words_too = {"nargs": "?", "const": True, "type": parse_bool, "metavar": "true|false"}
+        in_words_too = {"nargs": "?", "const": True, "metavar": "true|false"}
         parser.add_argument(*flags, **arguments, **(in_words_too if in_words else {"action": "store_true"}))
         off_help = f"turn --{name} off" if field.default or meta["off"] else argparse.SUPPRESS
         parser.add_argument(meta["off"] or f"--no_{name}", dest=name, action="store_false", help=off_help)
         return
-    if meta["choices"] is not None:
-        arguments |= {"choices": list(meta["choices"])}
-    elif reader is dict:
-        arguments |= {"nargs": "+", "type": parse_assignment, "action": "extend", "metavar": "KEY=VALUE"}
-    else:
-        arguments |= {"type": _SEVERAL.get(reader, _size if reader is parse_size else reader), "metavar": name.upper()}
-        arguments |= {"nargs": "+"} if reader in _SEVERAL else {}
+    arguments["metavar"] = name.upper() if meta["choices"] is None else f"{{{','.join(meta['choices'])}}}"
+    if reader is _read_dict:
+        arguments |= {"nargs": "+", "action": "extend", "metavar": "KEY=VALUE"}
+    elif isinstance(reader, _Several):
+        arguments["nargs"] = "+"
     parser.add_argument(*flags, **arguments)
     for alias in (alias for alias in meta["counts_batches"] if "." not in alias):
         text = f"--{name} in batches, of which --update_freq make a step"
-        parser.add_argument(f"--{alias}", dest=name, type=int, action=_CollectBatches, metavar=alias.upper(), help=text)
+        parser.add_argument(f"--{alias}", dest=name, action=_CollectBatches, metavar=alias.upper(), help=text)
 
 
 class _CollectBatches(argparse.Action):
@@ -504,75 +485,119 @@ def _reader(annotation: object) -> Callable:
     members = set(typing.get_args(annotation))
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         if tuple[int, int] in members:
-            return parse_size
+            return _read_size
         (annotation,) = members - {types.NoneType}
+    readers: dict[object, Callable] = {bool: _read_bool, int: _read_int, float: _read_float, str: _read_text}
     if typing.get_origin(annotation) is dict:
-        return dict
-    readers: dict[object, Callable] = {
-        bool: _read_bool,
-        tuple[float, ...]: _read_floats,
-        tuple[int, ...]: _read_ints,
-        tuple[str, ...]: _read_strings,
-        **{plain: plain for plain in (int, float, str)},
-    }
+        return _read_dict
+    if typing.get_origin(annotation) is tuple:
+        return _Several(readers[typing.get_args(annotation)[0]])
     if annotation not in readers:
         raise TypeError(f"no reader for a field of type {annotation}")
     return readers[annotation]
 
 
 def _read_bool(value: object) -> bool:
-    if not isinstance(value, bool):
+    word = str(value).lower() if isinstance(value, bool | str) else ""
+    if word not in WORDS:
         raise ValueError("true or false expected")
-    return value
+    return WORDS[word]
 
 
-def _read_floats(value: object) -> tuple[float, ...]:
-    return tuple(float(item) for item in _listed(value))
+def _number(value: Any) -> float:
+    """Returns a number, NaN for what is none."""
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
-def _read_ints(value: object) -> tuple[int, ...]:
-    return tuple(_read_int(item) for item in _listed(value))
+def _read_float(value: object) -> float:
+    if not math.isfinite(number := _number(value)):
+        raise ValueError("a finite number expected")
+    return number
 
 
-def _read_int(value: Any) -> int:
-    if isinstance(value, bool) or float(value) != int(float(value)):
-        raise ValueError("a whole number expected")
-    return int(value)
+def _read_int(value: object) -> int:
+    number = _number(value)
+    if not number.is_integer() or abs(number) >= 1e15:  # floats are exact up to there
+        raise ValueError("a whole number expected, of at most 15 digits")
+    return int(number)
+
+
+def _read_text(value: object) -> str:
+    """Reads a text or a path; a leading ``~`` is the user's home folder."""
+    if isinstance(value, int | float | datetime.date) and not isinstance(value, bool):
+        value = str(value)  # what YAML takes for more than a text, such as a folder named by a date
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str) or "\0" in text:
+        raise ValueError("a text or a path expected")
+    path = os.path.expanduser(text)
+    if path.startswith("~") and os.sep in path:
+        raise ValueError("there is no such user, or no home folder")
+    return str(path)
+
+
+def _read_size(value: object) -> Size:
+    """Reads ``224`` as a square size and ``192x256`` as height × width, in pixels."""
+    parts = value.lower().split("x") if isinstance(value, str) else value
+    sizes = [_read_int(part) for part in (parts if isinstance(parts, list | tuple) else [parts])]
+    if len(sizes) not in (1, 2) or min(sizes) < 1:
+        raise ValueError("a size is one number, or HEIGHTxWIDTH")
+    return sizes[0] if len(sizes) == 1 else (sizes[0], sizes[1])
+
+
+def _read_dict(value: object) -> Values:
+    """Reads settings by name, or texts ``key=value``: ``depth=6`` is a number, ``qkv_bias=false`` a truth value."""
+    if not isinstance(value, Mapping):
+        parts = [str(text).partition("=") for text in _listed(value)]
+        value = {key if equals else "": _yaml_value(word) for key, equals, word in parts}
+    for key, item in value.items():
+        if not (isinstance(key, str) and key) or (isinstance(item, float) and not math.isfinite(item)):
+            raise ValueError("KEY=VALUE expected, with finite numbers")
+    return dict(value)
 
 
 def _listed(value: object) -> Sequence:
-    if not isinstance(value, list | tuple):
-        raise ValueError("a list of numbers expected")
-    return value
+    values = [value] if isinstance(value, str | os.PathLike) else value
+    if not isinstance(values, Sequence) or isinstance(values, bytes):
+        raise ValueError("a list expected")
+    return values
 
 
-def _read_strings(value: Any) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(str(item) for item in value)
+@dataclasses.dataclass(frozen=True)
+class _Several:
+    """Reads several values, each with the same reader."""
+
+    each: Callable[[Any], Any]
+
+    def __call__(self, value: object) -> tuple:
+        return tuple(self.each(item) for item in _listed(value))
 
 
-_SEVERAL: dict[Callable, type] = {_read_floats: float, _read_ints: int, _read_strings: str}  # and the type of each
-
-
-def _size(text: str) -> Size:
-    return parse_size(text)
-
-
-_size.__name__ = "size"  # which argparse shows in "invalid size value"
+def _read_flag(value: Any, name: str, field: dataclasses.Field, reader: Callable) -> object:
+    if isinstance(value, _Batches):
+        return dataclasses.replace(value, count=_convert(field, reader, value.count, value.name))
+    return _convert(field, reader, value, f"--{name}")
 
 
 def _convert(field: dataclasses.Field, reader: Callable, value: Any, where: str) -> Any:
-    if value is None and types.NoneType in typing.get_args(field.type):
-        return None
+    if value is None and (field.default in (None, "") or types.NoneType in typing.get_args(field.type)):
+        return "" if field.default == "" else None
+    choices = field.metadata["choices"]
     try:
         if value is None:
             raise ValueError("a value expected")
-        if reader is int:
-            value = _read_int(value)
-        if field.metadata["choices"] is not None and value not in field.metadata["choices"]:
-            raise ValueError(f"choose {', '.join(field.metadata['choices'])}")
-        return reader(value)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{where}: cannot use {value!r}: {error}") from error
+        read = reader(value)
+        if choices is not None and read not in (field.default, *choices):
+            raise ValueError(f"choose {', '.join(choices)}{did_you_mean(str(read), choices)}")
+    except ValueError as error:
+        raise InputError(f"{where}: cannot use {_SHORT.repr(value)}: {error}") from error
+    return read
+
+
+_SHORT = reprlib.Repr()  # a YAML file of few lines can hold values of any size
+_SHORT.maxstring = _SHORT.maxother = 100
 
 
 def _underscored(argument: str) -> str:
@@ -581,20 +606,22 @@ def _underscored(argument: str) -> str:
     return "--" + flag[2:].replace("-", "_") + equals + value if flag.startswith("--") else argument
 
 
-def _find_yaml(name: str, folder: Path) -> Path:
+def _find_yaml(name: str, folder: Path, where: str = "") -> Path:
     """Returns a file, or that of the package's folder; ``NAME``, ``NAME.yaml`` and ``NAME.py`` are the same one."""
     path = Path(name).with_suffix(".yaml") if name.endswith(".py") else Path(name)
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     stem, parents = path.name.removesuffix(".yaml"), path.parent.parts
     packaged = folder / f"{stem}.yaml"
-    if packaged.is_file() and folder.parts[len(folder.parts) - len(parents) :] == parents:
+    if os.path.isfile(packaged) and folder.parts[len(folder.parts) - len(parents) :] == parents:
         return packaged
-    if Path(name).is_file():
-        raise InputError(f"{name} is a Python file, which is not run: write its settings as 'key: value' in {path}")
+    if os.path.isfile(name):
+        raise InputError(
+            f"{where}{name} is a Python file, which is not run: write its settings as 'key: value' in {path}"
+        )
     shipped = sorted(file.stem for file in folder.glob("*.yaml") if not file.name.startswith("_"))
     hint = did_you_mean(stem, {*shipped, *(file.stem for file in path.parent.glob("*.yaml"))})
-    raise InputError(f"no settings file {name}{hint or '; the package has ' + ', '.join(shipped)}")
+    raise InputError(f"{where}no settings file {name}{hint or '; the package has ' + ', '.join(shipped)}")
 
 
 def _log_flags_without_effect(config: object) -> None:

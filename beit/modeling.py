@@ -278,6 +278,7 @@ class Backbone(nn.Module):
     """
 
     has_mask_token: ClassVar[bool] = False
+    forward_features: Callable[..., Tensor]  # what the head sees of images (B, C, H, W); a subclass's
     init_std: float = 0.02
     init_limit: float = 2.0  # 100 standard deviations: effectively not truncated, as official except for MIM
 
@@ -304,6 +305,10 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         self._refuse(official)
+        sizes = {"patch_size": patch_size, "in_chans": in_chans, "embed_dim": embed_dim, "depth": depth}
+        for name, size in {**sizes, "num_heads": num_heads, "mlp_ratio": mlp_ratio}.items():
+            if min(size if isinstance(size, Sequence) else [size]) <= 0:
+                raise InputError(f"{name} {size}: must be above 0")
         self.metadata: Mapping[str, Any] = {}  # what a checkpoint records besides weights: labels, mean and std, …
         self.embed_dim = self.num_features = embed_dim
         self.num_heads, self.init_values = num_heads, init_values

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 
 from beit.config import SettingsFiles, Size, option, read_command_line
 from beit.errors import InputError, did_you_mean
-from beit.tasks.settings import AMP_CHOICES, BatchOptions, LoadingOptions, OptimizerOptions, RunOptions
+from beit.tasks.settings import AMP_CHOICES, ANY_MODEL, BatchOptions, LoadingOptions, OptimizerOptions, RunOptions
 from beit.zoo import MODELS
 from semantic_segmentation.official_keys import KEYS_WITHOUT_EFFECT, MODEL_KEYS, MODEL_SIZES
 
@@ -23,7 +23,6 @@ METRICS = ("mIoU",)
 SPLITS = ("train", "val", "test")  # in mmsegmentation's keys
 MULTI_SCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 EVAL_OPTIONS = ("imgfile_prefix", "to_label_id", "efficient_test")
-ANY_MODEL = "file, folder, released name, URL or hub id"
 SETTINGS = SettingsFiles(
     folder=Path(__file__).parent / "configs" / "beit" / "upernet",
     overrides=("options", "cfg_options"),
@@ -155,7 +154,7 @@ class StepOptions(BatchOptions, OptimizerOptions):
         within="(0, inf)",
         aliases=("optimizer_config.grad_clip", "optimizer_config.grad_clip.max_norm"),
     )
-    momentum: float = option(0.9, "momentum of SGD", within="[0, inf)", aliases=("optimizer.momentum",))
+    momentum: float = option(0.9, "momentum of SGD", within="[0, 1)", aliases=("optimizer.momentum",))
     weight_decay: float = option(0.05, "weight decay", within="[0, inf)", aliases=("optimizer.weight_decay",))
     lr: float = option(7e-4, "peak learning rate of the heads", within="[0, inf)", aliases=("optimizer.lr",))
     layer_decay: float = option(
@@ -333,12 +332,11 @@ def segmentor_arguments(config: SegmentationConfig, num_classes: int) -> dict[st
 
 def check(config: SegmentationConfig) -> None:
     """Raises InputError for the first settings that do not fit each other; each on its own is checked by its field."""
-    built, taps, betas, ratios = sizes(config), config.out_indices, config.opt_betas, config.ratio_range
+    built, taps, ratios = sizes(config), config.out_indices, config.ratio_range
     depth, crop, stride = built["depth"], _pair(config.crop_size), _pair(config.slide_stride)
     patch = _pair(built["patch_size"])
     rising = list(taps) == sorted(set(taps)) and 0 <= taps[0] <= taps[-1] < depth if taps else False
     mistakes: dict[str, object] = {
-        f"--opt_betas {_spaced(betas or ())}: must be two numbers": betas is not None and len(betas) != 2,
         f"--image_scale {_spaced(config.image_scale)}: must be two numbers of pixels": len(config.image_scale) != 2,
         f"--ratio_range {_spaced(ratios)}: must be two factors, the lower one first": (
             len(ratios) != 2 or ratios[0] > ratios[1]

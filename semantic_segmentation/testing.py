@@ -14,7 +14,7 @@ from torch import Tensor
 
 from beit.checkpoints.heads import comparable
 from beit.checkpoints.read import read_weights
-from beit.config import check_settings
+from beit.config import read_settings
 from beit.data.loaders import EpochLoader
 from beit.data.transforms import size_pair
 from beit.errors import InputError
@@ -61,8 +61,7 @@ Visitor = Callable[[int, Tensor, Tensor, Tensor], None]
 
 def main(config: TestConfig) -> None:
     """Tests a checkpoint as the settings say."""
-    config = completed(config)
-    check_settings(config)
+    config = read_settings(completed(config))
     check(config)
     with session_of(config, writes=False) as session:
         root = Path(config.data_path)
@@ -141,7 +140,7 @@ def build_model(config: SegmentationConfig, num_classes: int) -> Segmentor:
     """Creates the segmentor of the settings, at the size of the crops; raises InputError if they do not fit."""
     try:
         segmentor = build_segmentor(**segmentor_arguments(config, num_classes))
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise InputError(f"model {config.model} cannot be built: {error}") from error
     segmentor.backbone.set_grad_checkpointing(config.grad_checkpointing)
     return segmentor

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import yaml
 
@@ -17,6 +18,7 @@ from beit.config import (
     option,
     read_command_line,
     read_run_settings,
+    read_settings,
     read_yaml,
     to_plain,
 )
@@ -74,7 +76,7 @@ def test_flags_are_converted_to_the_fields_types():
 def test_a_truth_value_may_be_written_out(argv, value):
     # As the official linear evaluation takes it.
     assert read(*argv).amp_forward is value
-    with pytest.raises(InputError, match="'maybe' is neither true nor false"):
+    with pytest.raises(InputError, match="'maybe': true or false expected"):
         read("--amp_forward", "maybe")
 
 
@@ -125,11 +127,16 @@ def test_dumped_settings_begin_with_those_that_differ(tmp_path):
     ("argv", "message"),
     [
         (["--epoch", "3"], "unknown argument --epoch (did you mean '--epochs'?)"),
-        (["--epochs", "three"], "invalid int value: 'three'"),
-        (["--amp_dtype", "fp8"], "invalid choice: 'fp8'"),
-        (["--input_size", "0"], "invalid size value"),
-        (["--model_kwargs", "depth"], "invalid parse_assignment value"),
-        (["--model_kwargs", "depth=["], "invalid parse_assignment value"),
+        (["--epochs", "three"], "--epochs: cannot use 'three': a whole number expected"),
+        (["--amp_dtype", "fp8"], "--amp_dtype: cannot use 'fp8': choose auto, fp16"),
+        (["--input_size", "0"], "cannot use '0': a size is one number, or HEIGHTxWIDTH"),
+        (["--model_kwargs", "depth"], "cannot use ['depth']: KEY=VALUE expected"),
+        (["--model_kwargs", "depth=["], "'[' is no value"),
+        (["--model_kwargs", "depth=2024-13-45"], "'2024-13-45' is no value: month must be in 1..12"),
+        (["--lr", "inf"], "--lr: cannot use 'inf': a finite number expected"),
+        (["--epochs", "1" * 5000], "a whole number expected, of at most 15 digits"),
+        (["--config", "x" * 300], "no settings file xxx"),
+        (["--model", "~nobody-at-all/x"], "there is no such user, or no home folder"),
         (["--config", "nowhere.yaml"], "no settings file nowhere.yaml; the package has finetune_"),
         (["--config", "pretrain_base_22"], "(did you mean 'pretrain_base_22k'"),
         (["--config", "elsewhere/pretrain_base_22k.yaml"], "(did you mean 'pretrain_base_22k'"),
@@ -155,11 +162,25 @@ def test_mistakes_on_the_command_line_are_one_line(argv, message):
         ("epochs: .inf\n", "epochs: cannot use inf"),
         ("lr:\n", "lr: cannot use None: a value expected"),
         ("layers: [1.5]\n", "layers: cannot use [1.5]: a whole number expected"),
-        ("layers: 3\n", "layers: cannot use 3: a list of numbers expected"),
-        ("opt_betas: 0.9\n", "opt_betas: cannot use 0.9: a list of numbers expected"),
+        ("layers: 3\n", "layers: cannot use 3: a list expected"),
+        ("opt_betas: 0.9\n", "opt_betas: cannot use 0.9: a list expected"),
         ("a: [\n", "is not a YAML file"),
         ("- 3\n", "must hold 'key: value' lines"),
         ("x: !!python/object/apply:os.system [echo]\n", "is not a YAML file"),
+        ("lr: 2024-13-45\n", "is not a YAML file: month must be in 1..12"),
+        ("lr: !!int abc\n", "is not a YAML file"),
+        ("lr: !!float ''\n", "is not a YAML file"),
+        ("lr: !!timestamp abc\n", "is not a YAML file"),
+        (f"model_kwargs: {'[' * 900}\n", "is not a YAML file"),
+        ("base: 5\n", "no settings file 5"),
+        ("base: [5]\n", "no settings file [5]"),
+        ("lr: .nan\n", "lr: cannot use nan: a finite number expected"),
+        ("lr: true\n", "lr: cannot use True: a finite number expected"),
+        ("model: [a]\n", "model: cannot use ['a']: a text or a path expected"),
+        ('model: "a\\0b"\n', "model: cannot use 'a\\x00b': a text or a path expected"),
+        ("model_kwargs: {1: 2}\n", "model_kwargs: cannot use {1: 2}: KEY=VALUE expected, with finite numbers"),
+        ("input_size: -64\n", "input_size: cannot use -64: a size is one number, or HEIGHTxWIDTH"),
+        ("model: ~nobody-at-all/x\n", "there is no such user, or no home folder"),
     ],
 )
 def test_mistakes_in_yaml_name_the_file(tmp_path, text, message):
@@ -170,6 +191,56 @@ def test_mistakes_in_yaml_name_the_file(tmp_path, text, message):
     assert message in str(caught.value)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ({"epochs": "2"}, 2),
+        ({"epochs": 2.0}, 2),
+        ({"epochs": np.int64(2)}, 2),
+        ({"lr": 1}, 1.0),
+        ({"lr": "1e-3"}, 1e-3),
+        ({"model": Path("a/b")}, "a/b"),
+        ({"model": "~/a"}, "/home/someone/a"),
+        ({"model": 3}, "3"),
+        ({"input_size": "64"}, 64),
+        ({"input_size": [64, 96]}, (64, 96)),
+        ({"opt_betas": [0.9, 1]}, (0.9, 1.0)),
+        ({"layers": range(2)}, (0, 1)),
+        ({"pin_mem": "off"}, False),
+        ({"clip_grad": None}, None),
+        ({"model_kwargs": {"depth": 2}}, {"depth": 2}),
+    ],
+)
+def test_settings_made_in_python_get_their_types(given, read, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    ((name, value),) = given.items()
+    config = Config(**given)
+    found = getattr(read_settings(config), name)
+    assert repr(found) == repr(read)
+    assert getattr(config, name) is value
+    assert read_settings(Config()) == Config()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"epochs": 1.5}, "--epochs: cannot use 1.5: a whole number expected, of at most 15 digits"),
+        ({"epochs": True}, "--epochs: cannot use True: a whole number expected"),
+        ({"epochs": None}, "--epochs: cannot use None: a value expected"),
+        ({"lr": float("nan")}, "--lr: cannot use nan: a finite number expected"),
+        ({"model": b"a"}, "--model: cannot use b'a': a text or a path expected"),
+        ({"amp_dtype": "fp8"}, "--amp_dtype: cannot use 'fp8': choose auto, fp16"),
+        ({"opt_betas": (0.9, float("inf"))}, "--opt_betas: cannot use (0.9, inf): a finite number expected"),
+        ({"layers": 3}, "--layers: cannot use 3: a list expected"),
+        ({"model_kwargs": "depth"}, "--model_kwargs: cannot use 'depth': KEY=VALUE expected, with finite numbers"),
+        ({"pin_mem": 1}, "--pin_mem: cannot use 1: true or false expected"),
+    ],
+)
+def test_settings_made_in_python_are_checked_in_one_line(given, message):
+    with pytest.raises(InputError, match=f"^{re.escape(message)}"):
+        read_settings(Config(**given))
 
 
 def test_a_flag_without_effect_says_so_when_used(caplog):
@@ -265,10 +336,11 @@ def test_a_setting_that_is_gone_names_its_replacement(tmp_path):
     ("argv", "message"),
     [
         (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
+        (["--max_iters", "5", "--update_freq", "0"], "--update_freq 0: must be at least 1"),
         (["--drop_path", "1"], "--drop_path 1.0: must be at least 0 and below 1"),
-        (["--drop_path", "nan"], "--drop_path nan: must be at least 0 and below 1"),
+        (["--drop_path", "nan"], "--drop_path: cannot use 'nan': a finite number expected"),
         (["--ratios", "1", "0"], "--ratios 1.0 0.0: must be above 0"),
-        (["--ratios", "inf"], "--ratios inf: must be above 0"),
+        (["--ratios", "inf"], "--ratios: cannot use ['inf']: a finite number expected"),
         (["--data", "test_confg.py"], "data test_confg.py: no such file or folder (did you mean 'test_config.py' or"),
     ],
 )

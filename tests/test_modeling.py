@@ -3,6 +3,7 @@ import inspect
 import json
 import math
 import pickle
+import re
 from functools import partial
 
 import numpy as np
@@ -80,6 +81,15 @@ def stored_classifier(golden):
     model = VisionTransformer(**variant["config"])
     model.load_state_dict(variant["state_dict"], strict=True)
     return model, stored, variant
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"num_heads": 0}, {"patch_size": 0}, {"patch_size": (16, -1)}, {"depth": -1}, {"mlp_ratio": 0.0}]
+)
+def test_sizes_below_one_are_refused_in_one_line(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(InputError, match=f"^{name} {re.escape(str(value))}: must be above 0$"):
+        classifier(**wrong)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

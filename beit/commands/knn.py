@@ -15,7 +15,7 @@ from torch import Tensor
 
 from beit.checkpoints.read import Metadata, architecture_of, read_weights
 from beit.commands.settings import KnnConfig
-from beit.config import check_settings
+from beit.config import read_settings
 from beit.data.classification import LabelledImages, check_classes, find_images, labelled_dataset
 from beit.data.datasets import Transform
 from beit.data.loaders import EpochLoader
@@ -23,6 +23,7 @@ from beit.errors import InputError
 from beit.features import Feature, FrozenFeatures
 from beit.inference import Preprocessing, preprocessing_of
 from beit.modeling import Backbone
+from beit.outputs import JSON_MARK, check_outputs
 from beit.storage import atomic_write
 from beit.training import distributed
 from beit.training.precision import Precision, resolve_amp_dtype
@@ -47,6 +48,9 @@ class Result:
 
 def main(config: KnnConfig) -> None:
     """Writes a table of results to standard output, and optionally a JSON file; raises as :func:`evaluate` does."""
+    config = read_settings(config)
+    if config.output:
+        check_outputs("--output", [config.output], config.overwrite)
     results = evaluate(config)
     if not results:  # on all but the main process
         return
@@ -55,7 +59,7 @@ def main(config: KnnConfig) -> None:
         mark = "  <- best" if result is best else ""
         sys.stdout.write(f"layer {result.layer:2}  {result.pool:<8}  k {result.k:3}  acc1 {result.acc1:6.2f}{mark}\n")
     if config.output:
-        content = {"checkpoint": config.checkpoint, "untrained": config.untrained or not config.checkpoint}
+        content = {**JSON_MARK, "checkpoint": config.checkpoint, "untrained": config.untrained or not config.checkpoint}
         content |= {"best": vars(best), "results": [vars(result) for result in results]}
         with atomic_write(config.output) as file:
             file.write(json.dumps(content, indent=2).encode() + b"\n")
@@ -72,7 +76,7 @@ def evaluate(config: KnnConfig) -> list[Result]:
     Raises:
         InputError: Images or checkpoint are missing, or settings contradict each other.
     """
-    check_settings(config)
+    config = read_settings(config)
     if not config.k:
         raise InputError("--k is empty: give one or more numbers of neighbours")
     if config.untrained and not config.checkpoint:
@@ -85,7 +89,7 @@ def evaluate(config: KnnConfig) -> list[Result]:
         train, val = find_images(*source, train=True), find_images(*source, train=False)
         num_classes = len(check_classes([train, val]))
         if max(config.k) > len(train):
-            raise InputError(f"--k {max(config.k)} neighbours, but {train.root} has {len(train)} images")
+            raise InputError(f"--k {max(config.k)}: {train.root} has {len(train)} images, give at most as many")
         model, preprocessing = build_model(config)
         features = FrozenFeatures(
             model.to(session.device),
@@ -117,7 +121,7 @@ def build_model(config: KnnConfig) -> tuple[Backbone, Preprocessing]:
         logger.warning("no --checkpoint: the model is untrained")
         try:
             model = create_model(config.model, **(config.model_kwargs or {}))
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise InputError(f"--model {config.model} cannot be built: {error}") from error
     if config.input_size is not None:
         model.set_input_size(config.input_size)

@@ -5,9 +5,8 @@ from typing import Any, ClassVar
 
 from beit.config import Size, option
 from beit.registry import FORMATS
-from beit.tasks.settings import AMP_CHOICES, DATA_SETS
+from beit.tasks.settings import AMP_CHOICES, ANY_MODEL, DATA_SETS
 
-ANY_MODEL = "file, folder, released name, URL or hub id"
 IMAGE_LIST = "folder of images, text file of paths, or shards-{000..127}.tar"
 ANY_IMAGES = "image files, folders of images, or shards-{000..127}.tar"
 IMAGE_SIZE = "image size in pixels (HEIGHTxWIDTH or one number); the model's own by default"
@@ -20,6 +19,13 @@ RECIPE_TASKS = (
     *("pre-training", "intermediate fine-tuning", "fine-tuning", "linear probe"),
     *("segmentation", "segmentation test"),
 )
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """What may happen to a file of the name that a command is to write."""
+
+    overwrite: bool = option(False, "replace a file that was not written by beit")
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class IndexConfig:
 
 
 @dataclass(frozen=True)
-class KnnConfig:
+class KnnConfig(OutputOptions):
     """The settings of ``beit knn``."""
 
     checkpoint: str = option("", f"model to score: {ANY_MODEL}; empty for --model, untrained")
@@ -112,7 +118,7 @@ class ShowConfig:
 
 
 @dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(OutputOptions):
     """The settings of ``beit report``."""
 
     runs: tuple[str, ...] = option((), "run folders, each with a log.txt", positional=True, must_exist=True)
@@ -133,7 +139,7 @@ class ShardsConfig:
 
 
 @dataclass(frozen=True)
-class CurvesConfig:
+class CurvesConfig(OutputOptions):
     """The settings of ``beit visualize curves``."""
 
     logs: tuple[str, ...] = option((), "log.txt files, or their run folders", positional=True, must_exist=True)
@@ -142,7 +148,7 @@ class CurvesConfig:
 
 
 @dataclass(frozen=True)
-class ReconstructConfig:
+class ReconstructConfig(OutputOptions):
     """The settings of ``beit visualize reconstruct``."""
 
     checkpoint: str = option("", "checkpoint of a pre-training run", must_exist=True)
@@ -155,7 +161,7 @@ class ReconstructConfig:
 
 
 @dataclass(frozen=True)
-class AttentionConfig:
+class AttentionConfig(OutputOptions):
     """The settings of ``beit visualize attention``."""
 
     images: tuple[str, ...] = option((), ANY_IMAGES, positional=True, must_exist=True)
@@ -172,7 +178,7 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True)
-class DistanceConfig:
+class DistanceConfig(OutputOptions):
     """The settings of ``beit visualize distance``."""
 
     images: tuple[str, ...] = option((), ANY_IMAGES, positional=True, must_exist=True)
@@ -184,7 +190,7 @@ class DistanceConfig:
 
 
 @dataclass(frozen=True)
-class BiasConfig:
+class BiasConfig(OutputOptions):
     """The settings of ``beit visualize bias``."""
 
     checkpoint: str = option("", f"any BEiT: {ANY_MODEL}")
@@ -193,7 +199,7 @@ class BiasConfig:
 
 
 @dataclass(frozen=True)
-class EmbeddingsConfig:
+class EmbeddingsConfig(OutputOptions):
     """The settings of ``beit visualize embeddings``."""
 
     data_path: str = option("", "one folder of images per class, or shards with classes", must_exist=True)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import nn
 
-from beit.config import check_settings, dump_yaml, to_plain
+from beit.config import dump_yaml, read_settings, to_plain
 from beit.data.classification import LabelledImages, check_classes, find_images
 from beit.data.datasets import ImageIndex, index_images
 from beit.data.loaders import EpochDataset, EpochLoader
@@ -28,8 +28,7 @@ from beit.tasks.settings import (
     OptimizerOptions,
     RunOptions,
     ShardingOptions,
-    check_betas,
-    check_sharding,
+    check_job,
 )
 from beit.training import distributed
 from beit.training.compilation import compile_for_training
@@ -37,7 +36,7 @@ from beit.training.logging import ScalarWriter
 from beit.training.loop import Trainer
 from beit.training.optim import create_optimizer, parameter_groups
 from beit.training.precision import Precision, resolve_amp_dtype
-from beit.training.schedules import WarmupCosine, duration_in_steps, split_batch
+from beit.training.schedules import WarmupCosine, duration_in_steps, split_batch, warn_of_rate
 from beit.training.session import Session, open_session
 from beit.training.state import Average, Batch, LoopSettings, Period, StepFunction
 from beit.zoo import MODELS, create_model
@@ -57,7 +56,7 @@ class Task(ABC, Generic[ConfigT]):
     """A training job. :func:`run` calls the methods in the order below; a subclass overrides what differs.
 
     Attributes:
-        config: The job's settings; after :meth:`start` those with ``--total_batch_size`` resolved.
+        config: The job's settings, each in its type; after :meth:`start` with ``--total_batch_size`` resolved.
         batch_multiple: What the images of a batch must be a multiple of.
         best_metric: Evaluation metric, higher is better, whose best checkpoint is kept; None for none.
         evaluate_average: Whether the moving average of the weights is evaluated too.
@@ -78,7 +77,7 @@ class Task(ABC, Generic[ConfigT]):
     loader: EpochLoader
 
     def __init__(self, config: ConfigT) -> None:
-        self.config = config
+        self.config = read_settings(config)
 
     def check(self) -> None:
         """Raises :class:`InputError` for settings that do not work together; each alone is checked already."""
@@ -236,6 +235,7 @@ def run(task: Task[Any]) -> None:
         task.loader = task.build_loader()
         settings = task.loop_settings()
         lr, weight_decay = task.schedules(settings)
+        warn_of_rate(lr)
         trainer = trainer_class(task)(
             model=task.model,
             step=task.build_objective(),
@@ -266,12 +266,8 @@ def run(task: Task[Any]) -> None:
 @contextmanager
 def opened(task: Task[Any], *, writes: bool = True) -> Iterator[Session]:
     """Checks a task's settings (:class:`InputError`) and opens its session; without ``writes``, no run folder."""
-    check_settings(task.config)
     task.check()
-    if isinstance(task.config, OptimizerOptions):
-        check_betas(task.config)
-    if isinstance(task.config, ShardingOptions):
-        check_sharding(task.config, getattr(task.config, "opt", ""))
+    check_job(task.config)
     with session_of(task.config, writes=writes) as session:
         task.start(session)
         yield session
@@ -387,5 +383,5 @@ def named_model(config: ModelOptions, *, masked: bool = False, **arguments: obje
     shared = {"init_values": config.layer_scale_init_value, "use_abs_pos_emb": config.abs_pos_emb}
     try:
         return create_model(name, **{**shared, **arguments, **(config.model_kwargs or {})})
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise InputError(f"--model {name} cannot be built: {error}") from error

@@ -50,10 +50,11 @@ logger = logging.getLogger(__name__)
 
 def main(config: FinetuningConfig) -> None:
     """Fine-tunes a classifier, or evaluates one, as the settings say."""
-    if config.eval:
-        evaluate_checkpoint(config)
+    task = Finetuning(config)
+    if task.config.eval:
+        evaluate_checkpoint(task.config)
     else:
-        run(Finetuning(config))
+        run(task)
 
 
 class Finetuning(Task[FinetuningConfig]):
@@ -64,7 +65,7 @@ class Finetuning(Task[FinetuningConfig]):
 
     def __init__(self, config: FinetuningConfig) -> None:
         super().__init__(config)
-        self.batch_multiple = 2 if config.mixes else 1
+        self.batch_multiple = 2 if self.config.mixes else 1
 
     def check(self) -> None:
         """Makes sure that images can be mixed as asked."""
@@ -182,8 +183,12 @@ class Finetuning(Task[FinetuningConfig]):
         }
 
     def summary(self) -> Iterator[str]:
-        """Yields the model and its classes."""
+        """Yields the model and its classes; warns of a moving average that is too slow for the run."""
         yield from super().summary()
+        decay, steps = self.config.model_ema_decay, self.loop_settings().total_steps
+        if self.config.model_ema and (left := decay**steps) > 0.1:
+            text = "--model_ema_decay %g: the average ends as %.0f %% weights of the start; for %d steps try %.4g"
+            logger.warning(text, decay, 100 * left, steps, max(0.0, 1 - 10 / steps))
         yield f"{len(self.class_names)} classes; lr {self.config.lr:g}, layer decay {self.config.layer_decay:g}"
 
 

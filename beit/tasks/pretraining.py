@@ -36,7 +36,7 @@ from beit.visualization.image_log import reconstruction_picture, spread_samples
 
 logger = logging.getLogger(__name__)
 
-PUBLISHED_LR, PUBLISHED_BATCH = 1.5e-3, 2048
+PUBLISHED_LR, PUBLISHED_MIN_LR, PUBLISHED_BATCH = 1.5e-3, 1e-5, 2048
 MASK_DRAWS = 1000
 
 
@@ -141,9 +141,10 @@ class Pretraining(Task[PretrainingConfig]):
         ratio = (config.lr / batch) / (PUBLISHED_LR / PUBLISHED_BATCH)
         if not 0.5 <= ratio <= 2:
             logger.warning(
-                "lr/batch is %.3g times the published one (%g for a batch of %d), which would be --lr %.2g for this "
-                "batch; the learning rate is left as given",
-                *(ratio, PUBLISHED_LR, PUBLISHED_BATCH, PUBLISHED_LR * batch / PUBLISHED_BATCH),
+                "lr/batch is %.3g times the published one (%g for a batch of %d), which would be --lr %.2g --min_lr "
+                "%.2g for this batch; the learning rate is left as given",
+                *(ratio, PUBLISHED_LR, PUBLISHED_BATCH),
+                *(published * batch / PUBLISHED_BATCH for published in (PUBLISHED_LR, PUBLISHED_MIN_LR)),
             )
 
 

@@ -15,8 +15,15 @@ AUTO = "auto"
 ANY_MODEL = "file, folder, released name, URL or hub id"
 OFFICIAL_NUM_LABELS = 1000  # the official default of the probe, which stands for "as many as there are"
 
-# Optimizers whose step on a tensor can be taken in parts, or whose norms PyTorch takes over all parts.
+# Optimizers whose step treats each number alone, so that it can be taken on any part of a tensor, or of many at once;
+# --shard fsdp also has norms, which PyTorch takes over all parts of a tensor.
+ELEMENTWISE_OPTIMIZERS = ("adamw", "adam", "nadamw", "sgd", "momentum", "lion", "adan")
 SHARDABLE_OPTIMIZERS = ("adamw", "adam", "nadamw", "sgd", "momentum", "lamb", "lion")
+NO_MODEL_KWARGS = {  # arguments of a model that a job sets, and from what
+    "img_size": "the size of the images sets it",
+    "num_classes": "the data set it",
+    "vocab_size": "the target sets it",
+}
 NOT_WITH_FSDP = {  # flags that --shard fsdp cannot go with, and why
     "enable_deepspeed": "both shard the training state",
     "compile": "it makes one graph of what is gathered block by block",
@@ -69,7 +76,7 @@ class EpochOptions:
 
     GROUP: ClassVar[str] = "schedule"
     epochs: int = option(300, "passes over the data", within="[1, inf)")
-    start_epoch: int = option(0, "epoch to start with when nothing is resumed, from 0")
+    start_epoch: int = option(0, "epoch to start with when nothing is resumed, from 0", within="[0, inf)")
     eval_freq: int = option(1, "epochs between evaluations", within="[1, inf)")
     save_ckpt_freq: int = option(20, "epochs between checkpoint-<epoch>.pth", within="[1, inf)")
 
@@ -83,16 +90,10 @@ class OptimizerOptions:
     opt_eps: float = option(1e-8, "epsilon of Adam", within="[0, inf)")
     opt_betas: tuple[float, ...] | None = option(None, "decay rates of Adam", within="[0, 1)")
     clip_grad: float | None = option(None, "largest gradient norm; no clipping by default", within="(0, inf)")
-    momentum: float = option(0.9, "momentum of SGD", within="[0, inf)")
+    momentum: float = option(0.9, "momentum of SGD", within="[0, 1)")
     weight_decay: float = option(0.05, "weight decay", within="[0, inf)")
     lr: float = option(5e-4, "peak learning rate; never rescaled to the batch", within="[0, inf)")
     min_lr: float = option(1e-5, "learning rate at the end of the schedule", within="[0, inf)")
-
-
-def check_betas(config: OptimizerOptions) -> None:
-    """Raises :class:`InputError` for decay rates that are not a pair."""
-    if config.opt_betas is not None and len(config.opt_betas) != 2:
-        raise InputError(f"--opt_betas {' '.join(map(str, config.opt_betas))}: must be two numbers")
 
 
 @dataclass(frozen=True)
@@ -123,17 +124,27 @@ class ShardingOptions:
 
 
 def check_sharding(config: ShardingOptions, opt: str) -> None:
-    """Raises :class:`InputError` for flags that do not go with ``--shard``."""
-    if config.shard == "none":
-        return
-    for name, reason in NOT_WITH_FSDP.items():
+    """Raises :class:`InputError` for flags that do not go with ``--shard``, or an optimizer that cannot be split."""
+    for name, reason in NOT_WITH_FSDP.items() if config.shard != "none" else ():
         if getattr(config, name, False):
             raise InputError(f"--{name} does not go with --shard fsdp: {reason}; leave one of them out")
-    if opt.lower().removeprefix("fused") not in SHARDABLE_OPTIMIZERS:
-        raise InputError(
-            f"--opt {opt} is not known to work in parts: with --shard {config.shard} choose one of "
-            f"{', '.join(SHARDABLE_OPTIMIZERS)}"
-        )
+    split, works = f"--shard {config.shard}", SHARDABLE_OPTIMIZERS
+    if config.enable_deepspeed and config.zero_stage:  # on each process, a group of parameters is one long vector
+        split, works = f"--zero_stage {config.zero_stage}", ELEMENTWISE_OPTIMIZERS
+    elif config.shard == "none":
+        return
+    if opt.lower().removeprefix("fused") not in works:
+        raise InputError(f"--opt {opt} is not known to work in parts: with {split} choose one of {', '.join(works)}")
+
+
+def check_job(config: RunOptions) -> None:
+    """Raises :class:`InputError` for settings that do not work together in any job; each alone is checked already."""
+    if isinstance(config, OptimizerOptions) and config.opt_betas is not None and len(config.opt_betas) != 2:
+        raise InputError(f"--opt_betas {' '.join(map(str, config.opt_betas))}: must be two numbers")
+    if taken := next((name for name in getattr(config, "model_kwargs", None) or {} if name in NO_MODEL_KWARGS), ""):
+        raise InputError(f"--model_kwargs {taken}: {NO_MODEL_KWARGS[taken]}; leave it out")
+    if isinstance(config, ShardingOptions):
+        check_sharding(config, getattr(config, "opt", ""))
 
 
 @dataclass(frozen=True)
@@ -197,8 +208,8 @@ class MaskingOptions:
     GROUP: ClassVar[str] = "masking"
     mask_strategy: str = option("block", "how patches to mask are chosen", choices=MASK_STRATEGIES)
     num_mask_patches: int = option(75, "most patches masked per image; exactly as many with random", within="[1, inf)")
-    max_mask_patches_per_block: int | None = option(None, "largest masked block, in patches; no limit by default")
-    min_mask_patches_per_block: int = option(16, "smallest masked block, in patches")
+    max_mask_patches_per_block: int | None = option(None, "most patches of a block; no limit", within="[1, inf)")
+    min_mask_patches_per_block: int = option(16, "smallest masked block, in patches", within="[0, inf)")
 
 
 @dataclass(frozen=True)

@@ -85,22 +85,26 @@ def create_optimizer(
         in_parts: Whether parameters are sharded over processes, which neither apex nor torch's fused SGD supports.
 
     Raises:
-        InputError: No optimizer has that name.
+        InputError: No optimizer has that name, or it cannot be built here.
     """
     name = name.lower().removeprefix("fused") if in_parts else name.lower()
     if name.startswith("fused") and importlib.util.find_spec("apex") is None:
         logger.warning("--opt %s: NVIDIA apex is not installed; using torch's fused %s instead", name, name[5:])
         name = name[len("fused") :]
-    known = [str(known) for known in timm.optim.list_optimizers()]
+    # adahessian needs second derivatives, which the training loop does not compute.
+    known = [str(known) for known in timm.optim.list_optimizers(exclude_filters=["adahessian"])]
     if name not in known:
-        raise InputError(f"unknown optimizer {name!r}{did_you_mean(name, known)}")
+        raise InputError(f"unknown optimizer {name!r}{did_you_mean(name, known)}: choose adamw, sgd or another of timm")
     arguments: dict[str, Any] = {} if eps is None else {"eps": eps}
     arguments |= {"betas": tuple(betas)} if betas else {}
     if fused and name in (("adamw", "adam") if in_parts else ("adamw", "adam", "sgd")):
         arguments["fused"] = True
-    return timm.optim.create_optimizer_v2(
-        list(groups), opt=name, lr=lr, weight_decay=0.0, momentum=momentum, **arguments
-    )
+    try:
+        return timm.optim.create_optimizer_v2(
+            list(groups), opt=name, lr=lr, weight_decay=0.0, momentum=momentum, **arguments
+        )
+    except (AssertionError, ImportError, TypeError, ValueError) as error:
+        raise InputError(f"--opt {name} cannot be used: {' '.join(str(error).split())}") from error
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Checkpoint, class_name: str | None, source: str) -> None:

@@ -2,11 +2,14 @@
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from beit.errors import InputError
 
 logger = logging.getLogger(__name__)
+
+MIN_LR_SHARE = 0.05  # of the peak, at the end: 1e-6 of 2e-5
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,18 @@ class WarmupPoly:
         if step >= self.warmup_steps:
             return value
         return value * (1.0 - (1.0 - step / self.warmup_steps) * (1.0 - self.warmup_ratio))
+
+
+def warn_of_rate(rate: Callable[[int], float]) -> None:
+    """Warns of a learning rate that ends above its peak, or does not get beyond its warm-up."""
+    if not isinstance(rate, WarmupCosine | WarmupPoly):
+        return
+    if rate.final > rate.base:
+        text = "the learning rate rises from %g to --min_lr %g: lower that, to %g as in published fine-tuning"
+        logger.warning(text, rate.base, rate.final, MIN_LR_SHARE * rate.base)
+    if 0 < rate.total_steps <= rate.warmup_steps:
+        text = "the warm-up, %d steps, is as long as the run, %d, or longer: lower --warmup_epochs or --warmup_steps"
+        logger.warning(text, rate.warmup_steps, rate.total_steps)
 
 
 def duration_in_steps(*, epochs: float, steps: int, steps_per_epoch: int) -> int:

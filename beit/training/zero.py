@@ -110,9 +110,9 @@ class DeepSpeedTrainer(ShardedTrainer):
     def _take_over(self, checkpoint: Checkpoint, source: str) -> None:
         """Restores a checkpoint that DeepSpeed wrote for as many processes; :class:`InputError` for any other."""
         if "deepspeed" not in checkpoint:
-            kept = numbered_file(checkpoint.get("epoch", 0))
+            kept = Path(source).with_name(numbered_file(checkpoint.get("epoch", 0)))
             remedy = (
-                f"the best checkpoint holds no state of the optimizer: resume {kept} instead"
+                f"the best checkpoint holds no state of the optimizer: resume {kept if kept.exists() else 'another'}"
                 if Path(source).name == BEST
                 else "it was not written by DeepSpeed: leave --enable_deepspeed out"
             )
@@ -149,7 +149,7 @@ def _import_deepspeed(device_type: str) -> Any:
         import deepspeed
     except ImportError as error:
         raise InputError(
-            "--enable_deepspeed needs DeepSpeed: pip install 'beit[deepspeed]', or leave the flag out; "
+            "--enable_deepspeed needs DeepSpeed: pip install deepspeed, or leave the flag out; "
             "--update_freq and --grad_checkpointing save memory without it"
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -219,7 +219,7 @@ def test_a_graph_that_computes_something_else_is_not_left_behind(tmp_path, monke
     ("arguments", "message"),
     [
         (["a.pth", "b"], "--to is missing: one of unilm, huggingface"),
-        (["a.pth", "b", "--to", "tensorflow"], "invalid choice: 'tensorflow'"),
+        (["a.pth", "b", "--to", "tensorflow"], "--to: cannot use 'tensorflow': choose "),
         (["nowhere.pth", "b.pth", "--to", "unilm"], "there is no checkpoint nowhere.pth"),
         (["a.pth", "b.pth", "--to", "huggingface"], "writes a folder"),
         (["a.pth", "b", "--to", "mmpretrain"], "writes one file: name it b.pth"),

@@ -180,6 +180,11 @@ def test_a_table_and_a_file_are_written(images, checkpoint, tmp_path, capsys):
     assert {(result["layer"], result["pool"]) for result in written["results"]} == {(1, "mean"), (1, "cls")}
     assert written["best"] in written["results"]
     assert written["best"]["acc1"] == max(result["acc1"] for result in written["results"])
+    assert beit(["knn", *map(str, argv), "--checkpoint", str(checkpoint)]) == 0  # the file is the command's own
+    output.write_text("{}")
+    assert beit(["knn", *map(str, argv), "--checkpoint", "nowhere.pth"]) == 2  # found before the checkpoint is
+    assert "knn.json exists and was not written by beit" in capsys.readouterr().err
+    assert output.read_text() == "{}"
 
 
 def test_an_untrained_model_to_compare_with(images, checkpoint):
@@ -221,6 +226,8 @@ MISTAKES = {
     "no number of neighbours": ({"k": ()}, "--k is empty"),
     "too many neighbours": ({"k": (25,)}, "has 24 images"),
     "no temperature": ({"temperature": 0.0}, "--temperature"),
+    "a temperature that is no number": ({"temperature": math.nan}, "--temperature"),
+    "no heads": ({"checkpoint": "", "model_kwargs": {"num_heads": 0}}, "num_heads 0: must be above 0"),
     "untrained nothing": ({"checkpoint": "", "untrained": True}, "--untrained needs"),
     "no checkpoint": ({"checkpoint": "nowhere.pth"}, "nowhere.pth"),
     "unknown model": ({"checkpoint": "", "model": "beit_tinny_patch16_224"}, "did you mean"),

@@ -151,4 +151,4 @@ def test_without_deepspeed_one_line_names_the_extra(tmp_path, flags):
     code += f"runpy.run_path({SCRIPT!r}, run_name='__main__')"
     refused = run("-c", code, *flags, "--enable_deepspeed", check=False)
     assert refused.returncode == 2
-    assert len(re.findall(r"^error: .*pip install 'beit\[deepspeed\]'", refused.stderr, re.MULTILINE)) == 1
+    assert len(re.findall(r"^error: .*pip install deepspeed", refused.stderr, re.MULTILINE)) == 1

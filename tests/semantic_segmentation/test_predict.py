@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from beit.config import check_settings
+from beit.config import read_settings
 from beit.errors import InputError
 from semantic_segmentation.config import PredictConfig
 from semantic_segmentation.modeling import build_segmentor
@@ -164,7 +164,7 @@ def test_mistakes_are_said_before_anything_is_written(tmp_path, checkpoint, opti
 
 def test_an_opacity_that_shows_nothing_is_refused():
     with pytest.raises(InputError, match=r"--opacity 0\.0: must be "):
-        check_settings(PredictConfig(opacity=0.0))
+        read_settings(PredictConfig(opacity=0.0))
 
 
 def settings_for(image, checkpoint, output, **options):

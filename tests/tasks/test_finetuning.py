@@ -5,6 +5,7 @@ import logging
 import math
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,6 +39,16 @@ HALF = ((0.5,) * 3, (0.5,) * 3)
 TINY = ("patch_size=8", "embed_dim=32", "depth=2", "num_heads=2")
 MODEL = ("--model", "beit_tiny_patch16_224", "--model_kwargs", *TINY, "--input_size", 40)
 PLAIN = ("--aa", "none", "--color_jitter", 0, "--reprob", 0, "--drop_path", 0)
+
+
+def test_a_moving_average_that_is_too_slow_for_the_run_is_warned_of(caplog):
+    for decay, warned in ((0.9999, True), (0.9, False)):
+        task = Finetuning(FinetuningConfig(model_ema=True, model_ema_decay=decay, epochs=12))
+        task.model, task.loader = torch.nn.Linear(1, 1), SimpleNamespace(batches_per_epoch=3)
+        task.precision, task.class_names = Precision(torch.float32, CPU), ("a", "b")
+        caplog.clear()
+        assert len(list(task.summary())) == 2
+        assert ("the average ends as 100 % weights of the start; for 36 steps try 0.7222" in caplog.text) is warned
 
 
 def parse(*argv) -> FinetuningConfig:

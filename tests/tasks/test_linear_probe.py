@@ -332,8 +332,9 @@ def call(flags, *more):
     return launch(LinearProbeConfig, main, "", [*argv, *map(str, more)], "run_linear_eval.py")
 
 
-def test_a_run_writes_what_is_promised(good_flags):
-    assert call(good_flags) == 0
+def test_a_run_writes_what_is_promised(good_flags, caplog):
+    assert call({**good_flags, "--lr": 1e-3, "--min_lr": 2e-3}) == 0
+    assert "the learning rate rises from 0.001 to --min_lr 0.002" in caplog.text
     folder = good_flags["--output_dir"]
     entries = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
     assert [entry["epoch"] for entry in entries] == [0, 1]
@@ -374,7 +375,7 @@ MISTAKES = {
     "unknown pool": ({"--pool": "avg"}, ["unknown pool 'avg'"]),
     "no vector": ({"--pool": "map"}, ["no vector"]),
     "unknown optimizer": ({"--optimizer": "adamvv"}, ["adam"]),
-    "neither true nor false": ({"--avgpool_patchtokens": "maybe"}, ["'maybe'"]),
+    "true or false expected": ({"--avgpool_patchtokens": "maybe"}, ["'maybe'"]),
     "no images": ({"--batch_size_per_gpu": 0}, ["--batch_size 0"]),
     "batch larger than the data": ({"--batch_size_per_gpu": 43}, ["42 images"]),
     "an image size that patches do not divide": ({"--input_size": 33}, ["33"]),

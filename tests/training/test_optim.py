@@ -15,6 +15,14 @@ from beit.training.optim import apply_schedules, create_optimizer, load_optimize
 SMALL = {"img_size": 64, "patch_size": 16, "embed_dim": 48, "depth": 3, "num_heads": 4}
 
 
+@pytest.mark.parametrize("name", ["adahessian", "bnbadam", "adamvv"])
+def test_an_optimizer_that_cannot_be_used_is_one_line(name):
+    group = {"params": [nn.Parameter(torch.ones(2))]}
+    with pytest.raises(InputError, match=name) as caught:
+        create_optimizer(name, [group], lr=0.1)
+    assert "\n" not in str(caught.value)
+
+
 def assert_groups_equal(model, groups, stored):
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     ours = [(group["lr_scale"], group["weight_decay"], [names[id(p)] for p in group["params"]]) for group in groups]

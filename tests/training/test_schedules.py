@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from beit.training.schedules import WarmupCosine, WarmupPoly, duration_in_steps
+from beit.training.schedules import WarmupCosine, WarmupPoly, duration_in_steps, warn_of_rate
 
 
 def test_cosine_equals_the_stored_schedules(golden):
@@ -35,6 +35,21 @@ def test_warmup_in_steps_alone():
 def test_warmup_as_long_as_the_run_or_longer(warmup):
     schedule = WarmupCosine(1.0, 0.0, 20, warmup)
     assert [schedule(step) for step in range(20)] == pytest.approx([step / (warmup - 1) for step in range(20)])
+
+
+@pytest.mark.parametrize(
+    ("rate", "warning"),
+    [
+        (WarmupCosine(1.5e-6, 1e-5, 100, 10), "rises from 1.5e-06 to --min_lr 1e-05: lower that, to 7.5e-08"),
+        (WarmupPoly(1e-4, 2e-4, 100), "rises from 0.0001 to --min_lr 0.0002: lower that, to 5e-06"),
+        (WarmupCosine(1e-3, 0.0, 100, 100), "the warm-up, 100 steps, is as long as the run, 100, or longer"),
+        (WarmupCosine(1e-3, 1e-3, 100, 99), ""),
+    ],
+)
+def test_a_rate_that_rises_to_the_end_is_warned_of(rate, warning, caplog):
+    warn_of_rate(rate)
+    assert warning in caplog.text
+    assert len(caplog.records) == bool(warning)
 
 
 def test_one_step_of_warmup_starts_at_its_start():
