@@ -22,6 +22,7 @@ from beit.commands.recipes import Recipe, flat, read_recipe
 from beit.commands.settings import ReportConfig
 from beit.config import read_run_settings, recipe_names
 from beit.errors import InputError
+from beit.outputs import check_outputs
 from beit.storage import atomic_write
 from beit.training.environment import ENVIRONMENT
 from beit.visualization.curves import FRACTIONS, UNITS, overlaid, read_log
@@ -126,15 +127,11 @@ def main(config: ReportConfig) -> None:
     Raises:
         InputError: A folder or file is missing or unreadable, or ``--output`` is missing or is somebody else's file.
     """
-    output = Path(config.output)
-    if not config.output or output.is_dir():
-        given = f"-o {config.output} is a folder" if config.output else "-o is missing"
-        raise InputError(f"{given}: give the file to write, such as {output / 'report.html'}")
-    before = output.read_bytes() if output.is_file() else b""
-    if before and not (before.startswith(b"<!DOCTYPE html>") and b"beit report" in before):
-        raise InputError(f"-o {output} exists and was not written by `beit report`: give another name")
-    page = render(read_runs(config.runs, config.recipe), config.title, config.pictures, config.results).encode()
-    output.parent.mkdir(parents=True, exist_ok=True)
+    if not config.output:
+        raise InputError("-o is missing: give the file to write, such as report.html")
+    (output,) = check_outputs("-o", [config.output], config.overwrite)
+    text = render(read_runs(config.runs, config.recipe), config.title, config.pictures, config.results)
+    page = text.encode(errors="backslashreplace")  # a title or name from the command line may be no UTF-8
     with atomic_write(output) as file:
         file.write(page)
     logger.info("wrote %s: %d runs, %.1f MB", output, len(config.runs), len(page) / 1e6)

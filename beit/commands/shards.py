@@ -13,6 +13,7 @@ from beit.commands.settings import ShardsConfig
 from beit.data.index import EXTENSIONS, ImageIndex, index_images
 from beit.data.shards import CLASS_NAMES_FILE, LABEL_EXTENSION, add_member
 from beit.errors import InputError
+from beit.outputs import check_outputs
 from beit.storage import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,7 @@ def main(config: ShardsConfig) -> None:
     """Writes shards and prints the ``--data_path`` that reads them; raises InputError if there are no images."""
     if not config.data_path or not config.output_dir:
         raise InputError("give the images and a folder for the shards: beit shards DATA_PATH OUTPUT_DIR")
+    check_outputs("OUTPUT_DIR", [Path(config.output_dir, ".shards-000000.tar")], overwrite=True)
     pattern = write_shards(index_images(config.data_path), config.output_dir, config.images_per_shard)
     sys.stdout.write(f"--data_path {shlex.quote(pattern)}\n")
 

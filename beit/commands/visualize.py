@@ -1,6 +1,7 @@
 """``beit visualize reconstruct``, ``embeddings`` and ``curves``: predictions, features and the course of runs."""
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,9 @@ from beit.data.preprocessing import normalization
 from beit.errors import InputError
 from beit.features import FrozenFeatures
 from beit.modeling import VisionTransformerForMaskedImageModeling
+from beit.registry import TARGETS
 from beit.storage import load_checkpoint
-from beit.targets import MaskedPrediction, PredictionTarget
+from beit.targets import VISUAL_TOKENS, MaskedPrediction, PredictionTarget
 from beit.tasks.pretraining import build_mask_generator, build_model, build_target, evaluation_transform
 from beit.tasks.settings import PretrainingConfig
 from beit.training.checkpoint import load_exactly
@@ -25,7 +27,7 @@ from beit.training.distributed import select_device
 from beit.training.precision import Precision, resolve_amp_dtype
 from beit.visualization.curves import overlaid, read_log
 from beit.visualization.embeddings import check_embedding, embed, group_by_class
-from beit.visualization.figures import check_picture_name, draw_panels
+from beit.visualization.figures import check_picture, draw_panels
 from beit.visualization.plots import draw_curves, draw_points
 from beit.visualization.reconstructions import reconstruct as reconstruct_batch
 
@@ -34,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 def curves(config: CurvesConfig) -> None:
     """Draws logged metrics over epochs, or steps if logged; raises InputError if a log is unreadable or empty."""
-    check_picture_name(config.output)
+    check_picture(config.output, config.overwrite)
     folders = [path if path.is_dir() else path.parent for path in (Path(log).resolve() for log in config.logs)]
     names = [folder.name for folder in folders]
     labels = [name if names.count(name) == 1 else log for name, log in zip(names, config.logs, strict=True)]
@@ -51,7 +53,7 @@ def reconstruct(config: ReconstructConfig) -> None:
     """
     if not config.checkpoint or not config.images:
         raise InputError("--checkpoint and --images are needed: a pre-training checkpoint, and images to show")
-    check_picture_name(config.output)
+    check_picture(config.output, config.overwrite)
     paths = image_files(config.images, config.limit)
     run, model, target = open_pretrained(config.checkpoint, config.tokenizer, select_device(config.device, 0))
     draw_panels(config.output, *reconstruct_files(paths, run, model, target, config.seed))
@@ -75,12 +77,17 @@ def open_pretrained(
             f"{checkpoint_path} is not a pre-training checkpoint with its settings under 'args', so there is nothing "
             "to reconstruct; the other `beit visualize` commands take any BEiT"
         )
-    config = from_plain(PretrainingConfig, settings if isinstance(settings, dict) else vars(settings))
-    config = replace(config, discrete_vae_weight_path=tokenizer_path or config.discrete_vae_weight_path)
-    if config.target == "tokens" and not config.discrete_vae_weight_path:
-        raise InputError("--tokenizer is missing: the folder of the tokenizer the model was trained with")
-    target = build_target(config, device)
-    if (learned := checkpoint.get("target", target.name)) != target.name:
+    settings = settings if isinstance(settings, dict) else vars(settings)
+    chosen, learned = settings.get("target", "tokens"), checkpoint.get("target")
+    if chosen not in TARGETS or (chosen == "tokens" and learned not in (None, VISUAL_TOKENS)):
+        raise InputError(f"{checkpoint_path} was trained to predict {learned}, which this command cannot draw")
+    config = from_plain(PretrainingConfig, settings)
+    path = tokenizer_path or config.discrete_vae_weight_path or ""
+    if chosen == "tokens" and not tokenizer_path and not os.path.exists(path):
+        was = f"; {path}, where the run had it, is not there" if path else ""
+        raise InputError(f"--tokenizer is missing: the folder of the tokenizer the model was trained with{was}")
+    target = build_target(replace(config, discrete_vae_weight_path=path), device)
+    if learned not in (None, target.name):
         raise InputError(f"{checkpoint_path} was trained to predict {learned}, which this command cannot draw")
     model = build_model(config, target.output_size).to(device)
     load_exactly(model, checkpoint["model"], str(checkpoint_path))
@@ -115,7 +122,7 @@ def embeddings(config: EmbeddingsConfig) -> None:
     Raises:
         InputError: The folder has no classes, or there is no such checkpoint or block.
     """
-    check_picture_name(config.output)
+    check_picture(config.output, config.overwrite)
     index = index_images(config.data_path)
     if not index.class_names:
         raise InputError(

@@ -28,7 +28,7 @@ from beit.visualization.attention import (
     patch_distances,
     query_maps,
 )
-from beit.visualization.figures import SIGNED, Picture, check_picture_name, draw_pictures
+from beit.visualization.figures import SIGNED, Picture, check_picture, draw_pictures
 from beit.visualization.plots import draw_heads
 from beit.visualization.reconstructions import hide_patches
 
@@ -51,7 +51,7 @@ def attention(config: AttentionConfig) -> None:
     Raises:
         InputError: There is no such block, head, patch, image or checkpoint.
     """
-    check_picture_name(config.output)
+    check_picture(config.output, config.overwrite)
     asked = [parse_query(text) for text in config.query]
     paths = image_files(config.images, config.limit)
     viewer = open_viewer(config.checkpoint, config.input_size, config.device)
@@ -149,7 +149,7 @@ def distance(config: DistanceConfig) -> None:
     Raises:
         InputError: There is no such checkpoint or image.
     """
-    check_picture_name(config.output)
+    check_picture(config.output, config.overwrite)
     paths = image_files(config.images, config.limit)
     viewer = open_viewer(config.checkpoint, config.input_size, config.device)
     found = distances_of(viewer, paths)
@@ -167,18 +167,18 @@ def distance(config: DistanceConfig) -> None:
 def distances_of(viewer: Viewer, images: Sequence[Shown]) -> Tensor:
     """Returns the mean attention distance over some images, in pixels, float64 ``(blocks, heads)``."""
     embedding = viewer.model.patch_embed
-    distances = patch_distances(embedding.grid_size, embedding.patch_size).to(viewer.device)
+    distances = patch_distances(embedding.grid_size, embedding.patch_size)
     summed = torch.zeros(viewer.model.get_num_layers(), viewer.model.num_heads, dtype=torch.float64)
     for image in images:  # one by one: at a high resolution the probabilities of one image fill the memory
         inputs = normalize(viewer.view(image), viewer.mean, viewer.std)
-        blocks = [mean_distances(maps, distances)[0].cpu() for maps in attention_by_block(viewer.model, inputs)]
+        blocks = [mean_distances(maps, distances)[0] for maps in attention_by_block(viewer.model, inputs)]
         summed += torch.stack(blocks)
     return summed / len(images)
 
 
 def bias(config: BiasConfig) -> None:
     """Draws the relative position bias of each head; raises InputError if the checkpoint has none, or is missing."""
-    check_picture_name(config.output)
+    check_picture(config.output, config.overwrite)
     tables = bias_images_of(open_viewer(config.checkpoint, config.input_size, "cpu").model)
     if not tables:
         raise InputError(f"{config.checkpoint} has no relative position bias, but absolute position embeddings")

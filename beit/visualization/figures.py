@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from beit.errors import InputError
-from beit.outputs import MARK
+from beit.outputs import MARK, check_outputs
 from beit.storage import atomic_write
 
 if TYPE_CHECKING:
@@ -51,6 +51,12 @@ def check_picture_name(path: str | Path) -> str:
     if ending not in ("png", "svg"):
         raise InputError(f"cannot write the picture {path}: let its name end in .png or .svg")
     return ending
+
+
+def check_picture(path: str, overwrite: bool) -> None:
+    """Raises InputError for a picture that cannot be written, or would replace somebody else's file."""
+    check_picture_name(path)
+    check_outputs("--output", [path], overwrite)
 
 
 @dataclass(frozen=True)

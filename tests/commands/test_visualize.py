@@ -17,7 +17,7 @@ from beit.config import to_plain
 from beit.data.datasets import index_images
 from beit.data.shards import add_member
 from beit.errors import InputError
-from beit.storage import save_checkpoint
+from beit.storage import load_checkpoint, save_checkpoint
 from beit.tasks.pretraining import PretrainingConfig, build_model
 from beit.tokenizers.dvae import DiscreteVAE, save_dvae
 from beit.zoo import create_model
@@ -60,6 +60,11 @@ def site(tmp_path_factory):
     pixels = replace(SETTINGS, target="pixels")
     save_run(folder / "pixels.pth", pixels, 192, target="pixels normalised per patch")
     save_run(folder / "features.pth", pixels, 192, target="a teacher's features")
+    save_run(folder / "hog.pth", replace(SETTINGS), 192, target="HOG of 9 directions")
+    registered = {"args": {**to_plain(pixels), "target": "hog"}, "target": "HOG of 9 directions"}
+    save_checkpoint(folder / "registered.pth", {**load_checkpoint(folder / "hog.pth"), **registered})
+    moved = replace(SETTINGS, discrete_vae_weight_path="demo/dvae")
+    save_run(folder / "moved.pth", moved, TOKENS, target="visual tokens")
     save_run(folder / "elsewhere.pth", SETTINGS, TOKENS)
     classifier = create_model("beit_tiny_patch16_224", img_size=32, num_classes=3, **TINY)
     save_checkpoint(folder / "classifier.pth", {"model": classifier.state_dict(), "args": {"model": "beit_tiny"}})
@@ -107,6 +112,9 @@ def test_a_tokenizer_elsewhere_is_given_by_hand(site):
     ("checkpoint", "message"),
     [
         ("features.pth", "was trained to predict a teacher's features, which this command cannot draw"),
+        ("hog.pth", "was trained to predict HOG of 9 directions, which this command cannot draw"),
+        ("registered.pth", "was trained to predict HOG of 9 directions, which this command cannot draw"),
+        ("moved.pth", "--tokenizer is missing: the folder of the tokenizer the model was trained with; demo/dvae, "),
         ("classifier.pth", "is not a pre-training checkpoint with its settings"),
         ("bare.pth", "is not a pre-training checkpoint with its settings"),
         ("nowhere.pth", "nowhere.pth"),
@@ -189,6 +197,24 @@ def test_a_metric_that_no_log_has_and_an_unknown_ending_are_refused(tmp_path, ca
     assert "nothing to draw" in fails(["curves", tmp_path, "-o", tmp_path / "a.png"], capsys)
     (tmp_path / "log.txt").write_text('{"epoch": "x", "train_loss": 1.0}\n')
     assert "is not a run's log" in fails(["curves", tmp_path, "-o", tmp_path / "a.png"], capsys)
+
+
+@pytest.mark.parametrize("command", ["curves", "reconstruct", "attention", "distance", "bias", "embeddings"])
+def test_a_picture_takes_the_place_of_no_photograph(tmp_path, capsys, command):
+    # Breaks when the output is looked at after the work, or not at all: nothing else that is given here exists.
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (4, 4)).save(photo)
+    before = photo.read_bytes()
+    (tmp_path / "log.txt").write_text('{"epoch": 0, "train_loss": 1.0}\n{"epoch": 1, "train_loss": 0.5}\n')
+    first = {"curves": [tmp_path], "attention": [photo], "distance": [photo]}.get(command, [])
+    more = {"embeddings": ["--data_path", tmp_path], "reconstruct": ["--images", photo]}.get(command, [])
+    more += [] if command == "curves" else ["--checkpoint", photo]
+    assert "photo.png exists and was not written by beit" in fails([command, *first, *more, "-o", photo], capsys)
+    assert photo.read_bytes() == before
+    if command == "curves":
+        for overwrite in (["--overwrite"], []):  # then it is ours
+            assert beit(["visualize", command, str(tmp_path), "-o", str(photo), *overwrite]) == 0
+        assert photo.read_bytes() != before
 
 
 @pytest.mark.slow
