@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -35,6 +35,14 @@ POOLS = ("mean", "cls", "cls_mean", "map")
 BATCH_SIZE = 32
 
 
+@overload
+def inference_model(  # type: ignore[overload-overlap]  # a str is one path
+    model: Backbone | str | Path, image_or_paths: OneImage, *, topk: int = 5, metadata: Metadata | None = None
+) -> Prediction: ...
+@overload
+def inference_model(
+    model: Backbone | str | Path, image_or_paths: Sequence[OneImage], *, topk: int = 5, metadata: Metadata | None = None
+) -> list[Prediction]: ...
 def inference_model(
     model: Backbone | str | Path,
     image_or_paths: OneImage | Sequence[OneImage],

@@ -73,10 +73,12 @@ MODELS: dict[str, "Model[Backbone]"] = {
 }
 
 
-def __getattr__(name: str) -> "Model[Backbone]":  # beit.zoo.beit_base_patch16_224, a factory by its name
-    if name not in MODELS:
-        raise AttributeError(f"module 'beit.zoo' has no attribute {name!r}")
-    return MODELS[name]
+if not TYPE_CHECKING:
+
+    def __getattr__(name):  # beit.zoo.beit_base_patch16_224, a factory by its name
+        if name not in MODELS:
+            raise AttributeError(f"module 'beit.zoo' has no attribute {name!r}")
+        return MODELS[name]
 
 
 def create_model(name: str, pretrained: bool | str | Path = False, **overrides: Any) -> "Backbone":

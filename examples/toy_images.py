@@ -329,7 +329,7 @@ def _photographs(held_out: bool) -> list[tuple[str, Image.Image, Region]]:
     """Returns name, picture and permitted region of the available photographs."""
     package = importlib.util.find_spec("skimage")
     if package is None or package.origin is None:
-        raise InputError("the photographs come with scikit-image, which is not installed: pip install 'beit[demo]'")
+        raise InputError("the photographs come with scikit-image, which is not installed: pip install scikit-image")
     found = []
     for file, side in PHOTOGRAPHS.items():
         path = Path(package.origin).parent / "data" / file
@@ -394,7 +394,7 @@ def write_digits(folder: Folder, size: Size = 32, seed: int = 0, per_class: int 
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise InputError(
-            "the digits come with scikit-learn, which is not installed: pip install 'beit[demo]'"
+            "the digits come with scikit-learn, which is not installed: pip install scikit-learn"
         ) from error
     height, width = size_pair(size)
     digits = load_digits()

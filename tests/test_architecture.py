@@ -66,7 +66,7 @@ MAY_IMPORT = {
     ),
     # on top: the public names, the console command, the launchers
     "beit": PARTS,
-    "beit.__main__": ("beit.commands.dispatch",),
+    "beit.__main__": ("beit.commands.dispatch", "beit"),
     "run_*": ("beit.launch", "beit.tasks.settings"),
 }
 

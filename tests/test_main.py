@@ -1,6 +1,7 @@
 """The console command: every subcommand is reachable, mistakes are one line and exit code 2."""
 
 import importlib
+import io
 import json
 import re
 import subprocess
@@ -9,7 +10,10 @@ import sys
 import pytest
 from PIL import Image
 
+import beit
 from beit.__main__ import COMMANDS, main
+from beit.commands.settings import ModelsConfig
+from beit.launch import launch
 from beit.zoo import create_model, list_models
 
 
@@ -19,11 +23,24 @@ def test_alone_it_lists_the_commands(capsys):
     assert all(name in text for name in COMMANDS)
 
 
+def test_the_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"beit {beit.__version__}\n"
+
+
+def test_names_that_the_console_cannot_show_are_written_out(monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", console)
+    assert launch(ModelsConfig, lambda _: console.write("caf\u00e9"), "", []) == 0
+    console.flush()
+    assert console.buffer.getvalue() == b"caf\\xe9"
+
+
 LIGHT = """
 import contextlib, os, sys
 from beit.__main__ import COMMANDS, main
 
-words = [[], ["visualize", "--help"], ["pretrian"], ["demo"], ["models", "--patern", "x"]]
+words = [["--version"], [], ["visualize", "--help"], ["pretrian"], ["demo"], ["models", "--patern", "x"]]
 words += [["visualize", "curves", "nowhere"], ["predict", "nowhere.jpg"], ["knn", "--data_path", "nowhere"]]
 words += [[*name.split(), "--help"] for name in COMMANDS]
 with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):

@@ -61,6 +61,7 @@ def test_the_wheel_holds_all_that_a_run_needs(wheel):
     data = [*(ROOT / "beit" / "recipes").glob("*.yaml"), ROOT / "beit" / "py.typed"]
     data += [*segmentation.rglob("*.yaml"), *(segmentation / "tools").glob("*.sh"), segmentation / "ade20k.txt"]
     data += [ROOT / "beit" / "commands" / "report.html"]
+    data += [ROOT / package / "py.typed" for package in PACKAGES]
     needed = {str(path.relative_to(ROOT)) for path in [*sources, *data]} | set(LAUNCHERS)
     assert len(data) > 3
     assert {"run_beit_pretraining.py", "run_dvae_training.py", "dall_e/encoder.py"} <= needed
@@ -72,6 +73,31 @@ def test_the_wheel_holds_nothing_else(wheel):
     others = {name for name in names(wheel) if not name.startswith(tuple(f"{package}/" for package in PACKAGES))}
     assert {name for name in others if ".dist-info/" not in name} == set(LAUNCHERS)
     assert any(re.search(r"\.dist-info/.*LICENSE$", name) for name in others)
+
+
+TYPOS = """
+import beit
+from beit import crate_model
+
+beit.creat_model("x")
+beit.inference_model("x", "photo.jpg")["top5"]
+beit.inference_model("x", ["a.jpg", "b.jpg"])[0]["name"]
+"""
+
+
+def test_a_type_checker_sees_misspelt_names_and_passes_the_code_of_the_readme(tmp_path):
+    # It takes its time, as it reads all of the library.
+    (code,) = re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    (tmp_path / "readme.py").write_text(code)
+    (tmp_path / "typos.py").write_text(TYPOS)
+    command = (sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--ignore-missing-imports")
+    done = subprocess.run(
+        [*command, tmp_path / "readme.py", tmp_path / "typos.py"], capture_output=True, text=True, cwd=ROOT
+    )
+    found = [line for line in done.stdout.splitlines() if "error:" in line]
+    assert [re.findall(r"(\w+)\.py:.*\[([\w-]+)\]", line)[0] for line in found] == [("typos", "attr-defined")] * 2, (
+        found
+    )
 
 
 def test_the_dependencies_are_those_of_requirements_txt(metadata):

@@ -176,7 +176,7 @@ def load_tokenizer(
     open_tokenizer = resolve(TOKENIZERS, kind, "tokenizer kind")
     if str(path).startswith(("http://", "https://")):
         raise InputError(f"{path} is an address: run `beit download tokenizer DIR` and give that folder")
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if not path.exists():
         near = did_you_mean(path.name, os.listdir(path.parent)) if path.parent.is_dir() else ""
         raise InputError(f"no tokenizer at {path}{near}; `beit download tokenizer DIR` fetches the published one")

@@ -14,8 +14,13 @@ from torch import Tensor
 from beit.errors import InputError
 from beit.storage import check_recorded_hash, download, weights_fingerprint
 from beit.tokenizers.base import LogitTokenizer
-from dall_e import Decoder, Encoder, ModelFileError, load_model, map_pixels, unmap_pixels
-from dall_e.utils import ResidualBlock
+
+try:
+    from dall_e import Decoder, Encoder, ModelFileError, load_model, map_pixels, unmap_pixels
+    from dall_e.utils import ResidualBlock
+except ImportError as error:
+    problem = f"the package dall_e is not the one that belongs to beit, as after `pip install DALL-E` ({error})"
+    raise InputError(f"{problem}: `pip uninstall DALL-E`, and install beit anew") from error
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +95,7 @@ def _find_half(folder: Path, name: str) -> Path:
     for file in (folder / f"{name}.safetensors", folder / f"{name}.pkl"):
         if file.is_file():
             return file
-    hint = "; set the kind to customized" if (folder / "pytorch_model.bin").is_file() else ""
+    hint = "; give --discrete_vae_type customized" if (folder / "pytorch_model.bin").is_file() else ""
     found = ", ".join(sorted(os.listdir(folder))[:8]) or "nothing"
     raise InputError(f"{folder} has neither {name}.pkl nor {name}.safetensors (found: {found}){hint}")
 

@@ -19,7 +19,7 @@ Embedding = tuple[Tensor, tuple[str, str]]  # points, float64 (N, 2), and the la
 def embed(features: Tensor, method: str, seed: int = 0) -> Embedding:
     """Projects features ``(N, D)`` to 2D by one of :data:`METHODS`; raises as :func:`check_embedding` does."""
     check_embedding(len(features), method)
-    return METHODS[method](features.double().cpu(), seed)
+    return METHODS[method](features.cpu().double(), seed)
 
 
 def check_embedding(images: int, method: str) -> None:
@@ -31,7 +31,7 @@ def check_embedding(images: int, method: str) -> None:
             import sklearn.manifold  # noqa: F401
         except ImportError as error:
             raise InputError(
-                "t-SNE needs scikit-learn: pip install 'beit[demo]', or choose --method pca, which needs nothing"
+                "t-SNE needs scikit-learn: pip install scikit-learn, or choose --method pca, which needs nothing"
             ) from error
 
 

@@ -156,7 +156,7 @@ def test_held_out_crops_show_no_training_pixel(monkeypatch):
 
 def test_without_scikit_image_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(toy_images.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install 'beit\[demo\]'"):
+    with pytest.raises(InputError, match=r"pip install scikit-"):
         write_photograph_crops(tmp_path, 1)
 
 
@@ -195,5 +195,5 @@ def test_digits_follow_from_the_seed_and_have_the_size_asked_for(tmp_path, monke
 
 def test_without_scikit_learn_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(InputError, match=r"scikit-learn.*pip install 'beit\[demo\]'"):
+    with pytest.raises(InputError, match=r"scikit-learn.*pip install scikit-"):
         write_digits(tmp_path)

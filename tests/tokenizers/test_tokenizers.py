@@ -1,10 +1,13 @@
 """The two kinds of tokenizer behind one interface: stored ids, the mask's shortcut, frozenness, and every refusal."""
 
+import importlib
 import json
 import shutil
+import sys
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from types import ModuleType
 
 import pytest
 import torch
@@ -36,6 +39,15 @@ def dvae_folder(golden, tmp_path_factory):
 @pytest.fixture(params=["dall-e", "customized"])
 def tokenizer(request, golden, dvae_folder):
     return load_tokenizer(golden / "dalle_small" if request.param == "dall-e" else dvae_folder, request.param)
+
+
+def test_another_package_in_the_place_of_ours_is_said_in_one_line(monkeypatch):
+    # As after `pip install DALL-E`, OpenAI's package, whose files have the same names.
+    monkeypatch.setitem(sys.modules, "dall_e", ModuleType("dall_e"))
+    monkeypatch.delitem(sys.modules, "beit.tokenizers.dalle")
+    with pytest.raises(InputError, match=r"the package dall_e is not the one .*`pip uninstall DALL-E`") as caught:
+        importlib.import_module("beit.tokenizers.dalle")
+    assert "\n" not in str(caught.value)
 
 
 def test_dall_e_gives_the_stored_ids_and_reconstruction(golden):
@@ -245,7 +257,7 @@ def test_kinds_and_paths_that_cannot_work_are_named(golden, dvae_folder, tmp_pat
         load_tokenizer("https://cdn.openai.com/dall-e/encoder.pkl", "dall-e")
     with pytest.raises(InputError, match=r"neither encoder.pkl nor .*found: dall_e_tokenizer_weight\)"):
         load_tokenizer(tmp_path, "dall-e")
-    with pytest.raises(InputError, match="set the kind to customized"):
+    with pytest.raises(InputError, match="give --discrete_vae_type customized"):
         load_tokenizer(dvae_folder, "dall-e")
     with pytest.raises(InputError, match="set the kind to dall-e"):
         load_tokenizer(golden / "dalle_small", "customized")

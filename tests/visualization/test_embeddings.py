@@ -55,7 +55,7 @@ def test_tsne_keeps_groups_together():
 
 def test_what_tsne_needs_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
-    with pytest.raises(InputError, match=r"pip install 'beit\[demo\]', or choose --method pca"):
+    with pytest.raises(InputError, match=r"pip install scikit-learn, or choose --method pca"):
         embed(torch.randn(9, 3), "tsne")
     with pytest.raises(InputError, match="pip install"):
         check_embedding(9, "tsne")  # before features are computed
