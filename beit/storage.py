@@ -222,6 +222,13 @@ def load_checkpoint(path: str | os.PathLike[str], mmap: bool = False) -> Any:
         raise InputError(f"{path} is truncated or damaged ({first_line}): fetch or copy it again") from error
 
 
+def settings_in(checkpoint: Mapping[str, Any]) -> Mapping[str, object]:
+    """Returns the settings of the run that wrote a checkpoint, which official files have as a ``Namespace``."""
+    args = checkpoint.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    return args if isinstance(args, Mapping) else {}
+
+
 def differences(names: Sequence[str], given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
     """Shows the shapes in a file (``given``) and a model (``own``) of the first two of the ``names`` that differ."""
 

@@ -34,7 +34,7 @@ from beit.data.preprocessing import default_crop_pct, normalization
 from beit.errors import InputError, listed
 from beit.modeling import Backbone, VisionTransformer, VisionTransformerForMaskedImageModeling
 from beit.relative_position import num_table_rows
-from beit.storage import load_checkpoint
+from beit.storage import load_checkpoint, settings_in
 
 logger = logging.getLogger(__name__)
 
@@ -189,8 +189,7 @@ def _segmentor(weights: dict[str, Tensor], dialect: str, raw: _Raw) -> tuple[dic
 
 def _recorded(content: Mapping) -> Metadata:
     """Returns what a run's checkpoint records about its images and classes, at the top level or in its settings."""
-    args = content.get("args")
-    settings = dict(args if isinstance(args, Mapping) else getattr(args, "__dict__", {}))  # an argparse.Namespace
+    settings = dict(settings_in(content))
     found: Metadata = {"args": settings} if settings else {}
     if isinstance(flag := settings.get("imagenet_default_mean_and_std"), bool):
         found |= dict(zip(("mean", "std"), normalization(flag), strict=True))

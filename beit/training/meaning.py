@@ -3,13 +3,13 @@
 A job records these facts with every checkpoint (``Task.extras``), and :func:`compare` holds a resumed run to them.
 """
 
-import argparse
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from beit.errors import InputError
+from beit.storage import settings_in
 
 logger = logging.getLogger(__name__)
 
@@ -77,13 +77,6 @@ def compare(recorded: Mapping[str, Any], own: Mapping[str, Any], source: str) ->
     if unknown:
         logger.warning("%s does not record its %s: not compared with this run's", source, ", ".join(unknown))
     return frozenset(changed)
-
-
-def settings_in(checkpoint: Mapping[str, Any]) -> Mapping[str, object]:
-    """Returns the settings of the run that wrote a checkpoint, which official files have as a ``Namespace``."""
-    args = checkpoint.get("args")
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    return args if isinstance(args, Mapping) else {}
 
 
 def plain(value: object) -> object:

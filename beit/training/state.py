@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from beit.errors import InputError
-from beit.storage import Checkpoint
+from beit.storage import Checkpoint, settings_in
 from beit.training import distributed
 from beit.training.checkpoint import PIECES, RunFolder, folder_beside, load_exactly, position_of, to_cpu
 from beit.training.logging import Averages, ScalarWriter
-from beit.training.meaning import SCORES, compare, plain, settings_in
+from beit.training.meaning import SCORES, compare, plain
 from beit.training.optim import load_optimizer
 from beit.training.precision import Precision
 

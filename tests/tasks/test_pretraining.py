@@ -557,7 +557,7 @@ def test_a_head_that_predicts_other_tokens_is_not_started_from(setting, tmp_path
         with caplog.at_level(logging.INFO):
             initialize_from(other, str(tmp_path / "a.pth"), {"target": VISUAL_TOKENS, "tokenizer": tokenizer})
         assert torch.equal(other.lm_head.weight, model.lm_head.weight) == kept
-    assert "learned another tokenizer: the head is initialised from scratch" in caplog.text
+    assert "learned another tokenizer (a there, b here): the head is initialised from scratch" in caplog.text
     save_checkpoint(tmp_path / "official.pth", {"model": model.state_dict()})
     initialize_from(build_model(config, 16), str(tmp_path / "official.pth"), {"tokenizer": "a"})
     assert "official.pth does not record its tokenizer" in caplog.messages[-1]
