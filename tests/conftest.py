@@ -4,6 +4,11 @@ import socket
 from pathlib import Path
 
 import pytest
+
+# One thread a process, in the processes that tests start too: for tiny models, threads that wait for each other and for
+# the cores of other workers cost several times what they compute. Read when numpy and torch are imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 GOLDEN = Path(__file__).parent / "golden"
