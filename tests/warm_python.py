@@ -6,12 +6,14 @@ imports the library itself, and whatever else the command needs, as a fresh inte
 Commands come as JSON lines on standard input; answered are the process id and, once it has ended, its status.
 """
 
+import atexit
 import gc
 import json
 import os
 import runpy
 import sys
 import threading
+import types
 from pathlib import Path
 
 PRELOADED = (
@@ -50,8 +52,8 @@ def become(command: dict) -> None:
     first, *rest = command["arguments"]
     if first == "-c":
         sys.argv, sys.path[0] = ["-c", *rest[1:]], ""
-        sys.modules["__main__"].__dict__.clear()
-        exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(rest[0], "<string>", "exec"), sys.modules["__main__"].__dict__)
     elif first == "-m":
         sys.argv, sys.path[0] = ["-m", *rest[1:]], os.getcwd()
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
@@ -60,9 +62,28 @@ def become(command: dict) -> None:
         runpy.run_path(first, run_name="__main__")
 
 
+def end(status: int) -> None:
+    """Ends the process as the interpreter does, but for freeing its memory, which costs more than a tiny command."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
     for name in PRELOADED:
         __import__(name)
     assert threading.active_count() == 1  # a fork would lose the others
     gc.freeze()  # a fork that walked over all of this to collect garbage would copy it
-    become(serve())
+    command = serve()
+    try:
+        become(command)
+    except SystemExit as left:
+        if left.code is not None and not isinstance(left.code, int):
+            raise
+        end(left.code or 0)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        end(1)
+    end(0)
