@@ -395,6 +395,7 @@ def run_script(body):
     return run("-c", textwrap.dedent(script), check=False, timeout=60)
 
 
+@pytest.mark.slow
 def test_a_program_that_ends_in_the_middle_of_an_epoch_ends():
     # Workers that ignored every SIGTERM made it wait for them for ever.
     result = run_script("")

@@ -1,18 +1,22 @@
 """The worked examples do what the documentation says they do."""
 
 import json
+import runpy
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+import beit.launch
 from beit.errors import InputError
 from beit.launch import launch
+from beit.registry import MASK_STRATEGIES, TARGETS
 from beit.tasks.settings import PretrainingConfig
 from examples import rotation
 from examples.rotation import RotatedCrop, Rotation, RotationConfig
 from examples.toy_images import write_scenes
-from tests.shell import ROOT, run
+from tests.shell import ROOT
 
 SMALL = ["--model_kwargs", "patch_size=8", "depth=2", "embed_dim=32", "num_heads=2", "--input_size", "32"]
 SHORT = ["--device", "cpu", "--num_workers", "0", "--batch_size", "8", "--warmup_epochs", "0"]
@@ -72,10 +76,17 @@ def test_a_size_that_is_not_square_is_refused():
         Rotation(RotationConfig(input_size=(32, 64))).check()
 
 
-def test_a_target_and_masks_are_registered_from_outside(images, tmp_path):
+def test_a_target_and_masks_are_registered_from_outside(images, tmp_path, monkeypatch):
+    for table, name in ((MASK_STRATEGIES, "stripes"), (TARGETS, "hog")):
+        monkeypatch.setitem(table, name, "taken away again at the end")
+    monkeypatch.setattr(beit.launch, "launch", partial(launch, owns_process=False))
     paths = ["--data_path", images, "--output_dir", tmp_path, "--model", "beit_tiny_patch16_224_8k_vocab"]
     chosen = ["--mask_strategy", "stripes", "--target", "hog", "--num_mask_patches", "8", "--epochs", "1"]
-    run("examples/own_target_and_masks.py", *chosen, *paths, *SMALL, *SHORT)
+    script = str(ROOT / "examples" / "own_target_and_masks.py")
+    monkeypatch.setattr("sys.argv", [script, *chosen, *map(str, paths), *SMALL, *SHORT])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(script, run_name="__main__")
+    assert ended.value.code == 0
     checkpoint = torch.load(tmp_path / "checkpoint-0.pth", weights_only=True)
     assert checkpoint["target"] == "HOG of 9 directions"
     assert checkpoint["model"]["lm_head.weight"].shape == (27, 32)

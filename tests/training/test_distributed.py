@@ -1,5 +1,9 @@
 """Who a process is, from the environments of the launchers."""
 
+import multiprocessing
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -8,10 +12,10 @@ import torch
 from beit.errors import InputError
 from beit.relative_position import resize_table
 from beit.tokenizers.dvae import codebook_statistics
-from beit.training.distributed import is_loss_of_another, on_main, select_device
+from beit.training.distributed import is_loss_of_another, on_main, select_device, threads_left
 from beit.training.placement import Placement, find_placement, first_slurm_host, may_follow_another
 from beit.visualization.attention import mean_distances, patch_distances
-from tests.shell import run
+from tests.shell import ROOT, run
 
 
 def test_one_plain_process():
@@ -166,28 +170,31 @@ def test_no_thread_of_gloo_outlives_the_process_group():
     assert run("-c", TRAIN_AND_LEAVE).stdout.strip() == "left:"
 
 
-WATCH_A_THREAD = """
-import threading
-from pathlib import Path
-from beit.training import distributed
-before = distributed.threads_left()
-named, done = threading.Event(), threading.Event()
-def wait():
-    Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text("pt_gloo_loop")
-    named.set()
-    done.wait()
-threading.Thread(target=wait).start()
-named.wait()
-print(before, distributed.threads_left())
-done.set()
-"""
+def watch_a_thread(queue):
+    before = threads_left()
+    named, done = threading.Event(), threading.Event()
+
+    def wait():
+        Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text("pt_gloo_loop")
+        named.set()
+        done.wait()
+
+    threading.Thread(target=wait).start()
+    named.wait()
+    queue.put((before, threads_left()))
+    done.set()
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads have names under /proc on Linux only")
 def test_threads_of_gloo_that_are_left_are_seen():
     # Breaks when a run on CPUs whose process group is kept by something ends with an abort in place of its status.
-    # In a process of its own, as other tests leave such threads in this one.
-    assert run("-c", WATCH_A_THREAD).stdout.strip() == "False True"
+    # In a process of its own, as other tests leave such threads in this one; a fork has none of them.
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    process = context.Process(target=watch_a_thread, args=(queue,))
+    process.start()
+    process.join()
+    assert queue.get() == (False, True)
 
 
 @pytest.mark.parametrize(("argv", "owner"), [("None", True), ("['--nonsense']", False)])
@@ -201,7 +208,7 @@ def test_only_a_process_started_for_the_job_is_ended_at_once_where_threads_are_l
         atexit.register(print, "the interpreter ended")
         sys.exit(launch.launch(settings.PretrainingConfig, "", "", {argv}, "prog"))
     """
-    done = run("-c", code, "--nonsense", check=False)
+    done = subprocess.run([sys.executable, "-c", code, "--nonsense"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "--nonsense" in done.stderr
     assert ("the interpreter ended" in done.stdout) is not owner
