@@ -363,7 +363,8 @@ def compare(args: argparse.Namespace, sizes: Sizes, precision: str, device: torc
     ratios = {name: found["usual"]["whole"] / found[name]["whole"] for name in steps if name != "usual"}
     for name, ratio in ratios.items():
         headline(f"{name} against the usual composition, {precision}", ratio, GOALS[precision])
-    memory = {name: memory_of(args, name, precision) for name in steps if args.memory and name != COMPILED}
+    weighed = ({"ours"} if args.quick else steps.keys() - {COMPILED}) if args.memory else ()
+    memory = {name: memory_of(args, name, precision) for name in steps if name in weighed}
     rows = []
     for name, seconds in found.items():
         rate = flops[name] / seconds["whole"]
