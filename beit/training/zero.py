@@ -20,8 +20,6 @@ from beit.training.checkpoint import BEST, folder_beside, load_exactly, numbered
 from beit.training.sharded import ShardedTrainer
 from beit.training.state import Batch
 
-logger = logging.getLogger(__name__)
-
 CONFIG_FILE = "deepspeed_config.json"
 NO_CLIPPING = 1e9  # a limit that no norm reaches: without any, DeepSpeed does not measure the norm
 # What DeepSpeed's own files may build when they are opened; anything else in them is refused before it runs.
@@ -152,5 +150,7 @@ def _import_deepspeed(device_type: str) -> Any:
             "--enable_deepspeed needs DeepSpeed: pip install deepspeed, or leave the flag out; "
             "--update_freq and --grad_checkpointing save memory without it"
         ) from error
+    if device_type == "cpu":  # else a first run compiles C++ for a minute, or fails for want of a compiler: gloo does
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed

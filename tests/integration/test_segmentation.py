@@ -83,20 +83,21 @@ def few_scenes(tmp_path_factory) -> Path:
 def trained(tmp_path_factory, scenes) -> Path:
     """A run of the tiny config, shortened with the options of the official README."""
     folder = tmp_path_factory.mktemp("trained")
-    shorter = ("runner.max_iters=200", "evaluation.interval=100", "checkpoint_config.interval=200")
+    shorter = ("runner.max_iters=120", "evaluation.interval=60", "checkpoint_config.interval=120")
+    shorter += ("lr_config.warmup_iters=10", "data.samples_per_gpu=8")
     run(TRAIN, TINY, "--work-dir", folder, *CPU, "--options", f"data_root={scenes}", *shorter)
     return folder
 
 
 def test_it_learns_to_segment(trained):
     first, last = log_of(trained)
-    assert [first["step"], last["step"]] == [100, 200]
+    assert [first["step"], last["step"]] == [60, 120]
     assert last["test_mIoU"] >= 0.6
     assert last["train_loss"] < first["train_loss"]
     names = {"loss", "decode_loss", "aux_loss", "pixel_acc", "lr", "grad_norm"}
     assert {f"train_{name}" for name in names} | {"test_mAcc", "test_aAcc", "n_parameters"} <= last.keys()
     files = {path.name for path in trained.iterdir()}
-    assert {"checkpoint-200.pth", "checkpoint-best.pth", "config.yaml", "log.txt"} <= files
+    assert {"checkpoint-120.pth", "checkpoint-best.pth", "config.yaml", "log.txt"} <= files
     best = torch.load(trained / "checkpoint-best.pth", weights_only=True)
     assert best["labels"] == list(SHAPES)
     assert len(best["palette"]) == len(SHAPES)
