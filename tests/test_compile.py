@@ -40,7 +40,7 @@ def objective():
 def model(**options):
     torch.manual_seed(0)
     made = VisionTransformerForMaskedImageModeling(
-        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, vocab_size=16, init_values=0.1,
+        img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, vocab_size=16, init_values=0.1,
         use_shared_rel_pos_bias=True, use_abs_pos_emb=False, **options,
     )  # fmt: skip
     torch.nn.init.normal_(made.rel_pos_bias.relative_position_bias_table)

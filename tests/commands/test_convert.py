@@ -179,10 +179,12 @@ def test_a_segmentor_that_lacks_a_part_is_not_written(part, message, tmp_path):
 
 
 # Seconds each: what is exported does not depend on the format, so each of both is met once.
-@pytest.mark.parametrize(("to", "features"), [("torch_export", True), ("onnx", False)])
+@pytest.mark.parametrize(
+    ("to", "features"), [("torch_export", True), pytest.param("onnx", False, marks=pytest.mark.slow)]
+)
 def test_graphs_compute_what_the_model_computes(to, features, tmp_path):
     # For other batch sizes too: an example's size baked in shows only then.
-    model = classifier()
+    model = classifier(depth=1)
     file = tmp_path / ("model.pt2" if to == "torch_export" else "model.onnx")
     flags = ["--features"] if features else []
     assert main(["convert", str(official(tmp_path, model)), str(file), "--to", to, *flags]) == 0

@@ -17,6 +17,7 @@ from beit.commands.settings import ReportConfig
 from beit.config import dump_yaml
 from beit.errors import InputError
 from beit.tasks.settings import DvaeConfig, FinetuningConfig, LinearProbeConfig, PretrainingConfig
+from beit.visualization.plots import draw_curves
 
 ENVIRONMENT = {"torch": "2.9.9+test", "device": "GPU of the test", "processes": 8}
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror='alert(2)'>\"'&"
@@ -45,6 +46,22 @@ class Reader(HTMLParser):
 
     def handle_data(self, data):
         self.texts.append(data)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drawn_once():
+    """Draws the same curves, which most pages here show, only once."""
+    drawn = {}
+
+    def draw(path, curves):
+        if repr(curves) not in drawn:
+            draw_curves(path, curves)
+            drawn[repr(curves)] = path.read_bytes()
+        path.write_bytes(drawn[repr(curves)])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("beit.commands.report.draw_curves", draw)
+        yield
 
 
 def pretraining_entry(epoch):
