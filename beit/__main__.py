@@ -23,6 +23,7 @@ COMMANDS = {
     "knn": _command("KnnConfig", "knn:main", "score frozen features by their nearest neighbours"),
     "predict": _command("PredictConfig", "predict:main", "classify images"),
     "models": _command("ModelsConfig", "models:main", "list models and released checkpoints"),
+    "inspect": _command("InspectConfig", "models:inspect", "show what a checkpoint holds, records and leaves open"),
     "recipes list": _command("ListConfig", "recipes:print_list", "list the recipes of published runs"),
     "recipes show": _command("ShowConfig", "recipes:show", "show a recipe: settings, quoted results, command"),
     "report": _command("ReportConfig", "report:main", "write an HTML page about runs"),

@@ -8,8 +8,12 @@ from difflib import get_close_matches
 class InputError(ValueError):
     """A mistake in the user's input, in one line: what is wrong, where, and what to do.
 
-    Launchers print it without a traceback and exit with status 2; library users can catch a ``ValueError``.
+    Launchers print it without a traceback and exit with status 2; library users can catch a ``ValueError``. Control
+    characters, which names in files may have, are escaped.
     """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__("".join(char if char.isprintable() else ascii(char)[1:-1] for char in message))
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

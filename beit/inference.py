@@ -156,9 +156,8 @@ class Preprocessing:
 def preprocessing_of(model: Backbone, metadata: Metadata) -> Preprocessing:
     """Returns how images become a model's input, at the model's size: as its checkpoint records, or as published."""
     known = preparation_of(metadata, model.img_size)
-    transform = ClassificationEvalTransform(
-        model.img_size, interpolation=known["interpolation"], crop_pct=known["crop_pct"]
-    )
+    resize = {key: known[key] for key in ("interpolation", "crop_pct", "crop_mode")}
+    transform = ClassificationEvalTransform(model.img_size, **resize)
     return Preprocessing(transform, tuple(known["mean"]), tuple(known["std"]))
 
 

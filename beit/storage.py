@@ -3,9 +3,11 @@
 import argparse
 import contextlib
 import errno
+import functools
 import glob
 import hashlib
 import io
+import json
 import logging
 import os
 import pickle
@@ -16,19 +18,21 @@ import socket
 import sys
 import time
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import IO, Any
 from urllib.error import HTTPError
+from urllib.parse import quote
 from urllib.request import Request, urlopen
 
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from beit.errors import InputError, did_you_mean
+from beit.errors import InputError, did_you_mean, listed
 
 try:
     import fcntl
@@ -193,33 +197,160 @@ def save_checkpoint(path: str | os.PathLike[str], obj: object) -> None:
 
 
 def load_checkpoint(path: str | os.PathLike[str], mmap: bool = False) -> Any:
-    """Reads a checkpoint to the CPU without running any code in it: what was saved, or a dict for ``.safetensors``.
+    """Reads a checkpoint to the CPU without running any code in it: what was saved, or a dict for safetensors.
 
-    Only tensors, plain Python values and ``argparse.Namespace`` (the ``args`` of official checkpoints) are read.
+    Tensors, plain Python values and ``argparse.Namespace`` (the ``args`` of official checkpoints) are read. Objects of
+    other classes are left out with a warning; their dicts and lists become plain ones.
 
     Args:
-        path: The file.
-        mmap: Map tensors from disk instead of reading them; ignored for files older than the zip format.
+        path: The file, of any suffix.
+        mmap: Map tensors from disk instead of reading and checking them; ignored for files older than the zip format.
 
     Raises:
         InputError: There is no such file, or it is not a checkpoint; the message says what it is.
     """
     path = Path(path)
-    require_file(path)
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
+    with _in_one_line(path):
+        form = check_form(path, whole=not mmap)
+        return load_file(path) if form == "safetensors" else _unpickled(path, mmap and form == "zip")
+
+
+def check_form(path: Path, whole: bool = True) -> str:
+    """Returns what a file of weights is by its first bytes: ``zip``, ``pickle`` (from before it) or ``safetensors``.
+
+    With ``whole`` the checksums in a zip file are compared, as torch never does. Raises :class:`InputError` for others.
+    """
+    with _in_one_line(path):
+        require_file(path)
         if problem := describe_problem(path):
             raise InputError(f"{path} is no checkpoint: {problem}")
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+        with open(path, "rb") as file:
+            head = file.read(16)
+        if head[8:9] == b"{" or (path.suffix == ".safetensors" and not head.startswith((b"PK", b"\x80"))):
+            with safe_open(path, framework="pt"):  # compares its header with its size
+                return "safetensors"
+        if path.suffix == ".safetensors":
+            raise InputError(f"{path} is a file of torch.save: rename it to {path.stem}.pth")
+        if head.startswith(b"PK\x03\x04"):
+            _check_archive(path, whole)
+        if head.startswith((b"PK\x03\x04", b"\x80")):
+            return "zip" if head.startswith(b"PK") else "pickle"
+        raise InputError(f"{path} is no file that torch.save or safetensors wrote: it begins with {head[:8]!r}")
+
+
+def _check_archive(path: Path, whole: bool) -> None:
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        names = [entry.filename.rpartition("/")[2] for entry in entries]
+        if "data.pkl" not in names or "constants.pkl" in names:
+            raise InputError(f"{path} is a zip archive of another kind (TorchScript, files to unpack): {listed(names)}")
+        if any(entry.compress_type for entry in entries) or sum(e.file_size for e in entries) > path.stat().st_size:
+            raise InputError(f"{path} was not opened: it is compressed, unlike torch's, and could fill the memory")
+        # With `torch.serialization.set_crc32_options` all sums are 0.
+        if whole and any(entry.CRC for entry in entries) and (name := archive.testzip()):
+            raise zipfile.BadZipFile(f"the checksum of {name} differs")
+
+
+@contextlib.contextmanager
+def _in_one_line(path: Path) -> Iterator[None]:
+    """Turns whatever reading a file raises inside the block into an :class:`InputError`."""
+    try:
+        yield
+    except InputError:
+        raise
     except pickle.UnpicklingError as error:
         raise InputError(f"{path} was not opened: {_forbidden_content(str(error))}") from error
-    except (SafetensorError, RuntimeError, EOFError, zipfile.BadZipFile, KeyError, UnicodeDecodeError) as error:
-        if isinstance(error, RuntimeError) and re.search("CUDA|memory", str(error)):
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # a damaged pickle can raise anything
+        message = next(iter(str(error).splitlines()), type(error).__name__)
+        asked = re.search(r"allocate (\d+) bytes", message)
+        if isinstance(error, MemoryError) or (asked and int(asked[1]) <= path.stat().st_size):
             raise  # not the file's fault
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} is truncated or damaged ({first_line}): fetch or copy it again") from error
+        raise InputError(
+            f"{path} is truncated or damaged ({message}): fetch or copy it again, or choose an older one of its run"
+        ) from error
+
+
+# torch's complaint of a class that it does not know, and the members of what stands for it: an inert record, or an
+# empty dict or list where the file goes on to fill it.
+_STAND_INS: tuple[tuple[str, dict[str, object]], ...] = (
+    (r"GLOBAL (\S+) was not an allowed global", dict.fromkeys(("__init__", "__setstate__"), lambda *_: None)),
+    (r"Can only SETITEMS? for dict.*<class '(\S+)'>", {"__new__": lambda *_: OrderedDict()}),
+    (r"Can only append to lists.*<class '(\S+)'>", {"__new__": lambda *_: []}),
+)
+MOST_FOREIGN_CLASSES = 100  # each one costs a reading
+
+
+def _unpickled(path: Path, mmap: bool) -> Any:
+    """Reads a file with torch's weights-only reader, which is given stand-ins for the classes it does not know."""
+    _warn_of_old_torch(torch.__version__)
+    kinds: dict[str, int] = {}
+    while True:
+        stand_ins = {_stand_in(name, _STAND_INS[kind][1]): name for name, kind in kinds.items()}
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]):
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            inert = {stand_in: name for stand_in, name in stand_ins.items() if kinds[name] == 0}
+            return _without_foreign(content, path, inert) if inert else content
+        except pickle.UnpicklingError as error:
+            found = ((kind, re.search(pattern, str(error))) for kind, (pattern, _) in enumerate(_STAND_INS))
+            kind, match = next((pair for pair in found if pair[1]), (0, None))
+            name = match[1] if match and "." in match[1] else f"builtins.{match and match[1]}"  # which torch leaves out
+            if match is None or kinds.get(name) != (0 if kind else None) or len(kinds) == MOST_FOREIGN_CLASSES:
+                raise
+            kinds[name] = kind
+
+
+def _stand_in(full_name: str, members: dict[str, object]) -> type:
+    module, _, name = full_name.rpartition(".")  # by which torch finds it
+    return type(name, (), {"__module__": module, **members})
+
+
+def _without_foreign(content: object, path: Path, stand_ins: Mapping[type, str]) -> object:
+    """Removes what stands for objects of other classes from dicts and lists."""
+
+    def foreign(value: object) -> bool:
+        return type(value) in stand_ins or (isinstance(value, type) and value in stand_ins)
+
+    if foreign(content):
+        raise InputError(f"{path} was not opened: {_forbidden_content(f'GLOBAL {listed(stand_ins.values(), 1)}')}")
+    dropped: list[object] = []
+    seen: set[int] = set()
+    left = [content]
+    while left:  # not by recursion: a file may be nested as deep as it likes, or contain itself
+        value = left.pop()
+        value = vars(value) if isinstance(value, argparse.Namespace) else value
+        if id(value) in seen or not isinstance(value, (dict, list, tuple)):
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            dropped += (odd := [key for key, entry in value.items() if foreign(key) or foreign(entry)])
+            for key in odd:
+                del value[key]
+        elif isinstance(value, list):
+            value[:] = [entry for entry in value if not foreign(entry)]
+        left += value.values() if isinstance(value, dict) else value
+    classes = listed(sorted(stand_ins.values()))
+    logger.warning("%s: left out, as objects of other programs (%s): %s", path, classes, listed(dropped) or "in lists")
+    return content
+
+
+@functools.cache
+def _warn_of_old_torch(version: str) -> None:
+    if version < "2.10":  # compared as versions
+        logger.warning("torch %s, before 2.10, lets a harmful file corrupt memory (CVE-2026-24747)", version)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON file of names and values; raises :class:`InputError` if it is something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise InputError(f"{path} is not a JSON object: {error}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is not a JSON object, but holds a {type(found).__name__}")
+    return found
 
 
 def settings_in(checkpoint: Mapping[str, Any]) -> Mapping[str, object]:
@@ -255,7 +386,7 @@ def _forbidden_content(message: str) -> str:
             f"it asks to import and call {match[1]}, and code inside checkpoints is never run; "
             "save the weights alone (a state dict of tensors) where the file comes from"
         )
-    match = re.search(r"WeightsUnpickler error: ([^\n]*)", message)
+    match = re.search(r"WeightsUnpickler error:\s*([^\n]+)", message)
     return f"it is no file that torch.save wrote, or it is damaged{f' ({match[1]})' if match else ''}"
 
 
@@ -265,7 +396,8 @@ def describe_problem(path: str | os.PathLike[str]) -> str | None:
     with open(path, "rb") as file:
         head = file.read(1024)
     if head.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(path):
-        return f"it is a truncated download or copy ({path.stat().st_size} bytes, its end is missing); fetch it again"
+        size = path.stat().st_size
+        return f"it is a truncated download or copy, of {size} bytes; fetch it again, or choose an older one of its run"
     if not head:
         return "it is empty; fetch it again"
     text = head.decode("utf-8", errors="replace").lstrip("\ufeff \t\r\n").lower()
@@ -288,7 +420,7 @@ def offline() -> bool:
 
 
 def download(
-    url: str | Sequence[str], destination: str | os.PathLike[str], *, verify: Callable[[Path], None] | None = None
+    url: str | Sequence[str], destination: str | os.PathLike[str], *, verify: Callable[[Path], object] | None = None
 ) -> Path:
     """Makes sure that ``destination`` holds the file at ``url``, downloading it at most once, and returns it as a path.
 
@@ -321,7 +453,7 @@ def download(
 def check_recorded_hash(path: Path) -> None:
     """Raises :class:`InputError` if a file differs from the hash recorded beside it; records it if there is none."""
     record = path.with_name(path.name + ".sha256")
-    recorded = record.read_text().split()[:1] if record.exists() else []
+    recorded = record.read_text(errors="replace").split()[:1] if record.exists() else []
     found = sha256_of(path)
     if not recorded:
         if problem := describe_problem(path):
@@ -329,7 +461,7 @@ def check_recorded_hash(path: Path) -> None:
         _record_hash(path, found)
     elif found != recorded[0].lower():
         raise InputError(
-            f"{path} has changed: its sha256 is {found[:12]}…, the one in {record.name} is {recorded[0][:12]}…; "
+            f"{path} has changed: its sha256 is {found[:12]}…, the one in {record.name} is {recorded[0][:12]!a}…; "
             f"delete {path.name} and {record.name} to download it again"
         )
 
@@ -369,7 +501,7 @@ def _one_process(destination: Path) -> Iterator[None]:
         lock.release()
 
 
-def _download_from_any(urls: list[str], destination: Path, verify: Callable[[Path], None] | None) -> None:
+def _download_from_any(urls: list[str], destination: Path, verify: Callable[[Path], object] | None) -> None:
     """Downloads from the first address whose file passes all checks."""
     failures = []
     part = destination.with_name(destination.name + ".part")
@@ -398,6 +530,7 @@ def _fetch(url: str, part: Path) -> None:
     """Downloads to ``part``, trying again after network trouble and server errors."""
     if not url.startswith(("http://", "https://")):
         raise InputError(f"{url!r} is no http or https address")
+    url = quote(url, safe="%/:?#[]@!$&'()*+,;=~")  # blanks and letters beyond ASCII
     for attempt in range(ATTEMPTS):
         try:
             return _transfer(url, part)
@@ -406,7 +539,7 @@ def _fetch(url: str, part: Path) -> None:
             failure = f"{url} answers {error.code} {error.reason}"
             if error.code < 500 and error.code not in (408, 429):
                 break
-        except (HTTPException, OSError) as error:
+        except (HTTPException, OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno in (*DISK_FULL, errno.EACCES, errno.EROFS):
                 raise _write_error(part, error) from error
             failure = f"{url} cannot be fetched ({error})"

@@ -1,16 +1,24 @@
 """Files survive kills, full disks and broken connections; nothing that is not data gets in."""
 
 import argparse
+import collections
+import datetime
+import decimal
+import enum
 import errno
 import hashlib
 import multiprocessing
 import os
+import pathlib
 import signal
 import sys
 import threading
 import time
+import types
+import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -170,6 +178,158 @@ def test_code_in_a_checkpoint_is_named_and_not_run(tmp_path, new_format):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("new_format", [True, False])
+def test_functions_in_a_checkpoint_are_never_called(tmp_path, new_format):
+    class Evil:
+        def __reduce__(self):
+            return eval, (f"open({str(tmp_path / 'ran')!r}, 'w')",)
+
+    torch.save({"w": torch.ones(1), "x": Evil()}, tmp_path / "a.pth", _use_new_zipfile_serialization=new_format)
+    assert load_checkpoint(tmp_path / "a.pth") == {"w": torch.ones(1)}
+    assert not (tmp_path / "ran").exists()
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+class History:
+    """As mmengine's, which every checkpoint of its runs holds: arrays, and functions by name."""
+
+    def __init__(self):
+        self.values, self.largest, self.kinds = np.arange(3.0), max, {Colour.RED: [np.float64(1)]}
+
+
+class Settings(dict):
+    """As configurations of many libraries: a dict whose keys are attributes too."""
+
+    def __init__(self, **entries):
+        super().__init__(entries)
+        self.__dict__.update(entries)
+
+
+class Steps(list):
+    pass
+
+
+OBJECTS = {
+    "numpy scalar": np.int64(3),
+    "array": np.arange(3),
+    "path": pathlib.PurePosixPath("/a/b"),
+    "date": datetime.datetime(2024, 1, 2),
+    "namespace": types.SimpleNamespace(a=[1]),
+    "enum": Colour.RED,
+    "decimal": decimal.Decimal(1),
+    "range": range(3),
+    "history": History(),
+    "class": History,
+    "function": os.path.join,
+}
+PLAIN = {
+    "defaultdict": (collections.defaultdict(list, a=1), {"a": 1}),
+    "dict of a class": (Settings(lr=1), {"lr": 1}),
+    "deque": (collections.deque([1, 2]), [1, 2]),
+    "list of a class": (Steps([3]), [3]),
+}
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_objects_beside_the_weights_are_left_out_by_name(tmp_path, caplog, kind, new_format):
+    args = argparse.Namespace(lr=1.0, odd=OBJECTS[kind])
+    nested = ([OBJECTS[kind], 5], {"deep": OBJECTS[kind], "kept": 6})
+    saved = {"model": {"w": torch.ones(2)}, kind: OBJECTS[kind], "args": args, "nested": nested, "epoch": 7}
+    torch.save(saved, tmp_path / "a.pth", _use_new_zipfile_serialization=new_format)
+    for mmap in (True, False):
+        caplog.clear()
+        read = load_checkpoint(tmp_path / "a.pth", mmap=mmap)
+        assert torch.equal(read["model"]["w"], torch.ones(2))
+        assert read["args"] == argparse.Namespace(lr=1.0)
+        assert (read["nested"], read["epoch"], kind in read) == (([5], {"kept": 6}), 7, False)
+        (record,) = caplog.records
+        assert record.levelname == "WARNING"
+        assert kind in record.getMessage()
+    torch.save(OBJECTS["history"], tmp_path / "alone.pth")
+    with pytest.raises(InputError, match=r"not opened: it asks to import and call .*History"):
+        load_checkpoint(tmp_path / "alone.pth")
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_dicts_and_lists_of_other_classes_become_plain_ones(tmp_path, kind):
+    given, plain = PLAIN[kind]
+    save_checkpoint(tmp_path / "a.pth", {"x": given, "y": [given]})
+    read = load_checkpoint(tmp_path / "a.pth")
+    assert read == {"x": plain, "y": [plain]}
+
+
+def test_a_file_of_a_hundred_classes_is_not_read_a_hundred_times(tmp_path):
+    pickle = b"\x80\x02]" + b"".join(b"ca\nb%d\na" % number for number in range(101)) + b"."
+    with zipfile.ZipFile(tmp_path / "b.pth", "w") as archive:
+        archive.writestr("b/data.pkl", pickle)
+        archive.writestr("b/version", "3")
+    with pytest.raises(InputError, match=r"asks to import and call a\.b100"):
+        load_checkpoint(tmp_path / "b.pth")
+
+
+def test_a_flipped_bit_is_found_where_the_file_is_read_whole(tmp_path):
+    # torch compares no checksums: it would hand out other weights.
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"w": torch.ones(1000), "v": torch.ones(1000)}, path)
+    data = bytearray(path.read_bytes())
+    data[data.index(torch.ones(1000).numpy().tobytes()) + 1234] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"checksum of .*data/\d differs.*choose an older one"):
+        load_checkpoint(path)
+    assert load_checkpoint(path, mmap=True)["w"].shape == (1000,)
+    torch.serialization.set_crc32_options(False)
+    torch.save({"w": torch.ones(1000)}, path)
+    torch.serialization.set_crc32_options(True)
+    assert torch.equal(load_checkpoint(path)["w"], torch.ones(1000))
+
+
+def rezipped(path, compression, factor=1):
+    """Zips the entries of a checkpoint again; its directory lists the largest ``factor`` times, at one place."""
+    with zipfile.ZipFile(path) as archive:
+        entries = [(name, archive.read(name)) for name in archive.namelist()]
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in entries:
+            archive.writestr(name, content)
+        archive.filelist += [max(archive.filelist, key=lambda entry: entry.file_size)] * (factor - 1)
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+@pytest.mark.parametrize(
+    ("compression", "factor"), [(zipfile.ZIP_DEFLATED, 1), (zipfile.ZIP_BZIP2, 1), (zipfile.ZIP_STORED, 9)]
+)
+def test_archives_that_would_fill_the_memory_are_refused(tmp_path, compression, factor, mmap):
+    torch.save({"w": torch.zeros(100_000)}, tmp_path / "a.pth")
+    rezipped(tmp_path / "a.pth", compression, factor)
+    with pytest.raises(InputError, match="compressed"):
+        load_checkpoint(tmp_path / "a.pth", mmap=mmap)
+
+
+def test_archives_of_others_are_called_so(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
+        archive.writestr("run/checkpoint.pth", b"")
+    with pytest.raises(InputError, match=r"another kind .*checkpoint\.pth"):
+        load_checkpoint(tmp_path / "a.pth")
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), tmp_path / "b.pt")
+    with pytest.raises(InputError, match="TorchScript"):
+        load_checkpoint(tmp_path / "b.pt")
+
+
+def test_safetensors_are_told_by_their_content(tmp_path):
+    save_file({"w": torch.ones(2)}, tmp_path / "a.bin")
+    for blanks in range(300):  # the first byte is the header's length, which may be that of a pickle
+        save_file({"w": torch.ones(2)}, tmp_path / "d.bin", {"blanks": " " * blanks})
+        assert torch.equal(load_checkpoint(tmp_path / "d.bin")["w"], torch.ones(2))
+    for new_format in (True, False):  # torch goes by this suffix itself
+        torch.save({"w": torch.ones(2)}, tmp_path / "b.safetensors", _use_new_zipfile_serialization=new_format)
+        with pytest.raises(InputError, match=r"a file of torch\.save: rename it to b\.pth"):
+            load_checkpoint(tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize(
     ("content", "what"),
     [
@@ -180,16 +340,51 @@ def test_code_in_a_checkpoint_is_named_and_not_run(tmp_path, new_format):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
         (b"404: Not Found", "text that begins '404: Not Found'"),
         (b"PK\x03\x04" + bytes(100), "truncated"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(100), "no file that torch.save wrote"),
-        (b"\x80\x02", "truncated or damaged"),
+        (b"\x80\x02", "truncated or damaged|rename it"),
+        (b"\x80\x04K\x00.", "truncated or damaged .*magic number|rename it"),  # a pickle of another program
     ],
 )
-def test_what_is_no_checkpoint_says_what_it_is(tmp_path, content, what):
-    path = tmp_path / "checkpoint.pth"
+def test_what_is_no_checkpoint_says_what_it_is(tmp_path, content, what, suffix):
+    path = tmp_path / f"checkpoint{suffix}"
     path.write_bytes(content)
     with pytest.raises(InputError, match=what) as caught:
         load_checkpoint(path)
     assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n", b"\x1f\x8b\x08\x00", b"\x08\x07\x12\x07pytorch"])
+def test_pictures_and_archives_are_no_checkpoints(tmp_path, content):
+    (tmp_path / "a.pth").write_bytes(content + bytes(100))
+    with pytest.raises(InputError, match=r"no file that torch\.save or safetensors wrote: it begins with b'"):
+        load_checkpoint(tmp_path / "a.pth")
+
+
+def test_a_file_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "loop.pth").symlink_to(tmp_path / "loop.pth")
+    (tmp_path / "a.pth").touch()
+    monkeypatch.setattr(storage, "describe_problem", lambda path: open(tmp_path / "loop.pth"))  # noqa: SIM115
+    with pytest.raises(InputError, match=r"a\.pth cannot be read: Too many levels"):
+        load_checkpoint(tmp_path / "a.pth")
+
+
+def test_old_torch_is_warned_of_once(tmp_path, monkeypatch, caplog):
+    torch.save({"w": torch.ones(1)}, tmp_path / "a.pth")
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.9.1+cpu"))
+    for _ in range(2):
+        load_checkpoint(tmp_path / "a.pth")
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "torch 2.9.1+cpu, before 2.10, lets" in caplog.text
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.10.0"))
+    load_checkpoint(tmp_path / "a.pth")
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b"{", b"\xff", b"[" * 100_000, b'"a"'])
+def test_odd_json_is_one_line(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"config\.json is not a JSON object") as caught:
+        storage.read_json(tmp_path / "config.json")
     assert "\n" not in str(caught.value)
 
 
@@ -305,6 +500,13 @@ def test_a_broken_transfer_is_repeated_and_never_taken_for_the_file(server, tmp_
     assert sorted(os.listdir(tmp_path)) == ["file.bin", "file.bin.sha256"]
 
 
+@pytest.mark.parametrize("name", ["with a blank", "é", "%C3%A9", "a+b"])
+def test_addresses_of_any_letters_are_fetched(server, tmp_path, name):
+    assert download(f"{server.url}/{name}", tmp_path / "file").read_bytes() == CONTENT
+    with pytest.raises(InputError, match="cannot be fetched"):
+        download("http://[::1/x", tmp_path / "other")
+
+
 def test_a_server_that_refuses_head_requests_will_do(server, tmp_path):
     server.head = False
     assert download(server.url, tmp_path / "file.bin").read_bytes() == CONTENT
@@ -371,6 +573,12 @@ def test_a_changed_file_is_refused_with_what_to_do(server, tmp_path):
     with pytest.raises(InputError, match="HTML page"):
         download(server.url, path)
     path.write_bytes(CONTENT)
+    download(server.url, path)
+    (tmp_path / "file.bin.sha256").write_bytes(b"\xff\x00\x1b[2J")
+    with pytest.raises(InputError, match=r"has changed.*delete file\.bin and file\.bin\.sha256") as caught:
+        download(server.url, path)
+    assert str(caught.value).isprintable()
+    (tmp_path / "file.bin.sha256").unlink()
     download(server.url, path)
     assert (tmp_path / "file.bin.sha256").exists()
     assert server.requests == 1

@@ -1,5 +1,6 @@
 """Writing a checkpoint in another dialect. Tensors are renamed, never computed with: they stay the same bit by bit."""
 
+import contextlib
 import json
 import logging
 from collections.abc import Mapping
@@ -19,33 +20,37 @@ from beit.checkpoints.read import (
     Metadata,
     architecture_of,
     class_names,
+    guess_the_rest,
     preparation_of,
     read_weights,
 )
-from beit.checkpoints.released import CHECKPOINT_SUFFIXES
+from beit.checkpoints.released import CHECKPOINT_SUFFIXES, FOLDER_WEIGHTS
+from beit.checkpoints.released import resolve as resolve_source
 from beit.data.preprocessing import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from beit.errors import InputError, listed
 from beit.registry import resolve
 from beit.relative_position import relative_position_index
-from beit.storage import atomic_write, save_checkpoint
+from beit.storage import atomic_write, load_checkpoint, save_checkpoint
 
 logger = logging.getLogger(__name__)
 
 
-def convert(source: str | Path, destination: Path, to: str) -> None:
+def convert(source: str | Path, destination: Path, to: str, prefix: str = "") -> None:
     """Writes a checkpoint in another dialect.
 
     Args:
         source: Anything :func:`beit.checkpoints.released.resolve` accepts.
         destination: A file or folder, whichever the dialect is.
         to: One of :func:`beit.checkpoints.formats.dialects`.
+        prefix: Take only weights whose names begin with this prefix.
 
     Raises:
         InputError: The checkpoint cannot be read or is incomplete, or the dialect has no such model.
     """
     dialect: Dialect = resolve(dialects(), to, "format")
     _check_destination(destination, to, dialect)
-    weights, metadata = read_weights(source)
+    _check_replaced(resolve_source(source), destination)
+    weights, metadata = read_weights(source, prefix=prefix)
     if is_segmentor(weights):
         check_segmentors(to, dialect.segmentors, metadata)
     if (target := metadata.get("target", VISUAL_TOKENS)) != VISUAL_TOKENS and to != "unilm":
@@ -79,6 +84,18 @@ def _check_destination(destination: Path, to: str, dialect: Dialect) -> None:
         raise InputError(f"{destination} is a file, and --to {to} writes a folder")
 
 
+def _check_replaced(source: Path, destination: Path) -> None:
+    """Raises :class:`InputError` if a destination is what is being converted, or a training checkpoint of any run."""
+    read, written = ([path, path / FOLDER_WEIGHTS[0]] for path in (source, destination))
+    if any(a.exists() and b.exists() and a.samefile(b) for a in read for b in written):
+        raise InputError(f"{destination} is what is to be converted: write to another name")
+    content = None
+    with contextlib.suppress(InputError):  # anything else may be replaced
+        content = load_checkpoint(destination, mmap=True) if destination.is_file() else None
+    if isinstance(content, Mapping) and "optimizer" in content:
+        raise InputError(f"{destination} holds the state of a training run, which would be lost: write to another name")
+
+
 def check_segmentors(to: str, supported: bool, metadata: Metadata) -> None:
     """Raises an :class:`InputError` for a segmentor unless the format has heads of segmentation."""
     if not supported:
@@ -98,6 +115,8 @@ def whole_model(weights: Weights, metadata: Metadata) -> WholeModel:
     architecture = architecture_of(weights, metadata)
     arguments = architecture.arguments
     heads = heads_of(weights) if is_segmentor(weights) else None
+    if heads is None:
+        guess_the_rest(metadata, architecture)
     images, labels = metadata, class_names(metadata, arguments.get("num_classes", 0))
     if heads is not None:
         labels = metadata.get("labels") or ()

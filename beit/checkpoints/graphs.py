@@ -39,7 +39,7 @@ class Graph:
     needs: Sequence[str] = ()
 
 
-def export_graph(source: str | Path, destination: Path, to: str, *, features: bool = False) -> None:
+def export_graph(source: str | Path, destination: Path, to: str, *, features: bool = False, prefix: str = "") -> None:
     """Writes a model as a graph for any batch size, and compares its outputs with the model's.
 
     Args:
@@ -47,6 +47,7 @@ def export_graph(source: str | Path, destination: Path, to: str, *, features: bo
         destination: The file to write.
         to: A format of graphs in :data:`beit.registry.FORMATS`.
         features: Write the features ``(B, D)`` before the head instead of its logits.
+        prefix: Take only weights whose names begin with this prefix.
 
     Raises:
         InputError: The checkpoint is a segmentor, a library is missing, or the graph computes something else.
@@ -58,7 +59,7 @@ def export_graph(source: str | Path, destination: Path, to: str, *, features: bo
         raise InputError(
             f"--to {to} needs {' and '.join(missing)}: `pip install beit[{to}]`; --to torch_export does not"
         )
-    model, metadata = open_checkpoint(source)
+    model, metadata = open_checkpoint(source, prefix)
     if metadata.get("segmentation"):
         check_segmentors(to, False, metadata)
     if form.attention:

@@ -16,7 +16,7 @@ from torch import Tensor
 from beit.checkpoints.formats.dialect import Weights
 from beit.checkpoints.formats.unilm import TABLE
 from beit.checkpoints.heads import match_classes
-from beit.checkpoints.read import SHARED_TABLE, Metadata, architecture_of, read_weights, window_of
+from beit.checkpoints.read import SHARED_TABLE, Metadata, architecture_of, guess_the_rest, read_weights, window_of
 from beit.errors import InputError, listed
 from beit.modeling import Backbone, resize_position_embedding
 from beit.relative_position import resize_table
@@ -62,6 +62,13 @@ class KeyReport:
     dropped: dict[str, str]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
+
+    @property
+    def surprising(self) -> bool:
+        """Whether a tensor has no place in the model, or more is missing than the head for another task."""
+        other_task = any(reason.startswith(("of ", "the head ")) for reason in self.dropped.values())
+        new = ("head.", "fc_norm.", "lm_head.") if other_task else ()
+        return bool(self.unexpected) or any(n not in self.dropped and not n.startswith(new) for n in self.missing)
 
     def summary(self) -> str:
         """Returns the report as one line."""
@@ -112,25 +119,28 @@ def load_pretrained(
     if len(weights.get("head.weight", ())) == len(classes) and not drop_head:
         weights, metadata, _ = match_classes(weights, metadata, model.state_dict(), classes)
     report = load_weights(model, weights, metadata, drop_head=drop_head)
-    (logger.warning if report.unexpected else logger.info)("%s", report.summary())
+    (logger.warning if report.surprising else logger.info)("%s", report.summary())
     return report
 
 
-def open_checkpoint(source: str | Path) -> tuple[Backbone, Metadata]:
+def open_checkpoint(source: str | Path, prefix: str = "") -> tuple[Backbone, Metadata]:
     """Opens a checkpoint as the model it was saved from; of a segmentor, only the backbone.
 
     Returns the model in evaluation mode, and what the checkpoint records; see :mod:`beit.checkpoints.read`.
 
     Args:
         source: A file, folder, released name, address or hub id; see :func:`beit.checkpoints.released.resolve`.
+        prefix: Take only names that begin with this prefix, and remove it.
 
     Raises:
         InputError: There is no such checkpoint, or it is of another kind of model.
     """
-    weights, metadata = read_weights(source)
+    weights, metadata = read_weights(source, prefix=prefix)
     if metadata.get("segmentation"):
         logger.info("%s is a segmentor: only its backbone is loaded, without the heads", metadata["source"])
-    model = architecture_of(weights, metadata).build(metadata.get("layer_norm_eps"))
+    architecture = architecture_of(weights, metadata)
+    guess_the_rest(metadata, architecture)
+    model = architecture.build(metadata.get("layer_norm_eps"))
     report = load_weights(model, weights, metadata)
     (logger.warning if report.missing or report.unexpected else logger.info)("%s", report.summary())
     return model.eval(), metadata
@@ -184,7 +194,7 @@ def _check_backbone(given: Weights, own: Weights, source: str, metadata: Metadat
     if 2 * len(odd) > len(needed):
         raise InputError(
             f"{source} does not fit, it is of another model: of {len(needed)} tensors of the backbone "
-            f"{len(needed) - len(odd)} fit; it looks like {_describe(given, metadata)}"
+            f"{len(needed) - len(odd)} fit; it looks like {describe(given, metadata)}"
         )
     scales = {name for name in (*needed, *given) if ".gamma_" in name}
     if scales and all((name in own) != (name in given) for name in scales):
@@ -219,13 +229,14 @@ def _another_model(source: str, odd: list[str], given: Weights, own: Weights) ->
     )
 
 
-def _describe(weights: Weights, metadata: Metadata) -> str:
+def describe(weights: Weights, metadata: Metadata) -> str:
+    """Returns the model of weights in official names in a few words."""
     try:
         found = architecture_of(weights, metadata)
     except (InputError, KeyError, ValueError):
         return f"a part of a model, such as {listed(weights)}"
     a = found.arguments
-    task = "pre-trained" if found.masked else "classifier"
+    task = "pre-trained" if found.masked else "segmentation" if metadata.get("segmentation") else "classifier"
     return (
         f"a {task} BEiT of {a['depth']} blocks, {a['embed_dim']} channels, patches of {a['patch_size'][0]} x "
         f"{a['patch_size'][1]} pixels, {a['in_chans']} colour channels"
@@ -259,8 +270,11 @@ def _drop(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Drops heads that do not fit or are not wanted, and parts of other tasks."""
     dropped: dict[str, str] = {}
+    if "fc_norm.weight" in own and "fc_norm.weight" not in given and "norm.weight" in given and "head.weight" in given:
+        pooled = "its head was trained on the class token: build the model with use_mean_pooling=False to keep it"
+        dropped |= {name: pooled for name in given if name.startswith("head.")}
     for head in HEADS:
-        names = [name for name in given if name.startswith(head)]
+        names = [name for name in given if name.startswith(head) and name not in dropped]
         different = [name for name in names if name in own and given[name].shape != own[name].shape]
         if names and drop_head:
             dropped |= dict.fromkeys(names, "the head was not wanted")

@@ -5,8 +5,9 @@ A source is resolved to a file (:mod:`beit.checkpoints.released`), its state dic
 
 The metadata is a plain dict. A key is present only if the file, its neighbours or the table of released files have it:
 ``source``, ``dialect``, ``args`` (settings of the run), ``labels`` (class names), ``image_size`` ``(H, W)`` in pixels,
-``window`` ``(h, w)`` in patches, ``mean``, ``std``, ``crop_pct``, ``interpolation``, ``num_heads``, ``layer_norm_eps``,
-``target`` (what it was trained to predict of a patch), ``tokenizer`` (a hash of its weights). A segmentor also has
+``window`` ``(h, w)`` in patches, ``mean``, ``std``, ``crop_pct``, ``crop_mode`` (``center`` or ``squash``),
+``interpolation``, ``num_heads``, ``layer_norm_eps``, ``target`` (what it was trained to predict of a patch),
+``tokenizer`` (a hash of its weights), ``guessed`` (what was assumed, as nobody recorded it). A segmentor also has
 ``segmentation`` (True), ``out_indices``
 (blocks that are tapped, from 0), ``pool_scales`` (of UPerNet), ``auxiliary_index`` (the tap that the auxiliary head
 sees), ``palette`` (class colours), ``reduce_zero_label`` (0 is no class in label maps). Its weights are named
@@ -21,28 +22,38 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from beit.checkpoints.formats import UNKNOWN, huggingface, mmseg, recognise, relative, timm, to_official
 from beit.checkpoints.formats.dialect import Content, Weights
 from beit.checkpoints.formats.recorded import RECORDED
-from beit.checkpoints.formats.segmentation import PUBLISHED_TAPS, depth_of, is_segmentor
-from beit.checkpoints.formats.unilm import INDEX, TABLE
-from beit.checkpoints.released import FOLDER_WEIGHTS, released_at, resolve
+from beit.checkpoints.formats.relatives import EVA_WIDTH
+from beit.checkpoints.formats.segmentation import PARTS, PUBLISHED_TAPS, depth_of, is_segmentor
+from beit.checkpoints.formats.unilm import INDEX, TABLE, one_model
+from beit.checkpoints.released import CONFIG, FOLDER_WEIGHTS, PREPROCESSOR, released_at, resolve, shards_of
 from beit.data.preprocessing import default_crop_pct, normalization
 from beit.errors import InputError, listed
 from beit.modeling import Backbone, VisionTransformer, VisionTransformerForMaskedImageModeling
 from beit.relative_position import num_table_rows
-from beit.storage import load_checkpoint, settings_in
+from beit.storage import check_form, load_checkpoint, read_json, settings_in
 
 logger = logging.getLogger(__name__)
 
 STATE_KEYS = ("model", "module", "state_dict", "model_ema")
 SHARED_TABLE = f"rel_pos_bias.{TABLE}"
-HEAD_WIDTH = 64  # channels of an attention head in every published model
+HEAD_WIDTH = 64  # channels of an attention head in every published model but EVA
+PUBLISHED_HEADS = {width: width // HEAD_WIDTH for width in (192, 384, 768, 1024)} | {EVA_WIDTH: 16}  # by width
+IMAGENET_CLASSES = (1000, 21841, 21843)
+AXES = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}
+MATRICES = (TABLE, "head.weight", "mlp.fc1.weight")
+MODEL_PARTS = (  # beginnings of its names
+    *("cls_token", "mask_token", "pos_embed", "patch_embed.", "rel_pos_bias.", "blocks.", "norm.", "fc_norm.", "head."),
+    *("lm_head.", *PARTS),
+)
 RECORDED_BY_A_RUN = (  # also among its settings; the second row by segmentation
-    *("labels", "mean", "std", "crop_pct", "interpolation"),
+    *("labels", "mean", "std", "crop_pct", "crop_mode", "interpolation"),
     *("out_indices", "pool_scales", "auxiliary_index", "reduce_zero_label"),
 )
 PIECES_INDEX = ".metadata"  # in a folder written with --shard fsdp; see beit/checkpoints/pieces.py
@@ -67,12 +78,18 @@ def read_weights(
     path = resolve(source)
     raw = _read(path)
     state = _find_state(raw.content, model_key, prefix, str(source))
+    _refuse_relative(recognise(state), source)  # before its parts are taken for several models
+    state = one_model(state, str(source))
     dialect = recognise(state)
+    _refuse_relative(dialect, source)
     if dialect == UNKNOWN:
         raise InputError(f"{source} holds no BEiT: its tensors are called {listed(state) or 'nothing'}")
-    if (other := relative(dialect)) is not None and not other.loads:
-        raise InputError(f"{source} is {other.name}, not BEiT: {other.remark}")
+    for name, tensor in state.items():
+        odd = tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized
+        if odd or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise InputError(f"{source} cannot be used: its {name} is sparse, quantized, or more than the file holds")
     weights = to_official(state, dialect)
+    _check_tensors(weights, str(source))
     metadata: Metadata = {"source": str(source), "dialect": dialect}
     if (released := released_at(path)) is not None:
         metadata |= {key: getattr(released, key) for key in ("mean", "std", "crop_pct", "interpolation")}
@@ -81,12 +98,35 @@ def read_weights(
         metadata |= timm.read_config(raw.config)
     else:
         metadata |= huggingface.read_config(raw.config, raw.preprocessor)
+    metadata |= mmseg.read_meta(raw.content)
     if (window := _window_of_index(state)) is not None:
         metadata["window"] = window
     if is_segmentor(weights):
         weights, described = _segmentor(weights, dialect, raw)
         metadata |= described
     return weights, metadata | _recorded(raw.content)
+
+
+def _refuse_relative(dialect: str, source: str | Path) -> None:
+    if (other := relative(dialect)) is not None and not other.loads:
+        raise InputError(f"{source} is {other.name}, not BEiT: {other.remark}")
+
+
+def _check_tensors(weights: Weights, source: str) -> None:
+    """Raises :class:`InputError` for what no model can be filled with; tensors that are no part of one pass."""
+    for name, tensor in weights.items():
+        if not name.startswith(MODEL_PARTS) or name.endswith("num_batches_tracked"):
+            continue
+        axes = 2 if name.endswith(MATRICES) else AXES.get(name, tensor.ndim)
+        if not tensor.is_floating_point():
+            raise InputError(f"{source} cannot be used: its {name} is of {tensor.dtype}, not of floating point numbers")
+        if tensor.ndim != axes or not tensor.numel():
+            raise InputError(f"{source} is not a BEiT: it has a {name} of shape {tuple(tensor.shape)}")
+        if not (tensor.float() if tensor.element_size() < 4 else tensor).isfinite().all():
+            raise InputError(f"{source} cannot be used: its {name} has values that are NaN or infinite; take another")
+    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    if odd := blocks ^ {str(number) for number in range(len(blocks) or 1)}:
+        raise InputError(f"{source} is not a whole model: it has no blocks 0, 1, 2, … in a row ({listed(sorted(odd))})")
 
 
 @dataclass(frozen=True)
@@ -111,36 +151,29 @@ def _read(path: Path) -> _Raw:
             hint = f"; give one of its files: {', '.join(checkpoints[-3:])}" if checkpoints else ""
             raise InputError(f"the folder {path} holds no {' or '.join(FOLDER_WEIGHTS[::2])}{hint}")
         path = found[0]
-    if path.name.endswith(".index.json"):
-        files = sorted(set(_read_json(path)["weight_map"].values()))
-        content = {name: tensor for file in files for name, tensor in load_checkpoint(path.parent / file).items()}
-    else:
-        content = load_checkpoint(path)
-    if not isinstance(content, Mapping):
-        raise InputError(f"{path} holds a {type(content).__name__}, not a dict of weights")
-    if path.suffix == ".safetensors":
-        content = {**_file_metadata(path), **content}
+    content: Content = {}
+    for file in shards_of(path) if path.name.endswith(".index.json") else [path]:
+        part = load_checkpoint(file)
+        if not isinstance(part, Mapping):
+            raise InputError(f"{file} holds a {type(part).__name__}, not a dict of weights")
+        content |= _file_metadata(file) | dict(part)
     if path.name not in FOLDER_WEIGHTS:
         return _Raw(content, {}, {})
-    return _Raw(content, _read_json(path.parent / "config.json"), _read_json(path.parent / "preprocessor_config.json"))
+    beside = (path.with_name(name) for name in (CONFIG, PREPROCESSOR))
+    return _Raw(content, *(read_json(file) if file.is_file() else {} for file in beside))
 
 
 def _file_metadata(path: Path) -> Content:
-    """Reads what ``beit convert`` writes beside the tensors; nothing if another program uses that name."""
+    """Reads what ``beit convert`` writes beside safetensors; nothing if another program uses that name."""
+    if check_form(path, whole=False) != "safetensors":
+        return {}
     with safe_open(path, framework="pt") as file:
         recorded = (file.metadata() or {}).get(FILE_METADATA, "{}")
     try:
         found = json.loads(recorded)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return {key: found[key] for key in RECORDED if key in found} if isinstance(found, dict) else {}
-
-
-def _read_json(path: Path) -> Content:
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from error
 
 
 def _find_state(content: Mapping, model_key: str, prefix: str, source: str) -> dict[str, Tensor]:
@@ -149,7 +182,7 @@ def _find_state(content: Mapping, model_key: str, prefix: str, source: str) -> d
     found = _first_mapping(content, asked)
     if found is None:
         flat = _tensors(content)
-        if not flat and not set(asked) <= set(STATE_KEYS[:3]):
+        if not flat and not set(asked) & set(STATE_KEYS[:3]):
             raise InputError(f"{source} has nothing under {' or '.join(asked)!r}; it has {listed(content)}")
         found = flat or _first_mapping(content, STATE_KEYS)
     if found is None:
@@ -172,9 +205,9 @@ def _tensors(content: Mapping) -> dict[str, Tensor]:
 
 def _segmentor(weights: dict[str, Tensor], dialect: str, raw: _Raw) -> tuple[dict[str, Tensor], Metadata]:
     """Returns a segmentor's weights without a layer that only an export needed, and what its format records."""
-    described = mmseg.read_meta(raw.content)
+    described: Metadata = {}
     if dialect == "huggingface":
-        described |= huggingface.read_segmentation(raw.config, raw.preprocessor)
+        described = huggingface.read_segmentation(raw.config, raw.preprocessor)
         weights = huggingface.without_inert_layer(weights, taps := described["out_indices"])
         shift = huggingface.TAP_SHIFT
         if (published := PUBLISHED_TAPS.get(depth_of(weights))) == tuple(tap + shift for tap in taps):
@@ -183,8 +216,7 @@ def _segmentor(weights: dict[str, Tensor], dialect: str, raw: _Raw) -> tuple[dic
                 "converted from an official file learnt with blocks %s: %s in config.json",
                 *(taps, published, published, [tap + shift for tap in published]),
             )
-    found = {key: value for key in described if (value := RECORDED[key](described[key])) is not None}
-    return weights, found | {"segmentation": True}
+    return weights, described | {"segmentation": True}
 
 
 def _recorded(content: Mapping) -> Metadata:
@@ -208,7 +240,7 @@ def _recorded(content: Mapping) -> Metadata:
 def _window_of_index(state: Weights) -> tuple[int, int] | None:
     """Reads the patch grid off an index buffer: along a row of patches the index grows by one, at its end by more."""
     index = next((tensor for name, tensor in state.items() if name.endswith(INDEX)), None)
-    if index is None or index.ndim != 2 or len(index) < 2:
+    if index is None or index.ndim != 2 or min(index.shape) < 2:
         return None
     steps = (index[1:, 1] - index[1, 1]).tolist()
     width = next((patch for patch, step in enumerate(steps) if step != patch), len(steps))
@@ -237,28 +269,42 @@ class Architecture:
 def window_of(weights: Weights, metadata: Metadata, fallback: tuple[int, int] | None = None) -> tuple[int, int] | None:
     """Returns the patch grid ``(h, w)`` that tables and positions were trained with; None if there are none.
 
-    ``fallback`` is used if it fits, none is recorded and no square fits. Raises :class:`InputError` if no grid fits.
+    What is recorded comes first, then ``fallback``, a model's own grid, then a square, which is a guess. Raises
+    :class:`InputError` if no grid fits.
     """
     rows = next((len(tensor) for name, tensor in weights.items() if name.endswith(TABLE)), None)
     positions = weights["pos_embed"].shape[1] - 1 if "pos_embed" in weights else None
     if rows is None and positions is None:
         return None
     patch = weights["patch_embed.proj.weight"].shape[2:]
-    side = (math.isqrt(rows - 3) + 1) // 2 if rows is not None else math.isqrt(positions or 0)
-    candidates = [metadata.get("window"), (side, side), fallback]
-    if "image_size" in metadata:
-        height, width = metadata["image_size"]
-        candidates.insert(1, (height // patch[0], width // patch[1]))
-    for window in candidates:
-        if window is None or (positions is not None and window[0] * window[1] != positions):
-            continue
-        if rows is None or num_table_rows(window) == rows:
-            return window
+    side = (math.isqrt(max(rows - 3, 0)) + 1) // 2 if rows is not None else math.isqrt(max(positions or 0, 0))
+    square = side, side
+
+    def fits(window: tuple[int, int] | None) -> bool:
+        if window is None or min(window) < 1 or (positions is not None and window[0] * window[1] != positions):
+            return False
+        return rows is None or num_table_rows(window) == rows
+
+    height, width = metadata.get("image_size", (0, 0))
+    recorded = metadata.get("window"), (height // patch[0], width // patch[1])
     held = f"a bias table of {rows} rows" if rows is not None else f"{positions} positions"
-    raise InputError(
-        f"{metadata.get('source', 'the checkpoint')} has {held}, which is no square, and does not record its image "
-        "size: give the model the size it was trained with"
-    )
+    window = next(filter(fits, (*recorded, fallback, square)), None)
+    if window is None:
+        raise InputError(
+            f"{metadata.get('source', 'the checkpoint')} has {held}, which is no square, and does not record its image "
+            "size: give the model the size it was trained with"
+        )
+    if not any(map(fits, recorded)) and fits(square) and not window == fallback == square:
+        guess(metadata, f"{window[0]} x {window[1]} patches ({held}); img_size= of create_model settles it")
+    return window
+
+
+def guess(metadata: Metadata, what: str) -> None:
+    """Warns once of what is assumed, as nobody recorded it, and keeps it in ``metadata["guessed"]``."""
+    guessed = metadata.setdefault("guessed", [])
+    if what not in guessed:
+        guessed.append(what)
+        logger.warning("%s does not record all of itself: assuming %s", metadata.get("source", "the checkpoint"), what)
 
 
 def architecture_of(weights: Weights, metadata: Metadata) -> Architecture:
@@ -267,25 +313,24 @@ def architecture_of(weights: Weights, metadata: Metadata) -> Architecture:
     Raises :class:`InputError` if the number of heads or the patch grid cannot be determined, or a part is missing.
     """
     source = metadata.get("source", "the checkpoint")
-    for name, axes in (("patch_embed.proj.weight", 4), ("blocks.0.mlp.fc1.weight", 2)):
+    for name in ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"):
         if name not in weights:
             raise InputError(f"{source} is not a whole model: it lacks {name}")
-        if weights[name].ndim != axes:
-            raise InputError(f"{source} is not a BEiT: it has a {name} of shape {tuple(weights[name].shape)}")
     # A classifier or segmentor of Hugging Face may keep the mask token of its pre-training.
     segmentor = is_segmentor(weights)
     classifier = segmentor or "head.weight" in weights or "fc_norm.weight" in weights
     masked = "lm_head.weight" in weights or ("mask_token" in weights and not classifier)
     embed_dim, in_chans, *patch = weights["patch_embed.proj.weight"].shape
     table = next((tensor for name, tensor in weights.items() if name.endswith(TABLE)), None)
-    grid = window_of(weights, metadata)
-    if grid is None:
+    if (grid := window_of(weights, metadata)) is None:
+        if not metadata.keys() & {"num_heads", "args"}:
+            raise InputError(
+                f"{source} has neither bias tables nor position embeddings, and does not say that its model has none: "
+                "rotary and sine positions are not in files; if it is a BEiT, load it into a model without positions"
+            )
         height, width = metadata.get("image_size", (224, 224))
         grid = height // patch[0], width // patch[1]
-    heads = table.shape[1] if table is not None else metadata.get("num_heads")
-    if heads is None:
-        heads = embed_dim // HEAD_WIDTH
-        logger.info("%s does not record its number of attention heads: using %d", source, heads)
+    heads = table.shape[1] if table is not None else metadata.get("num_heads") or _usual_heads(embed_dim, metadata)
     if not heads or embed_dim % heads:
         raise InputError(f"{source} does not record how many heads its {embed_dim} channels make")
     hidden_dim = len(weights["blocks.0.mlp.fc1.weight"])
@@ -312,18 +357,39 @@ def architecture_of(weights: Weights, metadata: Metadata) -> Architecture:
     return Architecture(False, arguments | {"num_classes": classes, "use_mean_pooling": mean_pooling})
 
 
-def preparation_of(metadata: Metadata, img_size: tuple[int, int]) -> Content:
-    """Returns the ``mean``, ``std``, ``crop_pct`` and ``interpolation`` to prepare images of ``(H, W)`` pixels with.
+def _usual_heads(embed_dim: int, metadata: Metadata) -> int:
+    """Returns the number of heads of published models of this width; for other widths it is a guess."""
+    heads = PUBLISHED_HEADS.get(embed_dim, embed_dim // HEAD_WIDTH)
+    if embed_dim not in PUBLISHED_HEADS and heads and embed_dim % heads == 0:
+        guess(metadata, f"{heads} attention heads, of {HEAD_WIDTH} channels; num_heads= of create_model settles it")
+    return heads
 
-    They are as recorded, or else as for the published models.
+
+def preparation_of(metadata: Metadata, img_size: tuple[int, int]) -> Content:
+    """Returns how to prepare images of ``(H, W)`` pixels: as recorded, or else as for the published models.
+
+    The keys are ``mean``, ``std``, ``crop_pct``, ``crop_mode`` and ``interpolation``.
     """
-    mean, std = normalization(imagenet=False)
+    beit_v2 = Path(metadata.get("source", "")).name.startswith("beitv2_")
+    mean, std = normalization(imagenet=beit_v2 or metadata.get("segmentation", False))
     return {
         "mean": list(metadata.get("mean", mean)),
         "std": list(metadata.get("std", std)),
         "crop_pct": metadata.get("crop_pct") or default_crop_pct(img_size),
+        "crop_mode": metadata.get("crop_mode", "center"),
         "interpolation": metadata.get("interpolation", "bicubic"),
     }
+
+
+def guess_the_rest(metadata: Metadata, architecture: Architecture) -> None:
+    """Warns of the mean, standard deviation and class names that a model will be used with unless they are recorded."""
+    arguments, settles = architecture.arguments, "metadata= of inference_model settles it"
+    if not {"mean", "std"} <= metadata.keys():
+        known = preparation_of(metadata, arguments["img_size"])
+        guess(metadata, f"images of mean {known['mean']} and standard deviation {known['std']}; {settles}")
+    classes = arguments.get("num_classes")
+    if classes in IMAGENET_CLASSES and not metadata.get("labels") and released_at(metadata.get("source", "")) is None:
+        guess(metadata, f"that its {classes} classes are ImageNet's, in their order; {settles} (labels)")
 
 
 def class_names(metadata: Metadata, num_classes: int) -> tuple[str, ...] | None:
@@ -331,7 +397,7 @@ def class_names(metadata: Metadata, num_classes: int) -> tuple[str, ...] | None:
     recorded = metadata.get("labels")
     if recorded and len(recorded) == num_classes:
         return tuple(map(str, recorded))
-    if num_classes not in (1000, 21841, 21843):
+    if num_classes not in IMAGENET_CLASSES:
         return None
     from timm.data import ImageNetInfo, infer_imagenet_subset  # reads word lists of some megabytes
 

@@ -6,11 +6,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 from beit.data.preprocessing import default_crop_pct, normalization
 from beit.errors import InputError, did_you_mean
-from beit.storage import beit_home, download, offline
+from beit.storage import beit_home, check_form, download, offline, read_json
 
 RELEASES = "https://github.com/addf400/files/releases/download/v1.0"
 # Where the files used to be: many command lines still have these addresses, with or without an access token.
@@ -24,12 +25,14 @@ FOLDER_WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 
+CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"  # beside them
+
 # Parts of a query that sign an address (Azure, S3, Google, CloudFront): they change while the file does not.
 ACCESS_TOKEN = re.compile(
     r"s[vepr]|st|spr|sig|token|expires|signature|policy|key-pair-id|x-(amz|goog)-.*", re.IGNORECASE
 )
 
-_HUB_ID = re.compile(r"(?:hf-hub:|hf://)?([\w.-]+/[\w.-]+)")
+_HUB_ID = re.compile(r"(?:hf-hub:|hf://|https://huggingface\.co/)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,8 @@ def resolve(source: str | os.PathLike[str]) -> Path:
 
     Args:
         source: A file; a folder; the name of a released checkpoint, with or without ``.pth``; an address (old dead ones
-            still work); or a model on the Hugging Face hub, ``owner/name`` or ``hf-hub:owner/name``.
+            still work); or a model on the Hugging Face hub, ``owner/name`` or ``hf-hub:owner/name``, of a
+            branch, tag or commit after ``@``.
 
     Raises:
         InputError: There is no such source, or it cannot be downloaded (``BEIT_OFFLINE=1`` may be set).
@@ -126,16 +130,16 @@ def resolve(source: str | os.PathLike[str]) -> Path:
     text = os.fspath(source)
     if not text:
         raise InputError("no checkpoint is given: a file, a folder, a released name, an address or a hub id is needed")
-    if "://" in text and not text.startswith("hf://"):
+    if "://" in text and not _HUB_ID.fullmatch(text):
         return _fetch(text)
     path = Path(text).expanduser()
     if path.exists():
         return path
     if (row := released_at(text)) is not None and path.parent == Path():
-        return download(row.urls, beit_home() / "checkpoints" / f"{row.name}.pth")
+        return download(row.urls, beit_home() / "checkpoints" / f"{row.name}.pth", verify=check_form)
     is_path = path.suffix in CHECKPOINT_SUFFIXES or path.parent.is_dir()
     if (match := _HUB_ID.fullmatch(text)) and (":" in text or not is_path):
-        return _fetch_from_hub(match[1])
+        return _fetch_from_hub(match[1], match[2])
     near = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     hint = did_you_mean(path.name, [*near, *RELEASED])
     raise InputError(f"there is no checkpoint {text}{hint}; `beit models` lists the released names")
@@ -143,45 +147,67 @@ def resolve(source: str | os.PathLike[str]) -> Path:
 
 def _fetch(url: str) -> Path:
     """Downloads an address; for a dead one, from where the file is now."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise InputError(f"{url!r} is no address: {error}") from error
     name = Path(unquote(parts.path)).name
-    if not name:
-        raise InputError(f"{url} names no file")
+    if name in ("", "..") or not name.isprintable():
+        raise InputError(f"{url!r} names no file")
     row = RELEASED.get(name.removesuffix(".pth"))
     if parts.hostname in DEAD_HOSTS or url.startswith(RELEASES):
         urls = row.urls if row else (f"{RELEASES}/{name}",)
-        return download(urls, beit_home() / "checkpoints" / name)
+        return download(urls, beit_home() / "checkpoints" / name, verify=check_form)
     # Files of one name are at many addresses, and "?id=2" is another file than "?id=1".
     query = [pair for pair in parse_qsl(parts.query, keep_blank_values=True) if not ACCESS_TOKEN.fullmatch(pair[0])]
     address = f"{parts.scheme}://{parts.netloc}{parts.path}{'?' if query else ''}{urlencode(sorted(query))}"
     place = hashlib.sha256(address.encode()).hexdigest()[:12]
-    return download(url, beit_home() / "urls" / place / name)
+    return download(url, beit_home() / "urls" / place / name, verify=check_form)
 
 
-def _fetch_from_hub(repository: str) -> Path:
+def _fetch_from_hub(repository: str, revision: str | None) -> Path:
     """Downloads weights and configs of a hub model, into the library's cache or below ``$BEIT_HOME``."""
     try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
+        from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     except ImportError as error:
         raise InputError(
             f"{repository} is no file here; if it is a model of the Hugging Face hub, `pip install beit[hub]`"
         ) from error
     cache = beit_home() / "hub" if os.environ.get("BEIT_HOME") else None
+    where: dict[str, Any] = {"cache_dir": cache, "revision": revision}
 
     def fetch(name: str) -> Path | None:
+        """Returns a file, or None if the repository has none of that name: what is out of reach is another matter."""
         try:
-            return Path(hf_hub_download(repository, name, cache_dir=cache, local_files_only=offline()))
-        except EntryNotFoundError:  # also if it is not in the cache, and the hub is out of reach or offline is set
+            return Path(hf_hub_download(repository, name, local_files_only=offline(), **where))
+        except LocalEntryNotFoundError as error:  # not in the cache, and the hub is out of reach or offline is set
+            known = try_to_load_from_cache(repository, name, **where) is _CACHED_NO_EXIST
+            if known or (offline() and name != CONFIG):
+                return None
+            reason = f"BEIT_OFFLINE is set and its {name} is not in the cache" if offline() else str(error)
+        except EntryNotFoundError:
             return None
-        except (OSError, ValueError) as error:
-            first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise InputError(f"{repository} was not downloaded from the Hugging Face hub: {first_line}") from error
+        except Exception as error:  # the library's own, httpx's, and OSErrors
+            reason = str(error) or type(error).__name__
+        raise InputError(f"{repository} was not downloaded from the Hugging Face hub: {' '.join(reason.split())}")
 
-    weights = fetch("model.safetensors") or fetch("pytorch_model.bin")
+    weights = next(filter(None, map(fetch, FOLDER_WEIGHTS)), None)
     if weights is None:
-        reason = "BEIT_OFFLINE is set and it is not in the cache" if offline() else "no weights, or no connection"
+        reason = "BEIT_OFFLINE is set and it is not in the cache" if offline() else "it has no weights"
         raise InputError(f"{repository} is no file here and was not downloaded from the Hugging Face hub: {reason}")
-    for name in ("config.json", "preprocessor_config.json"):
+    for file in shards_of(weights) if weights.suffix == ".json" else ():
+        fetch(file.name)
+    for name in (CONFIG, PREPROCESSOR):
         fetch(name)
     return weights.parent
+
+
+def shards_of(index: Path) -> list[Path]:
+    """Returns the files that a ``….index.json`` lists, which lie beside it; :class:`InputError` if it lists others."""
+    found = read_json(index).get("weight_map")
+    names = list(found.values()) if isinstance(found, dict) else []
+    files = {name for name in names if isinstance(name, str) and name and Path(name).name == name}
+    if not files or not files.issuperset(map(str, names)):
+        raise InputError(f"{index} has no weight_map of tensors to files beside it")
+    return [index.with_name(name) for name in sorted(files)]

@@ -19,9 +19,11 @@ def main(config: ConvertConfig) -> None:
         raise InputError(f"--to is missing: one of {', '.join(FORMATS)}")
     graphs = [name for name in FORMATS if name not in dialects()]
     if config.to in graphs:
-        export_graph(config.checkpoint, Path(config.output), config.to, features=config.features)
+        export_graph(
+            config.checkpoint, Path(config.output), config.to, features=config.features, prefix=config.model_prefix
+        )
     elif config.features:
         raise InputError(f"--features is for {' and '.join(graphs)}; {config.to} holds the whole model")
     else:
-        convert(config.checkpoint, Path(config.output), config.to)
+        convert(config.checkpoint, Path(config.output), config.to, config.model_prefix)
     logger.info("%s written", config.output)

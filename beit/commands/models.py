@@ -1,4 +1,4 @@
-"""``beit models``: the models with their sizes, and the released checkpoints."""
+"""``beit models``: the models with their sizes, and the released checkpoints; ``beit inspect``: what a file holds."""
 
 import sys
 from fnmatch import fnmatchcase
@@ -6,9 +6,13 @@ from fnmatch import fnmatchcase
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from beit.checkpoints.formats.recorded import RECORDED
+from beit.checkpoints.formats.segmentation import PARTS
+from beit.checkpoints.load import describe
+from beit.checkpoints.read import architecture_of, guess_the_rest, read_weights
 from beit.checkpoints.released import RELEASED
-from beit.commands.settings import ModelsConfig
-from beit.errors import InputError, did_you_mean
+from beit.commands.settings import InspectConfig, ModelsConfig
+from beit.errors import InputError, did_you_mean, listed
 from beit.zoo import create_model, list_models
 
 
@@ -36,3 +40,25 @@ def measure(name: str) -> tuple[int, int]:
         model = create_model(name)
         model.forward_features(torch.empty(1, 3, *model.img_size))  # type: ignore[operator]
     return sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() // 2
+
+
+def inspect(config: InspectConfig) -> None:
+    """Writes what a checkpoint holds, records and leaves open; raises InputError if it cannot be opened."""
+    weights, metadata = read_weights(config.checkpoint, prefix=config.model_prefix)
+    architecture = architecture_of(weights, metadata)
+    guess_the_rest(metadata, architecture)
+    with torch.device("meta"):
+        own = architecture.build().state_dict()
+    (height, width), heads = architecture.arguments["img_size"], architecture.arguments["num_heads"]
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()}
+    apart = (*PARTS, "norm.", "fc_norm.") if metadata.get("segmentation") else ()  # as segmentors have no such norms
+    lines = {
+        "dialect": metadata["dialect"],
+        "model": f"{describe(weights, metadata)}, {heads} heads, for images of {height} x {width} pixels",
+        "tensors": f"{len(weights)}, {sum(t.numel() for t in weights.values()):,} numbers, {', '.join(sorted(dtypes))}",
+        **{f"recorded {key}": f"{metadata[key]!s:.100}" for key in RECORDED if key in metadata},
+        "assumed": "; ".join(metadata.get("guessed", ())),
+        "missing": listed(name for name in own if name not in weights and not name.startswith(apart)),
+        "other tensors": listed(name for name in weights if name not in own and not name.startswith(apart)),
+    }
+    sys.stdout.write("".join(f"{name + ':':<24}{text}\n" for name, text in lines.items() if text))

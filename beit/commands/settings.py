@@ -35,6 +35,7 @@ class ConvertConfig:
     checkpoint: str = option("", f"checkpoint to convert: {ANY_MODEL}", positional=True)
     output: str = option("", "file to write; a folder for huggingface, and optionally for timm", positional=True)
     to: str | None = option(None, "format to write", choices=FORMATS)
+    model_prefix: str = option("", "prefix of the names of its weights, if it has those of several models")
     features: bool = option(False, "onnx and torch_export: export the features before the head, not the logits")
 
 
@@ -50,6 +51,14 @@ class IndexConfig:
     """The settings of ``beit index``."""
 
     data_path: str = option("", IMAGE_LIST, positional=True, must_exist=True)
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """The settings of ``beit inspect``."""
+
+    checkpoint: str = option("", f"checkpoint to describe: {ANY_MODEL}", positional=True)
+    model_prefix: str = option("", "prefix of the names of its weights, if it has those of several models")
 
 
 @dataclass(frozen=True)

@@ -233,20 +233,29 @@ class ClassificationTransform:
 
 
 class ClassificationEvalTransform:
-    """Validation images: the shorter side resized, then a centre crop.
+    """Validation images: the shorter side resized, or each side by itself, then a centre crop.
 
     Args:
         input_size: ``(H, W)`` or one number, in pixels.
         interpolation: How the image is resized.
         crop_pct: Share of the resized shorter side that is shown; None is 0.875, and 1 from 384 pixels on.
+        crop_mode: ``center``; ``squash`` resizes to the input's aspect ratio, which shows all of the image distorted.
 
     Raises:
         InputError: A setting that cannot be used.
     """
 
     def __init__(
-        self, input_size: Size = 224, *, interpolation: str = "bicubic", crop_pct: float | None = None
+        self,
+        input_size: Size = 224,
+        *,
+        interpolation: str = "bicubic",
+        crop_pct: float | None = None,
+        crop_mode: str = "center",
     ) -> None:
+        if crop_mode not in ("center", "squash"):
+            raise InputError(f"crop_mode {crop_mode!r}: must be center or squash")
+        self.crop_mode = crop_mode
         self.size = size_pair(input_size)
         if interpolation not in INTERPOLATIONS:
             known_interpolation(interpolation)
@@ -261,7 +270,7 @@ class ClassificationEvalTransform:
         if not is_native(image, self.size):
             # The ends of a very long image are cut off first: resized whole, 8000 x 1 pixels would take gigabytes.
             longest = LONGEST * min(image.size) * max(self.size) // min(self.size)
-            if max(image.size) > longest:
+            if max(image.size) > longest and self.crop_mode == "center":
                 image = F.center_crop(image, [min(side, longest) for side in (image.height, image.width)])
             image = F.resize(image, self.resized(image.size), INTERPOLATIONS[self.interpolation])
             image = F.center_crop(image, list(self.size))
@@ -271,6 +280,8 @@ class ClassificationEvalTransform:
         """Returns ``[H, W]`` that an image of ``(width, height)`` is resized to, in pixels."""
         width, height = image_size
         least_h, least_w = (int(side / self.crop_pct) for side in self.size)
+        if self.crop_mode == "squash":
+            return [least_h, least_w]
         if height * least_w <= width * least_h:  # the height is the limit
             return [least_h, int(least_h * width / height)]
         return [int(least_w * height / width), least_w]

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit.errors import InputError
-from beit.storage import atomic_write, load_checkpoint, require_file, save_checkpoint
+from beit.storage import atomic_write, load_checkpoint, read_json, require_file, save_checkpoint
 from beit.tokenizers.base import LogitTokenizer
 
 logger = logging.getLogger(__name__)
@@ -384,11 +384,8 @@ def load_dvae(path: str | os.PathLike[str]) -> DiscreteVAE:
 
 def _read_sizes(config: Path) -> dict[str, Any]:
     """Returns the sizes in a ``config.json``; unknown keys, which other tools may write, are left out."""
-    try:
-        content = json.loads(config.read_text()) if config.exists() else {}
-        sizes = {name: content.get(name, value) for name, value in OFFICIAL_SIZES.items()}
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{config} is not a JSON object ({error})") from error
+    content = read_json(config) if config.exists() else {}
+    sizes = {name: content.get(name, value) for name, value in OFFICIAL_SIZES.items()}
     if isinstance(sizes["image_size"], list):
         sizes["image_size"] = tuple(sizes["image_size"])
     return sizes

@@ -1,14 +1,19 @@
 """One loader for every file: the reference's numbers, where weights are found, what is refused and how."""
 
 import argparse
+import io
 import json
 import logging
 import threading
+import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import save_file
 
 import beit
@@ -16,9 +21,11 @@ from beit import storage
 from beit.checkpoints import released
 from beit.checkpoints.formats import dialects, from_official
 from beit.checkpoints.load import load_pretrained
-from beit.checkpoints.read import class_names, read_weights
+from beit.checkpoints.read import architecture_of, class_names, read_weights
 from beit.checkpoints.released import RELEASED, ReleasedCheckpoint, released_for, resolve
+from beit.data.transforms import normalize
 from beit.errors import InputError
+from beit.inference import preprocessing_of
 from beit.modeling import VisionTransformer, VisionTransformerForMaskedImageModeling
 from beit.relative_position import relative_position_index
 from beit.storage import save_checkpoint
@@ -192,6 +199,13 @@ def test_folders_are_read_whole_or_in_shards(tmp_path):
     save(tmp_path / "run", source, "checkpoint-3.pth")
     with pytest.raises(InputError, match=r"give one of its files: checkpoint-3.pth"):
         get_model(tmp_path / "run")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float64])
+def test_weights_of_other_floating_point_numbers_open(dtype, tmp_path):
+    weights = {name: tensor.to(dtype) for name, tensor in classifier().state_dict().items()}
+    save_checkpoint(tmp_path / "a.pth", {"model": weights})
+    assert same(get_model(tmp_path / "a.pth"), {name: tensor.float() for name, tensor in weights.items()})
 
 
 def test_half_precision_is_resized_in_float32(tmp_path):
@@ -421,6 +435,7 @@ def test_a_file_that_changed_in_the_cache_is_refused(served, home):
         ("beit_base_patch16_224_pt22k_ft1", f"did you mean '{NAME}'"),
         ("nowhere/checkpoint-best.pth", "there is no checkpoint nowhere/checkpoint-best.pth"),
         ("http://", "names no file"),
+        ("hf://a/b/c", "no http or https address"),
     ],
 )
 def test_mistaken_names_get_a_hint(source, message):
@@ -437,8 +452,8 @@ def test_a_hub_id_is_fetched_and_told_apart_from_a_path(tmp_path, monkeypatch, h
     torch.save(from_official(source.state_dict(), "huggingface"), folder / "pytorch_model.bin")
     calls = []
 
-    def fake(repository, name, *, cache_dir, local_files_only):
-        calls.append((repository, name, cache_dir, local_files_only))
+    def fake(repository, name, *, cache_dir, local_files_only, revision):
+        calls.append((repository, name, cache_dir, local_files_only, revision))
         if local_files_only:
             raise LocalEntryNotFoundError("not cached")
         if not (folder / name).exists():
@@ -446,12 +461,86 @@ def test_a_hub_id_is_fetched_and_told_apart_from_a_path(tmp_path, monkeypatch, h
         return str(folder / name)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fake)
-    for name in ("microsoft/beit-base", "hf-hub:microsoft/beit-base"):
+    for name in ("microsoft/beit-base", "hf-hub:microsoft/beit-base", "https://huggingface.co/microsoft/beit-base"):
         assert same(get_model(name), source.state_dict())
-    assert {call[::2] for call in calls} == {("microsoft/beit-base", home / "hub")}
+    assert {call[::2] for call in calls} == {("microsoft/beit-base", home / "hub", None)}
+    calls.clear()
+    get_model("microsoft/beit-base@v1.0")
+    assert {(call[0], call[4]) for call in calls} == {("microsoft/beit-base", "v1.0")}
     monkeypatch.setenv("BEIT_OFFLINE", "1")
     with pytest.raises(InputError, match="BEIT_OFFLINE is set and it is not in the cache"):
         get_model("microsoft/beit-base")
+
+
+@pytest.mark.parametrize("what", ["config.json", "preprocessor_config.json", "model-2.safetensors"])
+def test_a_hub_that_is_out_of_reach_for_one_file_is_an_error(what, tmp_path, monkeypatch):
+    # Breaks when that is taken for "there is no such file": the model opens with other heads, eps and images.
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    names = from_official(classifier(use_rel_pos_bias=False).state_dict(), "huggingface")
+    save_file(names, tmp_path / "model-2.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "model-2.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 4}')
+    failures = []
+
+    def fake(repository, name, **_):
+        if name == what and failures:
+            raise failures[0]
+        if not (tmp_path / name).exists():
+            raise EntryNotFoundError("404")
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fake)
+    assert get_model("org/name").num_heads == 4
+    for failure in (
+        LocalEntryNotFoundError("503"),
+        RuntimeError("Server disconnected\nwithout a word"),
+        OSError("401"),
+    ):
+        failures[:] = [failure]
+        with pytest.raises(InputError, match="was not downloaded from the Hugging Face hub: ") as caught:
+            get_model("org/name")
+        assert "\n" not in str(caught.value)
+    failures[:] = [LocalEntryNotFoundError("not cached")]
+    monkeypatch.setenv("BEIT_OFFLINE", "1")
+    if what == "config.json":
+        with pytest.raises(InputError, match=r"BEIT_OFFLINE is set and its config\.json is not in the cache"):
+            get_model("org/name")
+        index = tmp_path / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model-3.safetensors")}))
+        save_file(from_official(WHOLE, "huggingface"), tmp_path / "model-3.safetensors")
+        absent = huggingface_hub._CACHED_NO_EXIST  # the hub has said that there is no such file
+        monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: absent)
+        assert same(get_model("org/name"), WHOLE)
+
+
+@pytest.mark.parametrize("name", ["..", "%2e%2e", "x/%2E%2e", "a%00b.pth", "a%1b.pth"])
+def test_addresses_that_name_no_file_are_refused(name, home):
+    with pytest.raises(InputError, match="names no file") as caught:
+        resolve(f"http://127.0.0.1:9/{name}")
+    assert str(caught.value).isprintable()
+    with pytest.raises(InputError, match="no address"):
+        resolve("http://[::1/x.pth")
+    assert not home.exists()
+
+
+@pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n" + bytes(99), b"\x1f\x8b" + bytes(99), b"PK zip", b"cut"])
+def test_what_a_server_delivers_is_opened_before_it_is_kept(content, server, home, tmp_path):
+    if content == b"PK zip":
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+            archive.writestr("readme", "x" * 100)
+        content = (tmp_path / "a.zip").read_bytes()
+    if content == b"cut":
+        save_file(classifier().state_dict(), tmp_path / "whole.safetensors")
+        content = (tmp_path / "whole.safetensors").read_bytes()[:-100]
+    server.files["/model.safetensors"] = content
+    with pytest.raises(InputError, match="was not downloaded"):
+        resolve(f"{server.url}/model.safetensors")
+    save_file(classifier().state_dict(), tmp_path / "whole.safetensors")
+    server.files["/model.safetensors"] = (tmp_path / "whole.safetensors").read_bytes()
+    get_model(f"{server.url}/model.safetensors")  # the server has been mended
 
 
 def test_a_hub_id_without_the_library_or_the_network_is_one_line(monkeypatch):
@@ -596,10 +685,352 @@ def test_what_other_programs_record_is_passed_over(more, tmp_path):
     # Breaks when a name that means something else elsewhere ends in a traceback, or in a wrong picture.
     save_checkpoint(tmp_path / "a.pth", {"model": WHOLE, **more})
     model = get_model(tmp_path / "a.pth")
-    assert model.metadata.keys() <= {"source", "dialect", "args"}
+    assert model.metadata.keys() <= {"source", "dialect", "args", "guessed"}
     assert beit.inference_model(model, torch.rand(3, 64, 64))["name"].startswith("class ")
 
 
 def test_labels_by_number_are_taken_in_order(tmp_path):
     path = save(tmp_path, classifier(), labels={2: "c", 0: "a", 1: "b"})
     assert get_model(path).metadata["labels"] == ("a", "b", "c")
+
+
+WRONG = {
+    "int8": lambda t: t.to(torch.int8),
+    "uint8": lambda t: t.to(torch.uint8),
+    "bool": lambda t: t > 0,
+    "complex": lambda t: t.to(torch.complex64),
+    "sparse": lambda t: t.to_sparse(),
+    "csr": lambda t: t.to_sparse_csr(),
+    "meta": lambda t: t.to("meta"),
+    "quantized": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+    "NaN": lambda t: t.clone().fill_(torch.nan),
+    "minus infinity in half": lambda t: torch.full_like(t, -torch.inf, dtype=torch.float16),
+    "wide": lambda t: torch.ones(1).expand(1 << 40, t.shape[-1]),
+    "empty": lambda t: t[:0],
+    "flat": lambda t: t.flatten(),
+}
+
+
+@pytest.mark.parametrize("name", ["head.weight", "blocks.1.attn.relative_position_bias_table"])
+@pytest.mark.parametrize("kind", WRONG)
+def test_tensors_that_are_no_weights_are_refused_by_name(kind, name, tmp_path):
+    # Breaks when the values are cast, or a model is filled with NaN: wrong answers without a word.
+    save_checkpoint(tmp_path / "a.pth", {"model": WHOLE | {name: WRONG[kind](WHOLE[name].detach())}})
+    with pytest.raises(InputError, match=name) as refused:
+        get_model(tmp_path / "a.pth")
+    assert "\n" not in str(refused.value)
+
+
+def test_other_tensors_of_any_kind_may_lie_beside(tmp_path):
+    more = {"accuracy.total": torch.tensor(3), "seen": torch.zeros(0, dtype=torch.bool), "x": torch.tensor(torch.nan)}
+    save_checkpoint(tmp_path / "a.pth", {"model": WHOLE | more})
+    assert same(get_model(tmp_path / "a.pth"), WHOLE)
+
+
+@pytest.mark.parametrize("name", ["blocks.100000000.x", "blocks.first.x", "blocks.-1.x", "blocks.01.x", "blocks.3.x"])
+def test_blocks_that_are_not_in_a_row_are_refused_before_any_is_built(name, tmp_path):
+    save_checkpoint(tmp_path / "a.pth", {"model": WHOLE | {name: torch.zeros(1)}})
+    with pytest.raises(InputError, match=r"no blocks 0, 1, 2, … in a row"):
+        get_model(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (1, 3), (0, 0), (4,), (5, 5)])
+def test_an_odd_index_buffer_is_passed_over(shape, tmp_path):
+    index = torch.zeros(shape, dtype=torch.int64)
+    save_checkpoint(tmp_path / "a.pth", {"model": WHOLE | {"blocks.0.attn.relative_position_index": index}})
+    assert get_model(tmp_path / "a.pth").img_size == (64, 64)
+
+
+PLACES = ("pretrained.model.", "net.", "student.backbone.", "module.encoder.", "a.b.c.")
+
+
+@pytest.mark.parametrize("dialect", ["unilm", "huggingface", "mmpretrain"])
+@pytest.mark.parametrize("prefix", PLACES)
+def test_the_prefix_of_the_one_model_in_a_file_is_found(prefix, dialect, tmp_path, caplog):
+    names = from_official(WHOLE, dialect, position_index=relative_position_index((4, 4)))
+    save_checkpoint(tmp_path / "a.pth", {"state_dict": {prefix + name: t for name, t in names.items()}})
+    with caplog.at_level(logging.INFO):
+        assert same(get_model(tmp_path / "a.pth"), WHOLE)
+    assert "taking the weights below " in caplog.text
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module"])
+def test_wrappers_inside_names_come_off(wrapper, tmp_path):
+    names = {
+        name.replace("blocks.0.", f"blocks.0.{wrapper}.").replace("mlp.", f"mlp.{wrapper}."): t
+        for name, t in WHOLE.items()
+    }
+    save_checkpoint(tmp_path / "a.pth", {"model": {f"{wrapper}.{name}": tensor for name, tensor in names.items()}})
+    assert same(get_model(tmp_path / "a.pth"), WHOLE)
+
+
+@pytest.mark.parametrize("prefixes", [("model.", "backbone."), ("student.", "teacher."), ("", "module."), ("", "ema.")])
+def test_several_models_in_a_file_are_never_mixed(prefixes, tmp_path):
+    # Breaks when names that strip to one overwrite each other: the last model wins, silently.
+    other = {name: tensor + 1 for name, tensor in WHOLE.items()}
+    names = {prefix + name: t for prefix, one in zip(prefixes, (WHOLE, other), strict=True) for name, t in one.items()}
+    save_checkpoint(tmp_path / "a.pth", {"state_dict": names})
+    with pytest.raises(InputError, match=r"weights of several models.*prefix=") as refused:
+        get_model(tmp_path / "a.pth")
+    assert all(prefix in str(refused.value) for prefix in prefixes)
+    assert same(get_model(tmp_path / "a.pth", prefix=prefixes[1]), other)
+
+
+def test_a_part_of_another_model_is_not_mixed_in(tmp_path):
+    save_checkpoint(
+        tmp_path / "a.pth", {"model": {f"model.{n}": t for n, t in WHOLE.items()} | {"head.bias": torch.ones(3)}}
+    )
+    with pytest.raises(InputError, match=r"several models, below model\.head\.bias and head\.bias"):
+        get_model(tmp_path / "a.pth")
+
+
+def test_usual_keys_open_with_the_keys_of_the_probe(tmp_path):
+    save_checkpoint(tmp_path / "a.pth", {"state_dict": WHOLE, "arch": "beit"})
+    assert read_weights(tmp_path / "a.pth", "model|module|teacher")[0].keys() == WHOLE.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("reg_token", (1, 4, 16)),
+        ("storage_tokens", (1, 4, 16)),
+        ("norm_pre.weight", (16,)),
+        ("rope.periods", (4,)),
+        ("rope_embed.periods", (4,)),
+        ("register_tokens", (1, 4, 16)),
+    ],
+)
+def test_models_with_registers_or_rotary_positions_are_refused(name, shape, tmp_path):
+    for prefix in ("", "student."):
+        names = {prefix + key: t for key, t in (WHOLE | {name: torch.zeros(shape)}).items()}
+        save_checkpoint(tmp_path / "a.pth", {"model": names})
+        with pytest.raises(InputError, match=r"is DINOv3 or another model .*not BEiT"):
+            get_model(tmp_path / "a.pth")
+
+
+def test_a_model_without_positions_must_say_so(tmp_path):
+    model = classifier(use_rel_pos_bias=False, num_heads=1)
+    path = save(tmp_path, model)
+    with pytest.raises(InputError, match="neither bias tables nor position embeddings"):
+        get_model(path)
+    assert same(
+        create_model("beit_tiny_patch16_224", path, **SIZES, use_rel_pos_bias=False, num_classes=3), model.state_dict()
+    )
+    assert same(get_model(save(tmp_path, model, num_heads=1)), model.state_dict())
+
+
+def warnings_of(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize(
+    ("options", "guess"),
+    [
+        ({"embed_dim": 1408, "num_heads": 16}, None),
+        ({"embed_dim": 192, "num_heads": 3}, None),
+        ({"embed_dim": 256, "num_heads": 8}, "4 attention heads, of 64 channels; num_heads= of create_model"),
+    ],
+)
+def test_heads_that_nobody_recorded_are_a_guess(options, guess, tmp_path, caplog):
+    model = classifier(**options, depth=1, use_abs_pos_emb=True, use_rel_pos_bias=False)
+    recorded = {"mean": [0.5] * 3, "std": [0.5] * 3, "image_size": 64}
+    opened = get_model(save(tmp_path, model, **recorded))
+    assert opened.num_heads == (4 if guess else options["num_heads"])
+    assert len(warnings_of(caplog)) == (guess is not None)
+    assert guess is None or guess in caplog.text
+    assert opened.metadata.get("guessed", []) == ([g for g in opened.metadata.get("guessed", []) if "heads" in g])
+
+
+@pytest.mark.parametrize(
+    "options", [{"use_abs_pos_emb": True, "use_rel_pos_bias": False}, {}], ids=["positions", "tables"]
+)
+def test_a_models_own_grid_comes_before_a_square(options, tmp_path, caplog):
+    # 2 x 8 patches are as many as 4 x 4; 13 x 5 patches have a table as long as 8 x 8: 15 * 15 = 25 * 9.
+    size, square = ((32, 128), (4, 4)) if options else ((208, 80), (8, 8))
+    model, same_size = classifier(img_size=size, **options), classifier(img_size=size, **options)
+    report = load_pretrained(same_size, save(tmp_path, model))
+    assert report.resized == {}
+    assert same(same_size, model.state_dict())
+    assert [f"{size[0] // 16} x {size[1] // 16} patches" in text for text in warnings_of(caplog)] == [True]
+    caplog.clear()
+    path = save(tmp_path, model)
+    if options:
+        path = save(tmp_path, model, num_heads=2)
+    assert get_model(path).patch_embed.grid_size == square
+    assert f"{square[0]} x {square[1]} patches" in warnings_of(caplog)[0]
+    caplog.clear()
+    opened = get_model(save(tmp_path, model, image_size=size, num_heads=2, mean=[0.5] * 3, std=[0.5] * 3))
+    assert (opened.img_size, warnings_of(caplog)) == (size, [])
+
+
+def test_mean_and_names_that_nobody_recorded_are_guesses(tmp_path, caplog):
+    model = classifier(num_classes=1000)
+    about = {"image_size": 64}
+    opened = get_model(save(tmp_path, model, "beitv2_base.pth", **about))
+    assert preprocessing_of(opened, opened.metadata).mean == (0.485, 0.456, 0.406)
+    assert preprocessing_of(opened, get_model(save(tmp_path, model, **about)).metadata).mean == (0.5, 0.5, 0.5)
+    texts = warnings_of(caplog)
+    assert ["images of mean" in text for text in texts] == [True, False, True, False]
+    assert ["1000 classes are ImageNet's" in text for text in texts] == [False, True, False, True]
+    caplog.clear()
+    known = {"mean": [0.1] * 3, "std": [0.2] * 3, "labels": [f"c{number}" for number in range(1000)], **about}
+    assert (
+        preprocessing_of(opened, get_model(save(tmp_path, model, "beitv2_base.pth", **known)).metadata).mean
+        == (0.1,) * 3
+    )
+    get_model(save(tmp_path, model, f"{NAME}.pth", **about))  # a released name settles everything
+    assert warnings_of(caplog) == []
+
+
+def test_a_class_token_head_is_not_put_on_pooled_patches(tmp_path, caplog):
+    path = save(tmp_path, classifier(use_mean_pooling=False))
+    target = classifier()
+    before = target.head.weight.clone()
+    report = load_pretrained(target, path)
+    assert "build the model with use_mean_pooling=False" in report.dropped["head.weight"]
+    assert torch.equal(target.head.weight, before)
+    assert "use_mean_pooling=False" in warnings_of(caplog)[0]
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "warns"),
+    [
+        (masked(), classifier(), False),
+        (classifier(), classifier(num_classes=7), False),
+        (classifier(), classifier(), False),
+        (classifier(use_rel_pos_bias=False, use_abs_pos_emb=True), classifier(use_abs_pos_emb=True), True),
+        (classifier(), classifier(use_abs_pos_emb=True), True),
+        (classifier(num_classes=0), classifier(), True),
+    ],
+    ids=["pre-training", "another head", "whole", "no tables", "no positions", "no head"],
+)
+def test_what_is_missing_is_a_warning_unless_the_task_is_another(source, target, warns, tmp_path, caplog):
+    load_pretrained(target, save(tmp_path, source))
+    assert any("not in the checkpoint" in text for text in warnings_of(caplog)) is warns
+
+
+ODD = [
+    "[]",
+    "null",
+    "[1]",
+    '"64"',
+    "64.5",
+    "-1",
+    "true",
+    "{}",
+    '{"height": 1}',
+    "1e999",
+    "[null]",
+    '[["a"]]',
+    "NaN",
+    "1" * 400,
+]
+KEYS = {
+    "config.json": ("image_size", "num_attention_heads", "layer_norm_eps", "id2label", "out_indices", "hidden_act"),
+    "preprocessor_config.json": (
+        *("image_mean", "image_std", "size", "crop_size", "resample", "crop_pct", "rescale_factor", "do_resize"),
+        *("do_normalize", "do_rescale", "do_center_crop", "image_processor_type"),
+    ),
+}
+
+
+def outcome(run):
+    """What a call returns, as text; or its InputError."""
+    try:
+        return repr(run())
+    except InputError as error:
+        return str(error)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hf")
+    save_file(from_official(WHOLE, "huggingface"), folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("file", KEYS)
+def test_odd_values_in_json_are_one_line(file, exported):
+    image, any_model = Image.new("RGB", (70, 80)), classifier()
+
+    def use():
+        weights, metadata = read_weights(exported)
+        architecture_of(weights, metadata)
+        how = preprocessing_of(any_model, metadata)
+        return normalize(how.transform(image)["image"][None], how.mean, how.std).shape
+
+    for key in KEYS[file]:
+        for value in ODD:
+            (exported / file).write_text(
+                f'{{"{key}": {value}, "size": 64}}' if key != "size" else f'{{"size": {value}}}'
+            )
+            found = outcome(use)
+            assert found == "torch.Size([1, 3, 64, 64])" or ("\n" not in found and len(found) < 400), (key, value)
+    (exported / file).unlink()
+
+
+@pytest.mark.parametrize("value", ['"../a.safetensors"', '"/etc/passwd"', "3", "null", '["a"]', '"b/../../c"', '""'])
+def test_an_index_cannot_name_files_elsewhere(value, tmp_path):
+    index = tmp_path / "x" / "model.safetensors.index.json"
+    index.parent.mkdir()
+    save_file(WHOLE, tmp_path / "a.safetensors")
+    for content in (f'{{"weight_map": {{"w": {value}}}}}', f'{{"weight_map": {value}}}', "{}"):
+        index.write_text(content)
+        with pytest.raises(InputError, match=r"no weight_map of tensors to files beside it|is a folder"):
+            get_model(index.parent)
+
+
+def test_mmpretrain_classifiers_keep_what_their_meta_records(tmp_path):
+    names = from_official(WHOLE, "mmpretrain")
+    cfg = "data_preprocessor = dict(mean=[123.675, 116.28, 103.53], num_classes=3, std=[58.395, 57.12, 57.375])\n"
+    meta = {"dataset_meta": {"classes": ("x", "y", "z")}, "cfg": cfg}
+    save_checkpoint(tmp_path / "a.pth", {"state_dict": names, "meta": meta})
+    metadata = get_model(tmp_path / "a.pth").metadata
+    assert metadata["labels"] == ("x", "y", "z")
+    assert metadata["mean"] == pytest.approx((0.485, 0.456, 0.406))
+    assert metadata["std"] == pytest.approx((0.229, 0.224, 0.225))
+    save_checkpoint(tmp_path / "b.pth", {"state_dict": names, "meta": {"CLASSES": ["p", "q", "r"], "cfg": 3}})
+    assert get_model(tmp_path / "b.pth").metadata["labels"] == ("p", "q", "r")
+
+
+@pytest.fixture(scope="module")
+def whole_files(tmp_path_factory):
+    """The bytes of one small checkpoint in each form, and of the pickle in the zip file."""
+    folder = tmp_path_factory.mktemp("whole")
+    content = {"model": WHOLE, "args": argparse.Namespace(input_size=64), "labels": ["a", "b", "c"], "epoch": 3}
+    torch.save(content, folder / "new.pth")
+    torch.save(content, folder / "old.pth", _use_new_zipfile_serialization=False)
+    save_file(WHOLE, folder / "model.safetensors")
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {**files, "new/data.pkl": zipfile.ZipFile(folder / "new.pth").read("new/data.pkl")}
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_damaged_files_are_one_line_or_whole(whole_files, tmp_path_factory, data):
+    # Cut, overwritten, bits flipped, pieces moved: never another exception, and never other weights from a zip file.
+    name = data.draw(st.sampled_from(sorted(whole_files)))
+    content = bytearray(whole_files[name])
+    for _ in range(data.draw(st.integers(1, 3))):
+        # Most of a file is tensors; what describes them, at both ends, is where damage confuses a reader.
+        most = data.draw(st.sampled_from([600, 6000, len(content)]))
+        start = data.draw(st.integers(0, most)) * data.draw(st.sampled_from([1, -1])) % max(len(content), 1)
+        piece = data.draw(st.binary(max_size=40) | st.just(bytes(4096)))
+        how = data.draw(st.sampled_from(["cut", "over", "insert", "flip", "remove"]))
+        if how == "cut":
+            del content[start:]
+        elif how == "flip" and content:
+            content[start] ^= 1 << data.draw(st.integers(0, 7))
+        else:
+            content[start : start + len(piece) * (how != "insert")] = b"" if how == "remove" else piece
+    path = tmp_path_factory.getbasetemp() / f"damaged-{Path(name).name}"
+    if name == "new/data.pkl":  # with the right checksum
+        path = tmp_path_factory.getbasetemp() / "damaged.pth"
+        with zipfile.ZipFile(io.BytesIO(whole_files["new.pth"])) as whole, zipfile.ZipFile(path, "w") as archive:
+            for entry in whole.namelist():
+                archive.writestr(entry, content if entry == name else whole.read(entry))
+    else:
+        path.write_bytes(content)
+    found = outcome(lambda: same(get_model(path), WHOLE))
+    assert "\n" not in found
+    assert name != "new.pth" or found != "False"

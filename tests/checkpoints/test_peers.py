@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from timm.models.beit import Beit
 from transformers import (
@@ -13,12 +15,15 @@ from transformers import (
     BeitConfig,
     BeitForImageClassification,
     BeitForMaskedImageModeling,
+    BeitImageProcessorPil,
+    BitImageProcessorPil,
 )
 
 from beit.checkpoints.export import convert
 from beit.checkpoints.read import read_weights
 from beit.data.preprocessing import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from beit.errors import InputError
+from beit.inference import preprocessing_of
 from beit.modeling import VisionTransformer
 from beit.storage import save_checkpoint
 from beit.zoo import create_model, get_model
@@ -227,7 +232,8 @@ def test_a_classifier_that_kept_its_mask_token_opens_as_a_classifier(tmp_path, c
     model = get_model(tmp_path)
     assert isinstance(model, VisionTransformer)
     torch.testing.assert_close(outputs(model), outputs(peer).logits, rtol=1e-4, atol=1e-4)
-    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "assuming images of mean" in warning  # which are in a file beside it that was not written
     convert(tmp_path, tmp_path / "converted.pth", "unilm")
     torch.testing.assert_close(outputs(get_model(tmp_path / "converted.pth")), outputs(model))
 
@@ -269,3 +275,113 @@ def test_the_crop_comes_back_from_transformers_as_it_was(small, tmp_path):
     described.write_text(described.read_text().replace('"shortest_edge": 73', '"shortest_edge": 80'))
     assert read_weights(tmp_path / "hf")[1]["crop_pct"] == 0.8  # somebody changed the sizes, which count then
     assert AutoImageProcessor.from_pretrained(tmp_path / "hf").size["shortest_edge"] == 80
+
+
+def photo(width, height):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def prepared(model, image):
+    """What our model is given of an image."""
+    how = preprocessing_of(model, model.metadata)
+    pixels = how.transform(image)["image"].float() / 255
+    return (pixels - torch.tensor(how.mean).view(3, 1, 1)) / torch.tensor(how.std).view(3, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("processor", "settings"),
+    [
+        (BeitImageProcessorPil, {"size": {"height": 64, "width": 64}, "do_center_crop": False}),
+        (BeitImageProcessorPil, {"size": {"height": 80, "width": 80}, "do_center_crop": True}),
+        (BeitImageProcessorPil, {"size": {"height": 64, "width": 64}, "do_normalize": False}),
+        (
+            BeitImageProcessorPil,
+            {"size": {"height": 64, "width": 64}, "rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3},
+        ),
+        (BeitImageProcessorPil, {"size": {"height": 64, "width": 64}, "do_rescale": False, "image_std": [99.0] * 3}),
+        (BeitImageProcessorPil, {"size": {"height": 64, "width": 64}, "resample": 2}),
+        (BitImageProcessorPil, {"size": {"shortest_edge": 80}, "do_center_crop": True}),
+    ],
+    ids=["squash", "squash and crop", "no normalization", "other scale", "no scale", "bilinear", "shorter edge"],
+)
+def test_images_are_prepared_as_the_file_beside_the_weights_says(processor, settings, small, tmp_path):
+    # Breaks when the aspect ratio is kept where transformers does not, or when a key is half read.
+    convert(saved(small("per-layer tables"), tmp_path, mean=[0.5] * 3, std=[0.5] * 3), tmp_path / "hf", "huggingface")
+    theirs = processor(crop_size={"height": 64, "width": 64}, **settings)
+    theirs.save_pretrained(tmp_path / "hf")
+    image = photo(70, 131)
+    expected = theirs(image, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(prepared(get_model(tmp_path / "hf"), image), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["center", "squash"])
+def test_the_kind_of_crop_travels_through_every_format(mode, small, tmp_path):
+    path = saved(small("per-layer tables"), tmp_path, crop_mode=mode, crop_pct=0.8)
+    image = photo(70, 130)
+    expected = prepared(get_model(path), image)
+    resized = image.resize((80, 80) if mode == "squash" else (80, 148), Image.Resampling.BICUBIC)  # 64 / 0.8
+    top = 8 if mode == "squash" else 42
+    by_hand = np.asarray(resized.crop((8, top, 72, top + 64)), dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
+    torch.testing.assert_close(expected, torch.from_numpy(by_hand), rtol=1e-5, atol=1e-5)
+    for to, name in (("huggingface", "hf"), ("timm", "timm"), ("timm", "a.safetensors"), ("unilm", "a.pth")):
+        convert(path, tmp_path / name, to)
+        assert torch.equal(prepared(get_model(tmp_path / name), image), expected)
+    theirs = AutoImageProcessor.from_pretrained(tmp_path / "hf", use_fast=False)
+    torch.testing.assert_close(theirs(image, return_tensors="pt")["pixel_values"][0], expected, rtol=1e-5, atol=1e-5)
+    peer = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
+    transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=peer))
+    torch.testing.assert_close(transform(image), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_of_the_images_cannot_be_followed_is_named(small, tmp_path, caplog):
+    convert(saved(small("per-layer tables"), tmp_path), tmp_path / "hf", "huggingface")
+    file = tmp_path / "hf/preprocessor_config.json"
+    for key, value, named in (
+        ("resample", 4, "interpolation"),
+        ("do_resize", False, "do_resize"),
+        ("size", [64], "crop_pct"),
+    ):
+        caplog.clear()
+        file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+        get_model(tmp_path / "hf")
+        assert [named in record.getMessage() for record in caplog.records if "passed over" in record.getMessage()] == [
+            True
+        ]
+        convert(tmp_path / "source.pth", tmp_path / "hf", "huggingface")
+
+
+@pytest.mark.parametrize("activation", ["relu", "quick_gelu", "gelu_new"])
+def test_another_activation_is_refused(activation, tmp_path):
+    peer = BeitForImageClassification(BeitConfig(**HF_SIZES, hidden_act=activation, use_relative_position_bias=True))
+    peer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"activation '{activation}', and BEiT's is gelu"):
+        get_model(tmp_path)
+
+
+@pytest.mark.parametrize("table", ["use_relative_position_bias", "use_shared_relative_position_bias"])
+def test_tables_that_transformers_reads_otherwise_are_refused(table, tmp_path):
+    config = BeitConfig(**{**HF_SIZES, "image_size": [64, 96]}, **{table: True}, num_labels=5)
+    BeitForImageClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="as those of a square, unlike BEiT"):
+        get_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_small_patch16_dinov3", "vit_small_patch16_dinov3_qkvb", "vit_small_patch14_reg4_dinov2"]
+)
+def test_timms_transformers_with_registers_are_refused(name, tmp_path):
+    torch.save(timm.create_model(name, depth=1, img_size=112).state_dict(), tmp_path / "a.pth")
+    with pytest.raises(InputError, match="not BEiT"):
+        get_model(tmp_path / "a.pth")
+
+
+def test_timms_eva_giant_opens_with_its_heads(tmp_path):
+    # 1408 channels make 22 heads of 64: features would be those of another model.
+    peer = timm.create_model("eva_giant_patch14_224", depth=1, num_classes=3, img_size=28).eval()
+    torch.nn.init.normal_(peer.blocks[0].attn.qkv.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    torch.save(peer.state_dict(), tmp_path / "eva.pth")
+    images = torch.randn(1, 3, 28, 28)
+    with torch.no_grad():
+        theirs = peer.forward_features(images)
+    model = get_model(tmp_path / "eva.pth")
+    torch.testing.assert_close(model.get_intermediate_layers(images, n=1)[0], theirs, rtol=1e-3, atol=1e-3)

@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import re
 
 import pytest
 import torch
@@ -245,6 +246,73 @@ def test_mistakes_are_one_line(arguments, message, tmp_path, monkeypatch, capsys
     assert main(["convert", *arguments]) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert message in error
+
+
+@pytest.mark.parametrize("to", ["unilm", "mmpretrain", "timm"])
+@pytest.mark.parametrize("destination", ["a.pth", "./a.pth", "link.pth", "hard.pth", "run/checkpoint-0.pth"])
+def test_what_is_converted_and_what_was_trained_are_never_replaced(destination, to, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint("a.pth", {"model": classifier(img_size=32).state_dict(), "optimizer": {"state": {}}, "epoch": 3})
+    (tmp_path / "link.pth").symlink_to("a.pth")
+    (tmp_path / "hard.pth").hardlink_to("a.pth")
+    (tmp_path / "run").mkdir()
+    save_checkpoint("run/checkpoint-0.pth", {"model": {}, "optimizer": {"state": {}}})
+    before = (tmp_path / destination).read_bytes()
+    assert main(["convert", "a.pth", destination, "--to", to]) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "write to another name" in error
+    assert (tmp_path / destination).read_bytes() == before
+    assert main(["convert", "a.pth", "b.pth", "--to", to]) == 0
+    assert main(["convert", "a.pth", "b.pth", "--to", to]) == 0  # what no run needs may be replaced
+
+
+def test_a_folder_is_not_converted_onto_itself(tmp_path):
+    save_checkpoint(tmp_path / "a.pth", {"model": classifier(img_size=32).state_dict()})
+    convert(tmp_path / "a.pth", tmp_path / "hf", "huggingface")
+    before = (tmp_path / "hf/config.json").read_bytes()
+    for source in (tmp_path / "hf", tmp_path / "hf/model.safetensors"):
+        for to, name in (("huggingface", "hf"), ("timm", "hf"), ("timm", "hf/model.safetensors")):
+            with pytest.raises(InputError, match="is what is to be converted"):
+                convert(source, tmp_path / name, to)
+    assert (tmp_path / "hf/config.json").read_bytes() == before
+
+
+def test_inspect_shows_what_is_recorded_and_what_is_assumed(tmp_path, capsys):
+    weights = {f"net.{name}": tensor for name, tensor in classifier(img_size=32).half().state_dict().items()}
+    del weights["net.head.bias"]
+    weights["net.novelty"] = torch.zeros(2)
+    save_checkpoint(tmp_path / "a.pth", {"model": weights, "crop_pct": 0.9})
+    assert main(["inspect", str(tmp_path / "a.pth")]) == 0
+    lines = dict(re.split(r":\s+", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["dialect"] == "unilm"
+    assert lines["model"].startswith("a classifier BEiT of 2 blocks, 32 channels, patches of 16 x 16")
+    assert lines["model"].endswith("2 heads, for images of 32 x 32 pixels")
+    assert re.fullmatch(r"\d+, [\d,]+ numbers, float16, float32", lines["tensors"])
+    assert (lines["recorded crop_pct"], lines["missing"], lines["other tensors"]) == ("0.9", "head.bias", "novelty")
+    assert "2 x 2 patches" in lines["assumed"]
+    assert "images of mean [0.5, 0.5, 0.5]" in lines["assumed"]
+    assert main(["inspect", str(tmp_path / "b.pth")]) == 2
+
+
+def test_inspect_takes_segmentors_and_folders(tmp_path, capsys):
+    convert(segmentor(tmp_path), tmp_path / "hf", "huggingface")
+    for source in (tmp_path / "segmentor.pth", tmp_path / "hf"):
+        assert main(["inspect", str(source)]) == 0
+        text = capsys.readouterr().out
+        assert "a segmentation BEiT of 4 blocks, 32 channels" in text
+        assert "missing" not in text
+        assert "other tensors" not in text
+
+
+def test_one_of_several_models_is_converted_by_its_prefix(tmp_path, capsys):
+    one = classifier(img_size=32).state_dict()
+    two = {f"teacher.{name}": tensor + 1 for name, tensor in one.items()}
+    save_checkpoint(tmp_path / "a.pth", {"model": {f"student.{n}": t for n, t in one.items()} | two})
+    arguments = [str(tmp_path / "a.pth"), str(tmp_path / "b.pth"), "--to", "unilm"]
+    assert main(["convert", *arguments]) == 2
+    assert "below 'student.' and 'teacher.'" in capsys.readouterr().err
+    assert main(["convert", *arguments, "--model_prefix", "teacher."]) == 0
+    assert torch.equal(load_checkpoint(tmp_path / "b.pth")["model"]["head.bias"], two["teacher.head.bias"])
 
 
 def test_onnx_without_its_libraries_is_one_line(tmp_path, monkeypatch):

@@ -149,7 +149,7 @@ def test_without_weights_it_says_so(caplog):
 def test_another_mean_than_the_checkpoints_is_said(checkpoints, tmp_path, caplog):
     _, model = checkpoints["finetuned"]
     args = {"imagenet_default_mean_and_std": True, "model_kwargs": TINY}
-    save_checkpoint(tmp_path / "m.pth", {"model": model.state_dict(), "args": args})
+    save_checkpoint(tmp_path / "m.pth", {"model": model.state_dict(), "args": args, "image_size": model.img_size})
     with caplog.at_level(logging.WARNING):
         build_backbone(parse("--model", "auto", "--pretrained_weights", tmp_path / "m.pth"))
         assert "--imagenet_default_mean_and_std" in caplog.text

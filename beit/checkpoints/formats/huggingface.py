@@ -9,15 +9,16 @@ block, so the export of a model that taps it has one more layer, an inert one.
 """
 
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from beit.checkpoints.formats.dialect import Content, Dialect, Files, NameTable, Weights, WholeModel, replace_prefix
+from beit.checkpoints.formats.recorded import RECORDED, positive, readable, whole
 from beit.checkpoints.formats.segmentation import LEVELS, PARTS, POOL_SCALES, Heads, leaves_zero_out, taps_of
 from beit.checkpoints.formats.unilm import INDEX, TABLE, bare
 from beit.errors import InputError
@@ -61,6 +62,9 @@ _NAMES = NameTable(
 TAP_SHIFT = 2
 CONFIG_TAPS = (3, 5, 7, 11)  # of a config that has none
 AUXILIARY_INDEX = 2  # which of the taps the library's auxiliary head sees
+CONFIGS = "config.json or preprocessor_config.json"
+EPS = "layer_norm_eps"
+KEEP_THE_RATIO = ("Bit", "CLIP")  # processors for which one number is the shorter edge
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
 
 
@@ -118,9 +122,12 @@ def _folder(model: WholeModel, _destination: Path) -> Files:
     size = model.arguments["img_size"]
     if model.heads is None:
         config, weights = _config(model, model.arguments), model.weights
+        squash = model.images["crop_mode"] == "squash"
+        height, width = (int(side / model.images["crop_pct"]) for side in size)
         images = {
-            "image_processor_type": "BitImageProcessor",  # the library's own for BEiT cannot keep the aspect ratio
-            "size": {"shortest_edge": int(min(size) / model.images["crop_pct"])},
+            # The library's own processor for BEiT resizes each side by itself; another one keeps the aspect ratio.
+            "image_processor_type": "BeitImageProcessor" if squash else "BitImageProcessor",
+            "size": {"height": height, "width": width} if squash else {"shortest_edge": min(height, width)},
             "do_center_crop": True,
             "crop_size": {"height": size[0], "width": size[1]},
             "crop_pct": model.images["crop_pct"],  # ours: the quotient of the two sizes is rounded
@@ -260,50 +267,74 @@ def read_segmentation(config: Content, preprocessor: Content) -> Content:
 
     Raises :class:`InputError` if it taps what no block computes.
     """
-    indices = config.get("out_indices") or config.get("semantic_out_indices") or CONFIG_TAPS
+    given = config.get("out_indices") or config.get("semantic_out_indices") or CONFIG_TAPS
+    indices = RECORDED["out_indices"](given) or ()
     taps = tuple(sorted({index - TAP_SHIFT for index in indices}))
     if len(taps) != LEVELS or taps[0] < 0:
         raise InputError(
-            f"the Hugging Face segmentor has out_indices {list(indices)}: four different ones are needed, from "
+            f"the Hugging Face segmentor has out_indices {given!r:.40}: four different ones are needed, from "
             f"{TAP_SHIFT} on, which taps the first layer"
         )
     found: Content = {"out_indices": taps, "auxiliary_index": AUXILIARY_INDEX}
-    found |= {key: config[key] for key in ("pool_scales", "palette") if config.get(key)}
-    zero = preprocessor.get("do_reduce_labels", preprocessor.get("reduce_labels"))
-    return found if zero is None else found | {"reduce_zero_label": zero}
+    found |= {key: config.get(key) for key in ("pool_scales", "palette")}
+    found["reduce_zero_label"] = preprocessor.get("do_reduce_labels", preprocessor.get("reduce_labels"))
+    return readable(found, CONFIGS)
 
 
 def read_config(config: Content, preprocessor: Content) -> Content:
-    """Returns what the two files beside the weights record about the model, the images and the classes."""
+    """Returns what the two files beside the weights record about the model, the images and the classes.
+
+    Raises :class:`InputError` for a model that computes something else.
+    """
+    if (activation := config.get("hidden_act", "gelu")) != "gelu":
+        raise InputError(f"the Hugging Face model has the activation {activation!r:.40}, and BEiT's is gelu")
+    found = {ours: config.get(theirs) for theirs, ours in (("num_attention_heads", "num_heads"), (EPS, EPS))}
+    found["image_size"] = size = config.get("image_size")
+    tables = config.get("use_relative_position_bias") or config.get("use_shared_relative_position_bias")
+    if tables and isinstance(size, (list, tuple)) and len({*map(str, size)}) > 1:
+        raise InputError(f"transformers reads the tables of images of {size} pixels as those of a square, unlike BEiT")
+    found["labels"] = labels = RECORDED["labels"](config.get("id2label")) or config.get("id2label") or None
+    if isinstance(labels, tuple) and labels == tuple(f"LABEL_{index}" for index in range(len(labels))):
+        del found["labels"]
+    return readable(found | _read_images(preprocessor), CONFIGS)
+
+
+def _read_images(preprocessor: Content) -> Content:
+    """Returns how ``preprocessor_config.json`` prepares images; a warning names what cannot be done here."""
+    factor = positive(preprocessor.get("rescale_factor")) or 1 / 255
+    scale = 255 * factor if preprocessor.get("do_rescale", True) else 255.0
     found: Content = {}
-    if (size := config.get("image_size")) is not None:
-        found["image_size"] = (size, size) if isinstance(size, int) else tuple(size)
-    for theirs, ours in (("num_attention_heads", "num_heads"), ("layer_norm_eps", "layer_norm_eps")):
-        if theirs in config:
-            found[ours] = config[theirs]
-    labels = config.get("id2label") or {}
-    names = tuple(labels[key] for key in sorted(labels, key=int))
-    if names and names != tuple(f"LABEL_{index}" for index in range(len(names))):
-        found["labels"] = names
-    for theirs, ours in (("image_mean", "mean"), ("image_std", "std")):
-        if theirs in preprocessor:
-            found[ours] = tuple(preprocessor[theirs])
+    for theirs, ours, plain in (("image_mean", "mean", 0.0), ("image_std", "std", 1.0)):
+        value = preprocessor.get(theirs) if preprocessor.get("do_normalize", True) else [plain] * 3
+        known = RECORDED[ours](value)
+        found[ours] = value if known is None or math.isclose(scale, 1) else [number / scale for number in known]
+    number = preprocessor.get("resample")
+    found["interpolation"] = next((name for name, known in RESAMPLE.items() if known == number), number)
+    if not preprocessor.get("do_resize", True):
+        logger.warning("preprocessor_config.json: do_resize false is passed over: images are resized to fit the model")
+        return found
+    size = preprocessor.get("size")
     resized, cropped = (_edge(preprocessor.get(key)) for key in ("size", "crop_size"))
-    if resized and preprocessor.get("do_resize", True):
-        found["crop_pct"] = cropped / resized if cropped and preprocessor.get("do_center_crop") else 1.0
+    found["crop_pct"] = None if size is None else size if resized is None else 1.0
+    if resized and cropped and preprocessor.get("do_center_crop"):
+        found["crop_pct"] = cropped / resized
         # What our export wrote beside the sizes counts as long as nobody has changed those.
-        recorded = preprocessor.get("crop_pct")
-        if cropped and isinstance(recorded, (int, float)) and recorded > 0 and int(cropped / recorded) == resized:
+        recorded = RECORDED["crop_pct"](preprocessor.get("crop_pct"))
+        if recorded and int(cropped / recorded) == resized:
             found["crop_pct"] = recorded
-    interpolation = next((name for name, number in RESAMPLE.items() if number == preprocessor.get("resample")), None)
-    return found | ({"interpolation": interpolation} if interpolation else {})
+    if resized:
+        kind = str(preprocessor.get("image_processor_type") or preprocessor.get("feature_extractor_type"))
+        edge = "shortest_edge" in size if isinstance(size, Mapping) else kind.startswith(KEEP_THE_RATIO)
+        found["crop_mode"] = "center" if edge else "squash"
+    return found
 
 
-def _edge(size: Any) -> int | None:
-    """Returns the shorter edge of a size: a number, or a dict of edges."""
+def _edge(size: object) -> int | None:
+    """Returns the shorter edge of a size: a number, or a dict of edges; None if it is neither."""
     if isinstance(size, Mapping):
-        return size.get("shortest_edge") or min((size[key] for key in ("height", "width") if key in size), default=None)
-    return size
+        edges = [size.get(key) for key in ("shortest_edge", "height", "width") if key in size]
+        return min(filter(None, map(whole, edges)), default=None)
+    return whole(size)
 
 
 HUGGINGFACE = Dialect(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from beit.checkpoints.formats.dialect import Content, Dialect, Names, NameTable, Weights, WholeModel, replace_prefix
+from beit.checkpoints.formats.recorded import readable
 from beit.checkpoints.formats.segmentation import HEADS, PYRAMID, depth_of, is_segmentor
 from beit.checkpoints.formats.unilm import INDEX, TABLE, bare, with_index
 from beit.errors import InputError
@@ -32,6 +33,7 @@ _NAMES = NameTable(
 _NECK = {"fpn1.": "neck.upsample_4x.", "fpn2.": "neck.upsample_2x."}
 _NECK_PATCH_8 = {"fpn1.": "neck.upsample_2x."}
 _LISTS = re.compile(r"\b(out_indices|pool_scales)\s*=\s*[\[(]([\d\s,]+)[\])]")
+_IMAGES = re.compile(r"\b(mean|std)\s*=\s*[\[(]([\d\s.,]+)[\])]")
 _ZERO = re.compile(r"\breduce_zero_label\s*=\s*(True|False)\b")
 
 
@@ -90,10 +92,10 @@ def _mmsegmentation_file(model: WholeModel) -> Content:
 
 
 def read_meta(content: Mapping) -> Content:
-    """Returns what ``meta`` records in a file of either version: class names, colours, taps, scales, label maps.
+    """Returns what ``meta`` records in a file of any version: classes, colours, taps, scales, label maps, mean, std.
 
-    Values are returned as they are. All but the first two are parsed from the text of the config; the first mention
-    counts, since the backbone comes first.
+    All but the first two are parsed from the text of the config; the first mention counts, since the backbone comes
+    first.
     """
     recorded = content.get("meta")
     if not isinstance(recorded, Mapping):
@@ -101,15 +103,17 @@ def read_meta(content: Mapping) -> Content:
     places = [place for place in (recorded.get("dataset_meta"), recorded) if isinstance(place, Mapping)]
     found: Content = {}
     for key, ours in (("classes", "labels"), ("palette", "palette")):
-        values = [place[name] for place in places for name in (key, key.upper()) if place.get(name)]
+        values = [place[name] for place in places for name in (key, key.upper()) if place.get(name) is not None]
         found |= {ours: values[0]} if values else {}
     for text in (recorded.get(key) for key in ("config", "cfg")):
         if isinstance(text, str):
             lists = {match[1]: match[2] for match in reversed(list(_LISTS.finditer(text)))}
             found |= {name: tuple(map(int, re.findall(r"\d+", numbers))) for name, numbers in lists.items()}
+            for name, numbers in reversed(_IMAGES.findall(text)):
+                found[name] = [float(number) / 255 for number in re.findall(r"\d+\.?\d*", numbers)]
             if match := _ZERO.search(text):
                 found["reduce_zero_label"] = match[1] == "True"
-    return found
+    return readable(found, "meta")
 
 
 def _is_openmmlab(names: Names) -> bool:

@@ -3,11 +3,19 @@
 Other programs use the same names for other things, so a reader returns None for a value of another kind.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from beit.errors import listed
+
+logger = logging.getLogger(__name__)
+
 VISUAL_TOKENS = "visual tokens"  # the target of a checkpoint that records none; as in beit.targets
+CROP_MODES = ("center", "squash")  # the shorter side resized, and the centre; each side resized by itself
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+
+LARGEST = 1_000_000  # of any number: pixels, heads, means
 
 Reader = Callable[[object], Any]
 
@@ -34,10 +42,12 @@ def _sequence(item: Reader, length: int | None = None) -> Reader:
     return read
 
 
-_positive = _value((int, float), lambda value: value > 0)
-_whole = _value(int, lambda value: value > 0)
+_number = _value((int, float), lambda value: abs(value) < LARGEST)
+positive = _value((int, float), lambda value: 0 < value < LARGEST)
+whole = _value(int, lambda value: 0 < value < LARGEST)
 _index = _value(int, lambda value: value >= 0)
-_pair = _sequence(_whole, 2)
+_pair = _sequence(whole, 2)
+_label = _value((str, int))
 
 
 def _size(value: object) -> tuple[int, int] | None:
@@ -46,23 +56,22 @@ def _size(value: object) -> tuple[int, int] | None:
 
 def _labels(value: object) -> tuple | None:
     """Accepts names in order, or by number in a dict such as ``id2label``."""
-    if isinstance(value, (list, tuple)):
-        return tuple(value)
     if isinstance(value, Mapping) and all(str(number).isdecimal() for number in value):
-        return tuple(value[number] for number in sorted(value, key=int))
-    return None
+        value = [value[number] for number in sorted(value, key=int)]
+    return _sequence(_label)(value)
 
 
 # Keys at the top level of a checkpoint.
 RECORDED: dict[str, Reader] = {
     "labels": _labels,
-    "mean": _sequence(_value((int, float))),
-    "std": _sequence(_value((int, float))),
-    "crop_pct": _positive,
+    "mean": _sequence(_number, 3),
+    "std": _sequence(positive, 3),
+    "crop_pct": _value((int, float), lambda value: 0 < value <= 1),
+    "crop_mode": _value(str, lambda value: value in CROP_MODES),
     "interpolation": _value(str, lambda value: value in INTERPOLATIONS),
     "image_size": _size,
-    "num_heads": _whole,
-    "layer_norm_eps": _positive,
+    "num_heads": whole,
+    "layer_norm_eps": positive,
     "target": _value(str, bool),
     "tokenizer": _value(str, bool),
     "out_indices": _sequence(_index),
@@ -71,3 +80,11 @@ RECORDED: dict[str, Reader] = {
     "palette": _sequence(_sequence(_value(int, lambda value: 0 <= value <= 255), 3)),
     "reduce_zero_label": _value(bool),
 }
+
+
+def readable(found: Mapping[str, object], where: str) -> dict[str, Any]:
+    """Returns the values that their readers accept; a warning names the others, None aside, as passed over."""
+    read = {key: RECORDED[key](value) for key, value in found.items() if value is not None}
+    if odd := [f"{key} ({found[key]!r:.40})" for key, value in read.items() if value is None]:
+        logger.warning("%s: passed over, since not understood: %s", where, listed(odd))
+    return {key: value for key, value in read.items() if value is not None}

@@ -49,6 +49,12 @@ RELATIVES = (
         "EVA-02", _has(r"^blocks\.\d+\.(attn\.q_proj\.|mlp\.w1\.|mlp\.fc1_g\.)"), False, "rotary positions, " + _OTHER
     ),
     Relative("EVA", _is_eva, True, "the backbone is the same, its head predicts CLIP features"),
+    Relative(
+        "DINOv3 or another model with register tokens or rotary positions",
+        _has(r"^(reg_token|register_tokens|storage_tokens|norm_pre\.|rope(_embed)?\.)"),
+        False,
+        _OTHER,
+    ),
     Relative("DiT", _has(r"^roi_heads\.", r"^blocks\.0\.attn\.q_bias"), True, "the detector's backbone is BEiT's"),
     Relative("data2vec-vision", _has(r"^data2vec_vision\."), False, "another model of the same shape"),
     Relative(

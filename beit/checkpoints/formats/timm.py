@@ -1,15 +1,19 @@
 """timm's ``Beit``: the official names without the index buffers, and a ``config.json`` that rebuilds the model."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from beit.checkpoints.formats import unilm
 from beit.checkpoints.formats.dialect import LAYER_NORM_EPS, Content, Dialect, Files, Weights, WholeModel
+from beit.checkpoints.formats.recorded import readable
 from beit.errors import InputError
 
 logger = logging.getLogger(__name__)
+
+_PARTS = ("pretrained_cfg", "model_args")  # of config.json
 
 
 def _from_official(weights: Weights, _position_index: Tensor | None = None) -> dict[str, Tensor]:
@@ -63,15 +67,12 @@ def _config(model: WholeModel) -> Content:
 
 def read_config(config: Content) -> Content:
     """Returns what timm's ``config.json`` records about the images, the attention heads and the classes."""
-    recorded = dict(config.get("pretrained_cfg", {}))
-    found = {key: recorded[key] for key in ("mean", "std", "crop_pct", "interpolation") if recorded.get(key)}
-    if len(recorded.get("input_size") or ()) == 3:
-        found["image_size"] = tuple(recorded["input_size"][1:])
-    arguments = config.get("model_args") or {}
-    if "num_heads" in arguments:
-        found["num_heads"] = arguments["num_heads"]
-    labels = config.get("label_names") or recorded.get("label_names")
-    return found | ({"labels": tuple(labels)} if labels else {})
+    recorded, arguments = (part if isinstance(part := config.get(key), Mapping) else {} for key in _PARTS)
+    found = {key: recorded.get(key) for key in ("mean", "std", "crop_pct", "crop_mode", "interpolation")}
+    size = recorded.get("input_size")
+    found["image_size"] = size[1:] if isinstance(size, (list, tuple)) else size
+    found["num_heads"] = arguments.get("num_heads")
+    return readable(found | {"labels": config.get("label_names") or recorded.get("label_names")}, "config.json")
 
 
 TIMM = Dialect(
