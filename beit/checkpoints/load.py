@@ -63,12 +63,12 @@ class KeyReport:
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
 
-    @property
-    def surprising(self) -> bool:
-        """Whether a tensor has no place in the model, or more is missing than the head for another task."""
+    def log(self) -> None:
+        """Logs the summary: a warning if a tensor has no place, or more is missing than the head for another task."""
         other_task = any(reason.startswith(("of ", "the head ")) for reason in self.dropped.values())
         new = ("head.", "fc_norm.", "lm_head.") if other_task else ()
-        return bool(self.unexpected) or any(n not in self.dropped and not n.startswith(new) for n in self.missing)
+        surprising = self.unexpected or any(n not in self.dropped and not n.startswith(new) for n in self.missing)
+        (logger.warning if surprising else logger.info)("%s", self.summary())
 
     def summary(self) -> str:
         """Returns the report as one line."""
@@ -119,7 +119,7 @@ def load_pretrained(
     if len(weights.get("head.weight", ())) == len(classes) and not drop_head:
         weights, metadata, _ = match_classes(weights, metadata, model.state_dict(), classes)
     report = load_weights(model, weights, metadata, drop_head=drop_head)
-    (logger.warning if report.surprising else logger.info)("%s", report.summary())
+    report.log()
     return report
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from beit.checkpoints.heads import match_classes
 from beit.checkpoints.load import load_pretrained, load_weights
-from beit.checkpoints.read import read_weights
+from beit.checkpoints.read import preparation_of, read_weights
 from beit.checkpoints.released import resolve
 from beit.data.classification import ClassificationEvalTransform, ClassificationTransform, labelled_dataset
 from beit.data.loaders import EpochLoader
@@ -220,14 +220,14 @@ def recorded_transform(
 ) -> ClassificationEvalTransform:
     """Returns how images are evaluated: as a checkpoint for this input size records, unless ``--crop_pct`` differs."""
     size = size_pair(config.input_size)
-    if "crop_pct" not in metadata or metadata.get("image_size", size) != size:
+    if metadata.get("image_size", size) != size:
         return build_eval_transform(config)
-    crop = metadata["crop_pct"]
-    if config.crop_pct is not None and not math.isclose(config.crop_pct, crop):
-        logger.warning("--crop_pct %g, where %s was evaluated with %g", config.crop_pct, source, crop)
-        crop = config.crop_pct
-    interpolation = metadata.get("interpolation", "bicubic")
-    return ClassificationEvalTransform(size, crop_pct=crop, interpolation=interpolation)
+    known = {key: value for key, value in preparation_of(dict(metadata), size).items() if key not in ("mean", "std")}
+    if config.crop_pct is not None:
+        if not math.isclose(config.crop_pct, metadata.get("crop_pct", config.crop_pct)):
+            logger.warning("--crop_pct %g, where %s records %g", config.crop_pct, source, metadata["crop_pct"])
+        known |= {"crop_pct": config.crop_pct, "crop_mode": "center"}
+    return ClassificationEvalTransform(size, **known)
 
 
 def checkpoint_to_evaluate(config: FinetuningConfig) -> str:

@@ -158,7 +158,7 @@ def build_backbone(config: LinearProbeConfig) -> Backbone:
         logger.warning("no --checkpoint: the backbone is untrained")
         return backbone
     report = load_weights(backbone, weights, metadata, drop_head=True)
-    (logger.warning if report.unexpected else logger.info)("%s", report.summary())
+    report.log()
     if auto and config.input_size is not None:
         backbone.set_input_size(config.input_size)
     warn_of_another_mean(source, metadata, normalization(config.imagenet_default_mean_and_std)[0])

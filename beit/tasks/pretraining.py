@@ -268,7 +268,7 @@ def initialize_from(
     theirs = {"target": VISUAL_TOKENS, **metadata}
     other = [key for key, own in (meaning or {}).items() if theirs.get(key, own) != own]
     report = load_weights(model, weights, metadata, drop_head=bool(other))
-    (logger.warning if report.unexpected else logger.info)("%s", report.summary())
+    report.log()
     if other or "lm_head.weight" in report.missing:
         reason = "has another vocabulary or none"
         if meaning and other:
