@@ -148,8 +148,12 @@ def test_findings_compare_beit_with_every_other_row():
     assert len(markdown(scores, 2).splitlines()) == 2 + len(ROWS)
 
 
-def test_unlabelled_images_hold_nothing_that_is_held_out(tmp_path):
-    jobs = Jobs(tmp_path, replace(QUICK, images=FEW_IMAGES), 0)
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    return Jobs(tmp_path_factory.mktemp("jobs"), replace(QUICK, images=FEW_IMAGES), 0)
+
+
+def test_unlabelled_images_hold_nothing_that_is_held_out(jobs):
     folder = jobs.images()
     listed = [folder / line for line in (folder / UNLABELLED).read_text(encoding="utf-8").splitlines()]
     assert len(listed) == 16 + 8 + 7 + len(list((folder / "digits" / "train").rglob("*.png")))
@@ -160,8 +164,7 @@ def test_unlabelled_images_hold_nothing_that_is_held_out(tmp_path):
     assert not same
 
 
-def test_few_labels_are_some_of_the_training_digits_the_same_each_time(tmp_path):
-    jobs = Jobs(tmp_path, replace(QUICK, images=FEW_IMAGES), 0)
+def test_few_labels_are_some_of_the_training_digits_the_same_each_time(jobs):
     digits = jobs.images() / "digits"
     few = sorted(path.relative_to(digits / jobs.few_labels(5)) for path in (digits / jobs.few_labels(5)).rglob("*.png"))
     assert [sum(path.parts[0] == str(digit) for path in few) for digit in range(10)] == [5] * 10
