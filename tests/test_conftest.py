@@ -1,9 +1,8 @@
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.shell import run
 
 SKIPS = """
 import pytest
@@ -31,13 +30,8 @@ def run_strictly(folder, tests, strict="1"):
     (folder / "conftest.py").write_text((Path(__file__).parent / "conftest.py").read_text())
     (folder / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs a CUDA device\n")
     (folder / "test_some.py").write_text(tests)
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)],
-        env={**os.environ, "BEIT_STRICT_SKIPS": strict},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
+    flags = ("-q", "-p", "no:cacheprovider", "-p", "no:warnings", "-c", folder / "pytest.ini", folder)
+    done = run("-m", "pytest", *flags, check=False, BEIT_STRICT_SKIPS=strict)
     return done.returncode, done.stdout
 
 
