@@ -50,15 +50,19 @@ def inspect(config: InspectConfig) -> None:
     with torch.device("meta"):
         own = architecture.build().state_dict()
     (height, width), heads = architecture.arguments["img_size"], architecture.arguments["num_heads"]
-    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()}
+    dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()}))
     apart = (*PARTS, "norm.", "fc_norm.") if metadata.get("segmentation") else ()  # as segmentors have no such norms
     lines = {
         "dialect": metadata["dialect"],
         "model": f"{describe(weights, metadata)}, {heads} heads, for images of {height} x {width} pixels",
-        "tensors": f"{len(weights)}, {sum(t.numel() for t in weights.values()):,} numbers, {', '.join(sorted(dtypes))}",
-        **{f"recorded {key}": f"{metadata[key]!s:.100}" for key in RECORDED if key in metadata},
+        "parameters": f"{sum(t.numel() for t in weights.values()):,} in {len(weights)} tensors of {dtypes}",
+        **{f"recorded {key}": _shown(metadata[key]) for key in RECORDED if key in metadata},
         "assumed": "; ".join(metadata.get("guessed", ())),
         "missing": listed(name for name in own if name not in weights and not name.startswith(apart)),
         "other tensors": listed(name for name in weights if name not in own and not name.startswith(apart)),
     }
     sys.stdout.write("".join(f"{name + ':':<24}{text}\n" for name, text in lines.items() if text))
+
+
+def _shown(value: object) -> str:
+    return f"{len(value)}: {listed(map(str, value))}" if isinstance(value, tuple) and len(value) > 4 else str(value)

@@ -287,7 +287,7 @@ def test_inspect_shows_what_is_recorded_and_what_is_assumed(tmp_path, capsys):
     assert lines["dialect"] == "unilm"
     assert lines["model"].startswith("a classifier BEiT of 2 blocks, 32 channels, patches of 16 x 16")
     assert lines["model"].endswith("2 heads, for images of 32 x 32 pixels")
-    assert re.fullmatch(r"\d+, [\d,]+ numbers, float16, float32", lines["tensors"])
+    assert re.fullmatch(r"[\d,]+ in \d+ tensors of float16, float32", lines["parameters"])
     assert (lines["recorded crop_pct"], lines["missing"], lines["other tensors"]) == ("0.9", "head.bias", "novelty")
     assert "2 x 2 patches" in lines["assumed"]
     assert "images of mean [0.5, 0.5, 0.5]" in lines["assumed"]
