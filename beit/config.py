@@ -500,7 +500,7 @@ def _reader(annotation: object) -> Callable:
 def _read_bool(value: object) -> bool:
     word = str(value).lower() if isinstance(value, bool | str) else ""
     if word not in WORDS:
-        raise ValueError("true or false expected")
+        raise ValueError("expected true or false")
     return WORDS[word]
 
 
@@ -514,14 +514,14 @@ def _number(value: Any) -> float:
 
 def _read_float(value: object) -> float:
     if not math.isfinite(number := _number(value)):
-        raise ValueError("a finite number expected")
+        raise ValueError("expected a finite number")
     return number
 
 
 def _read_int(value: object) -> int:
     number = _number(value)
     if not number.is_integer() or abs(number) >= 1e15:  # floats are exact up to there
-        raise ValueError("a whole number expected, of at most 15 digits")
+        raise ValueError("expected a whole number of at most 15 digits")
     return int(number)
 
 
@@ -531,7 +531,7 @@ def _read_text(value: object) -> str:
         value = str(value)  # what YAML takes for more than a text, such as a folder named by a date
     text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if not isinstance(text, str) or "\0" in text:
-        raise ValueError("a text or a path expected")
+        raise ValueError("expected a text or a path")
     path = os.path.expanduser(text)
     if path.startswith("~") and os.sep in path:
         raise ValueError("there is no such user, or no home folder")
@@ -552,16 +552,25 @@ def _read_dict(value: object) -> Values:
     if not isinstance(value, Mapping):
         parts = [str(text).partition("=") for text in _listed(value)]
         value = {key if equals else "": _yaml_value(word) for key, equals, word in parts}
-    for key, item in value.items():
-        if not (isinstance(key, str) and key) or (isinstance(item, float) and not math.isfinite(item)):
-            raise ValueError("KEY=VALUE expected, with finite numbers")
-    return dict(value)
+    if not all(isinstance(key, str) and key for key in value):
+        raise ValueError("expected KEY=VALUE, with finite numbers")
+    return {key: _read_item(item) for key, item in value.items()}
+
+
+def _read_item(value: Any) -> object:
+    """Reads a number, text or truth value, which may be NumPy's, nothing, or a list or tuple of them."""
+    if isinstance(value, list | tuple):
+        return type(value)(_read_item(item) for item in value)
+    value = value.item() if hasattr(value, "item") else value
+    if not isinstance(value, int | float | str | None) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError("expected KEY=VALUE, with finite numbers")
+    return value
 
 
 def _listed(value: object) -> Sequence:
     values = [value] if isinstance(value, str | os.PathLike) else value
     if not isinstance(values, Sequence) or isinstance(values, bytes):
-        raise ValueError("a list expected")
+        raise ValueError("expected a list")
     return values
 
 
@@ -587,7 +596,7 @@ def _convert(field: dataclasses.Field, reader: Callable, value: Any, where: str)
     choices = field.metadata["choices"]
     try:
         if value is None:
-            raise ValueError("a value expected")
+            raise ValueError("expected a value")
         read = reader(value)
         if choices is not None and read not in (field.default, *choices):
             raise ValueError(f"choose {', '.join(choices)}{did_you_mean(str(read), choices)}")

@@ -374,6 +374,8 @@ def require_file(path: Path) -> None:
     if path.is_dir():
         raise InputError(f"{path} is a folder where a file is needed")
     if not path.is_file():
+        if os.path.lexists(path):
+            raise InputError(f"{path} is no regular file, but a pipe, a device or a broken link")
         if not path.parent.is_dir():
             raise InputError(f"there is no file {path}: the folder {path.parent} does not exist")
         raise InputError(f"there is no file {path}{did_you_mean(path.name, os.listdir(path.parent))}")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from beit.checkpoints.heads import comparable
+from beit.checkpoints.heads import comparable, match_classes
 from beit.checkpoints.read import read_weights
 from beit.config import read_settings
 from beit.data.loaders import EpochLoader
@@ -74,6 +74,10 @@ def main(config: TestConfig) -> None:
         load_segmentor(segmentor, weights, metadata, config.checkpoint)
         classes = classes_of(segmentor, config.classes or next(root.glob(CLASSES_FILE), ""))
         check_data(config, [pairs], classes)
+        learnt, given = comparable(metadata.get("labels") or (), classes.names)
+        if learnt != given and sorted(learnt) == sorted(given):  # the same ones in another order
+            weights, metadata, _ = match_classes(weights, metadata, segmentor.state_dict(), classes.names)
+            load_segmentor(segmentor, weights, metadata, config.checkpoint)
         compare_with_record(segmentor.metadata, config, classes)
         precision = precision_of(config, session.device)
         logger.info("testing %s on the %d images in %s", config.checkpoint, len(pairs), pairs.root)
@@ -115,7 +119,7 @@ def check_data(config: SegmentationConfig, found: Sequence[ImagePairs], classes:
 
 def compare_with_record(metadata: Mapping[str, Any], config: TestConfig, classes: SegmentationClasses) -> None:
     """Warns where a checkpoint records other classes than the data have, or in another order."""
-    learnt, given = comparable(metadata.get("labels") or ()), comparable(classes.names)
+    learnt, given = comparable(metadata.get("labels") or (), classes.names)
     different = [number for number, pair in enumerate(zip(learnt, given, strict=False)) if len({*pair}) > 1]
     if different and len(learnt) == len(given):
         logger.warning(

@@ -1,6 +1,5 @@
 """Writing a checkpoint in another dialect. Tensors are renamed, never computed with: they stay the same bit by bit."""
 
-import contextlib
 import json
 import logging
 from collections.abc import Mapping
@@ -89,10 +88,15 @@ def _check_replaced(source: Path, destination: Path) -> None:
     read, written = ([path, path / FOLDER_WEIGHTS[0]] for path in (source, destination))
     if any(a.exists() and b.exists() and a.samefile(b) for a in read for b in written):
         raise InputError(f"{destination} is what is to be converted: write to another name")
-    content = None
-    with contextlib.suppress(InputError):  # anything else may be replaced
-        content = load_checkpoint(destination, mmap=True) if destination.is_file() else None
-    if isinstance(content, Mapping) and "optimizer" in content:
+    if not destination.is_file() or destination.suffix not in CHECKPOINT_SUFFIXES:  # a graph is no checkpoint
+        return
+    try:
+        content = load_checkpoint(destination, mmap=True)
+    except InputError as error:
+        raise InputError(
+            f"{destination} is no checkpoint that can be read: delete it, or write to another name"
+        ) from error
+    if any(str(key).startswith(("optimizer", "global_step", "param_groups")) for key in content):
         raise InputError(f"{destination} holds the state of a training run, which would be lost: write to another name")
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import re
+import unicodedata
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -55,14 +56,16 @@ def match_classes(
     return {**weights, **matched}, {**metadata, "labels": tuple(classes)}, fresh
 
 
-def comparable(names: Sequence[object]) -> list[str]:
-    """Returns class names in one spelling."""
-    return [str(name).strip().casefold() for name in names]
+def comparable(*lists: Sequence[object]) -> list[list[str]]:
+    """Returns lists of class names in one spelling; letters differ in case only where they must to be told apart."""
+    exact = [[unicodedata.normalize("NFC", str(name).strip()) for name in names] for names in lists]
+    folded = [[name.casefold() for name in names] for names in exact]
+    return folded if all(len({*names}) == len(names) for names in folded) else exact
 
 
 def _names(metadata: Metadata, count: int, classes: Sequence[str]) -> tuple[list[str], list[str]]:
     """Returns the names that a checkpoint of ``count`` classes has for them, none if unknown, and the given ones."""
-    learnt, wanted = comparable(metadata.get("labels") or ()), comparable(classes)
+    learnt, wanted = comparable(metadata.get("labels") or (), classes)
     learnt = learnt if len(learnt) == count else []
     if _are_ids(learnt) == _are_ids(wanted):
         return learnt, wanted
@@ -74,7 +77,8 @@ def _names(metadata: Metadata, count: int, classes: Sequence[str]) -> tuple[list
     words = ImageNetInfo("imagenet-22k").label_name_to_description
     with contextlib.suppress(KeyError):  # of no known synset
         learnt, wanted = ([words(name) for name in names] if _are_ids(names) else names for names in (learnt, wanted))
-    return comparable(learnt), comparable(wanted)
+    learnt, wanted = comparable(learnt, wanted)
+    return learnt, wanted
 
 
 def _are_ids(names: Sequence[str]) -> bool:

@@ -88,6 +88,9 @@ def read_weights(
         odd = tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized
         if odd or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise InputError(f"{source} cannot be used: its {name} is sparse, quantized, or more than the file holds")
+    held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in state.values()}
+    if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) > 2 * sum(held.values()):
+        raise InputError(f"{source} cannot be used: its tensors repeat each other and would fill the memory")
     weights = to_official(state, dialect)
     _check_tensors(weights, str(source))
     metadata: Metadata = {"source": str(source), "dialect": dialect}
@@ -178,15 +181,15 @@ def _file_metadata(path: Path) -> Content:
 
 def _find_state(content: Mapping, model_key: str, prefix: str, source: str) -> dict[str, Tensor]:
     """Finds the weights: under the keys asked for, at the top level, or under another usual key."""
-    asked = [key for key in model_key.split("|") if key]
+    asked, held = [key for key in model_key.split("|") if key], listed(content) or "nothing"
     found = _first_mapping(content, asked)
     if found is None:
         flat = _tensors(content)
         if not flat and not set(asked) & set(STATE_KEYS[:3]):
-            raise InputError(f"{source} has nothing under {' or '.join(asked)!r}; it has {listed(content)}")
+            raise InputError(f"{source} has nothing under {' or '.join(asked)!r}; it has {held}")
         found = flat or _first_mapping(content, STATE_KEYS)
     if found is None:
-        raise InputError(f"{source} has no weights under {', '.join(STATE_KEYS)}; it has {listed(content)}")
+        raise InputError(f"{source} has no weights under {', '.join(STATE_KEYS)}; it has {held}")
     state = _tensors(_first_mapping(found, STATE_KEYS) or found)
     if not prefix:
         return state
@@ -294,7 +297,7 @@ def window_of(weights: Weights, metadata: Metadata, fallback: tuple[int, int] | 
             f"{metadata.get('source', 'the checkpoint')} has {held}, which is no square, and does not record its image "
             "size: give the model the size it was trained with"
         )
-    if not any(map(fits, recorded)) and fits(square) and not window == fallback == square:
+    if not any(map(fits, recorded)) and not window == fallback == square:
         guess(metadata, f"{window[0]} x {window[1]} patches ({held}); img_size= of create_model settles it")
     return window
 

@@ -61,7 +61,7 @@ def inspect(config: InspectConfig) -> None:
         "missing": listed(name for name in own if name not in weights and not name.startswith(apart)),
         "other tensors": listed(name for name in weights if name not in own and not name.startswith(apart)),
     }
-    sys.stdout.write("".join(f"{name + ':':<24}{text}\n" for name, text in lines.items() if text))
+    sys.stdout.write("".join(f"{name + ':':<26}{text}\n" for name, text in lines.items() if text))
 
 
 def _shown(value: object) -> str:

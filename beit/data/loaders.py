@@ -207,6 +207,7 @@ class EpochLoader:
         """Returns the next batch, None after the last one; says now and then that none comes."""
         start = time.monotonic()
         told = TELL_EVERY
+        self._stalled = True  # until they answer, also if a signal ends the wait
         while True:
             try:
                 loaded = next(self._iterator, None)
@@ -216,7 +217,6 @@ class EpochLoader:
                 if "timed out" not in str(error):
                     raise
             waited = time.monotonic() - start
-            self._stalled = True
             if waited >= told:
                 logger.warning("no data for %.0f s: the data loading processes hang, or the storage does", waited)
                 told += TELL_EVERY
@@ -227,10 +227,17 @@ class EpochLoader:
         """Starts the iterator of an epoch and, the first time, the workers."""
         if self._loader is None:
             self._loader = self._data_loader()
+        if self._workers:
+            # Workers that stay answer a reset, which must not time out: what has come by then would be lost.
+            iterator: Any = self._iterator
+            iterator._timeout, self._stalled = 0, True
+            self._iterator = iter(self._loader)
+            iterator._timeout, self._stalled = self._loader.timeout, False
+            return
         before = set(multiprocessing.active_children())
         with _signals_undisturbed():
             self._iterator = iter(self._loader)
-        self._workers += set(multiprocessing.active_children()) - before
+        self._workers = list(set(multiprocessing.active_children()) - before)
 
     def _require_turn(self, turn: int) -> None:
         if turn != self._turn:

@@ -272,7 +272,7 @@ def initialize_from(
     if other or "lm_head.weight" in report.missing:
         reason = "has another vocabulary or none"
         if meaning and other:
-            reason = f"learned another {FACTS[other[0]].name}{difference(theirs[other[0]], meaning[other[0]])}"
+            reason = f"learned {FACTS[other[0]].other}{difference(theirs[other[0]], meaning[other[0]])}"
         logger.info("%s %s: the head is initialised from scratch", source, reason)
     elif unknown := [FACTS[key].name for key in meaning or {} if key not in theirs]:
         logger.warning("%s does not record its %s: its head is kept as it is", source, ", ".join(unknown))

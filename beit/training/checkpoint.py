@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from beit.errors import InputError
+from beit.errors import InputError, listed
 from beit.storage import Checkpoint, atomic_write, differences, load_checkpoint, save_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -25,6 +25,7 @@ BEST = "checkpoint-best.pth"
 BEST_EMA = "checkpoint-best-ema.pth"  # the moving average of the weights, as its model
 PIECES = "pieces"  # the key of a checkpoint that names the folder beside it, where its optimizer lies in pieces
 DEEPSPEED = "deepspeed"  # the key that names the folder where DeepSpeed wrote it
+TRAINING_STATE = {"optimizer", PIECES, DEEPSPEED}  # of these keys a checkpoint that can be resumed has one
 _PIECES_INDEX = ".metadata"  # written last, see beit/checkpoints/pieces.py
 _NUMBERED_FILE = re.compile(r"checkpoint-(\d+)\.pth")
 
@@ -103,7 +104,7 @@ class RunFolder:
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / ".lock")):
                 return
-        logger.warning("%s was deleted or moved away: creating it again, what was in it is not", self.path)
+        logger.warning("%s was deleted or moved away: creating it again; its earlier files are not restored", self.path)
         self._lock.close()
         self._take_lock(0.0)
         for name, content in self._records.items():
@@ -149,7 +150,7 @@ class RunFolder:
         aside.mkdir()
         for path in paths:
             path.rename(aside / path.name)
-        logger.warning("%d checkpoints of an earlier run were moved to %s", len(paths), aside)
+        logger.warning("moved to %s: %s", aside, listed([path.name for path in paths]))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -176,9 +177,11 @@ def _position_in(path: Path) -> tuple[int, int] | None:
     """Returns the position in a checkpoint, None with a warning if it cannot be resumed from."""
     try:
         checkpoint = load_checkpoint(path, mmap=True)
+        if not isinstance(checkpoint, Mapping) or not TRAINING_STATE & checkpoint.keys():
+            if path.name == BEST:
+                return None  # of a run that keeps its training state elsewhere
+            raise InputError("it holds no training state")
         _check_folder(checkpoint, path)
-        if path.name == BEST and not {"optimizer", PIECES} & checkpoint.keys():
-            return None  # of a run that keeps its training state elsewhere
         return position_of(checkpoint)
     except InputError as error:
         logger.warning("%s is passed over: %s", path.name, error)

@@ -337,6 +337,8 @@ class Trainer(TrainingState):
     def _keep_best(self, metric: str, step: int, entry: Mapping[str, float]) -> None:
         """Writes what is the best so far, before the numbered checkpoint, so that a killed run does it again."""
         of_average = f"ema_{metric}"
+        if distributed.on_main(lambda: self.folder is not None and not (self.folder.path / BEST).exists()):
+            self._best = {}  # the file has been moved or deleted, or was another folder's
         scores = {name: entry[f"test_{name}"] for name in (metric, of_average) if f"test_{name}" in entry}
         better = {name: score for name, score in scores.items() if score > self._best.get(name, -math.inf)}
         self._best.update(better)
@@ -412,7 +414,7 @@ class StopWish:
             signal.signal(number, handler)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
-        if self.is_set and number == signal.SIGINT:
+        if self.is_set and number == self.signal == signal.SIGINT:
             raise KeyboardInterrupt
         self.is_set, self.signal = True, number
         self.obey()

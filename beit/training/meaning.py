@@ -4,6 +4,7 @@ A job records these facts with every checkpoint (``Task.extras``), and :func:`co
 """
 
 import logging
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ class Fact:
 
     Args:
         name: What to call it in a message.
+        other: What to call another one; by default with "another".
         decides: What another value changes the meaning of: ``WEIGHTS`` cannot be resumed then, ``SCORES`` are not
             compared with those of before, and with another ``ORDER`` the run goes on with other samples.
         remedy: How a run with the recorded value is started.
@@ -32,18 +34,22 @@ class Fact:
     decides: str
     remedy: str = "the same data"
     unrecorded: object = None
+    other: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "other", self.other or f"another {self.name}")
 
 
 FACTS: dict[str, Fact] = {
     "target": Fact("prediction target", WEIGHTS, "the same --target and --pixel_norm", unrecorded="visual tokens"),
     "tokenizer": Fact("tokenizer", WEIGHTS, "the same --discrete_vae_weight_path"),
-    "labels": Fact("classes", WEIGHTS),
+    "labels": Fact("classes", WEIGHTS, other="other classes"),
     "reduce_zero_label": Fact("reduce_zero_label", WEIGHTS, "the same reduce_zero_label"),
-    "backbone": Fact("backbone", WEIGHTS, "the same --checkpoint"),
-    "mean": Fact("mean of the images", WEIGHTS, "the same --imagenet_default_mean_and_std"),
-    "eval_data": Fact("validation images", SCORES),
+    "backbone": Fact("backbone", WEIGHTS, "the same --checkpoint and --input_size"),
+    "mean": Fact("mean of the images", WEIGHTS, "--imagenet_default_mean_and_std as it was"),
+    "eval_data": Fact("validation images", SCORES, other="other validation images"),
     "crop_pct": Fact("crop_pct", SCORES),
-    "data": Fact("training images", ORDER),
+    "data": Fact("training images", ORDER, other="other training images"),
 }
 
 
@@ -68,11 +74,11 @@ def compare(recorded: Mapping[str, Any], own: Mapping[str, Any], source: str) ->
             told = difference(then, now)
             if fact.decides == WEIGHTS:
                 raise InputError(
-                    f"{source} was trained with another {fact.name}{told}: resume with {fact.remedy}, or start "
-                    "anew with another --output_dir (where there is --init_from, from its weights)"
+                    f"{source} was trained with {fact.other}{told}: resume with {fact.remedy}, or start a new run "
+                    "with another --output_dir, from its weights with --init_from in jobs that have it"
                 )
             follows = "scores so far are not compared with new ones" if fact.decides == SCORES else "samples differ"
-            logger.warning("other %s than in %s%s: %s", fact.name, source, told, follows)
+            logger.warning("%s than in %s%s: %s", fact.other, source, told, follows)
             changed.add(fact.decides)
     if unknown:
         logger.warning("%s does not record its %s: not compared with this run's", source, ", ".join(unknown))
@@ -80,7 +86,9 @@ def compare(recorded: Mapping[str, Any], own: Mapping[str, Any], source: str) ->
 
 
 def plain(value: object) -> object:
-    """Returns a value such that lists and tuples of the same items are equal."""
+    """Returns a value such that lists and tuples of the same items are equal, and names however accents are coded."""
+    if isinstance(value, str):
+        return unicodedata.normalize("NFC", value)
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 

@@ -150,13 +150,15 @@ class TrainingState:
         if self.ema is not None:  # a run without an average begins one with its weights
             average = checkpoint.get("model_ema") or checkpoint["model"]
             self._load_weights(self.ema.module, average, f"{source} (model_ema)")
-        self._averages = Averages(checkpoint.get("averages"))
-        self._skipped_steps = checkpoint.get("skipped_steps", 0)
-        if SCORES not in changed:
-            self._best = dict(checkpoint.get("best", {}))
-        elif self.folder is not None:
+        try:
+            self._averages = Averages(checkpoint.get("averages"))
+            self._skipped_steps = int(checkpoint.get("skipped_steps", 0))
+            self._best = {} if SCORES in changed else dict(checkpoint.get("best", {}))
+            self._set_position(checkpoint)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{source} does not record the state of a run as this library does: {error!r}") from error
+        if SCORES in changed and self.folder is not None and not self.is_done:
             self.folder.set_aside_best()
-        self._set_position(checkpoint)
         self._fresh = False
         self._name_changes(checkpoint)
         logger.info("resuming %s at %s", source, self._place(self.first_step))
@@ -216,8 +218,7 @@ class TrainingState:
                 f"step {period + step}" if by_step else f"{share}epoch {period}",
             )
         if changed and step and not by_step:
-            images = then.get("images_per_step", self.images_per_step)
-            step = min(step * images // self.images_per_step, self.settings.period.steps)
+            step = round(step * self.settings.period.steps / then.get("steps_per_epoch", self.settings.period.steps))
         self.first_step = period * self.settings.period.steps + step
         self._period_open = step == self.settings.period.steps
 

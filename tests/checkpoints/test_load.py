@@ -20,6 +20,7 @@ import beit
 from beit import storage
 from beit.checkpoints import released
 from beit.checkpoints.formats import dialects, from_official
+from beit.checkpoints.heads import match_classes
 from beit.checkpoints.load import load_pretrained
 from beit.checkpoints.read import architecture_of, class_names, read_weights
 from beit.checkpoints.released import RELEASED, ReleasedCheckpoint, released_for, resolve
@@ -1034,3 +1035,50 @@ def test_damaged_files_are_one_line_or_whole(whole_files, tmp_path_factory, data
     found = outcome(lambda: same(get_model(path), WHOLE))
     assert "\n" not in found
     assert name != "new.pth" or found != "False"
+
+
+@pytest.mark.parametrize(
+    ("learnt", "wanted", "rows"),
+    [
+        (["A", "B", "a"], ["A", "a"], [0, 2]),  # told apart by case only
+        (["cat", "dog"], ["cat", "Cat"], [0, None]),
+        (["Cat ", "dog"], ["DOG", "cat"], [1, 0]),
+        (["e\u0301crin", "dog"], ["dog", "\u00e9crin"], [1, 0]),
+        (["n01440764", "n01443537"], ["goldfish, Carassius auratus", "tench, Tinca tinca"], [1, 0]),
+        (["n01440764", "n99999999"], ["n99999999", "n01440764"], [1, 0]),
+    ],
+)
+def test_rows_of_a_head_are_matched_by_name(learnt, wanted, rows):
+    # Breaks if a row is taken for another class, or one class is not found that is there.
+    weights = {"head.weight": torch.arange(4.0)[: len(learnt), None], "head.bias": torch.arange(4.0)[: len(learnt)]}
+    own = {"head.weight": torch.full((len(wanted), 1), -1.0), "head.bias": torch.full((len(wanted),), -1.0)}
+    matched, metadata, fresh = match_classes(weights, {"labels": tuple(learnt)}, own, wanted)
+    assert (
+        matched["head.bias"].tolist() == matched["head.weight"][:, 0].tolist() == [-1 if r is None else r for r in rows]
+    )
+    assert metadata["labels"] == tuple(wanted)
+    assert fresh == [name for name, row in zip(wanted, rows, strict=True) if row is None]
+
+
+def test_what_no_beit_is_refused_although_names_and_shapes_fit(tmp_path):
+    weights = classifier().state_dict()
+    wide = {**weights, "cls_token": torch.zeros(1, 1, 1792)}
+    gated = {**weights, "blocks.0.mlp.fc1.weight": torch.zeros(2 * weights["blocks.0.mlp.fc2.weight"].shape[1], 8)}
+    repeated = {
+        f"blocks.{block}.{name[9:]}": weights[name] for name in weights for block in range(9) if "blocks.0." in name
+    }
+    for state, message in (
+        (wide, "EVA-02 enormous"),
+        (gated, "gated MLP"),
+        ({**weights, **repeated}, "repeat each other"),
+    ):
+        torch.save(state, tmp_path / "a.pth")
+        with pytest.raises(InputError, match=message):
+            read_weights(tmp_path / "a.pth")
+
+
+def test_labels_with_gaps_and_tiny_crops_are_passed_over(tmp_path):
+    # Breaks if the names move up: class 2 would be called what class 3 is.
+    for labels in ({0: "a", 1: "b", 3: "d"}, {"0": "a", "9" * 5000: "b"}):
+        torch.save({"model": classifier().state_dict(), "labels": labels, "crop_pct": 1e-9}, tmp_path / "a.pth")
+        assert {"labels", "crop_pct"}.isdisjoint(read_weights(tmp_path / "a.pth")[1])

@@ -249,7 +249,10 @@ def test_mistakes_are_one_line(arguments, message, tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("to", ["unilm", "mmpretrain", "timm"])
-@pytest.mark.parametrize("destination", ["a.pth", "./a.pth", "link.pth", "hard.pth", "run/checkpoint-0.pth"])
+@pytest.mark.parametrize(
+    "destination",
+    ["a.pth", "./a.pth", "link.pth", "hard.pth", "run/checkpoint-0.pth", "lightning.pth", "bare.pth", "notes.pth"],
+)
 def test_what_is_converted_and_what_was_trained_are_never_replaced(destination, to, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save_checkpoint("a.pth", {"model": classifier(img_size=32).state_dict(), "optimizer": {"state": {}}, "epoch": 3})
@@ -257,6 +260,9 @@ def test_what_is_converted_and_what_was_trained_are_never_replaced(destination, 
     (tmp_path / "hard.pth").hardlink_to("a.pth")
     (tmp_path / "run").mkdir()
     save_checkpoint("run/checkpoint-0.pth", {"model": {}, "optimizer": {"state": {}}})
+    save_checkpoint("lightning.pth", {"state_dict": {}, "optimizer_states": []})
+    save_checkpoint("bare.pth", torch.optim.SGD([torch.zeros(1)]).state_dict())
+    (tmp_path / "notes.pth").write_text("what I tried")
     before = (tmp_path / destination).read_bytes()
     assert main(["convert", "a.pth", destination, "--to", to]) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

@@ -409,7 +409,7 @@ def test_official_names_of_settings(assignment, name, value):
         ("sample_per_gpu=1", "did you mean 'samples_per_gpu'"),
         ("data.samples_per_gpu=two", "--options data.samples_per_gpu=two: cannot use 'two'"),
         ("optimizer.lr=fast", "--options optimizer.lr=fast: cannot use 'fast'"),
-        ("model.backbone.use_checkpoint=perhaps", "cannot use 'perhaps': true or false expected"),
+        ("model.backbone.use_checkpoint=perhaps", "cannot use 'perhaps': expected true or false"),
         ("model.test_cfg.mode=slid", "cannot use 'slid': choose slide, whole"),
     ],
 )
@@ -434,7 +434,7 @@ def test_what_is_one_setting_here_must_not_be_given_two_values():
         ("--max_iters 0", "--max_steps 0: must be at least 1"),
         ("--test_batch_size 0", "--test_batch_size 0: must be at least 1"),
         ("--lr -1", "--lr -1.0: must be 0 or more"),
-        ("--lr nan", "--lr: cannot use 'nan': a finite number expected"),
+        ("--lr nan", "--lr: cannot use 'nan': expected a finite number"),
         ("--layer_decay 0", "--layer_decay 0.0: must be above 0 and at most 1"),
         ("--drop_path 1", "--drop_path 1.0: must be at least 0 and below 1"),
         ("--flip 2", "--flip 2.0: must be between 0 and 1"),

@@ -153,7 +153,8 @@ def test_a_setting_that_cannot_be_is_refused_by_every_job(job, name, value):
         ({"num_classes": 2}, "--model_kwargs num_classes: the data set it; leave it out"),
         ({"vocab_size": 2}, "--model_kwargs vocab_size: the target sets it; leave it out"),
         ({"img_size": 32}, "--model_kwargs img_size: the size of the images sets it; leave it out"),
-        ({"depth": math.inf}, "--model_kwargs: cannot use {'depth': inf}: KEY=VALUE expected, with finite numbers"),
+        ({"depth": {}}, "--model_kwargs: cannot use {'depth': {}}: expected KEY=VALUE, with finite numbers"),
+        ({"depth": math.inf}, "--model_kwargs: cannot use {'depth': inf}: expected KEY=VALUE, with finite numbers"),
     ],
 )
 def test_arguments_of_the_model_that_a_job_sets_are_refused(job, kwargs, message):

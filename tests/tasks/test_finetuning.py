@@ -442,7 +442,7 @@ def test_a_head_of_other_classes_is_dropped_to_finetune_and_refused_to_evaluate_
     assert call(flags, eval=True, resume=checkpoint) == 2
     assert "checkpoint-0.pth has not learnt 1 of the data's classes: zebra" in capsys.readouterr().err
     assert call(flags, resume=checkpoint) == 2
-    assert "another classes (6 there, 3 here)" in capsys.readouterr().err
+    assert "other classes (6 there, 3 here)" in capsys.readouterr().err
 
 
 def test_official_flags_without_effect_are_accepted_and_said_once(caplog):
@@ -569,7 +569,7 @@ def test_a_run_does_not_go_on_with_other_classes(good_flags, tmp_path, capsys):
     for split in ("train", "val"):
         (data / split / "class00").rename(data / split / "zebra")
     assert call(flags, epochs=2) == 2
-    assert "another classes (number 0 is 'class00' there, 'class01' here)" in capsys.readouterr().err
+    assert "other classes (number 0 is 'class00' there, 'class01' here)" in capsys.readouterr().err
     assert not (good_flags["--output_dir"] / "checkpoint-1.pth").exists()
 
 

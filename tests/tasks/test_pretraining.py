@@ -222,7 +222,7 @@ MISTAKES = {
     "a negative seed": ({"--seed": -1}, ["--seed -1"]),
     "an epoch before the first": ({"--start_epoch": -1}, ["--start_epoch -1"]),
     "a negative learning rate": ({"--lr": -1}, ["--lr -1"]),
-    "a learning rate that is none": ({"--lr": "nan"}, ["--lr: cannot use 'nan': a finite number"]),
+    "a learning rate that is none": ({"--lr": "nan"}, ["--lr: cannot use 'nan': expected a finite number"]),
     "one beta": ({"--opt_betas": 0.9}, ["--opt_betas 0.9"]),
     "a drop rate above 1": ({"--drop_path": 1.5}, ["--drop_path 1.5"]),
     "gradients clipped to nothing": ({"--clip_grad": 0}, ["--clip_grad 0"]),

@@ -80,17 +80,17 @@ def test_every_epoch_is_kept_by_default_and_the_newest_when_limited(tmp_path):
 def test_newest_is_the_one_that_got_furthest(tmp_path):
     folder = RunFolder(tmp_path)
     assert newest_checkpoint(folder.path) is None
-    folder.save(LAST, {"progress": {"epoch": 2, "step": 5}})
-    folder.save(numbered_file(1), {"progress": {"epoch": 2, "step": 0}})
+    folder.save(LAST, {"optimizer": {}, "progress": {"epoch": 2, "step": 5}})
+    folder.save(numbered_file(1), {"optimizer": {}, "progress": {"epoch": 2, "step": 0}})
     assert newest_checkpoint(folder.path).name == LAST
     time.sleep(0.01)
-    folder.save(numbered_file(2), {"progress": {"epoch": 3, "step": 0}})
+    folder.save(numbered_file(2), {"optimizer": {}, "progress": {"epoch": 3, "step": 0}})
     assert newest_checkpoint(folder.path).name == "checkpoint-2.pth"
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_two_are_not_silently_overwritten(tmp_path, caplog):
     folder = RunFolder(tmp_path)
-    folder.save(numbered_file(0), {"epoch": 0})
+    folder.save(numbered_file(0), {"optimizer": {}, "epoch": 0})
     (tmp_path / LAST).write_bytes(b"PK\x03\x04 cut off")
     assert newest_checkpoint(folder.path).name == "checkpoint-0.pth"
     assert "checkpoint-last.pth" in caplog.text

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 
 import pytest
@@ -212,7 +213,7 @@ def test_a_smaller_data_set_resumes_within_its_epoch(caplog):
     state = make_trainer(None)._state(19)
     trainer = make_trainer(None, period=Period("epoch", 6))
     trainer.resume(state, "a.pth")
-    assert trainer.first_step == 12  # the end of the second epoch, which is not evaluated yet
+    assert trainer.first_step == 11  # 9 of 10 steps are 5 of 6
     assert "steps_per_epoch went from 10 to 6" in caplog.text
 
 
@@ -439,6 +440,14 @@ def test_a_signal_that_is_ignored_stays_ignored_and_the_second_ctrl_c_ends_at_on
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
 
+    def terminated_first(model, batch, global_step):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return signalled_at(signal.SIGINT, at=0)(model, batch, global_step)
+
+    trainer = make_trainer(tmp_path / "first", step=terminated_first)
+    with pytest.raises(Stopped):  # it is the first Ctrl-C
+        trainer.fit()
+
 
 @pytest.mark.parametrize("settings", [{}, {"period": Period("step"), "save_every": 10, "evaluate_every": 10}])
 def test_a_signal_during_an_evaluation_is_obeyed_at_once_and_nothing_is_lost(tmp_path, settings):
@@ -508,6 +517,32 @@ def test_scores_on_other_images_do_not_compete_with_those_of_before(tmp_path, ca
     assert load_checkpoint(tmp_path / BEST)["best"] == {"score": 50.0}
     (kept,) = tmp_path.glob(f"previous-*/{BEST}")
     assert load_checkpoint(kept)["best"] == {"score": 90.0}
+    second.folder.close()
+    third = trainer_on("newest", 10.0)
+    third.resume(load_checkpoint(tmp_path / f"checkpoint-{EPOCHS - 1}.pth"), LAST)  # nothing is left to train
+    assert load_checkpoint(tmp_path / BEST)["best"] == {"score": 50.0}
+
+
+def test_a_best_file_that_has_gone_comes_back(tmp_path):
+    # Breaks if the score of a file that was deleted with its folder is never beaten.
+    trainer = make_trainer(tmp_path / "run", best_metric="score")
+    trainer.evaluate = lambda *_: {"score": 100.0}
+    trainer.on_epoch_end = lambda epoch, _scalars: epoch or shutil.rmtree(tmp_path / "run")
+    trainer.fit()
+    assert load_checkpoint(tmp_path / "run" / BEST)["epoch"] == 1
+
+
+def test_a_share_of_an_epoch_is_one_of_other_data_too(tmp_path):
+    state = make_trainer(None)._state(15)  # of 10 steps each
+    shorter = make_trainer(None, period=Period("epoch", 4))
+    shorter.resume(state, "a.pth")
+    assert shorter.first_step == 4 + 2
+
+
+@pytest.mark.parametrize("part", [{"best": "high"}, {"averages": [1]}, {"progress": {"epoch": None, "step": 0}}])
+def test_a_state_that_is_no_state_is_one_line(part):
+    with pytest.raises(InputError, match="does not"):
+        make_trainer(None).resume({**make_trainer(None)._state(15), **part}, "a.pth")
 
 
 def test_settings_that_have_changed_are_named(tmp_path, caplog):

@@ -28,11 +28,11 @@ def test_another_value_is_refused_or_told(key, caplog):
     assert compare({key: as_stored}, {key: then}, "a.pth") == frozenset()
     assert not caplog.records
     if FACTS[key].decides == WEIGHTS:
-        with pytest.raises(InputError, match=rf"a\.pth was trained with another {FACTS[key].name}.*: resume with "):
+        with pytest.raises(InputError, match=rf"a\.pth was trained with {FACTS[key].other}.*: resume with "):
             compare({key: then}, {key: now}, "a.pth")
         return
     assert compare({key: then}, {key: now}, "a.pth") == {FACTS[key].decides}
-    assert f"other {FACTS[key].name} than in a.pth" in caplog.messages[0]
+    assert f"{FACTS[key].other} than in a.pth" in caplog.messages[0]
     assert "bbbb" not in caplog.text  # a hash tells a reader nothing
 
 
@@ -41,6 +41,10 @@ def test_what_differs_is_named():
         compare({"labels": ["ant", "bee"]}, {"labels": ["bee", "cat"]}, "a.pth")
     with pytest.raises(InputError, match=r"classes \(2 there, 3 here\)"):
         compare({"labels": ["ant", "bee"]}, {"labels": ["ant", "bee", "cat"]}, "a.pth")
+
+
+def test_names_are_the_same_however_their_accents_are_coded():
+    assert compare({"labels": ["\u00e9crin"]}, {"labels": ["e\u0301crin"]}, "a.pth") == frozenset()
 
 
 def test_what_was_not_recorded_refuses_nothing_and_is_said_once(caplog):

@@ -286,7 +286,7 @@ def read_config(config: Content, preprocessor: Content) -> Content:
 
     Raises :class:`InputError` for a model that computes something else.
     """
-    if (activation := config.get("hidden_act", "gelu")) != "gelu":
+    if (activation := config.get("hidden_act", "gelu")) not in ("gelu", "gelu_python"):
         raise InputError(f"the Hugging Face model has the activation {activation!r:.40}, and BEiT's is gelu")
     found = {ours: config.get(theirs) for theirs, ours in (("num_attention_heads", "num_heads"), (EPS, EPS))}
     found["image_size"] = size = config.get("image_size")
@@ -316,14 +316,25 @@ def _read_images(preprocessor: Content) -> Content:
     size = preprocessor.get("size")
     resized, cropped = (_edge(preprocessor.get(key)) for key in ("size", "crop_size"))
     found["crop_pct"] = None if size is None else size if resized is None else 1.0
-    if resized and cropped and preprocessor.get("do_center_crop"):
+    kind = str(preprocessor.get("image_processor_type") or preprocessor.get("feature_extractor_type"))
+    if resized and cropped and preprocessor.get("do_center_crop", kind.startswith(KEEP_THE_RATIO)):
         found["crop_pct"] = cropped / resized
         # What our export wrote beside the sizes counts as long as nobody has changed those.
         recorded = RECORDED["crop_pct"](preprocessor.get("crop_pct"))
         if recorded and int(cropped / recorded) == resized:
             found["crop_pct"] = recorded
+    sides = size if isinstance(size, Mapping) else {}
+    odd = {
+        f"size {size}": sides.get("height") != sides.get("width"),
+        "do_flip_channel_order": preprocessor.get("do_flip_channel_order"),
+        f"the processor {kind}": kind != "None" and not kind.startswith((*KEEP_THE_RATIO, "Beit", "ViT", "DeiT")),
+    }
+    if passed_over := [name for name, is_odd in odd.items() if is_odd]:
+        logger.warning(
+            "preprocessor_config.json: images are prepared otherwise here, for all that can be told, in respect of %s",
+            ", ".join(passed_over),
+        )
     if resized:
-        kind = str(preprocessor.get("image_processor_type") or preprocessor.get("feature_extractor_type"))
         edge = "shortest_edge" in size if isinstance(size, Mapping) else kind.startswith(KEEP_THE_RATIO)
         found["crop_mode"] = "center" if edge else "squash"
     return found

@@ -56,8 +56,9 @@ def _size(value: object) -> tuple[int, int] | None:
 
 def _labels(value: object) -> tuple | None:
     """Accepts names in order, or by number in a dict such as ``id2label``."""
-    if isinstance(value, Mapping) and all(str(number).isdecimal() for number in value):
-        value = [value[number] for number in sorted(value, key=int)]
+    if isinstance(value, Mapping):
+        by_number = {str(number): name for number, name in value.items()}
+        value = [by_number.get(str(number)) for number in range(len(by_number))]  # None where there is a gap
     return _sequence(_label)(value)
 
 
@@ -66,7 +67,7 @@ RECORDED: dict[str, Reader] = {
     "labels": _labels,
     "mean": _sequence(_number, 3),
     "std": _sequence(positive, 3),
-    "crop_pct": _value((int, float), lambda value: 0 < value <= 1),
+    "crop_pct": _value((int, float), lambda value: 0.1 <= value <= 1),  # a smaller one fills the memory
     "crop_mode": _value(str, lambda value: value in CROP_MODES),
     "interpolation": _value(str, lambda value: value in INTERPOLATIONS),
     "image_size": _size,

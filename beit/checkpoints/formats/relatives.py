@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-EVA_WIDTH = 1408
+EVA_WIDTH, EVA02_ENORMOUS_WIDTH = 1408, 1792
 
 Names = frozenset[str]
 
@@ -34,9 +34,20 @@ def _has(*patterns: str) -> Callable[[Names, Mapping[str, Tensor]], bool]:
     return lambda names, _tensors: all(any(p.search(name) for name in names) for p in compiled)
 
 
-def _is_eva(_names: Names, tensors: Mapping[str, Tensor]) -> bool:
-    token = next((tensor for name, tensor in tensors.items() if name.endswith("cls_token")), None)
-    return token is not None and token.shape[-1] == EVA_WIDTH
+def _is_wide(width: int) -> Callable[[Names, Mapping[str, Tensor]], bool]:
+    """Matches a model of this width, which no BEiT has."""
+    return lambda _names, tensors: any(
+        name.endswith("cls_token") and tensor.shape[-1:] == (width,) for name, tensor in tensors.items()
+    )
+
+
+def _is_gated(_names: Names, tensors: Mapping[str, Tensor]) -> bool:
+    """Matches an MLP whose first layer has gates beside the hidden units."""
+    first, second = (
+        next((tensor for name, tensor in tensors.items() if name.endswith(f"blocks.0.mlp.{layer}.weight")), None)
+        for layer in ("fc1", "fc2")
+    )
+    return first is not None and second is not None and len(first) == 2 * second.shape[-1]
 
 
 _OTHER = "another architecture"
@@ -46,9 +57,14 @@ RELATIVES = (
     Relative("BEiT v2's tokenizer (VQ-KD)", _has(r"^quantize\.", r"^encoder\."), False, "a tokenizer, not a backbone"),
     Relative("BEiT v2", _has(r"^cls_pt_layers\."), True, "the backbone is the same, its head predicts other tokens"),
     Relative(
-        "EVA-02", _has(r"^blocks\.\d+\.(attn\.q_proj\.|mlp\.w1\.|mlp\.fc1_g\.)"), False, "rotary positions, " + _OTHER
+        "EVA-02",
+        _has(r"^blocks\.\d+\.(attn\.q_proj\.|mlp\.w1\.|mlp\.fc1_g\.)"),
+        False,
+        "a gated MLP or split projections, " + _OTHER,
     ),
-    Relative("EVA", _is_eva, True, "the backbone is the same, its head predicts CLIP features"),
+    Relative("EVA-02 or another model with a gated MLP", _is_gated, False, _OTHER),
+    Relative("EVA-02 enormous", _is_wide(EVA02_ENORMOUS_WIDTH), False, "its norms come last in a block, " + _OTHER),
+    Relative("EVA", _is_wide(EVA_WIDTH), True, "the backbone is the same, its head predicts CLIP features"),
     Relative(
         "DINOv3 or another model with register tokens or rotary positions",
         _has(r"^(reg_token|register_tokens|storage_tokens|norm_pre\.|rope(_embed)?\.)"),
