@@ -278,6 +278,7 @@ class Backbone(nn.Module):
     """
 
     has_mask_token: ClassVar[bool] = False
+    relative_position_index: Tensor | None
     forward_features: Callable[..., Tensor]  # what the head sees of images (B, C, H, W); a subclass's
     init_std: float = 0.02
     init_limit: float = 2.0  # 100 standard deviations: effectively not truncated, as official except for MIM
@@ -304,11 +305,8 @@ class Backbone(nn.Module):
         **official: object,
     ) -> None:
         super().__init__()
-        self._refuse(official)
         sizes = {"patch_size": patch_size, "in_chans": in_chans, "embed_dim": embed_dim, "depth": depth}
-        for name, size in {**sizes, "num_heads": num_heads, "mlp_ratio": mlp_ratio}.items():
-            if min(size if isinstance(size, Sequence) else [size]) <= 0:
-                raise InputError(f"{name} {size}: must be above 0")
+        self._refuse(official, {**sizes, "num_heads": num_heads, "mlp_ratio": mlp_ratio})
         self.metadata: Mapping[str, Any] = {}  # what a checkpoint records besides weights: labels, mean and std, …
         self.embed_dim = self.num_features = embed_dim
         self.num_heads, self.init_values = num_heads, init_values
@@ -344,15 +342,17 @@ class Backbone(nn.Module):
         # One index for all tables. It follows from the window, so our checkpoints leave it out.
         index = relative_position_index(window) if use_rel_pos_bias or use_shared_rel_pos_bias else None
         self.register_buffer("relative_position_index", index, persistent=False)
-        self.relative_position_index: Tensor | None
         self.register_load_state_dict_pre_hook(_drop_relative_position_index)
 
-    def _refuse(self, official: Mapping[str, object]) -> None:
+    def _refuse(self, official: Mapping[str, object], sizes: Mapping[str, float | Size]) -> None:
         for keyword, value in official.items():
             if keyword not in WITHOUT_MEANING:
                 raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {keyword!r}")
             if value is not None:
                 raise InputError(f"{keyword}={value} has no meaning here: {WITHOUT_MEANING[keyword]}")
+        for name, size in sizes.items():
+            if min(size if isinstance(size, Sequence) else [size]) <= 0:
+                raise InputError(f"{name} {size}: must be above 0")
 
     @property
     def img_size(self) -> tuple[int, int]:
