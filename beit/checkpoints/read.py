@@ -180,7 +180,7 @@ def _file_metadata(path: Path) -> Content:
 
 
 def _find_state(content: Mapping, model_key: str, prefix: str, source: str) -> dict[str, Tensor]:
-    """Finds the weights: under the keys asked for, at the top level, or under another usual key."""
+    """Finds the weights: under the keys asked for, at the top level, or under a usual key or the only one with any."""
     asked, held = [key for key in model_key.split("|") if key], listed(content) or "nothing"
     found = _first_mapping(content, asked)
     if found is None:
@@ -189,7 +189,11 @@ def _find_state(content: Mapping, model_key: str, prefix: str, source: str) -> d
             raise InputError(f"{source} has nothing under {' or '.join(asked)!r}; it has {held}")
         found = flat or _first_mapping(content, STATE_KEYS)
     if found is None:
-        raise InputError(f"{source} has no weights under {', '.join(STATE_KEYS)}; it has {held}")
+        holding = [key for key, value in content.items() if isinstance(value, Mapping) and _tensors(value)]
+        if len(holding) != 1:
+            raise InputError(f"{source} has no weights under {', '.join(STATE_KEYS)}; it has {held}")
+        logger.info("%s: taking the weights under %s", source, holding[0])
+        found = content[holding[0]]
     state = _tensors(_first_mapping(found, STATE_KEYS) or found)
     if not prefix:
         return state

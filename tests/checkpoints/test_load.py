@@ -1082,3 +1082,13 @@ def test_labels_with_gaps_and_tiny_crops_are_passed_over(tmp_path):
     for labels in ({0: "a", 1: "b", 3: "d"}, {"0": "a", "9" * 5000: "b"}):
         torch.save({"model": classifier().state_dict(), "labels": labels, "crop_pct": 1e-9}, tmp_path / "a.pth")
         assert {"labels", "crop_pct"}.isdisjoint(read_weights(tmp_path / "a.pth")[1])
+
+
+@pytest.mark.parametrize("key", ["ema", "net", "model_state_dict"])
+def test_weights_under_the_only_key_that_has_any_are_found(key, tmp_path):
+    weights = classifier().state_dict()
+    torch.save({key: weights, "epoch": 3, "history": {}}, tmp_path / "a.pth")
+    assert torch.equal(read_weights(tmp_path / "a.pth")[0]["cls_token"], weights["cls_token"])
+    torch.save({key: weights, "other": weights}, tmp_path / "b.pth")
+    with pytest.raises(InputError, match=f"it has {key}, other"):
+        read_weights(tmp_path / "b.pth")
