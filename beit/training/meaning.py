@@ -23,7 +23,7 @@ class Fact:
 
     Args:
         name: What to call it in a message.
-        other: What to call another one; by default with "another".
+        plural: Whether the name is one.
         decides: What another value changes the meaning of: ``WEIGHTS`` cannot be resumed then, ``SCORES`` are not
             compared with those of before, and with another ``ORDER`` the run goes on with other samples.
         remedy: How a run with the recorded value is started.
@@ -34,22 +34,24 @@ class Fact:
     decides: str
     remedy: str = "the same data"
     unrecorded: object = None
-    other: str = ""
+    plural: bool = False
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "other", self.other or f"another {self.name}")
+    @property
+    def other(self) -> str:
+        """What to call another one."""
+        return f"{'other' if self.plural else 'another'} {self.name}"
 
 
 FACTS: dict[str, Fact] = {
     "target": Fact("prediction target", WEIGHTS, "the same --target and --pixel_norm", unrecorded="visual tokens"),
     "tokenizer": Fact("tokenizer", WEIGHTS, "the same --discrete_vae_weight_path"),
-    "labels": Fact("classes", WEIGHTS, other="other classes"),
+    "labels": Fact("classes", WEIGHTS, plural=True),
     "reduce_zero_label": Fact("reduce_zero_label", WEIGHTS, "the same reduce_zero_label"),
     "backbone": Fact("backbone", WEIGHTS, "the same --checkpoint and --input_size"),
     "mean": Fact("mean of the images", WEIGHTS, "--imagenet_default_mean_and_std as it was"),
-    "eval_data": Fact("validation images", SCORES, other="other validation images"),
+    "eval_data": Fact("validation images", SCORES, plural=True),
     "crop_pct": Fact("crop_pct", SCORES),
-    "data": Fact("training images", ORDER, other="other training images"),
+    "data": Fact("training images", ORDER, plural=True),
 }
 
 
