@@ -79,6 +79,7 @@ class Trainer(TrainingState):
         model, total, period = self._distribute(), self.settings.total_steps, self.settings.period
         name = period.name
         periods_done = (self.first_step - self._period_open) // period.steps
+        self._best_kept = self._best_exists()
         log = EpochLog(self.folder.path / "log.txt", name, periods_done, self._fresh) if self.folder else None
         scalars = ScalarWriter(self.log_dir, self.first_step)
         step, is_open = self.first_step, self._period_open
@@ -337,23 +338,26 @@ class Trainer(TrainingState):
     def _keep_best(self, metric: str, step: int, entry: Mapping[str, float]) -> None:
         """Writes what is the best so far, before the numbered checkpoint, so that a killed run does it again."""
         of_average = f"ema_{metric}"
-        if distributed.on_main(lambda: self.folder is not None and not (self.folder.path / BEST).exists()):
-            self._best = {}  # the file has been moved or deleted, or was another folder's
+        if self._best_kept and not self._best_exists():  # it has been deleted, with the folder or alone
+            self._best = {}
         scores = {name: entry[f"test_{name}"] for name in (metric, of_average) if f"test_{name}" in entry}
         better = {name: score for name, score in scores.items() if score > self._best.get(name, -math.inf)}
         self._best.update(better)
         for name, score in scores.items():
             logger.info("%s %.3f, best so far %.3f", name, score, self._best.get(name, math.nan))
-        if not self._makes_checkpoints or not better:
-            return
-        state = self._state(step)
-        if metric in better:
-            self._write(BEST, state)
-        if of_average in better:
-            # Under the key that everyone reads; the training state belongs to other weights and stays out.
-            training = ("optimizer", "scaler", "averages", "progress", "model_ema")
-            kept = {key: value for key, value in state.items() if key not in training}
-            self._write(BEST_EMA, {**kept, "model": state["model_ema"]})
+        if better and self._makes_checkpoints:
+            state = self._state(step)
+            if metric in better:
+                self._write(BEST, state)
+            if of_average in better:
+                # Under the key that everyone reads; the training state belongs to other weights and stays out.
+                training = ("optimizer", "scaler", "averages", "progress", "model_ema")
+                kept = {key: value for key, value in state.items() if key not in training}
+                self._write(BEST_EMA, {**kept, "model": state["model_ema"]})
+        self._best_kept = self._best_exists()
+
+    def _best_exists(self) -> bool:
+        return distributed.on_main(lambda: self.folder is not None and (self.folder.path / BEST).exists())
 
     def _save(self, name: str, step: int, period_open: bool = False) -> None:
         """Writes a checkpoint that the run can be resumed from, if the run writes any."""
