@@ -299,12 +299,24 @@ class _Batches(Dataset[Any]):
         """Returns the stacked samples of ``keys``, and what could not be read."""
         several = getattr(self.dataset, "__getitems__", None)  # PyTorch's name for it; not every data set has it
         try:
-            samples = [self.dataset[key] for key in keys] if several is None else several(keys)
+            with _one_thread():
+                samples = [self.dataset[key] for key in keys] if several is None else several(keys)
         except InputError as error:
             return {}, error
         unreadable = [entry for sample in samples for entry in sample.pop(UNREADABLE, ())]
         # A worker stacks straight into memory that the main process sees.
         return {name: default_collate([sample[name] for sample in samples]) for name in samples[0]}, unreadable
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Computes as workers do: without AVX2, torch's resizing rounds otherwise where threads share an image."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _as_is(loaded: Any) -> Any:
