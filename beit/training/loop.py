@@ -211,8 +211,10 @@ class Trainer(TrainingState):
 
     def _next_batch(self, batches: Iterator[Batch]) -> Batch:
         start = self._stop_wish.waiting_since = time.perf_counter()
-        batch = next(batches)
-        self._stop_wish.waiting_since = math.inf
+        try:
+            batch = next(batches)
+        finally:  # what was trained may be saved now, which no signal may cut off
+            self._stop_wish.waiting_since = math.inf
         batch = batch if self.prepare is None else self.prepare(batch)
         self._throughput.waited(time.perf_counter() - start)
         return to_device(batch, self._device)

@@ -155,7 +155,7 @@ class TrainingState:
             self._skipped_steps = int(checkpoint.get("skipped_steps", 0))
             self._best = {} if SCORES in changed else dict(checkpoint.get("best", {}))
             self._set_position(checkpoint)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{source} does not record the state of a run as this library does: {error!r}") from error
         if SCORES in changed and self.folder is not None and not self.is_done:
             self.folder.set_aside_best()

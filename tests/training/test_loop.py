@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+from itertools import islice
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 from beit.errors import InputError
 from beit.storage import load_checkpoint, save_checkpoint
+from beit.training import loop
 from beit.training.checkpoint import BEST, BEST_EMA, LAST, RunFolder, newest_checkpoint
 from beit.training.loop import NonFiniteLossError, Stopped, Trainer
 from beit.training.optim import create_optimizer, parameter_groups
@@ -21,6 +23,7 @@ from beit.training.schedules import WarmupCosine
 from beit.training.state import LoopSettings, Period
 
 CPU = torch.device("cpu")
+NO_EPOCH, NO_STEPS = {"epoch": None, "step": 0}, {"epoch": 1, "step": 5, "steps_per_epoch": 0}
 SAMPLES, EPOCHS = 40, 3
 
 
@@ -499,6 +502,27 @@ def test_what_was_trained_is_saved_when_the_data_fail(tmp_path, undisturbed):
     assert log_lines(tmp_path) == log_lines(undisturbed)
 
 
+def test_a_signal_while_that_is_saved_does_not_cut_it_off(tmp_path, monkeypatch):
+    # Breaks if the wait for data counts as going on once they have failed: the signal would be obeyed inside the save.
+    class FailingBatches(Batches):
+        def epoch(self, epoch, first_batch=0):
+            yield from islice(super().epoch(epoch, first_batch), 4)
+            raise InputError("a data loading process died (SIGKILL)")
+
+    def signalled_save(name, state):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(name, state)
+
+    monkeypatch.setattr(loop, "PATIENCE_WITH_DATA", 0.0)
+    trainer = make_trainer(tmp_path)
+    trainer.loader = FailingBatches(4)
+    save = trainer.folder.save
+    monkeypatch.setattr(trainer.folder, "save", signalled_save)
+    with pytest.raises(InputError, match="SIGKILL"):
+        trainer.fit()
+    assert load_checkpoint(tmp_path / LAST)["progress"]["global_step"] == 4
+
+
 def test_scores_on_other_images_do_not_compete_with_those_of_before(tmp_path, caplog):
     # Breaks if the best stays the best of another validation set for ever.
     def trainer_on(images, score, step=step):
@@ -539,7 +563,7 @@ def test_a_share_of_an_epoch_is_one_of_other_data_too(tmp_path):
     assert shorter.first_step == 4 + 2
 
 
-@pytest.mark.parametrize("part", [{"best": "high"}, {"averages": [1]}, {"progress": {"epoch": None, "step": 0}}])
+@pytest.mark.parametrize("part", [{"best": "high"}, {"averages": [1]}, {"progress": NO_STEPS}, {"progress": NO_EPOCH}])
 def test_a_state_that_is_no_state_is_one_line(part):
     with pytest.raises(InputError, match="does not"):
         make_trainer(None).resume({**make_trainer(None)._state(15), **part}, "a.pth")
