@@ -1,9 +1,11 @@
 """Training the tokenizer: a discrete VAE on a folder of images (the "customized" tokenizer of pre-training).
 
-Source: BEiT (arXiv 2106.08254), section 2.1; DALL-E (arXiv 2102.12092), section 2.1 and appendix A.
+Source: BEiT (arXiv 2106.08254), section 2.1; DALL-E (arXiv 2102.12092), section 2.1 and appendix A; for ``vq`` arXiv
+1711.00937 (VQ-VAE), with the start of arXiv 2205.08535: first an autoencoder, then k-means, then quantisation.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -19,12 +21,13 @@ from beit.storage import atomic_write
 from beit.tasks.base import Evaluation, Metrics, Task, find_together, fingerprints, run
 from beit.tasks.settings import DvaeConfig
 from beit.tokenizers.dvae import (
+    Autoencoder,
     DiscreteVAE,
+    QuantizedAutoencoder,
     RelaxedAutoencoder,
-    batch_perplexity,
+    closest_codes,
     codebook_statistics,
     count_codes,
-    dvae_loss,
     from_signed_range,
     kl_to_uniform,
     reconstruction_loss,
@@ -34,6 +37,7 @@ from beit.tokenizers.dvae import (
 )
 from beit.training import distributed
 from beit.training.logging import ScalarWriter
+from beit.training.precision import Precision, resolve_amp_dtype
 from beit.training.schedules import WarmupCosine
 from beit.training.state import Average, Batch, LoopSettings, StepFunction
 from beit.visualization.image_log import side_by_side
@@ -42,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 PICTURE = "reconstructions.png"
 COLLAPSE_COUNTS_FROM = 0.25  # share of the run; before that every codebook looks collapsed
+REVIVE_EVERY, REVIVE_UNTIL = 10, 0.9  # steps, and share of the run: a code needs some time to find its place
 
 
 def main(config: DvaeConfig) -> None:
@@ -66,11 +71,18 @@ class DvaeTraining(Task[DvaeConfig]):
         self.index = find_together(self.config.data_path)
         self.eval_index = find_together(self.config.eval_data_path) if self.config.eval_data_path else None
 
-    def build_model(self) -> RelaxedAutoencoder:
-        """Creates the dVAE with its relaxation."""
+    def build_precision(self) -> Precision:
+        """Returns the number format: bf16 on CPUs too, where they have it, since convolutions are all there is."""
+        return Precision(resolve_amp_dtype(self.config.amp_dtype, self.device, bf16_cpu=True), self.device)
+
+    def build_model(self) -> Autoencoder:
+        """Creates the dVAE with its quantiser, in the memory format that is the fastest for convolutions."""
         config = self.config
         sizes = (config.num_tokens, config.codebook_dim, config.num_layers, config.hidden_dim)
-        return RelaxedAutoencoder(DiscreteVAE(config.input_size, *sizes))
+        vae = DiscreteVAE(config.input_size, *sizes).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if config.quantizer == "gumbel":
+            return RelaxedAutoencoder(vae)
+        return QuantizedAutoencoder(vae, config.codebook_decay, config.commitment)
 
     def build_loader(self) -> EpochLoader:
         """Creates the loader of random crops."""
@@ -81,7 +93,7 @@ class DvaeTraining(Task[DvaeConfig]):
 
     def build_objective(self) -> StepFunction:
         """Returns the loss with its schedules."""
-        return Reconstruction(*loss_schedules(self.config, self.loop_settings()), self.config.reconstruction)
+        return Reconstruction(schedule_of(self.config, self.loop_settings()), self.config.reconstruction)
 
     def build_average(self) -> Average:
         """Creates the moving average, which is what gets evaluated and published."""
@@ -99,8 +111,8 @@ class DvaeTraining(Task[DvaeConfig]):
         if self.eval_index is None and config.eval_images < len(dataset):
             dataset = EvenlySpread(dataset, config.eval_images)
         loader = self.loader_of(dataset, training=False, shuffle=True, num_workers=self.few_workers())
-        vae = self.average.module.vae
-        self.evaluation = HardTokenEvaluation(vae, loader, config.reconstruction, config.epochs, self.device)
+        kind, epochs = config.reconstruction, config.epochs
+        self.evaluation = HardTokenEvaluation(self.average.module, loader, kind, epochs, self.device)
         return self.evaluation
 
     def extras(self) -> Mapping[str, object]:
@@ -132,8 +144,8 @@ class DvaeTraining(Task[DvaeConfig]):
 
     def finish(self) -> None:
         """Writes the tokenizer; at the end of a run once more, after a kill between checkpoint and tokenizer."""
-        if self.session.folder:
-            save_dvae(self.session.folder.path, self.average.module.vae)
+        if self.session.folder and self.average.module.has_codes():
+            save_dvae(self.session.folder.path, self.average.module.tokenizer())
 
 
 def loss_schedules(config: DvaeConfig, settings: LoopSettings) -> tuple[WarmupCosine, WarmupCosine]:
@@ -150,37 +162,37 @@ def loss_schedules(config: DvaeConfig, settings: LoopSettings) -> tuple[WarmupCo
     )
 
 
-class Reconstruction:
-    """The objective: reconstruction (``mse`` or ``smooth_l1``) from relaxed codes, and their KL divergence to uniform.
+def schedule_of(config: DvaeConfig, settings: LoopSettings) -> Callable[[int], dict[str, float]]:
+    """Returns the arguments of a pass besides the images, as a function of the optimizer step."""
+    if config.quantizer == "gumbel":
+        temperature, kl_weight = loss_schedules(config, settings)
+        return lambda step: {"temperature": temperature(step), "kl_weight": kl_weight(step)}
+    start, end = round(config.quantize_from * settings.total_steps), REVIVE_UNTIL * settings.total_steps
+    return lambda step: {"quantized": step >= start, "revive": step % REVIVE_EVERY == 0 and step < end}
 
-    ``temperature`` and ``kl_weight`` are functions of the optimizer step.
+
+class Reconstruction:
+    """The objective: the error of reconstructed images (``mse`` or ``smooth_l1``), and the quantiser's penalty.
+
+    ``schedule`` gives the quantiser's settings at an optimizer step.
     """
 
-    def __init__(self, temperature: Callable[[int], float], kl_weight: Callable[[int], float], kind: str) -> None:
-        self.temperature, self.kl_weight, self.kind = temperature, kl_weight, kind
+    def __init__(self, schedule: Callable[[int], dict[str, float]], kind: str) -> None:
+        self.schedule, self.kind = schedule, kind
 
     def __call__(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss of an optimizer step, and what to log."""
-        images = to_signed_range(to_unit_range(batch["image"]))
-        temperature, kl_weight = self.temperature(step), self.kl_weight(step)
-        logits, reconstructed = model(images, temperature)
-        loss = dvae_loss(logits, reconstructed, images, kl_weight, self.kind)  # type: ignore[arg-type]
-        metrics = {
-            "reconstruction_loss": loss.reconstruction,
-            "kl": loss.kl,
-            "perplexity": batch_perplexity(logits.detach().argmax(dim=1), logits.shape[1]),
-            # Filled in on the device: copying a number there would make the host wait.
-            "temperature": torch.full((), temperature, device=images.device),
-            "kl_weight": torch.full((), kl_weight, device=images.device),
-        }
-        return loss.total, metrics
+        images = to_signed_range(to_unit_range(batch["image"])).contiguous(memory_format=torch.channels_last)
+        reconstructed, penalty, metrics = model(images, **self.schedule(step))
+        error = reconstruction_loss(reconstructed, images, self.kind)  # type: ignore[arg-type]
+        return error + penalty, {"reconstruction_loss": error, **metrics}
 
 
 class HardTokenEvaluation:
     """Evaluates the tokenizer as it is used: reconstructions from argmax tokens, and how evenly these are used.
 
     Args:
-        vae: The averaged weights.
+        average: The averaged weights.
         loader: The images; the same ones each time.
         kind: Reconstruction loss, ``mse`` or ``smooth_l1``.
         epochs: Length of the run; early on no collapse is reported.
@@ -190,37 +202,61 @@ class HardTokenEvaluation:
         picture: Some images above their reconstructions, ``(3, H', W')`` in [0, 1], of the last evaluation.
     """
 
-    def __init__(self, vae: DiscreteVAE, loader: EpochLoader, kind: str, epochs: int, device: torch.device) -> None:
-        self.vae, self.loader, self.device = vae, loader, device
+    def __init__(self, average: Autoencoder, loader: EpochLoader, kind: str, epochs: int, device: torch.device) -> None:
+        self.average, self.loader, self.device = average, loader, device
         self.kind, self.epochs = kind, epochs
         self.picture: Tensor | None = None
 
     @torch.no_grad()
     def __call__(self, _model: nn.Module, epoch: int) -> Metrics:
-        """Returns ``loss``, ``perplexity``, ``used_codes``, ``dead_codes``, ``kl_per_token`` (nats) and ``tokens``."""
-        self.vae.eval()
-        totals = torch.zeros(3, device=self.device)  # summed loss, summed KL, images
-        counts = torch.zeros(self.vae.num_tokens, dtype=torch.int64, device=self.device)
+        """Returns the metrics below; none as long as there are no codes.
+
+        ``loss``, ``psnr`` (dB, of the mean squared error over all images), ``ssim``, ``perplexity``, ``used_codes``,
+        ``dead_codes``, ``code_distance`` (from a code's vector to the closest other one, mean), ``tokens`` and, of
+        relaxed codes, ``kl_per_token`` (nats).
+        """
+        from torchmetrics.functional.image import structural_similarity_index_measure  # takes seconds
+
+        if not self.average.has_codes():
+            return {}
+        vae, relaxed = self.average.tokenizer().eval(), isinstance(self.average, RelaxedAutoencoder)
+        totals = torch.zeros(5, device=self.device)  # summed loss, squared error, SSIM and KL; images
+        counts = torch.zeros(vae.num_tokens, dtype=torch.int64, device=self.device)
         for number, batch in enumerate(self.loader.epoch(0)):
-            images = to_signed_range(to_unit_range(batch["image"].to(self.device, non_blocking=True)))
-            logits = self.vae(images)
+            shown = to_unit_range(batch["image"].to(self.device, non_blocking=True))
+            images = to_signed_range(shown).contiguous(memory_format=torch.channels_last)
+            logits = vae(images)
             ids = logits.argmax(dim=1)
-            reconstructed = self.vae.decode(ids)
-            loss = reconstruction_loss(reconstructed, images, self.kind)  # type: ignore[arg-type]
-            totals += torch.stack([loss, kl_to_uniform(logits), torch.ones_like(loss)]) * len(images)
-            counts += count_codes(ids, self.vae.num_tokens)
+            output = vae.decode(ids)
+            decoded = from_signed_range(output)
+            scores = (
+                reconstruction_loss(output, images, self.kind),  # type: ignore[arg-type]
+                (decoded - shown).square().mean(),
+                structural_similarity_index_measure(decoded, shown, data_range=1.0),
+                kl_to_uniform(logits) if relaxed else totals.new_zeros(()),
+                totals.new_ones(()),
+            )
+            totals += torch.stack(scores) * len(images)  # type: ignore[arg-type]
+            counts += count_codes(ids, vae.num_tokens)
             if number == 0:
-                self.picture = side_by_side(from_signed_range(images), from_signed_range(reconstructed))
-        (loss, kl, images), counts = distributed.sum_over_ranks(totals).tolist(), distributed.sum_over_ranks(counts)
-        tokens, statistics = int(counts.sum()), codebook_statistics(counts)
-        results: Metrics = {
-            "loss": loss / images,
-            "perplexity": statistics.perplexity,
-            "used_codes": statistics.used,
-            "dead_codes": statistics.dead,
-            "kl_per_token": kl / tokens,
-            "tokens": tokens,
-        }
+                self.picture = side_by_side(shown, decoded)
+        results = self._results(vae, distributed.sum_over_ranks(totals), distributed.sum_over_ranks(counts), relaxed)
         if epoch + 1 >= COLLAPSE_COUNTS_FROM * self.epochs:
             warn_of_collapse(results)
         return results
+
+    @staticmethod
+    def _results(vae: DiscreteVAE, totals: Tensor, counts: Tensor, relaxed: bool) -> Metrics:
+        loss, squared_error, ssim, kl, images = totals.tolist()
+        tokens, statistics = int(counts.sum()), codebook_statistics(counts)
+        return {
+            "loss": loss / images,
+            "psnr": -10 * math.log10(squared_error / images),
+            "ssim": ssim / images,
+            "perplexity": statistics.perplexity,
+            "used_codes": statistics.used,
+            "dead_codes": statistics.dead,
+            "code_distance": closest_codes(vae.codebook.weight).mean().item(),
+            "tokens": tokens,
+            **({"kl_per_token": kl / tokens} if relaxed else {}),
+        }

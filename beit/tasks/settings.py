@@ -351,7 +351,11 @@ class DvaeConfig(DataOptions, BatchOptions, EpochOptions, CosineOptions, RunOpti
     hidden_dim: int = option(256, "channels of the encoder and the decoder", within="[1, inf)")
 
     reconstruction: str = option("mse", "reconstruction loss", choices=("mse", "smooth_l1"))
-    kl_weight: float = option(0.1, "weight of the KL divergence to uniform codes, per pixel value", within="[0, inf)")
+    quantizer: str = option("vq", "how a code is chosen in training", choices=("vq", "gumbel"))
+    quantize_from: float = option(0.15, "share of the run before vq quantises, as an autoencoder", within="[0, 1)")
+    codebook_decay: float = option(0.95, "decay of the averages that the codes of vq follow", within="[0, 1)")
+    commitment: float = option(0.25, "weight in vq of the distance to the code", within="[0, inf)")
+    kl_weight: float = option(0.1, "gumbel: weight of the KL divergence to uniform, per pixel value", within="[0, inf)")
     kl_warmup_steps: int = option(-1, "steps from weight 0 to --kl_weight; overrides --kl_warmup_share")
     kl_warmup_share: float = option(0.1, "the same as a share of the run", within="[0, 1]")
     temperature_start: float = option(1.0, "first temperature of the Gumbel-softmax", within="(0, inf)")

@@ -1,10 +1,13 @@
-"""The trainable discrete VAE (the "customized" tokenizer): model, loss, and files.
+"""The trainable discrete VAE (the "customized" tokenizer): model, two ways to train it, and files.
 
 A strided convolutional encoder gives logits over ``num_tokens`` codes at every cell of a grid; a decoder turns the
-codes' vectors back into the image. In training the choice of a code is relaxed with Gumbel noise to pass gradients
-(:func:`relaxed_codes`); a token is the arg-max of the logits.
+codes' vectors back into the image. A token is the arg-max of the logits. How gradients pass the choice of a code:
 
-Source: BEiT, section 2.1 and appendix; the dVAE of DALL-E, arXiv 2102.12092, appendix A. The loss per image is
+- ``vq`` (:class:`QuantizedAutoencoder`): the code nearest to a vector, whose gradient is passed straight through.
+- ``gumbel`` (:class:`RelaxedAutoencoder`), BEiT's and DALL-E's method: Gumbel noise relaxes the choice.
+
+Source: BEiT, section 2.1 and appendix; the dVAE of DALL-E, arXiv 2102.12092, appendix A; vector quantisation: arXiv
+1711.00937, its codebook of moving averages: appendix A.1 there. The loss per image of ``gumbel`` is
 
     reconstruction (mean over the C·H·W pixel values) + kl_weight · KL (sum over the grid, in nats) / (C·H·W),
 
@@ -28,6 +31,7 @@ from torch import Tensor, nn
 
 from beit.errors import InputError
 from beit.storage import atomic_write, load_checkpoint, read_json, require_file, save_checkpoint
+from beit.tokenizers import codebook
 from beit.tokenizers.base import LogitTokenizer
 
 logger = logging.getLogger(__name__)
@@ -188,6 +192,20 @@ def relaxed_codes(logits: Tensor, temperature: float, generator: torch.Generator
         return ((logits.float() + noise) / temperature).softmax(dim=1)
 
 
+class Pass(NamedTuple):
+    """A training pass through an autoencoder.
+
+    Attributes:
+        images: Reconstructed images, ``(B, 3, H, W)``, about [-1, 1].
+        penalty: What is added to the reconstruction loss, a scalar.
+        metrics: Further scalars to log.
+    """
+
+    images: Tensor
+    penalty: Tensor
+    metrics: dict[str, Tensor]
+
+
 class RelaxedAutoencoder(nn.Module):
     """Image to relaxed codes to image: a training pass through a dVAE as one module, as data parallelism needs it."""
 
@@ -195,10 +213,142 @@ class RelaxedAutoencoder(nn.Module):
         super().__init__()
         self.vae = vae
 
-    def forward(self, images: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Maps images ``(B, 3, H, W)`` in [-1, 1] to logits ``(B, num_tokens, h, w)`` and images ``(B, 3, H, W)``."""
+    def forward(self, images: Tensor, temperature: float, kl_weight: float) -> Pass:
+        """Passes images ``(B, 3, H, W)`` in [-1, 1]; the KL weight is that of the formula above, 0 leaves it out."""
         logits = self.vae(images)
-        return logits, self.vae.decode_relaxed(relaxed_codes(logits, temperature))
+        kl = kl_to_uniform(logits)
+        decoded = self.vae.decode_relaxed(relaxed_codes(logits, temperature))
+        metrics = {
+            "kl": kl,
+            "perplexity": batch_perplexity(logits.detach().argmax(dim=1), logits.shape[1]),
+            # Filled in on the device: copying a number there would make the host wait.
+            "temperature": torch.full((), temperature, device=images.device),
+            "kl_weight": torch.full((), kl_weight, device=images.device),
+        }
+        return Pass(decoded, kl_weight / images[0].numel() * kl, metrics)
+
+    def has_codes(self) -> bool:
+        """Whether it is a tokenizer yet."""
+        return True
+
+    def tokenizer(self) -> DiscreteVAE:
+        """Returns the dVAE."""
+        return self.vae
+
+
+class QuantizedAutoencoder(nn.Module):
+    """Image to nearest codes to image; each code follows the mean of the vectors that it is the nearest to.
+
+    The encoder's features are projected to ``codebook_dim``. Nothing but moving averages changes the codes, taken over
+    the vectors of all processes. They start as the k-means of the vectors of one step, so the encoder should have
+    learnt something before.
+
+    Args:
+        vae: The dVAE whose encoder and decoder are trained; its head and codebook are not used.
+        decay: Decay of the codes' averages per step.
+        commitment: Weight of the squared distance between a vector and its code.
+
+    Attributes:
+        codes: ``(num_tokens, codebook_dim)``.
+        counts: Vectors per code and step, averaged, ``(num_tokens,)``.
+        sums: The sums of these vectors, averaged.
+        started: Whether there are codes, a bool scalar.
+    """
+
+    DEAD = 1 / 20  # a code with fewer vectors, as a share of the mean, is of no use
+    codes: Tensor
+    counts: Tensor
+    sums: Tensor
+    started: Tensor
+
+    def __init__(self, vae: DiscreteVAE, decay: float = 0.95, commitment: float = 0.25) -> None:
+        super().__init__()
+        self.sizes, self.decay, self.commitment = vae.sizes(), decay, commitment
+        self.encoder, self.decoder = vae.encoder[:-1], vae.decoder
+        self.projection = nn.Conv2d(vae.hidden_dim, vae.codebook_dim, 1)
+        self.register_buffer("codes", torch.zeros(vae.num_tokens, vae.codebook_dim))
+        self.register_buffer("counts", torch.zeros(vae.num_tokens))
+        self.register_buffer("sums", torch.zeros(vae.num_tokens, vae.codebook_dim))
+        self.register_buffer("started", torch.tensor(False))
+        self._started = False  # the same, known without waiting for the device
+
+    def forward(self, images: Tensor, quantized: bool = True, revive: bool = False) -> Pass:
+        """Passes images ``(B, 3, H, W)`` in [-1, 1].
+
+        Args:
+            images: The images.
+            quantized: Whether to quantise; otherwise it is a plain autoencoder.
+            revive: Move the codes that are of no use to vectors of this pass, drawn at random.
+        """
+        features = self.encoder(images)
+        with torch.autocast(images.device.type, enabled=False):
+            vectors = self.projection(features.float()).permute(0, 2, 3, 1)  # (B, h, w, D)
+            penalty, metrics = vectors.new_zeros(()), {}
+            if quantized:
+                ids, codes = self._quantize(vectors.detach().flatten(0, 2), revive)
+                distance = F.mse_loss(vectors, codes.view_as(vectors))
+                vectors = vectors + (codes.view_as(vectors) - vectors).detach()  # the gradient passes straight through
+                penalty = self.commitment * distance
+                metrics = {"quantization_error": distance, "perplexity": batch_perplexity(ids, len(self.codes))}
+        return Pass(self.decoder(vectors.permute(0, 3, 1, 2)), penalty, metrics)
+
+    @torch.no_grad()
+    def _quantize(self, vectors: Tensor, revive: bool) -> tuple[Tensor, Tensor]:
+        """Returns ids ``(M,)`` and codes ``(M, D)`` of vectors, and in training moves the codebook afterwards."""
+        if not self._started:
+            self._start(vectors)
+        ids = codebook.nearest(vectors, self.codes)
+        chosen = self.codes[ids]
+        if self.training:
+            sums, counts = codebook.sums_by_code(vectors, ids, len(self.codes))
+            self.sums.lerp_(sums, 1 - self.decay)
+            self.counts.lerp_(counts, 1 - self.decay)
+            if revive:
+                self._revive(codebook.gather(vectors))
+            used = self.counts.unsqueeze(1) > 0
+            self.codes.copy_(torch.where(used, self.sums / self.counts.unsqueeze(1), self.codes))
+        return ids, chosen
+
+    def _start(self, vectors: Tensor) -> None:
+        """Places the codes at the k-means of vectors, unless a checkpoint had some."""
+        self._started = True
+        if not self.started:
+            means, _ = codebook.kmeans(vectors, codebook.draw(codebook.gather(vectors), len(self.codes)))
+            _, counts = codebook.sums_by_code(vectors, codebook.nearest(vectors, means), len(means))
+            self.codes.copy_(means)
+            self.counts.fill_(counts.mean())
+            self.sums.copy_(means * self.counts.unsqueeze(1))
+            self.started.fill_(True)
+
+    def _revive(self, vectors: Tensor) -> None:
+        """Moves codes that few vectors choose to some of the vectors, with an average use to begin with."""
+        mean = self.counts.mean()
+        dead = self.counts < self.DEAD * mean
+        drawn = codebook.draw(vectors, int(dead.sum()))
+        self.counts[dead] = mean
+        self.sums[dead] = drawn * mean
+
+    def has_codes(self) -> bool:
+        """Whether it is a tokenizer yet."""
+        return bool(self.started)
+
+    def tokenizer(self) -> DiscreteVAE:
+        """Returns a dVAE whose arg-max is the nearest code, since −|v − e|² = 2 v·e − |e|² − |v|²."""
+        with torch.device("meta"):
+            vae = DiscreteVAE(**self.sizes)  # type: ignore[arg-type]
+        weight, bias = self.projection.weight.detach(), self.projection.bias
+        assert bias is not None
+        parts = {"encoder": self.encoder, "decoder": self.decoder}
+        weights = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
+        head = f"encoder.{len(self.encoder)}"
+        weights["codebook.weight"] = self.codes
+        weights[f"{head}.weight"] = 2 * torch.einsum("kd,dcyx->kcyx", self.codes, weight)
+        weights[f"{head}.bias"] = 2 * self.codes @ bias.detach() - self.codes.square().sum(dim=1)
+        vae.load_state_dict({name: value.clone() for name, value in weights.items()}, assign=True)
+        return vae.requires_grad_(False)
+
+
+Autoencoder = RelaxedAutoencoder | QuantizedAutoencoder
 
 
 def reconstruction_loss(images: Tensor, target: Tensor, kind: ReconstructionKind = "mse") -> Tensor:
@@ -226,32 +376,6 @@ def kl_to_uniform(logits: Tensor) -> Tensor:
         log_posterior = logits.float().log_softmax(dim=1)
         log_ratio = log_posterior + math.log(logits.shape[1])
         return (log_posterior.exp() * log_ratio).sum(dim=(1, 2, 3)).mean()
-
-
-class DvaeLoss(NamedTuple):
-    """The parts of the loss, scalars.
-
-    Attributes:
-        total: The loss to minimise.
-        reconstruction: Mean over pixel values.
-        kl: Sum over the grid, mean over the batch, in nats, unweighted.
-    """
-
-    total: Tensor
-    reconstruction: Tensor
-    kl: Tensor
-
-
-def dvae_loss(
-    logits: Tensor, images: Tensor, target: Tensor, kl_weight: float, kind: ReconstructionKind = "mse"
-) -> DvaeLoss:
-    """Reconstruction plus weighted KL, normalised per pixel value (see the formula in this module's docstring).
-
-    Takes the posterior's logits ``(B, num_tokens, h, w)``, the KL's weight (0 leaves it out), and otherwise what
-    :func:`reconstruction_loss` takes.
-    """
-    reconstruction, kl = reconstruction_loss(images, target, kind), kl_to_uniform(logits)
-    return DvaeLoss(reconstruction + kl_weight / target[0].numel() * kl, reconstruction, kl)
 
 
 class CodebookStatistics(NamedTuple):
@@ -288,18 +412,25 @@ def codebook_statistics(counts: Tensor) -> CodebookStatistics:
     return CodebookStatistics(perplexity, used, counts.numel() - used)
 
 
+def closest_codes(codes: Tensor) -> Tensor:
+    """Returns the distance of each code ``(K, D)`` to the closest other one, ``(K,)``."""
+    return torch.cat([torch.cdist(part, codes).topk(2, largest=False).values[:, 1] for part in codes.split(1024)])
+
+
 def warn_of_collapse(results: Mapping[str, float]) -> None:
     """Warns when an evaluation shows that few codes carry everything, and says what to change."""
     vocabulary = results["used_codes"] + results["dead_codes"]
     if results["perplexity"] >= COLLAPSED_BELOW * min(vocabulary, results["tokens"]):
         return
-    undecided = results["kl_per_token"] < 0.25 * math.log(vocabulary)
-    remedy = (
-        "the encoder hardly decides between codes: lower --kl_weight or lengthen its warm-up (--kl_warmup_share)"
-        if undecided
-        else "the encoder settled on few codes too early: raise --kl_weight, lower --lr or --clip_grad, or lengthen "
-        "the annealing (--temperature_share)"
-    )
+    if "kl_per_token" not in results:
+        remedy = "lower --lr, raise --quantize_from, or train with a larger batch or a smaller vocabulary"
+    elif results["kl_per_token"] < 0.25 * math.log(vocabulary):
+        remedy = "the encoder hardly decides between codes: lower --kl_weight or lengthen --kl_warmup_share"
+    else:
+        remedy = (
+            "the encoder settled on few codes too early: raise --kl_weight, lower --lr or --clip_grad, or lengthen "
+            "the annealing (--temperature_share)"
+        )
     logger.warning(
         "the codebook has collapsed: perplexity %.1f of %d codes, %d in use; %s",
         *(results["perplexity"], vocabulary, results["used_codes"], remedy),
@@ -399,5 +530,5 @@ def save_dvae(folder: str | os.PathLike[str], model: DiscreteVAE) -> None:
     folder = Path(folder)
     with atomic_write(folder / "config.json") as file:
         file.write((json.dumps(model.sizes(), indent=2) + "\n").encode())
-    weights = {name: value.cpu() for name, value in model.state_dict().items()}
+    weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
     save_checkpoint(folder / "pytorch_model.bin", {"weights": weights})

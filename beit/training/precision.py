@@ -12,19 +12,26 @@ from beit.errors import InputError
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def resolve_amp_dtype(name: str, device: torch.device) -> torch.dtype:
+def resolve_amp_dtype(name: str, device: torch.device, *, bf16_cpu: bool = False) -> torch.dtype:
     """Turns ``auto``, ``bf16``, ``fp16`` or ``fp32`` into the dtype of the forward pass on a device.
 
-    ``auto`` is bf16 on GPUs that compute in it, float16 on older ones (V100), float32 elsewhere. Raises
-    :class:`InputError` for float16 where gradients cannot be scaled.
+    ``auto`` is bf16 on GPUs that compute in it, float16 on older ones (V100), float32 elsewhere; with ``bf16_cpu`` bf16
+    on CPUs that multiply matrices in it (AMX) too. Raises :class:`InputError` for float16 where gradients cannot be
+    scaled.
     """
     if name != "auto":
         if name == "fp16" and device.type != "cuda":
             raise InputError(f"--amp_dtype fp16 needs a CUDA device, this run is on {device.type}: use bf16 or fp32")
         return AMP_DTYPES[name]
     if device.type != "cuda":
-        return torch.float32
+        multiplies = bf16_cpu and device.type == "cpu" and _cpu_multiplies_in_bf16()
+        return torch.bfloat16 if multiplies else torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def _cpu_multiplies_in_bf16() -> bool:
+    """Whether the CPU has units for products of bf16 matrices, if this version of torch can tell."""
+    return hasattr(torch.cpu, "get_capabilities") and bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 class Precision:
