@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from beit.data.loaders import Batch
 from beit.data.transforms import normalize, to_unit_range
+from beit.errors import InputError
 from beit.tokenizers.base import VisualTokenizer
 
 VISUAL_TOKENS = "visual tokens"  # what a checkpoint that records no target was trained to predict
@@ -89,6 +90,10 @@ class PredictionTarget(ABC):
     def check(self, patch_grid: tuple[int, int], second_size: tuple[int, int]) -> None:  # noqa: B027
         """Raises :class:`InputError` if patch grid ``(h, w)`` and second view's size ``(H2, W2)`` do not fit."""
 
+    def confidence(self, outputs: Tensor) -> Tensor:  # noqa: ARG002
+        """Returns how sure the model is of each patch, ``(B, N)``, higher is surer, from ``(B, N, output_size)``."""
+        raise InputError(f"predictions of {self.name} have no confidence: fill in the patches in one step")
+
     def pictures(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:  # noqa: ARG002
         """Returns title → pictures ``(B, 3, H', W')`` in [0, 1] of float32 outputs ``(B, h · w, output_size)``."""
         return {}
@@ -137,9 +142,21 @@ class TokenTarget(PredictionTarget):
         return {"right": (outputs.argmax(dim=-1) == targets).sum(), "frequencies": frequencies}
 
     def scores(self, tally: Mapping[str, Tensor], patches: int) -> dict[str, float]:
-        """Returns ``mlm_acc``, and ``most_frequent_acc``: the accuracy of always predicting the most frequent token."""
-        most = tally["frequencies"].max().item()
-        return {"mlm_acc": tally["right"].item() / patches, "most_frequent_acc": most / patches}
+        """Returns the token accuracy ``mlm_acc`` and what guessing without looking gives.
+
+        ``most_frequent_acc`` is the accuracy of always predicting the most frequent token, ``unigram_entropy`` the loss
+        of predicting the tokens' frequencies, in nats.
+        """
+        shares = tally["frequencies"].cpu().double() / patches
+        return {
+            "mlm_acc": tally["right"].item() / patches,
+            "most_frequent_acc": shares.max().item(),
+            "unigram_entropy": torch.special.entr(shares).sum().item(),
+        }
+
+    def confidence(self, outputs: Tensor) -> Tensor:
+        """Returns the logarithm of the predicted token's probability."""
+        return outputs.log_softmax(dim=-1).amax(dim=-1)
 
     def check(self, patch_grid: tuple[int, int], second_size: tuple[int, int]) -> None:
         """Checks that there is one token per patch."""

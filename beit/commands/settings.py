@@ -164,6 +164,7 @@ class ReconstructConfig(OutputOptions):
     tokenizer: str = option("", "folder of the run's tokenizer, if it has moved")
     images: tuple[str, ...] = option((), ANY_IMAGES, must_exist=True)
     output: str = option("reconstructions.png", PICTURE, short="-o")
+    steps: int = option(1, "passes to fill in the patches, the surest first; of tokens only", within="[1, inf)")
     limit: int = option(8, "maximum number of images to draw", within="[1, inf)")
     seed: int = option(0, "seed of the masks")
     device: str = option("cpu", DEVICE)

@@ -56,7 +56,7 @@ def reconstruct(config: ReconstructConfig) -> None:
     check_picture(config.output, config.overwrite)
     paths = image_files(config.images, config.limit)
     run, model, target = open_pretrained(config.checkpoint, config.tokenizer, select_device(config.device, 0))
-    draw_panels(config.output, *reconstruct_files(paths, run, model, target, config.seed))
+    draw_panels(config.output, *reconstruct_files(paths, run, model, target, config.seed, config.steps))
     logger.info("%s written", config.output)
 
 
@@ -100,6 +100,7 @@ def reconstruct_files(
     model: VisionTransformerForMaskedImageModeling,
     target: PredictionTarget,
     seed: int = 0,
+    steps: int = 1,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Masks images as in pre-training and lets the model fill them in; raises InputError for an unreadable image.
 
@@ -113,7 +114,7 @@ def reconstruct_files(
     device = next(model.parameters()).device
     batch = {name: torch.stack([sample[name] for sample in samples]).to(device) for name in samples[0]}
     outputs_of_all = MaskedPrediction(target, *normalization(run.imagenet_default_mean_and_std)).outputs_of_all
-    return reconstruct_batch(model, outputs_of_all, target, batch)
+    return reconstruct_batch(model, outputs_of_all, target, batch, steps)
 
 
 def embeddings(config: EmbeddingsConfig) -> None:

@@ -283,7 +283,8 @@ class QuantizedAutoencoder(nn.Module):
         features = self.encoder(images)
         with torch.autocast(images.device.type, enabled=False):
             vectors = self.projection(features.float()).permute(0, 2, 3, 1)  # (B, h, w, D)
-            penalty, metrics = vectors.new_zeros(()), {}
+            penalty, unknown = vectors.new_zeros(()), vectors.new_full((), math.nan)
+            metrics = {"quantization_error": unknown, "perplexity": unknown}
             if quantized:
                 ids, codes = self._quantize(vectors.detach().flatten(0, 2), revive)
                 distance = F.mse_loss(vectors, codes.view_as(vectors))

@@ -1,6 +1,8 @@
 """What a pre-trained model predicts for masked patches, as images ready to be drawn."""
 
+import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,11 @@ MASK_GREY = 0.5
 
 @torch.no_grad()
 def reconstruct(
-    model: nn.Module, outputs_of_all: Callable[[nn.Module, Batch], Tensor], target: PredictionTarget, batch: Batch
+    model: nn.Module,
+    outputs_of_all: Callable[[nn.Module, Batch], Tensor],
+    target: PredictionTarget,
+    batch: Batch,
+    steps: int = 1,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Lets a model, in evaluation mode from then on, fill in the masked patches of some images.
 
@@ -26,6 +32,7 @@ def reconstruct(
         outputs_of_all: Returns the model's outputs for all patches of a batch, ``(B, N, output_size)``.
         target: What the model was trained to predict.
         batch: Views and masks, as described in :mod:`beit.targets`, on the model's device.
+        steps: Passes; see :func:`fill_in`.
 
     Returns:
         Versions of the images by title, each ``(B, 3, H', W')`` in [0, 1] on the CPU: the image, the image with masked
@@ -35,9 +42,11 @@ def reconstruct(
     Source: BEiT (arXiv 2106.08254), figure 1.
     """
     model.eval()
-    outputs = outputs_of_all(model, batch).float()
+    outputs = fill_in(partial(outputs_of_all, model), target, batch, steps)
     images, masks = to_unit_range(batch["image"]), batch["mask"]
     panels = {"image": images, "masked": hide_patches(images, masks), **target.pictures(outputs, batch)}
+    if len(panels) > 3:  # the target draws its codes' pictures, which differ from the image at the seen patches too
+        panels["predictions in the image"] = paste(images, list(panels.values())[-1], masks)
     index, counts = masks.flatten().nonzero().flatten(), masks.flatten(1).sum(dim=1).tolist()
     predicted, true = outputs.flatten(0, 1)[index].split(counts), target.compute(batch, index).split(counts)
     captions = []
@@ -50,7 +59,37 @@ def reconstruct(
     return {title: pictures.float().cpu() for title, pictures in panels.items()}, captions
 
 
+def fill_in(predict: Callable[[Batch], Tensor], target: PredictionTarget, batch: Batch, steps: int) -> Tensor:
+    """Returns the outputs for all patches ``(B, N, output_size)``, in several passes in which the model sees more.
+
+    After each pass the patches predicted with the highest confidence are kept, as drawn by the target, and the model
+    sees them in the next one; the share that stays masked falls as a cosine to none.
+
+    Source: arXiv 2202.04200 (MaskGIT), section 3.2, without its random noise.
+    """
+    outputs = predict(batch).float()
+    masks, left, counts = batch["mask"], batch["mask"], batch["mask"].flatten(1).sum(dim=1)
+    for step in range(1, steps):
+        picture = list(target.pictures(outputs, batch).values())[-1]
+        confidence = target.confidence(outputs).masked_fill(~left.flatten(1), math.inf)
+        remaining = (counts * math.cos(math.pi / 2 * step / steps)).ceil().long()
+        left = (confidence.argsort(dim=1).argsort(dim=1) < remaining.unsqueeze(1)).view_as(masks)
+        seen = to_unit_range(batch["image"])
+        pasted = (paste(seen, picture, masks) * 255).round().to(torch.uint8)
+        fresh = predict({**batch, "image": pasted, "mask": left}).float()
+        outputs = torch.where(left.flatten(1).unsqueeze(2), fresh, outputs)
+    return outputs
+
+
 def hide_patches(images: Tensor, masks: Tensor) -> Tensor:
     """Paints masked patches grey: ``(B, 3, H, W)`` in [0, 1] and bool ``(B, h, w)`` → ``(B, 3, H, W)``."""
-    hidden = F.interpolate(masks[:, None].float(), size=images.shape[-2:], mode="nearest")
-    return images * (1 - hidden) + MASK_GREY * hidden
+    return paste(images, torch.full_like(images, MASK_GREY), masks)
+
+
+def paste(images: Tensor, predicted: Tensor, masks: Tensor) -> Tensor:
+    """Puts the masked patches of other images ``(B, 3, H', W')``, scaled, into images ``(B, 3, H, W)``."""
+    size = images.shape[-2:]
+    hidden = F.interpolate(masks[:, None].float(), size=size, mode="nearest")
+    if predicted.shape[-2:] != size:
+        predicted = F.interpolate(predicted, size, mode="bicubic", antialias=True).clamp(0, 1)
+    return images * (1 - hidden) + predicted.to(images) * hidden

@@ -19,14 +19,13 @@ from beit.tasks.dvae_training import (
     HardTokenEvaluation,
     Reconstruction,
     RelaxedAutoencoder,
-    batch_perplexity,
     loss_schedules,
     main,
     side_by_side,
     warn_of_collapse,
 )
 from beit.tokenizers.base import load_tokenizer
-from beit.tokenizers.dvae import DiscreteVAE
+from beit.tokenizers.dvae import DiscreteVAE, batch_perplexity
 from beit.training.state import LoopSettings, Period
 from tests.shell import run
 
@@ -97,13 +96,13 @@ def test_settings_that_cannot_work_are_named(setting, flag):
 
 def test_the_loss_is_reconstruction_plus_kl_both_per_pixel_value():
     model, images = RelaxedAutoencoder(small_vae()), some_images(3)
-    objective = Reconstruction(lambda step: 0.5 + step, lambda step: 0.25, "mse")
+    objective = Reconstruction(lambda step: {"temperature": 0.5 + step, "kl_weight": 0.25}, "mse")
     torch.manual_seed(5)
     loss, metrics = objective(model, {"image": images}, 1)
 
     torch.manual_seed(5)
     target = images.double() / 255 * 2 - 1
-    logits = model.vae(target.float())
+    logits = model.vae(target.float().contiguous(memory_format=torch.channels_last))  # the noise follows the layout
     noise = -torch.empty_like(logits).exponential_().log()
     codes = ((logits + noise) / 1.5).softmax(dim=1)
     output = model.vae.decoder(torch.einsum("bkhw,kd->bdhw", codes, model.vae.codebook.weight))
@@ -118,7 +117,9 @@ def test_the_loss_is_reconstruction_plus_kl_both_per_pixel_value():
 
 def test_every_parameter_gets_a_gradient():
     model = RelaxedAutoencoder(small_vae())
-    loss, _ = Reconstruction(lambda _: 1.0, lambda _: 0.1, "mse")(model, {"image": some_images(2)}, 0)
+    loss, _ = Reconstruction(lambda _: {"temperature": 1.0, "kl_weight": 0.1}, "mse")(
+        model, {"image": some_images(2)}, 0
+    )
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())  # data parallelism waits for all
 
@@ -126,9 +127,10 @@ def test_every_parameter_gets_a_gradient():
 def test_logits_and_losses_are_float32_under_autocast():
     model = RelaxedAutoencoder(small_vae())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss, metrics = Reconstruction(lambda _: 1.0, lambda _: 0.1, "mse")(model, {"image": some_images(2)}, 0)
-        logits, _ = model(torch.zeros(1, 3, 16, 16), 1.0)
-    assert loss.dtype == logits.dtype == metrics["reconstruction_loss"].dtype == torch.float32
+        loss, metrics = Reconstruction(lambda _: {"temperature": 1.0, "kl_weight": 0.1}, "mse")(
+            model, {"image": some_images(2)}, 0
+        )
+    assert loss.dtype == metrics["kl"].dtype == metrics["reconstruction_loss"].dtype == torch.float32
 
 
 def test_batch_perplexity_counts_effective_codes():
@@ -158,7 +160,7 @@ class FakeLoader:
 
 def test_the_evaluation_weighs_every_image_alike():
     images, vae = some_images(10), small_vae()
-    evaluation = HardTokenEvaluation(vae, FakeLoader(images), "mse", 20, CPU)
+    evaluation = HardTokenEvaluation(RelaxedAutoencoder(vae), FakeLoader(images), "mse", 20, CPU)
     results = evaluation(None, 0)
 
     with torch.no_grad():
@@ -239,23 +241,27 @@ def run_config(images: Path, output: Path, **changes) -> DvaeConfig:
     return DvaeConfig(**{**settings, **changes})
 
 
-def test_a_run_leaves_a_tokenizer_that_pretraining_can_load(tmp_path):
+@pytest.mark.parametrize("quantizer", ["vq", "gumbel"])
+def test_a_run_leaves_a_tokenizer_that_pretraining_can_load(tmp_path, quantizer):
     images = tmp_path / "images"
     images.mkdir()
     write_images(images)
-    main(run_config(images, tmp_path / "run"))
+    main(run_config(images, tmp_path / "run", quantizer=quantizer))
     log = [json.loads(line) for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
     assert [entry["epoch"] for entry in log] == [0, 1]
-    names = ("train_reconstruction_loss", "train_kl", "train_perplexity", "train_temperature", "test_loss")
-    assert {*names, "test_perplexity", "test_used_codes", "test_dead_codes"} <= log[0].keys()
+    names = ("train_reconstruction_loss", "train_perplexity", "test_loss", "test_psnr", "test_ssim", "test_perplexity")
+    own = {"vq": {"train_quantization_error"}, "gumbel": {"train_kl", "train_temperature", "test_kl_per_token"}}
+    assert {*names, "test_used_codes", "test_dead_codes", "test_code_distance"} | own[quantizer] <= log[0].keys()
 
     tokenizer = load_tokenizer(str(tmp_path / "run"), "customized", CPU)
     assert tokenizer.vocab_size == 16
     checkpoint = torch.load(tmp_path / "run" / "checkpoint-1.pth", weights_only=True)
     weights = torch.load(tmp_path / "run" / "pytorch_model.bin", weights_only=True)["weights"]
-    average = checkpoint["model_ema"]
-    assert all(torch.equal(weights[name], average[f"vae.{name}"]) for name in weights)  # the average, not the last step
-    assert any(not torch.equal(weights[name], checkpoint["model"][f"vae.{name}"]) for name in weights)
+    average, last, prefix = checkpoint["model_ema"], checkpoint["model"], "vae." if quantizer == "gumbel" else ""
+    parts = [name for name in weights if f"{prefix}{name}" in average]
+    assert len(parts) >= 10
+    assert all(torch.equal(weights[name], average[f"{prefix}{name}"]) for name in parts)  # not the last step's
+    assert any(not torch.equal(weights[name], last[f"{prefix}{name}"]) for name in parts)
     with Image.open(tmp_path / "run" / "reconstructions.png") as picture:
         assert np.asarray(picture).std() > 10
 
@@ -295,7 +301,7 @@ sys.exit(launch.launch(dvae.DvaeConfig, dvae.main, "", sys.argv[3:]))
 
 def flags_of(config: DvaeConfig) -> list[str]:
     names = ("data_path", "output_dir", "device", "num_workers", "input_size", "batch_size", "epochs", "warmup_steps")
-    names = (*names, "eval_images", "save_ckpt_steps", "lr", "min_lr", *SMALL)
+    names = (*names, "eval_images", "save_ckpt_steps", "lr", "min_lr", "quantizer", "quantize_from", *SMALL)
     return [text for name in names for text in (f"--{name}", str(getattr(config, name)))]
 
 
@@ -324,20 +330,22 @@ def test_killed_at_a_step_and_before_publishing_it_ends_with_the_same_bits(tmp_p
 
 
 @pytest.mark.slow
-def test_two_processes_evaluate_what_one_evaluates(tmp_path):
+@pytest.mark.parametrize("quantizer", ["vq", "gumbel"])
+def test_two_processes_evaluate_what_one_evaluates(tmp_path, quantizer):
     images = tmp_path / "images"
     images.mkdir()
     write_images(images)
     # No steps that matter: with lr 0 both evaluate the same weights, split differently over processes.
-    still = {"epochs": 1, "lr": 0.0, "min_lr": 0.0}
+    # The codes of vq start from the vectors of both, and follow them.
+    still = {"epochs": 1, "lr": 0.0, "min_lr": 0.0, "quantizer": quantizer, "quantize_from": 0.0}
     main(run_config(images, tmp_path / "1", **still))
     flags = flags_of(run_config(images, tmp_path / "2", batch_size=4, **still))
     run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "run_dvae_training.py", *flags)
     logs = [json.loads((tmp_path / processes / "log.txt").read_text()) for processes in ("1", "2")]
-    for name in ("test_loss", "test_perplexity", "test_used_codes", "test_kl_per_token"):
+    for name in logs[0].keys() & {f"test_{name}" for name in ("loss", "psnr", "ssim", "perplexity", "kl_per_token")}:
         assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-5), name
 
 
 def test_gumbel_noise_does_not_reach_the_evaluation():
-    evaluation = HardTokenEvaluation(small_vae(), FakeLoader(some_images(4)), "mse", 20, CPU)
+    evaluation = HardTokenEvaluation(RelaxedAutoencoder(small_vae()), FakeLoader(some_images(4)), "mse", 20, CPU)
     assert evaluation(None, 0) == evaluation(None, 1)

@@ -62,8 +62,34 @@ def test_predicted_tokens_stand_at_masked_patches_and_true_ones_elsewhere():
                 assert torch.allclose(predicted, torch.tensor(expected / 255)), (number, row, column)
                 assert torch.allclose(panels["dVAE reconstruction"][region], torch.tensor(true / 255))
     assert captions == ["1 of 2 tokens right", "1 of 3 tokens right"]
-    assert list(panels) == ["image", "masked", "dVAE reconstruction", "predicted tokens decoded"]
-    assert [len(images) for images in panels.values()] == [2, 2, 2, 2]
+    titles = ["image", "masked", "dVAE reconstruction", "predicted tokens decoded", "predictions in the image"]
+    assert list(panels) == titles
+    assert [len(images) for images in panels.values()] == [2, 2, 2, 2, 2]
+    hidden = masks.repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)[:, None]
+    pasted = torch.where(hidden, panels["predicted tokens decoded"], images / 255)
+    torch.testing.assert_close(panels["predictions in the image"], pasted)
+
+
+def test_in_several_passes_the_surest_patches_are_seen_in_the_next_one():
+    # Three masked patches in three passes: after them ceil(3 cos 30°) = 3, ceil(3 cos 60°) = 2 and no patch is left.
+    images, masks = torch.zeros(1, 3, 8, 12, dtype=torch.uint8), torch.tensor([[[1, 1, 0], [0, 1, 0]]]).bool()
+    seen = []
+
+    def predict(_model, batch):
+        seen.append((batch["mask"].clone(), batch["image"][:, 0, ::PATCH, ::PATCH].clone()))
+        logits = torch.zeros(1, 6, VOCABULARY)
+        for patch, (token, confidence) in {0: (10, 3.0), 1: (20, 9.0), 4: (30, 6.0)}.items():
+            logits[0, patch, token + len(seen)] = confidence
+        return logits
+
+    panels, _ = reconstruct(
+        nn.Identity(), predict, TokenTarget(GreyTokenizer()), {"image": images, "token_image": images, "mask": masks}, 3
+    )
+    left = [mask.flatten().nonzero().flatten().tolist() for mask, _ in seen]
+    assert left == [[0, 1, 4], [0, 1, 4], [0, 4]]
+    assert seen[2][1].flatten().tolist() == [12, 22, 0, 0, 32, 0]  # what the second pass predicted, where it was masked
+    drawn = (panels["predicted tokens decoded"][0, 0, ::PATCH, ::PATCH] * 255).round().flatten().tolist()
+    assert drawn == [13, 22, 0, 0, 33, 0]  # kept from the pass after which it was no longer masked
 
 
 def test_predicted_pixels_stand_at_masked_patches_and_true_ones_elsewhere():
