@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from beit.errors import InputError
 from beit.outputs import check_outputs
 from beit.storage import atomic_write
 from beit.training.environment import ENVIRONMENT
-from beit.visualization.curves import FRACTIONS, UNITS, overlaid, read_log
+from beit.visualization.curves import FRACTIONS, overlaid, read_log
 from beit.visualization.plots import draw_curves
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ METRICS = {
     "train_grad_norm": "gradient norm",
     "n_parameters": "parameters",
 }
+PERCENTAGES, SHARES = {"acc1", "acc5"}, {"acc", "mIoU", "mAcc", "aAcc", "accuracy", "share"}  # words of their names
 WITHOUT_BEST = ("test_most_frequent_acc", "train_grad_norm", "n_parameters")
 MAIN_CURVES = ("loss", "mlm_acc", "class_acc", "acc1", "mIoU", "pixel_acc", "perplexity")
 
@@ -158,8 +160,12 @@ def render(runs: Sequence[Run], title: str, pictures: Sequence[str] = (), result
         runs=[(run, _results(run)) for run in runs],
         curves={kind: _curves(same) for kind, same in kinds.items()},
         pictures=list(_pictures(runs, pictures)),
-        results={name: flat(content) for name, content in files.items()},
+        results={name: _in_units(flat(content)) for name, content in files.items()},
     )
+
+
+def _in_units(results: Mapping[str, object]) -> dict[str, object]:
+    return {key: _shown(value, key) if _is_number(value) else value for key, value in results.items()}
 
 
 def _results(run: Run) -> list[tuple[str, str, str, str]]:
@@ -279,9 +285,9 @@ def _is_number(value: object) -> TypeGuard[int | float]:
 
 def _shown(value: float, key: str = "") -> str:
     """Returns a number for readers: accuracies in percent, whole numbers in groups of three, others with 4 digits."""
-    metric = key.removeprefix("test_").removeprefix("train_")
-    if metric in UNITS:
-        return f"{value * (100 if metric in FRACTIONS else 1):.2f}\N{NO-BREAK SPACE}%"
+    words = set(re.split(r"[\W_]+", key))
+    if words & (PERCENTAGES | SHARES):
+        return f"{value * (100 if words & SHARES else 1):.2f}\N{NO-BREAK SPACE}%"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
