@@ -116,8 +116,8 @@ class DvaeTraining(Task[DvaeConfig]):
         return self.evaluation
 
     def extras(self) -> Mapping[str, object]:
-        """Records the data."""
-        return fingerprints(self.index, self.eval_index)
+        """Records the data and the quantiser."""
+        return {**fingerprints(self.index, self.eval_index), "quantizer": self.config.quantizer}
 
     def build_epoch_end(self) -> Callable[[int, ScalarWriter], None]:
         """Returns what publishes the tokenizer and the newest picture."""

@@ -369,6 +369,8 @@ class DvaeConfig(DataOptions, BatchOptions, EpochOptions, CosineOptions, RunOpti
     keep_checkpoints: int = option(2, "numbered checkpoints to keep; 0 keeps all", within="[0, inf)")
     warmup_epochs: int = option(0, "epochs of linear warm-up", within="[0, inf)")
     warmup_steps: int = option(100, "steps of linear warm-up; overrides --warmup_epochs when positive")
+    opt: str = option("muon", "optimizer: any name that timm knows, or fusedadamw")
+    lr: float = option(4e-3, "peak learning rate; never rescaled to the batch", within="[0, inf)")
     weight_decay: float = option(1e-4, "weight decay", within="[0, inf)")
     clip_grad: float | None = option(1.0, "largest gradient norm", within="(0, inf)")
     opt_betas: tuple[float, ...] | None = option((0.9, 0.999), "decay rates of Adam", within="[0, 1)")
