@@ -3,7 +3,7 @@ r"""Trains a discrete VAE on a folder of images: the tokenizer that BEiT pre-tra
 One CPU, a small tokenizer for small images:
 
     python run_dvae_training.py --data_path images/ --output_dir output/dvae \
-        --input_size 64 --num_tokens 256 --codebook_dim 64 --hidden_dim 32 --batch_size 32 --epochs 20 --num_workers 2
+        --input_size 64 --num_tokens 256 --codebook_dim 64 --hidden_dim 32 --batch_size 16 --epochs 20 --num_workers 2
 
 One GPU, a vocabulary of 8192 tokens of 8 x 8 pixels, for pre-training with --second_input_size 112:
 
@@ -15,10 +15,10 @@ One GPU, a vocabulary of 8192 tokens of 8 x 8 pixels, for pre-training with --se
     torchrun --nproc_per_node=16 run_dvae_training.py --data_path /path/to/imagenet/train --output_dir output/dvae \
         --eval_data_path /path/to/imagenet/val --total_batch_size 512 --epochs 20
 
-output/dvae is the tokenizer, from the end of the first epoch on: start pre-training with
-`--discrete_vae_type customized --discrete_vae_weight_path output/dvae`. Watch test_perplexity in log.txt, the effective
-number of codes in use; if it is too low, a warning suggests what to change. To resume a stopped run, run the same
-command again.
+output/dvae is the tokenizer, as soon as there are codes (`--quantize_from`): start pre-training with
+`--discrete_vae_type customized --discrete_vae_weight_path output/dvae`. Watch test_psnr and test_perplexity in log.txt,
+the quality of the reconstructions and the effective number of codes in use; docs/tokenizers.md says what to expect. To
+resume a stopped run, run the same command again.
 """
 
 import sys

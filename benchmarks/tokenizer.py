@@ -108,7 +108,7 @@ def raw_patches(training: str, held_out: str, codes: int, size: int) -> dict[str
 def trained(
     folder: Path, epochs: int, args: argparse.Namespace, data: dict[str, Any], **settings: Any
 ) -> dict[str, float]:
-    """Trains a tokenizer with the library's job and returns its last log line."""
+    """Trains a tokenizer with the library's job and returns its scores."""
     common = {"num_tokens": args.codes, "codebook_dim": CODE_DIM, "hidden_dim": args.hidden_dim, "min_crop": 0.3}
     rest = {"batch_size": 32, "warmup_steps": 20, "device": "cpu", "num_workers": 0, "pin_mem": False}
     run = {
@@ -119,7 +119,8 @@ def trained(
         "output_dir": str(folder),
     }
     dvae_training.main(DvaeConfig(**{**data, **common, **rest, **run, **settings}))
-    return json.loads((folder / "log.txt").read_text(encoding="utf-8").splitlines()[-1])
+    last = json.loads((folder / "log.txt").read_text(encoding="utf-8").splitlines()[-1])
+    return {key: last[f"test_{key}"] for key in SCORES}
 
 
 def make_images(kind: str, folder: Path, quick: bool) -> dict[str, Any]:

@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 PICTURE = "reconstructions.png"
 COLLAPSE_COUNTS_FROM = 0.25  # share of the run; before that every codebook looks collapsed
+QUANTIZED_BY = 2000  # steps, in which an autoencoder has learnt enough for the first codes, however long the run
 REVIVE_EVERY, REVIVE_UNTIL = 10, 0.9  # steps, and share of the run: a code needs some time to find its place
 
 
@@ -167,7 +168,8 @@ def schedule_of(config: DvaeConfig, settings: LoopSettings) -> Callable[[int], d
     if config.quantizer == "gumbel":
         temperature, kl_weight = loss_schedules(config, settings)
         return lambda step: {"temperature": temperature(step), "kl_weight": kl_weight(step)}
-    start, end = round(config.quantize_from * settings.total_steps), REVIVE_UNTIL * settings.total_steps
+    start = min(round(config.quantize_from * settings.total_steps), QUANTIZED_BY)
+    end = REVIVE_UNTIL * settings.total_steps
     return lambda step: {"quantized": step >= start, "revive": step % REVIVE_EVERY == 0 and step < end}
 
 

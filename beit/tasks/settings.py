@@ -352,7 +352,7 @@ class DvaeConfig(DataOptions, BatchOptions, EpochOptions, CosineOptions, RunOpti
 
     reconstruction: str = option("mse", "reconstruction loss", choices=("mse", "smooth_l1"))
     quantizer: str = option("vq", "how a code is chosen in training", choices=("vq", "gumbel"))
-    quantize_from: float = option(0.15, "share of the run before vq quantises, as an autoencoder", within="[0, 1)")
+    quantize_from: float = option(0.15, "share of the run, up to 2000 steps, before vq quantises", within="[0, 1)")
     codebook_decay: float = option(0.95, "decay of the averages that the codes of vq follow", within="[0, 1)")
     commitment: float = option(0.25, "weight in vq of the distance to the code", within="[0, inf)")
     kl_weight: float = option(0.1, "gumbel: weight of the KL divergence to uniform, per pixel value", within="[0, inf)")

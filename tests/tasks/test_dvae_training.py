@@ -349,3 +349,19 @@ def test_two_processes_evaluate_what_one_evaluates(tmp_path, quantizer):
 def test_gumbel_noise_does_not_reach_the_evaluation():
     evaluation = HardTokenEvaluation(RelaxedAutoencoder(small_vae()), FakeLoader(some_images(4)), "mse", 20, CPU)
     assert evaluation(None, 0) == evaluation(None, 1)
+
+
+def test_a_run_is_not_resumed_with_another_quantizer(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    write_images(images, 8)
+    main(run_config(images, tmp_path / "run", quantizer="gumbel", opt="adamw", epochs=1))
+    file = tmp_path / "run" / "checkpoint-0.pth"
+    checkpoint = torch.load(file, weights_only=True)
+    del checkpoint["quantizer"]  # version 0.1 had no other
+    torch.save(checkpoint, file)
+    (tmp_path / "run" / "checkpoint-last.pth").unlink(missing_ok=True)
+    with pytest.raises(InputError, match=r"gumbel there, vq here.*--quantizer"):
+        main(run_config(images, tmp_path / "run"))
+    main(run_config(images, tmp_path / "run", quantizer="gumbel", opt="adamw"))
+    assert len((tmp_path / "run" / "log.txt").read_text().splitlines()) == 2
