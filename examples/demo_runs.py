@@ -66,7 +66,7 @@ class Budget:
     crops: tuple[int, int] = (600, 160)
     digits_per_class: int | None = None
     labelled_scenes: tuple[int, int] = (800, 100)
-    dvae: tuple[int, int] = (5, 32)
+    dvae: tuple[int, int] = (6, 16)
     pretraining: tuple[int, int] = (17, 64)
     finetuning_epochs: int = 8
     segmentation_steps: int = 200
@@ -78,7 +78,7 @@ QUICK = Budget(
     crops=(16, 8),
     digits_per_class=8,
     labelled_scenes=(16, 4),
-    dvae=(1, 32),
+    dvae=(1, 16),
     pretraining=(1, 32),
     finetuning_epochs=1,
     segmentation_steps=2,
@@ -161,7 +161,6 @@ class Demo:
             min_crop=0.3,
             epochs=epochs,
             batch_size=batch_size,
-            lr=3e-3,
             warmup_steps=20,
             save_ckpt_freq=epochs,
             save_ckpt_steps=50,

@@ -95,8 +95,8 @@ CPU = Preset(
     images=Images(),
     model=MODEL,
     dvae={
-        "num_tokens": 256, "codebook_dim": 64, "num_layers": 3, "hidden_dim": 24, "min_crop": 0.3, "epochs": 5,
-        "batch_size": 32, "lr": 3e-3, "warmup_steps": 20,
+        "num_tokens": 256, "codebook_dim": 64, "num_layers": 3, "hidden_dim": 32, "min_crop": 0.3, "epochs": 8,
+        "batch_size": 16, "warmup_steps": 20,
     },
     pretraining={
         "num_mask_patches": 26, "min_mask_patches_per_block": 4, "color_jitter": 0.0, "drop_path": 0.0, "epochs": 10,
@@ -134,7 +134,7 @@ H200 = Preset(
     model={"patch_size": 8, "embed_dim": 256, "depth": 8, "num_heads": 4},
     dvae={
         "num_tokens": 1024, "codebook_dim": 128, "num_layers": 3, "hidden_dim": 64, "min_crop": 0.3, "epochs": 6,
-        "batch_size": 128, "lr": 2e-3, "warmup_steps": 50,
+        "batch_size": 128, "warmup_steps": 50,
     },
     pretraining={**CPU.pretraining, "epochs": 25, "batch_size": 128, "lr": 1.5e-3, "warmup_steps": 200},
     finetuning={
