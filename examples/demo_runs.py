@@ -155,7 +155,7 @@ class Demo:
             output_dir=str(self.folder / "dvae"),
             input_size=IMAGE_PIXELS,
             num_tokens=NUM_TOKENS,
-            codebook_dim=64,
+            codebook_dim=128,
             num_layers=3,
             hidden_dim=32,
             min_crop=0.3,

@@ -83,7 +83,10 @@ def fails(arguments, capsys):
 @pytest.mark.parametrize(
     ("checkpoint", "columns"),
     [
-        ("tokens.pth", ["image", "masked", "dVAE reconstruction", "predicted tokens decoded"]),
+        (
+            "tokens.pth",
+            ["image", "masked", "dVAE reconstruction", "predicted tokens decoded", "predictions in the image"],
+        ),
         ("pixels.pth", ["image", "masked", "predicted pixels"]),
     ],
 )
@@ -233,3 +236,14 @@ def test_curves_as_a_whole_command(tmp_path):
     run("-m", "beit", "visualize", "curves", tmp_path / "first", tmp_path / "second", "-o", tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as picture:
         assert min(picture.size) > 300
+
+
+def test_patches_are_filled_in_over_several_passes_where_the_model_is_sure_of_some(site, tmp_path, capsys):
+    def status(checkpoint, output, *flags):
+        files = ("--checkpoint", site / checkpoint, "--images", site / "images", "-o", tmp_path / output)
+        return beit(["visualize", "reconstruct", *map(str, files), *flags])
+
+    assert status("tokens.pth", "4.png", "--steps", "4") == 0
+    assert (tmp_path / "4.png").is_file()
+    assert status("pixels.pth", "p.png", "--steps", "4") == 2
+    assert "pixels normalised per patch have no confidence: fill in the patches in one step" in capsys.readouterr().err

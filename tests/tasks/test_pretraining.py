@@ -486,7 +486,7 @@ class TestImageLog:
         assert one["averages"] == two["averages"]
         pictures = images_in(tmp_path / "with/tb")
         assert [step for step, _ in pictures] == [0, 1]
-        columns = 4 if target == "tokens" else 3
+        columns = 5 if target == "tokens" else 3
         assert {picture.size for _, picture in pictures} == {(columns * 34 + 2, 3 * 34 + 2)}  # 32 pixels and the gaps
         assert images_in(tmp_path / "without/tb") == []
 

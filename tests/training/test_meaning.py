@@ -10,6 +10,7 @@ from beit.training.meaning import FACTS, ORDER, SCORES, WEIGHTS, compare
 VALUES = {  # of each fact: one, and another
     "target": ("visual tokens", "pixels"),
     "tokenizer": ("a" * 64, "b" * 64),
+    "quantizer": ("gumbel", "vq"),
     "labels": (["ant", "bee"], ["bee", "cat"]),
     "reduce_zero_label": (True, False),
     "backbone": ("a" * 64, "b" * 64),
