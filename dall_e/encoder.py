@@ -1,6 +1,5 @@
 """The encoder: an image to logits over the vocabulary at every cell of a grid 8 times smaller."""
 
-from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -46,16 +45,13 @@ class Encoder(nn.Module):
         self.n_hid, self.n_blk_per_group = n_hid, n_blk_per_group
         self.input_channels, self.vocab_size = input_channels, vocab_size
         self.use_mixed_precision = use_mixed_precision
-        with nullcontext() if device is None else torch.device(device):
-            self.blocks = stack_blocks(
-                stem=Conv2d(input_channels, n_hid, 7),
-                block=EncoderBlock,
-                widths=[n_hid * 2**group for group in range(self.group_count)],
-                n_blk_per_group=n_blk_per_group,
-                between=("pool", partial(nn.MaxPool2d, 2)),
-                head=partial(Conv2d, n_hid * 2 ** (self.group_count - 1), vocab_size, 1, use_float16=False),
-            )
-        self.requires_grad_(requires_grad)
+        widths = [n_hid * 2**group for group in range(self.group_count)]
+        head = partial(Conv2d, widths[-1], vocab_size, 1, use_float16=False)
+        between = "pool", nn.MaxPool2d(2)
+        self.blocks = stack_blocks(
+            Conv2d(input_channels, n_hid, 7), EncoderBlock, widths, n_blk_per_group, between, head
+        )
+        self.requires_grad_(requires_grad).to(device)
 
     @property
     def head(self) -> Conv2d:

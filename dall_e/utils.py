@@ -1,6 +1,7 @@
 """What encoder and decoder share: their convolution, residual block and layout, and the range of their pixels."""
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
@@ -88,12 +89,12 @@ def stack_blocks(
     block: type[ResidualBlock],
     widths: Sequence[int],
     n_blk_per_group: int,
-    between: tuple[str, Callable[[], nn.Module]],
+    between: tuple[str, nn.Module],
     head: Callable[[], Conv2d],
 ) -> nn.Sequential:
     """Builds the layers of a network: stem, groups of residual blocks, ReLU and head.
 
-    ``widths`` are the groups' channels; ``between`` is the name and constructor of what stands between two groups.
+    ``widths`` are the groups' channels; ``between`` is the name of what stands between two groups, and that module.
     """
     blocks = nn.Sequential()
     blocks.add_module("input", stem)
@@ -104,12 +105,9 @@ def stack_blocks(
             members.add_module(f"block_{number}", block(channels, width, len(widths) * n_blk_per_group))
             channels = width
         if group < len(widths):
-            members.add_module(between[0], between[1]())
+            members.add_module(*between)
         blocks.add_module(f"group_{group}", members)
-    output = nn.Sequential()
-    output.add_module("relu", nn.ReLU())
-    output.add_module("conv", head())
-    blocks.add_module("output", output)
+    blocks.add_module("output", nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=head())))
     return blocks
 
 
