@@ -168,6 +168,17 @@ def read_settings(config: ConfigT) -> ConfigT:
     Raises:
         InputError: A setting is of another type or outside its choices or interval, or its path is missing.
     """
+    return dataclasses.replace(config, **_read(config))  # type: ignore[type-var]  # any dataclass
+
+
+class ReadWhenMade:
+    """Base of settings of which there are none but those that :func:`read_settings` returns."""
+
+    def __post_init__(self) -> None:
+        vars(self).update(_read(self))
+
+
+def _read(config: object) -> Values:
     values: Values = {}
     for name, (field, reader) in _fields(type(config)).items():
         values[name] = value = _convert(field, reader, getattr(config, name), f"--{name}")
@@ -178,7 +189,7 @@ def read_settings(config: ConfigT) -> ConfigT:
                 raise InputError(f"--{name} {shown}: must be {_in_words(within)}")
         for path in _items(value) if field.metadata["must_exist"] and value else ():
             _check_exists(name, path)
-    return dataclasses.replace(config, **values)  # type: ignore[type-var]  # any dataclass
+    return values
 
 
 def _items(value: object) -> Sequence:

@@ -109,19 +109,20 @@ def create_model(name: str, pretrained: bool | str | Path = False, **overrides: 
     return model
 
 
-def get_model(name_or_path: str | Path, *, prefix: str = "") -> "Backbone":
+def get_model(name_or_path: str | Path, *, model_key: str = "", prefix: str = "") -> "Backbone":
     """Opens a checkpoint as the model it was saved from, in evaluation mode; see :func:`open_model`.
 
     ``model.metadata`` holds what the checkpoint records (labels, mean and std, crop), which ``inference_model`` uses.
     """
-    return open_model(name_or_path, prefix=prefix)[0]
+    return open_model(name_or_path, model_key=model_key, prefix=prefix)[0]
 
 
-def open_model(name_or_path: str | Path, *, prefix: str = "") -> "tuple[Backbone, Metadata]":
+def open_model(name_or_path: str | Path, *, model_key: str = "", prefix: str = "") -> "tuple[Backbone, Metadata]":
     """Opens a checkpoint as the model it was saved from; of a segmentor, only the backbone.
 
     Args:
         name_or_path: A file, folder, released name, address or hub id; or a key of :data:`MODELS` for its release.
+        model_key: Where in the file the weights are, such as ``model_ema``; by default a usual key.
         prefix: Of the names to take, where a file has several models, such as ``teacher.``
 
     Returns:
@@ -133,7 +134,8 @@ def open_model(name_or_path: str | Path, *, prefix: str = "") -> "tuple[Backbone
     from beit.checkpoints.load import open_checkpoint
     from beit.checkpoints.released import released_for
 
-    return open_checkpoint(released_for(str(name_or_path)).name if name_or_path in MODELS else name_or_path, prefix)
+    source = released_for(str(name_or_path)).name if name_or_path in MODELS else name_or_path
+    return open_checkpoint(source, model_key, prefix)
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -279,7 +279,7 @@ def test_a_name_cannot_act_on_the_terminal(checkpoint, picture, tmp_path, capsys
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["predict", "CHECKPOINT"], "--checkpoint is missing"),
+        (["predict", "CHECKPOINT"], "no checkpoint is given"),
         (["predict", "--checkpoint", "m.pth"], "IMAGES"),
         (["predict", "nowhere.png", "--checkpoint", "CHECKPOINT"], "nowhere.png: no such file or folder"),
         (["predict", "CHECKPOINT", "--checkpoint", "CHECKPOINT"], "1 of 1 images could not be read"),

@@ -34,13 +34,14 @@ from beit.storage import atomic_write, load_checkpoint, save_checkpoint
 logger = logging.getLogger(__name__)
 
 
-def convert(source: str | Path, destination: Path, to: str, prefix: str = "") -> None:
+def convert(source: str | Path, destination: Path, to: str, model_key: str = "", prefix: str = "") -> None:
     """Writes a checkpoint in another dialect.
 
     Args:
         source: Anything :func:`beit.checkpoints.released.resolve` accepts.
         destination: A file or folder, whichever the dialect is.
         to: One of :func:`beit.checkpoints.formats.dialects`.
+        model_key: Where in the file the weights are; see :func:`beit.checkpoints.read.read_weights`.
         prefix: Take only weights whose names begin with this prefix.
 
     Raises:
@@ -49,7 +50,7 @@ def convert(source: str | Path, destination: Path, to: str, prefix: str = "") ->
     dialect: Dialect = resolve(dialects(), to, "format")
     _check_destination(destination, to, dialect)
     _check_replaced(resolve_source(source), destination)
-    weights, metadata = read_weights(source, prefix=prefix)
+    weights, metadata = read_weights(source, model_key, prefix)
     if is_segmentor(weights):
         check_segmentors(to, dialect.segmentors, metadata)
     if (target := metadata.get("target", VISUAL_TOKENS)) != VISUAL_TOKENS and to != "unilm":

@@ -39,7 +39,9 @@ class Graph:
     needs: Sequence[str] = ()
 
 
-def export_graph(source: str | Path, destination: Path, to: str, *, features: bool = False, prefix: str = "") -> None:
+def export_graph(
+    source: str | Path, destination: Path, to: str, *, features: bool = False, model_key: str = "", prefix: str = ""
+) -> None:
     """Writes a model as a graph for any batch size, and compares its outputs with the model's.
 
     Args:
@@ -47,6 +49,7 @@ def export_graph(source: str | Path, destination: Path, to: str, *, features: bo
         destination: The file to write.
         to: A format of graphs in :data:`beit.registry.FORMATS`.
         features: Write the features ``(B, D)`` before the head instead of its logits.
+        model_key: Where in the file the weights are; see :func:`beit.checkpoints.read.read_weights`.
         prefix: Take only weights whose names begin with this prefix.
 
     Raises:
@@ -59,7 +62,7 @@ def export_graph(source: str | Path, destination: Path, to: str, *, features: bo
         raise InputError(
             f"--to {to} needs {' and '.join(missing)}: `pip install beit[{to}]`; --to torch_export does not"
         )
-    model, metadata = open_checkpoint(source, prefix)
+    model, metadata = open_checkpoint(source, model_key, prefix)
     if metadata.get("segmentation"):
         check_segmentors(to, False, metadata)
     if form.attention:

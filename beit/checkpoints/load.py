@@ -92,7 +92,7 @@ def load_pretrained(
     model: Backbone,
     source: str | Path,
     *,
-    model_key: str = "model|module",
+    model_key: str = "",
     prefix: str = "",
     drop_head: bool = False,
     classes: Sequence[str] = (),
@@ -107,7 +107,7 @@ def load_pretrained(
     Args:
         model: The model to load into.
         source: A file, folder, released name, address or hub id; see :func:`beit.checkpoints.released.resolve`.
-        model_key: Where in the file the weights are; alternatives are separated by ``|``.
+        model_key: Where in the file the weights are, alternatives separated by ``|``; by default a usual key.
         prefix: Take only names that begin with this prefix, and remove it.
         drop_head: Leave the head out even if it fits.
         classes: The model's classes; the rows of a head that fits are matched by name if the checkpoint names its own.
@@ -123,19 +123,9 @@ def load_pretrained(
     return report
 
 
-def open_checkpoint(source: str | Path, prefix: str = "") -> tuple[Backbone, Metadata]:
-    """Opens a checkpoint as the model it was saved from; of a segmentor, only the backbone.
-
-    Returns the model in evaluation mode, and what the checkpoint records; see :mod:`beit.checkpoints.read`.
-
-    Args:
-        source: A file, folder, released name, address or hub id; see :func:`beit.checkpoints.released.resolve`.
-        prefix: Take only names that begin with this prefix, and remove it.
-
-    Raises:
-        InputError: There is no such checkpoint, or it is of another kind of model.
-    """
-    weights, metadata = read_weights(source, prefix=prefix)
+def open_checkpoint(source: str | Path, model_key: str = "", prefix: str = "") -> tuple[Backbone, Metadata]:
+    """Opens a checkpoint, given as for :func:`read_weights`; see :func:`beit.zoo.open_model`."""
+    weights, metadata = read_weights(source, model_key, prefix)
     if metadata.get("segmentation"):
         logger.info("%s is a segmentor: only its backbone is loaded, without the heads", metadata["source"])
     architecture = architecture_of(weights, metadata)

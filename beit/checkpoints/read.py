@@ -62,14 +62,12 @@ FILE_METADATA = "beit"  # under which a safetensors file, which holds only tenso
 Metadata = Content
 
 
-def read_weights(
-    source: str | Path, model_key: str = "model|module|state_dict", prefix: str = ""
-) -> tuple[dict[str, Tensor], Metadata]:
+def read_weights(source: str | Path, model_key: str = "", prefix: str = "") -> tuple[dict[str, Tensor], Metadata]:
     """Returns a checkpoint's weights in official names, without index buffers, and the metadata described above.
 
     Args:
         source: Anything :func:`beit.checkpoints.released.resolve` accepts.
-        model_key: Where in the file the weights are; alternatives are separated by ``|``.
+        model_key: Where in the file the weights are, alternatives separated by ``|``; by default a usual key.
         prefix: Take only names that begin with this prefix, and remove it.
 
     Raises:
@@ -181,7 +179,7 @@ def _file_metadata(path: Path) -> Content:
 
 def _find_state(content: Mapping, model_key: str, prefix: str, source: str) -> dict[str, Tensor]:
     """Finds the weights: under the keys asked for, at the top level, or under a usual key or the only one with any."""
-    asked, held = [key for key in model_key.split("|") if key], listed(content) or "nothing"
+    asked, held = model_key.split("|") if model_key else STATE_KEYS, listed(content) or "nothing"
     found = _first_mapping(content, asked)
     if found is None:
         flat = _tensors(content)

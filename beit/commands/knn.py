@@ -15,7 +15,6 @@ from torch import Tensor
 
 from beit.checkpoints.read import Metadata, architecture_of, read_weights
 from beit.commands.settings import KnnConfig
-from beit.config import read_settings
 from beit.data.classification import LabelledImages, check_classes, find_images, labelled_dataset
 from beit.data.datasets import Transform
 from beit.data.loaders import EpochLoader
@@ -48,7 +47,6 @@ class Result:
 
 def main(config: KnnConfig) -> None:
     """Writes a table of results to standard output, and optionally a JSON file; raises as :func:`evaluate` does."""
-    config = read_settings(config)
     if config.output:
         check_outputs("--output", [config.output], config.overwrite)
     results = evaluate(config)
@@ -76,7 +74,6 @@ def evaluate(config: KnnConfig) -> list[Result]:
     Raises:
         InputError: Images or checkpoint are missing, or settings contradict each other.
     """
-    config = read_settings(config)
     if not config.k:
         raise InputError("--k is empty: give one or more numbers of neighbours")
     if config.untrained and not config.checkpoint:
@@ -113,10 +110,10 @@ def build_model(config: KnnConfig) -> tuple[Backbone, Preprocessing]:
     """Opens the checkpoint, or builds an untrained model; raises InputError if there is no such checkpoint or model."""
     metadata: Metadata = {}
     if config.untrained:
-        weights, metadata = read_weights(config.checkpoint)
+        weights, metadata = read_weights(config.checkpoint, **config.weights)
         model = architecture_of(weights, metadata).build(metadata.get("layer_norm_eps"))
     elif config.checkpoint:
-        model, metadata = open_model(config.checkpoint)
+        model, metadata = open_model(config.checkpoint, **config.weights)
     else:
         logger.warning("no --checkpoint: the model is untrained")
         try:

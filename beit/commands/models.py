@@ -44,7 +44,7 @@ def measure(name: str) -> tuple[int, int]:
 
 def inspect(config: InspectConfig) -> None:
     """Writes what a checkpoint holds, records and leaves open; raises InputError if it cannot be opened."""
-    weights, metadata = read_weights(config.checkpoint, prefix=config.model_prefix)
+    weights, metadata = read_weights(config.checkpoint, **config.weights)
     architecture = architecture_of(weights, metadata)
     guess_the_rest(metadata, architecture)
     with torch.device("meta"):

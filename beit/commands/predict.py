@@ -21,12 +21,8 @@ def main(config: PredictConfig) -> None:
     Raises:
         InputError: There is no such checkpoint, it has no classes, or an image is missing or was skipped.
     """
-    if not config.checkpoint:
-        raise InputError(
-            "--checkpoint is missing: a fine-tuned checkpoint, or the name of a released one (`beit models`)"
-        )
     paths = image_files(config.images)
-    model, metadata = open_model(config.checkpoint)
+    model, metadata = open_model(config.checkpoint, **config.weights)
     model.to(select_device(config.device, 0))
     unreadable: list[str] = []
     for path in paths:  # one by one, so that each answer appears at once

@@ -130,7 +130,7 @@ def embeddings(config: EmbeddingsConfig) -> None:
             "every image needs its class in a .cls)"
         )
     check_embedding(min(len(index), config.limit), config.method)
-    viewer = open_viewer(config.checkpoint, config.input_size, config.device)
+    viewer = open_viewer(config, config.device)
     precision = Precision(resolve_amp_dtype(config.amp_dtype, viewer.device), viewer.device)
     layers, pools = (config.block,), (config.pool,)
     frozen = FrozenFeatures(
