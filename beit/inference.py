@@ -24,7 +24,7 @@ from beit.checkpoints.read import Metadata, class_names, preparation_of
 from beit.data.classification import ClassificationEvalTransform
 from beit.data.datasets import UnreadableImageError, read_image, to_rgb, upright
 from beit.data.transforms import normalize
-from beit.errors import InputError, did_you_mean
+from beit.errors import InputError, counted, did_you_mean
 from beit.modeling import Backbone, VisionTransformer
 from beit.zoo import open_model
 
@@ -154,7 +154,15 @@ class Preprocessing:
 
 
 def preprocessing_of(model: Backbone, metadata: Metadata) -> Preprocessing:
-    """Returns how images become a model's input, at the model's size: as its checkpoint records, or as published."""
+    """Returns how images become a model's input, at the model's size: as its checkpoint records, or as published.
+
+    Raises :class:`InputError` for a model of other images than colour ones.
+    """
+    if (channels := model.patch_embed.proj.in_channels) != 3:
+        raise InputError(
+            f"the model's images have {counted(channels, 'channel')}, and those read here 3: prepare them and call the "
+            "model itself, model(images)"
+        )
     known = preparation_of(metadata, model.img_size)
     resize = {key: known[key] for key in ("interpolation", "crop_pct", "crop_mode")}
     transform = ClassificationEvalTransform(model.img_size, **resize)
@@ -179,9 +187,8 @@ def decoded(image: OneImage) -> Image.Image:
         array = torch.from_numpy(np.array(image))
         return decoded(array.movedim(-1, 0) if image.ndim == 3 else array[None])
     if not isinstance(image, (str, os.PathLike)):
-        raise InputError(
-            f"an image is a path, an image of Pillow's, an array or a tensor, not a {type(image).__name__}"
-        )
+        kind = type(image).__name__
+        raise InputError(f"an image is a path, an image of Pillow's, an array or a tensor, not of type {kind}")
     if os.path.isdir(image):
         raise InputError(f"{os.fspath(image)} is a folder: give the images in it")
     try:

@@ -347,7 +347,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError, OSError) as error:
         raise InputError(f"{path} is not a JSON object: {error}") from error
     if not isinstance(found, dict):
-        raise InputError(f"{path} is not a JSON object, but holds a {type(found).__name__}")
+        raise InputError(f"{path} is not a JSON object, but of type {type(found).__name__}")
     return found
 
 

@@ -19,7 +19,6 @@ from beit.checkpoints.read import (
     Metadata,
     architecture_of,
     class_names,
-    guess_the_rest,
     preparation_of,
     read_weights,
 )
@@ -117,11 +116,9 @@ def whole_model(weights: Weights, metadata: Metadata) -> WholeModel:
     Takes what :func:`beit.checkpoints.read.read_weights` returns and leaves out tensors that are not part of the model;
     raises :class:`InputError` if a part of the model is missing.
     """
-    architecture = architecture_of(weights, metadata)
-    arguments = architecture.arguments
     heads = heads_of(weights) if is_segmentor(weights) else None
-    if heads is None:
-        guess_the_rest(metadata, architecture)
+    architecture = architecture_of(weights, metadata, images=heads is None)
+    arguments = architecture.arguments
     images, labels = metadata, class_names(metadata, arguments.get("num_classes", 0))
     if heads is not None:
         labels = metadata.get("labels") or ()
@@ -158,7 +155,7 @@ def _complete(weights: Weights, architecture: Architecture, source: str) -> dict
     if missing := [name for name in own if name not in weights]:
         raise InputError(f"{source} is not a whole model: it lacks {listed(missing, 1)}")
     if left_out := [name for name in weights if name not in own and name not in parts]:
-        logger.warning("left out, not part of BEiT: %s (%d tensors)", left_out[0], len(left_out))
+        logger.warning("left out, not part of BEiT: %s", listed(left_out))
     return {name: weights[name] for name in own} | parts
 
 

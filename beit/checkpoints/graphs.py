@@ -59,9 +59,7 @@ def export_graph(
     if destination.suffix != form.suffix:
         raise InputError(f"--to {to} writes one file: name it {destination.with_suffix(form.suffix)}")
     if missing := [name for name in form.needs if importlib.util.find_spec(name) is None]:
-        raise InputError(
-            f"--to {to} needs {' and '.join(missing)}: `pip install beit[{to}]`; --to torch_export does not"
-        )
+        raise InputError(f"--to {to} needs more packages, pip install {' '.join(missing)}; --to torch_export does not")
     model, metadata = open_checkpoint(source, model_key, prefix)
     if metadata.get("segmentation"):
         check_segmentors(to, False, metadata)

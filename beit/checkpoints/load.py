@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from beit.checkpoints.formats.dialect import Weights
+from beit.checkpoints.formats.segmentation import is_segmentor
 from beit.checkpoints.formats.unilm import TABLE
 from beit.checkpoints.heads import match_classes
-from beit.checkpoints.read import SHARED_TABLE, Metadata, architecture_of, guess_the_rest, read_weights, window_of
-from beit.errors import InputError, listed
+from beit.checkpoints.read import SHARED_TABLE, Metadata, architecture_of, read_weights, window_of
+from beit.errors import InputError, counted, listed
 from beit.modeling import Backbone, resize_position_embedding
 from beit.relative_position import resize_table
 from beit.storage import differences
@@ -72,9 +73,9 @@ class KeyReport:
 
     def summary(self) -> str:
         """Returns the report as one line."""
-        parts = [f"{len(self.loaded)} tensors loaded from {self.source}"]
+        parts = [f"{counted(len(self.loaded), 'tensor')} loaded from {self.source}"]
         if self.expanded:
-            parts.append(f"its shared bias table copied into {self.expanded} blocks")
+            parts.append(f"its shared bias table copied into {counted(self.expanded, 'block')}")
         if self.resized:
             parts.append(f"{len(self.resized)} resized ({', '.join(sorted(set(self.resized.values())))})")
         reasons: dict[str, list[str]] = {}
@@ -128,9 +129,7 @@ def open_checkpoint(source: str | Path, model_key: str = "", prefix: str = "") -
     weights, metadata = read_weights(source, model_key, prefix)
     if metadata.get("segmentation"):
         logger.info("%s is a segmentor: only its backbone is loaded, without the heads", metadata["source"])
-    architecture = architecture_of(weights, metadata)
-    guess_the_rest(metadata, architecture)
-    model = architecture.build(metadata.get("layer_norm_eps"))
+    model = architecture_of(weights, metadata, images=True).build(metadata.get("layer_norm_eps"))
     report = load_weights(model, weights, metadata)
     (logger.warning if report.missing or report.unexpected else logger.info)("%s", report.summary())
     return model.eval(), metadata
@@ -214,8 +213,8 @@ def _check_recorded(model: Backbone, given: Weights, source: str, metadata: Meta
 
 def _another_model(source: str, odd: list[str], given: Weights, own: Weights) -> InputError:
     return InputError(
-        f"{source} is a checkpoint of another model: {len(odd)} tensors differ ({differences(odd, given, own)}); "
-        "check the model's name and options"
+        f"{source} is a checkpoint of another model: it differs in {counted(len(odd), 'tensor')} "
+        f"({differences(odd, given, own)}); check the model's name and options"
     )
 
 
@@ -226,10 +225,10 @@ def describe(weights: Weights, metadata: Metadata) -> str:
     except (InputError, KeyError, ValueError):
         return f"a part of a model, such as {listed(weights)}"
     a = found.arguments
-    task = "pre-trained" if found.masked else "segmentation" if metadata.get("segmentation") else "classifier"
+    kind = "pre-trained BEiT" if found.masked else "BEiT segmentor" if is_segmentor(weights) else "BEiT classifier"
     return (
-        f"a {task} BEiT of {a['depth']} blocks, {a['embed_dim']} channels, patches of {a['patch_size'][0]} x "
-        f"{a['patch_size'][1]} pixels, {a['in_chans']} colour channels"
+        f"a {kind} with {counted(a['depth'], 'block')}, {a['embed_dim']} channels, patches of {a['patch_size'][0]} x "
+        f"{a['patch_size'][1]} pixels, {counted(a['in_chans'], 'colour channel')}"
     )
 
 

@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import json
 import logging
 import math
 import os
@@ -21,9 +20,9 @@ import jinja2
 from beit.commands.recipes import Recipe, flat, read_recipe
 from beit.commands.settings import ReportConfig
 from beit.config import read_run_settings, recipe_names
-from beit.errors import InputError
+from beit.errors import InputError, counted
 from beit.outputs import check_outputs
-from beit.storage import atomic_write
+from beit.storage import atomic_write, read_json
 from beit.training.environment import ENVIRONMENT
 from beit.visualization.curves import FRACTIONS, UNITS, overlaid, read_log
 from beit.visualization.plots import draw_curves
@@ -134,7 +133,7 @@ def main(config: ReportConfig) -> None:
     page = text.encode(errors="backslashreplace")  # a title or name from the command line may be no UTF-8
     with atomic_write(output) as file:
         file.write(page)
-    logger.info("wrote %s: %d runs, %.1f MB", output, len(config.runs), len(page) / 1e6)
+    logger.info("wrote %s: %s, %.1f MB", output, counted(len(config.runs), "run"), len(page) / 1e6)
 
 
 def render(runs: Sequence[Run], title: str, pictures: Sequence[str] = (), results: Sequence[str] = ()) -> str:
@@ -143,11 +142,11 @@ def render(runs: Sequence[Run], title: str, pictures: Sequence[str] = (), result
     Raises:
         InputError: A JSON file is missing or does not hold an object.
     """
-    files = {path: _read_object(Path(path)) for path in results}
+    files = {path: read_json(Path(path)) for path in results}
     for run in runs:
         for file in sorted(run.path.glob("*.json")):
             with contextlib.suppress(InputError):  # not every JSON file holds results
-                files |= {} if file.name in NOT_RESULTS else {f"{run.name}/{file.name}": _read_object(file)}
+                files |= {} if file.name in NOT_RESULTS else {f"{run.name}/{file.name}": read_json(file)}
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"value": _text, "shell": shlex.join}
     template = environment.from_string((resources.files("beit.commands") / "report.html").read_text(encoding="utf-8"))
@@ -216,19 +215,9 @@ def read_run(path: Path, name: str, recipe: str = "") -> Run:
         raise InputError(f"{path} has no log.txt" + (f"; runs inside it: {', '.join(inside)}" if inside else ""))
     config, recorded = path / "config.yaml", path / ENVIRONMENT
     settings, changed = read_run_settings(config) if config.is_file() else ({}, None)
-    environment = _read_object(recorded) if recorded.is_file() else {}
+    environment = read_json(recorded) if recorded.is_file() else {}
     run = Run(name, path, read_log(path), settings, changed, environment)
     return replace(run, recipe=None if recipe == "-" else read_recipe(recipe) if recipe else _recipe_of(run))
-
-
-def _read_object(path: Path) -> dict[str, object]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} does not hold a JSON object")
-    return content
 
 
 def _recipe_of(run: Run) -> Recipe | None:

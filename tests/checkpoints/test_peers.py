@@ -337,9 +337,9 @@ def test_what_of_the_images_cannot_be_followed_is_named(small, tmp_path, caplog)
     convert(saved(small("per-layer tables"), tmp_path), tmp_path / "hf", "huggingface")
     file = tmp_path / "hf/preprocessor_config.json"
     for key, value, named in (
-        ("resample", 4, "interpolation"),
+        ("resample", 4, "resample"),
         ("do_resize", False, "do_resize"),
-        ("size", [64], "crop_pct"),
+        ("size", [64], "size"),
     ):
         caplog.clear()
         file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))

@@ -62,7 +62,9 @@ _NAMES = NameTable(
 TAP_SHIFT = 2
 CONFIG_TAPS = (3, 5, 7, 11)  # of a config that has none
 AUXILIARY_INDEX = 2  # which of the taps the library's auxiliary head sees
-CONFIGS = "config.json or preprocessor_config.json"
+PREPROCESSOR = "preprocessor_config.json"
+_KEYS = {"num_heads": "num_attention_heads", "labels": "id2label", "mean": "image_mean", "std": "image_std"}
+_KEYS |= {"interpolation": "resample", "crop_pct": "size"}
 EPS = "layer_norm_eps"
 KEEP_THE_RATIO = ("Bit", "CLIP")  # processors for which one number is the shorter edge
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
@@ -278,7 +280,7 @@ def read_segmentation(config: Content, preprocessor: Content) -> Content:
     found: Content = {"out_indices": taps, "auxiliary_index": AUXILIARY_INDEX}
     found |= {key: config.get(key) for key in ("pool_scales", "palette")}
     found["reduce_zero_label"] = preprocessor.get("do_reduce_labels", preprocessor.get("reduce_labels"))
-    return readable(found, CONFIGS)
+    return readable(found, "config.json or preprocessor_config.json", reduce_zero_label="do_reduce_labels")
 
 
 def read_config(config: Content, preprocessor: Content) -> Content:
@@ -296,7 +298,7 @@ def read_config(config: Content, preprocessor: Content) -> Content:
     found["labels"] = labels = RECORDED["labels"](config.get("id2label")) or config.get("id2label") or None
     if isinstance(labels, tuple) and labels == tuple(f"LABEL_{index}" for index in range(len(labels))):
         del found["labels"]
-    return readable(found | _read_images(preprocessor), CONFIGS)
+    return readable(found, "config.json", **_KEYS) | readable(_read_images(preprocessor), PREPROCESSOR, **_KEYS)
 
 
 def _read_images(preprocessor: Content) -> Content:

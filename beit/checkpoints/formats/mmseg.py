@@ -113,7 +113,7 @@ def read_meta(content: Mapping) -> Content:
                 found[name] = [float(number) / 255 for number in re.findall(r"\d+\.?\d*", numbers)]
             if match := _ZERO.search(text):
                 found["reduce_zero_label"] = match[1] == "True"
-    return readable(found, "meta")
+    return readable(found, "meta", labels="classes")
 
 
 def _is_openmmlab(names: Names) -> bool:

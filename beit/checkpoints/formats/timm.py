@@ -72,7 +72,8 @@ def read_config(config: Content) -> Content:
     size = recorded.get("input_size")
     found["image_size"] = size[1:] if isinstance(size, (list, tuple)) else size
     found["num_heads"] = arguments.get("num_heads")
-    return readable(found | {"labels": config.get("label_names") or recorded.get("label_names")}, "config.json")
+    found["labels"] = config.get("label_names") or recorded.get("label_names")
+    return readable(found, "config.json", image_size="input_size", labels="label_names")
 
 
 TIMM = Dialect(
