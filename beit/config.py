@@ -111,7 +111,9 @@ def read_command_line(config_class: type[ConfigT], argv: Sequence[str], prog: st
         if field.metadata["yields_to"] in chosen and name not in chosen:
             values.pop(name, None)
     config = read_settings(config_class(**_in_steps(config_class, values)))
-    _log_flags_without_effect(config)
+    for name, (field, _) in fields.items():
+        if field.metadata["no_effect"] and getattr(config, name) != field.default:
+            logger.warning("--%s has no effect: %s", name, field.metadata["no_effect"])
     return config
 
 
@@ -226,8 +228,8 @@ def _read_keys(config_class: type, name: str) -> Values:
     ignored = set(RECIPE_KEYS) | (set(_names(files.shared_with)) if files.shared_with else set())
     values: Values = {}
     for path, content in _read_layers(name, files.folder):
-        own = {key: value for key, value in content.items() if key in _names(config_class) or key not in ignored}
-        values.update(_converted(config_class, own.items(), f"{path}: "))
+        own = ((key, value) for key, value in content.items() if key in _names(config_class) or key not in ignored)
+        values.update(_converted(config_class, own, f"{path}: "))
     return values
 
 
@@ -306,8 +308,8 @@ def dump_yaml(config: object) -> str:
     rest: Values = {}
     for key, value in to_plain(config).items():
         (given if getattr(config, key) != defaults[key] else rest)[key] = value
-    parts = [yaml.safe_dump(part, sort_keys=False) if part else "" for part in (given, rest)]
-    return f"{parts[0]}{DEFAULTS_FOLLOW}\n{parts[1]}"
+    parts = (yaml.safe_dump(part, sort_keys=False) if part else "" for part in (given, rest))
+    return f"{DEFAULTS_FOLLOW}\n".join(parts)
 
 
 _OVERRIDES = "assignments to settings"  # where the parser keeps them: no field can be called so
@@ -642,10 +644,3 @@ def _find_yaml(name: str, folder: Path, where: str = "") -> Path:
     shipped = sorted(file.stem for file in folder.glob("*.yaml") if not file.name.startswith("_"))
     hint = did_you_mean(stem, {*shipped, *(file.stem for file in path.parent.glob("*.yaml"))})
     raise InputError(f"{where}no settings file {name}{hint or '; the package has ' + ', '.join(shipped)}")
-
-
-def _log_flags_without_effect(config: object) -> None:
-    for name, (field, _) in _fields(type(config)).items():
-        reason = field.metadata["no_effect"]
-        if reason and getattr(config, name) != field.default:
-            logger.warning("--%s has no effect: %s", name, reason)

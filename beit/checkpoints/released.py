@@ -18,20 +18,13 @@ RELEASES = "https://github.com/addf400/files/releases/download/v1.0"
 DEAD_HOSTS = ("unilm.blob.core.windows.net", "conversationhub.blob.core.windows.net")
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".ckpt")
-FOLDER_WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
+FOLDER_WEIGHTS = tuple(
+    f"{name}{index}" for name in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")
 )
-
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"  # beside them
 
 # Parts of a query that sign an address (Azure, S3, Google, CloudFront): they change while the file does not.
-ACCESS_TOKEN = re.compile(
-    r"s[vepr]|st|spr|sig|token|expires|signature|policy|key-pair-id|x-(amz|goog)-.*", re.IGNORECASE
-)
-
+ACCESS_TOKEN = re.compile(r"(?i)s[vepr]|st|spr|sig|token|expires|signature|policy|key-pair-id|x-(amz|goog)-.*")
 _HUB_ID = re.compile(r"(?:hf-hub:|hf://|https://huggingface\.co/)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
@@ -62,11 +55,6 @@ class ReleasedCheckpoint:
     crop_pct: float
     interpolation: str = "bicubic"
     overrides: Mapping[str, object] = field(default_factory=dict)
-
-    def arguments(self) -> dict[str, object]:
-        """Returns the keywords to build the model with."""
-        classes = {} if self.num_classes is None else {"num_classes": self.num_classes}
-        return {**classes, **self.overrides}
 
 
 def _released(
@@ -149,9 +137,9 @@ def _fetch(url: str) -> Path:
     """Downloads an address; for a dead one, from where the file is now."""
     try:
         parts = urlsplit(url)
+        name = Path(unquote(parts.path)).name
     except ValueError as error:
         raise InputError(f"{url!r} is no address: {error}") from error
-    name = Path(unquote(parts.path)).name
     if name in ("", "..") or not name.isprintable():
         raise InputError(f"{url!r} names no file")
     row = RELEASED.get(name.removesuffix(".pth"))

@@ -20,7 +20,7 @@ from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 import beit
 from beit import storage
 from beit.checkpoints import released
-from beit.checkpoints.formats import dialects, from_official
+from beit.checkpoints.formats import dialects
 from beit.checkpoints.heads import match_classes
 from beit.checkpoints.load import load_pretrained
 from beit.checkpoints.read import architecture_of, class_names, preparation_of, read_weights
@@ -129,7 +129,7 @@ def test_non_square_sources_are_read_at_their_own_size(tmp_path, told):
     source = classifier(img_size=(32, 96))
     weights, more = source.state_dict(), {}
     if told == "by the index buffers":
-        weights = from_official(weights, "unilm", position_index=relative_position_index((2, 6)))
+        weights = dialects()["unilm"].from_official(weights, relative_position_index((2, 6)))
     elif told == "by the settings":
         more = {"args": {"input_size": [32, 96]}}
     save_checkpoint(tmp_path / "a.pth", {"model": weights, **more})
@@ -175,7 +175,7 @@ def test_the_key_and_the_prefix_asked_for_count(tmp_path):
 @pytest.mark.parametrize("dialect", dialects())
 def test_every_dialect_loads(tmp_path, dialect):
     source, target = classifier(), classifier()
-    translated = from_official(source.state_dict(), dialect, position_index=relative_position_index((4, 4)))
+    translated = dialects()[dialect].from_official(source.state_dict(), relative_position_index((4, 4)))
     save_file({name: tensor.contiguous() for name, tensor in translated.items()}, tmp_path / "model.safetensors")
     report = load_pretrained(target, tmp_path / "model.safetensors")
     heads = ("head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias")
@@ -185,7 +185,7 @@ def test_every_dialect_loads(tmp_path, dialect):
 
 def test_folders_are_read_whole_or_in_shards(tmp_path):
     source = classifier()
-    names = from_official(source.state_dict(), "huggingface")
+    names = dialects()["huggingface"].from_official(source.state_dict(), None)
     first = dict(list(names.items())[:10])
     rest = {name: tensor for name, tensor in names.items() if name not in first}
     save_file(first, tmp_path / "model-00001-of-00002.safetensors")
@@ -451,7 +451,7 @@ def test_a_hub_id_is_fetched_and_told_apart_from_a_path(tmp_path, monkeypatch, h
     source = classifier()
     folder = tmp_path / "snapshot"
     folder.mkdir()
-    torch.save(from_official(source.state_dict(), "huggingface"), folder / "pytorch_model.bin")
+    torch.save(dialects()["huggingface"].from_official(source.state_dict(), None), folder / "pytorch_model.bin")
     calls = []
 
     def fake(repository, name, *, cache_dir, local_files_only, revision):
@@ -480,7 +480,7 @@ def test_a_hub_that_is_out_of_reach_for_one_file_is_an_error(what, tmp_path, mon
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    names = from_official(classifier(use_rel_pos_bias=False).state_dict(), "huggingface")
+    names = dialects()["huggingface"].from_official(classifier(use_rel_pos_bias=False).state_dict(), None)
     save_file(names, tmp_path / "model-2.safetensors")
     index = {"weight_map": dict.fromkeys(names, "model-2.safetensors")}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -512,7 +512,7 @@ def test_a_hub_that_is_out_of_reach_for_one_file_is_an_error(what, tmp_path, mon
             get_model("org/name")
         index = tmp_path / "model.safetensors.index.json"
         index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model-3.safetensors")}))
-        save_file(from_official(WHOLE, "huggingface"), tmp_path / "model-3.safetensors")
+        save_file(dialects()["huggingface"].from_official(WHOLE, None), tmp_path / "model-3.safetensors")
         absent = huggingface_hub._CACHED_NO_EXIST  # the hub has said that there is no such file
         monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: absent)
         assert same(get_model("org/name"), WHOLE)
@@ -556,7 +556,8 @@ def test_every_released_checkpoint_has_a_model_and_an_address():
     for name, row in RELEASED.items():
         assert row.urls[0] == f"https://github.com/addf400/files/releases/download/v1.0/{name}.pth"
         with torch.device("meta"):
-            model = create_model(row.model, **row.arguments())
+            classes = {} if row.num_classes is None else {"num_classes": row.num_classes}
+            model = create_model(row.model, **classes, **row.overrides)
         assert model.img_size == (row.input_size,) * 2
         assert (row.num_classes is None) == hasattr(model, "lm_head")
     assert {released_for(model).model for model in list_models("*_base_*")} == set(list_models("*_base_*"))
@@ -749,7 +750,7 @@ PLACES = ("pretrained.model.", "net.", "student.backbone.", "module.encoder.", "
 @pytest.mark.parametrize("dialect", ["unilm", "huggingface", "mmpretrain"])
 @pytest.mark.parametrize("prefix", PLACES)
 def test_the_prefix_of_the_one_model_in_a_file_is_found(prefix, dialect, tmp_path, caplog):
-    names = from_official(WHOLE, dialect, position_index=relative_position_index((4, 4)))
+    names = dialects()[dialect].from_official(WHOLE, relative_position_index((4, 4)))
     save_checkpoint(tmp_path / "a.pth", {"state_dict": {prefix + name: t for name, t in names.items()}})
     with caplog.at_level(logging.INFO):
         assert same(get_model(tmp_path / "a.pth"), WHOLE)
@@ -946,7 +947,7 @@ def outcome(run):
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hf")
-    save_file(from_official(WHOLE, "huggingface"), folder / "model.safetensors")
+    save_file(dialects()["huggingface"].from_official(WHOLE, None), folder / "model.safetensors")
     return folder
 
 
@@ -982,7 +983,7 @@ def test_an_index_cannot_name_files_elsewhere(value, tmp_path):
 
 
 def test_mmpretrain_classifiers_keep_what_their_meta_records(tmp_path):
-    names = from_official(WHOLE, "mmpretrain")
+    names = dialects()["mmpretrain"].from_official(WHOLE, None)
     cfg = "data_preprocessor = dict(mean=[123.675, 116.28, 103.53], num_classes=3, std=[58.395, 57.12, 57.375])\n"
     meta = {"dataset_meta": {"classes": ("x", "y", "z")}, "cfg": cfg}
     save_checkpoint(tmp_path / "a.pth", {"state_dict": names, "meta": meta})

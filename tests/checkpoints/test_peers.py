@@ -134,9 +134,9 @@ def test_transformers_is_not_given_what_it_computes_otherwise(small, tmp_path):
         convert(path, tmp_path / "hf", "huggingface")
     options = {**HF_SIZES, "image_size": [64, 96]}
     peer = BeitForImageClassification(BeitConfig(**options, use_relative_position_bias=True, num_labels=5))
-    from beit.checkpoints.formats import from_official
+    from beit.checkpoints.formats import dialects
 
-    translated = from_official(model.state_dict(), "huggingface")
+    translated = dialects()["huggingface"].from_official(model.state_dict(), None)
     peer.save_pretrained(tmp_path / "peer")
     from safetensors.torch import save_file
 

@@ -21,7 +21,7 @@ from beit.checkpoints.formats.dialect import Content, Dialect, Files, NameTable,
 from beit.checkpoints.formats.recorded import RECORDED, positive, readable, whole
 from beit.checkpoints.formats.segmentation import LEVELS, PARTS, POOL_SCALES, Heads, leaves_zero_out, taps_of
 from beit.checkpoints.formats.unilm import INDEX, TABLE, bare
-from beit.errors import InputError
+from beit.errors import InputError, listed
 
 logger = logging.getLogger(__name__)
 
@@ -225,24 +225,18 @@ def _segmentor(model: WholeModel, heads: Heads) -> tuple[Content, dict[str, Tens
 
 def _check_segmentor(config: Content, heads: Heads, taps: Sequence[int], scales: Sequence[int]) -> None:
     """Raises an :class:`InputError` if the library has no such segmentor."""
-    size, width = config["image_size"], config["hidden_size"]
-    why = ""
-    if heads.kind != "uper":
-        why = f"transformers only has UPerNet, and the decode head is {heads.kind or 'another one'}"
-    elif heads.channels != width:
-        both = "in transformers' BEiT both are the hidden size"
-        why = f"the decode head has {heads.channels} channels and the backbone {width}; {both}"
-    elif config["patch_size"] == 8:
-        why = "transformers' pyramid is the one for patches of 16 pixels, and these are of 8"
-    elif not isinstance(size, int):
-        why = f"transformers only segments square images, not {size} pixels"
-    elif len(taps) != LEVELS or list(taps) != sorted(set(taps)):
-        why = f"transformers taps four blocks in ascending order; this model taps {', '.join(map(str, taps))}"
-    elif len(scales) != heads.stages:
-        why = f"the {heads.stages} scales at which UPerNet pools are not recorded"
-    elif heads.auxiliary_channels > 0 and not heads.auxiliary_convs:
-        why = "the auxiliary head is not the one of transformers"
-    if why:
+    size, width, channels = config["image_size"], config["hidden_size"], heads.channels
+    needed = {
+        f"its only decode head is UPerNet, and this one is {heads.kind or 'another'}": heads.kind == "uper",
+        f"decode head and backbone have one width there, and here {channels} and {width} channels": channels == width,
+        "its pyramid is the one for patches of 16 pixels, and these are of 8": config["patch_size"] != 8,
+        f"it only segments square images, not {size} pixels": isinstance(size, int),
+        f"it taps four blocks in ascending order, and here they are {listed(taps, 9)}": len(taps) == LEVELS
+        and list(taps) == sorted(set(taps)),
+        f"the {heads.stages} scales at which UPerNet pools are not recorded": len(scales) == heads.stages,
+        "the auxiliary head is another": heads.auxiliary_convs > 0 or not heads.auxiliary_channels,
+    }
+    if why := next((why for why, fits in needed.items() if not fits), ""):
         raise InputError(f"transformers has no such segmentor: {why}; convert it to unilm or mmsegmentation")
 
 
