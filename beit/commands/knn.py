@@ -69,11 +69,7 @@ def best_of(results: Sequence[Result]) -> Result:
 
 
 def evaluate(config: KnnConfig) -> list[Result]:
-    """Scores features of the chosen blocks, on any number of processes; all but the main one return an empty list.
-
-    Raises:
-        InputError: Images or checkpoint are missing, or settings contradict each other.
-    """
+    """Scores features of the chosen blocks, on any number of processes; all but the main one return an empty list."""
     if not config.k:
         raise InputError("--k is empty: give one or more numbers of neighbours")
     if config.untrained and not config.checkpoint:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from beit.commands.settings import RECIPE_TASKS, ListConfig, ShowConfig
 from beit.config import read_facts, read_yaml, recipe_names
-from beit.errors import InputError, did_you_mean
+from beit.errors import InputError, counted, did_you_mean
 from beit.tasks.settings import FinetuningConfig, LinearProbeConfig, PretrainingConfig
 
 RUN = "/path/to/run"
@@ -128,11 +128,7 @@ def _check_facts(name: str, facts: Mapping[str, object]) -> None:
 
 
 def command(recipe: Recipe, gpus: int) -> str:
-    """Returns the shell command of a run on a machine's GPUs, over which its job splits the published batch.
-
-    Raises:
-        InputError: The batch cannot be split evenly over that many GPUs.
-    """
+    """Returns the shell command of a run on a machine's GPUs; raises InputError if they do not divide its batch."""
     if recipe.trains and recipe.batch % gpus:
         below = next(count for count in range(gpus, 0, -1) if recipe.batch % count == 0)
         raise InputError(f"--gpus {gpus}: {recipe.batch} images per step cannot be split evenly; {below} GPUs would do")
@@ -172,17 +168,16 @@ def show(config: ShowConfig) -> None:
     recipe = read_recipe(config.name)
     gpus = config.gpus or recipe.gpus
     about = {key: recipe.fact(key, "not published") for key in ("task", "source", "data", "hardware", "time")}
-    if "note" in recipe.facts:
-        about["note"] = recipe.fact("note")
-    if "fine_tuned_with" in recipe.facts:
-        about["fine-tuned with"] = f"run_class_finetuning.py {recipe.fact('fine_tuned_with')}"
+    about["note"] = recipe.fact("note")
+    if command_line := recipe.fact("fine_tuned_with"):
+        about["fine-tuned with"] = f"run_class_finetuning.py {command_line}"
     if recipe.task not in JOBS:
         about["settings in"] = f"semantic_segmentation/configs/beit/upernet/{recipe.fact('config')}.yaml"
     elsewhere = "" if gpus == recipe.gpus else f", published with {recipe.gpus}"
-    text = [recipe.name, _rows(about)]
+    text = [recipe.name, _rows({name: fact for name, fact in about.items() if fact})]
     text += [f"settings:\n{_rows(recipe.own)}"] if recipe.own else []
     text += [f"quoted from the source, not measured with this library:\n{_rows(flat(recipe.quoted))}"]
-    text += [f"command for {gpus} GPU{'s' * (gpus > 1)}{elsewhere} (--gpus N for another number):"]
+    text += [f"command for {counted(gpus, 'GPU')}{elsewhere} (--gpus N for another number):"]
     text += [command(recipe, gpus), *_remarks(recipe, gpus)]
     sys.stdout.write("\n".join(text) + "\n")
 

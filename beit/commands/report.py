@@ -92,9 +92,11 @@ class Run:
         """How far the run got, such as ``3 of 10 epochs``."""
         done = self.position(self.entries[-1])
         planned = self.settings.get("max_steps" if self.unit == "step" else "epochs")
-        text = f"{done:,}" + (f" of {planned:,}" if isinstance(planned, int) and planned > done else "")
+        text = counted(done, self.unit)
+        if isinstance(planned, int) and planned > done:
+            text = f"{done:,} of {counted(planned, self.unit)}"
         diverged = any(not math.isfinite(loss) for loss, _ in self.values("train_loss")[-1:])
-        return f"{text} {self.unit}{'s' * (text != '1')}{', diverged' * diverged}"
+        return f"{text}{', diverged' * diverged}"
 
     def position(self, entry: Mapping[str, object]) -> int:
         """Returns the epochs, or optimizer steps, done at an entry of the log."""
@@ -121,11 +123,7 @@ class Run:
 
 
 def main(config: ReportConfig) -> None:
-    """Writes the page.
-
-    Raises:
-        InputError: A folder or file is missing or unreadable, or ``--output`` is missing or is somebody else's file.
-    """
+    """Writes the page; raises InputError for a missing ``--output``, or what :func:`read_runs` and others refuse."""
     if not config.output:
         raise InputError("-o is missing: give the file to write, such as report.html")
     (output,) = check_outputs("-o", [config.output], config.overwrite)
@@ -137,11 +135,7 @@ def main(config: ReportConfig) -> None:
 
 
 def render(runs: Sequence[Run], title: str, pictures: Sequence[str] = (), results: Sequence[str] = ()) -> str:
-    """Returns the page about some runs, with further pictures and JSON files of results.
-
-    Raises:
-        InputError: A JSON file is missing or does not hold an object.
-    """
+    """Returns the page about some runs, with further pictures and JSON files of results."""
     files = {path: read_json(Path(path)) for path in results}
     for run in runs:
         for file in sorted(run.path.glob("*.json")):

@@ -14,11 +14,11 @@ from beit.commands.visualize_inputs import Shown, Viewer, image_files, open_view
 from beit.config import from_plain
 from beit.data.datasets import ImageIndex, UnreadableImageError, index_images, read_image, sample_randomness
 from beit.data.preprocessing import normalization
-from beit.errors import InputError
+from beit.errors import InputError, counted
 from beit.features import FrozenFeatures
 from beit.modeling import VisionTransformerForMaskedImageModeling
 from beit.registry import TARGETS
-from beit.storage import load_checkpoint
+from beit.storage import load_checkpoint, settings_in
 from beit.targets import VISUAL_TOKENS, MaskedPrediction, PredictionTarget
 from beit.tasks.pretraining import build_mask_generator, build_model, build_target, evaluation_transform
 from beit.tasks.settings import PretrainingConfig
@@ -46,11 +46,7 @@ def curves(config: CurvesConfig) -> None:
 
 
 def reconstruct(config: ReconstructConfig) -> None:
-    """Draws images, masked images and predictions; for a model of tokens also the tokenizer's own reconstructions.
-
-    Raises:
-        InputError: There is no such image, checkpoint or tokenizer.
-    """
+    """Draws images, masked images and predictions; for a model of tokens also the tokenizer's own reconstructions."""
     if not config.checkpoint or not config.images:
         raise InputError("--checkpoint and --images are needed: a pre-training checkpoint, and images to show")
     check_picture(config.output, config.overwrite)
@@ -71,13 +67,12 @@ def open_pretrained(
         InputError: It is not a pre-training checkpoint, or its target or tokenizer cannot be built.
     """
     checkpoint = load_checkpoint(Path(checkpoint_path))
-    settings = checkpoint.get("args") if isinstance(checkpoint, Mapping) else None
-    if settings is None or "model" not in checkpoint or "lm_head.weight" not in checkpoint["model"]:
+    settings = settings_in(checkpoint) if isinstance(checkpoint, Mapping) else {}
+    if not settings or "lm_head.weight" not in checkpoint.get("model", ()):
         raise InputError(
             f"{checkpoint_path} is not a pre-training checkpoint with its settings under 'args', so there is nothing "
             "to reconstruct; the other `beit visualize` commands take any BEiT"
         )
-    settings = settings if isinstance(settings, dict) else vars(settings)
     chosen, learned = settings.get("target", "tokens"), checkpoint.get("target")
     if chosen not in TARGETS or (chosen == "tokens" and learned not in (None, VISUAL_TOKENS)):
         raise InputError(f"{checkpoint_path} was trained to predict {learned}, which this command cannot draw")
@@ -117,11 +112,7 @@ def reconstruct_files(
 
 
 def embeddings(config: EmbeddingsConfig) -> None:
-    """Draws the features of images as points in 2D, coloured by class.
-
-    Raises:
-        InputError: The folder has no classes, or there is no such checkpoint or block.
-    """
+    """Draws the features of images as points in 2D, coloured by class; raises InputError if there are no classes."""
     check_picture(config.output, config.overwrite)
     index = index_images(config.data_path)
     if not index.class_names:
@@ -141,8 +132,7 @@ def embeddings(config: EmbeddingsConfig) -> None:
     groups = [(name, points[where]) for name, where in group_by_class(labels, index.class_names)]
     others = None
     if not groups[-1][0]:
-        rest = len(labels.unique()) - len(groups) + 1
-        others = (f"{rest} other class{'es' if rest > 1 else ''}", groups.pop()[1])
+        others = (counted(len(labels.unique()) - len(groups) + 1, "other class"), groups.pop()[1])
     pool = {"mean": "mean of patch tokens", "cls": "class token"}.get(config.pool, config.pool)
     title = f"{len(labels)} images, block {frozen.layers[0]}, {pool}: {Path(config.checkpoint).name}"
     draw_points(config.output, groups, axes, title, others)
@@ -152,11 +142,7 @@ def embeddings(config: EmbeddingsConfig) -> None:
 def compute(
     index: ImageIndex, numbers: Sequence[int], viewer: Viewer, frozen: FrozenFeatures, batch_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Computes one feature, float32 ``(N, D)``, and the class ``(N,)`` of those images of an index that are readable.
-
-    Raises:
-        InputError: None of them can be read.
-    """
+    """Computes one feature, float32 ``(N, D)``, and the class ``(N,)`` of those of an index's images that can be read."""
     features, labels = [], []
     for start in range(0, len(numbers), batch_size):
         views = []

@@ -50,11 +50,7 @@ class Viewer(Preprocessing):
 
 
 def open_viewer(config: ViewerOptions, device: str) -> Viewer:
-    """Opens a checkpoint of any format.
-
-    Raises:
-        InputError: There is no such checkpoint, it is not a BEiT, or the size is not a multiple of the patch size.
-    """
+    """Opens a checkpoint of any format; raises InputError if it is no BEiT, or for a size that patches do not fill."""
     place = select_device(device, 0)
     model, metadata = open_model(config.checkpoint, **config.weights)
     if config.input_size is not None:
@@ -66,11 +62,7 @@ def open_viewer(config: ViewerOptions, device: str) -> Viewer:
 
 
 def image_files(given: Sequence[str], limit: int) -> list[str | ShardImage]:
-    """Returns at most ``limit`` images; of folders and shards those at even distances, so that all classes appear.
-
-    Raises:
-        InputError: A folder or shard is missing or has no images.
-    """
+    """Returns at most ``limit`` images; of folders and shards those at even distances, so that all classes appear."""
     found: list[str | ShardImage] = []
     for path in given:
         if names_shards(path) or Path(path).is_dir():
