@@ -103,7 +103,8 @@ def read_command_line(config_class: type[ConfigT], argv: Sequence[str], prog: st
     parser = _build_parser(config_class, prog, description)
     given = vars(parser.parse_args([_underscored(argument) for argument in argv]))
     yaml_name, assignments, fields = given.get("config"), given.pop(_OVERRIDES, []), _fields(config_class)
-    flags = {name: _read_flag(value, name, *fields[name]) for name, value in given.items() if name in fields}
+    items = (item for item in given.items() if item[0] != "config" or "config" in fields)
+    flags = dict(_converted(config_class, items, "--"))
     values = _read_keys(config_class, yaml_name) if yaml_name else {}
     values, assigned = _override(config_class, values, assignments)
     values, chosen = {**values, **flags}, {*assigned, *flags}
@@ -245,14 +246,14 @@ def _converted(config_class: type, items: Iterable[tuple[str, object]], where: s
             raise InputError(f"{where}unknown key {key!r}{did_you_mean(str(key), names)}")
         field, reader = fields[names[key]]
         value = _convert(field, reader, value, f"{where}{key}")
-        yield names[key], _Batches(value, key) if key in field.metadata["counts_batches"] else value
+        yield names[key], _Batches(value, f"{where}{key}") if key in field.metadata["counts_batches"] else value
 
 
 @dataclasses.dataclass(frozen=True)
 class _Batches:
     """A duration in batches, given under an alias, until it is known how many batches make a step."""
 
-    count: Any  # an int, once it is read
+    count: int
     name: str
 
 
@@ -455,13 +456,7 @@ def _add_flag(
         arguments["nargs"] = "+"
     parser.add_argument(*flags, **arguments)
     for alias in (alias for alias in meta["counts_batches"] if "." not in alias):
-        text = f"--{name} in batches, of which --update_freq make a step"
-        parser.add_argument(f"--{alias}", dest=name, action=_CollectBatches, metavar=alias.upper(), help=text)
-
-
-class _CollectBatches(argparse.Action):
-    def __call__(self, _parser: object, namespace: object, values: Any, option: str | None = None) -> None:
-        setattr(namespace, self.dest, _Batches(values, str(option)))
+        parser.add_argument(f"--{alias}", help=f"--{name} in batches, of which --update_freq make a step")
 
 
 def _cached(function: FunctionT) -> FunctionT:
@@ -597,12 +592,6 @@ class _Several:
         return tuple(self.each(item) for item in _listed(value))
 
 
-def _read_flag(value: Any, name: str, field: dataclasses.Field, reader: Callable) -> object:
-    if isinstance(value, _Batches):
-        return dataclasses.replace(value, count=_convert(field, reader, value.count, value.name))
-    return _convert(field, reader, value, f"--{name}")
-
-
 def _convert(field: dataclasses.Field, reader: Callable, value: Any, where: str) -> Any:
     if value is None and (field.default in (None, "") or types.NoneType in typing.get_args(field.type)):
         return "" if field.default == "" else None
@@ -638,9 +627,7 @@ def _find_yaml(name: str, folder: Path, where: str = "") -> Path:
     if os.path.isfile(packaged) and folder.parts[len(folder.parts) - len(parents) :] == parents:
         return packaged
     if os.path.isfile(name):
-        raise InputError(
-            f"{where}{name} is a Python file, which is not run: write its settings as 'key: value' in {path}"
-        )
+        raise InputError(f"{where}{name} is Python, which is not run: write its settings as 'key: value' in {path}")
     shipped = sorted(file.stem for file in folder.glob("*.yaml") if not file.name.startswith("_"))
     hint = did_you_mean(stem, {*shipped, *(file.stem for file in path.parent.glob("*.yaml"))})
     raise InputError(f"{where}no settings file {name}{hint or '; the package has ' + ', '.join(shipped)}")

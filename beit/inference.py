@@ -159,10 +159,8 @@ def preprocessing_of(model: Backbone, metadata: Metadata) -> Preprocessing:
     Raises :class:`InputError` for a model of other images than colour ones.
     """
     if (channels := model.patch_embed.proj.in_channels) != 3:
-        raise InputError(
-            f"the model's images have {counted(channels, 'channel')}, and those read here 3: prepare them and call the "
-            "model itself, model(images)"
-        )
+        images = f"images of {counted(channels, 'channel')}, and those read here have 3"
+        raise InputError(f"the model takes {images}: prepare them and call it, model(images)")
     known = preparation_of(metadata, model.img_size)
     resize = {key: known[key] for key in ("interpolation", "crop_pct", "crop_mode")}
     transform = ClassificationEvalTransform(model.img_size, **resize)
@@ -200,17 +198,13 @@ def decoded(image: OneImage) -> Image.Image:
 def _bytes_of(image: Tensor) -> Tensor:
     """Converts an image ``(1 or 3, H, W)``, uint8 or in [0, 1], to uint8 on the CPU."""
     if image.ndim != 3 or image.shape[0] not in (1, 3) or 0 in image.shape:
-        raise InputError(
-            "an image in a tensor has shape (3, height, width), in an array (height, width, 3); this one has, as a "
-            f"tensor, {tuple(image.shape)}"
-        )
+        shape = f"in an array (height, width, 3); this one has, as a tensor, {tuple(image.shape)}"
+        raise InputError(f"an image in a tensor has shape (3, height, width), {shape}")
     if image.dtype == torch.uint8:
         return image.cpu()
     if not image.is_floating_point() or not 0 <= image.min() <= image.max() <= 1:
-        raise InputError(
-            "an image in a tensor or an array is uint8, or floating point from 0 to 1; to give a model images that are "
-            "normalised already, call it: model(images)"
-        )
+        advice = "to give a model images that are normalised already, call it: model(images)"
+        raise InputError(f"an image in a tensor or an array is uint8, or floating point from 0 to 1; {advice}")
     return (image.detach().cpu().float() * 255).round().to(torch.uint8)
 
 
@@ -236,13 +230,9 @@ def _classifier(model: Backbone) -> VisionTransformer:
     if isinstance(model, VisionTransformer) and model.num_classes > 0:
         return model
     if getattr(model, "metadata", {}).get("segmentation"):
-        raise InputError(
-            "the checkpoint is a segmentor, which classifies pixels: use `python -m semantic_segmentation predict`"
-        )
-    raise InputError(
-        "the model has no classes to choose from: it was pre-trained and not fine-tuned (run_class_finetuning.py does "
-        "that); extract_feat gives its features"
-    )
+        raise InputError("the checkpoint classifies pixels: use `python -m semantic_segmentation predict`")
+    problem = "the model has no classes to choose from: it was pre-trained and not fine-tuned"
+    raise InputError(f"{problem} (run_class_finetuning.py does that); extract_feat gives its features")
 
 
 @contextlib.contextmanager

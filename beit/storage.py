@@ -265,9 +265,8 @@ def _in_one_line(path: Path) -> Iterator[None]:
         asked = re.search(r"allocate (\d+) bytes", message)
         if isinstance(error, MemoryError) or (asked and int(asked[1]) <= path.stat().st_size):
             raise  # not the file's fault
-        raise InputError(
-            f"{path} is truncated or damaged ({message}): fetch or copy it again, or choose an older one of its run"
-        ) from error
+        advice = "fetch or copy it again, or choose an older one of its run"
+        raise InputError(f"{path} is truncated or damaged ({message}): {advice}") from error
 
 
 # torch's complaint of a class that it does not know, and the members of what stands for it: an inert record, or an
@@ -458,9 +457,9 @@ def check_recorded_hash(path: Path) -> None:
             raise InputError(f"{path} is not the file it should be: {problem}")
         _record_hash(path, found)
     elif found != recorded[0].lower():
+        advice = f"delete {path.name} and {record.name} to download it again"
         raise InputError(
-            f"{path} has changed: its sha256 is {found[:12]}…, the one in {record.name} is {recorded[0][:12]!a}…; "
-            f"delete {path.name} and {record.name} to download it again"
+            f"{path} has changed: its sha256 is {found[:12]}…, not {recorded[0][:12]!a}… as recorded; {advice}"
         )
 
 
@@ -515,9 +514,8 @@ def _download_from_any(urls: list[str], destination: Path, verify: Callable[[Pat
             return
         except InputError as error:
             failures.append(str(error))
-    raise InputError(
-        f"{destination.name} was not downloaded: {'; '.join(failures)}. You can download it by hand to {destination}"
-    )
+    by_hand = f"You can download it by hand to {destination}"
+    raise InputError(f"{destination.name} was not downloaded: {'; '.join(failures)}. {by_hand}")
 
 
 def _fetch(url: str, file: IO[bytes], name: str) -> None:

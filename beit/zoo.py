@@ -99,9 +99,7 @@ def create_model(name: str, pretrained: bool | str | Path = False, **overrides: 
     from beit.checkpoints.released import released_for
 
     if name not in MODELS:
-        raise InputError(
-            f"unknown model {name!r}{did_you_mean(name, MODELS)}: beit.list_models() names all {len(MODELS)}"
-        )
+        raise InputError(f"unknown model {name!r}{did_you_mean(name, MODELS)}: beit.list_models() names all of them")
     source = released_for(name).name if pretrained is True else pretrained
     model = MODELS[name](**overrides)
     if source:

@@ -143,7 +143,7 @@ def _build(tensors: Mapping[str, Tensor], attributes: Mapping[str, object]) -> E
     first, last = tensors.get("blocks.input.w"), tensors.get("blocks.output.conv.w")
     if first is None or last is None or first.ndim != 4 or last.ndim != 4:
         raise ModelFileError(
-            "it holds neither an encoder nor a decoder: blocks.input.w or blocks.output.conv.w is missing"
+            "it holds neither an encoder nor a decoder, which have blocks.input.w and blocks.output.conv.w"
         )
     n_blk = max(1, len({name.split(".")[2] for name in tensors if name.startswith("blocks.group_1.block_")}))
     mixed = bool(attributes.get("use_mixed_precision", True))
@@ -159,10 +159,8 @@ def _build(tensors: Mapping[str, Tensor], attributes: Mapping[str, object]) -> E
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
-            raise ModelFileError(
-                f"its {name} does not fit the {type(model).__name__.lower()} that the other tensors describe: "
-                f"found {found.get(name, 'none')}, expected {expected.get(name, 'none')}"
-            )
+            other = f"found {found.get(name, 'none')}, expected {expected.get(name, 'none')}"
+            raise ModelFileError(f"its {name} does not fit the other tensors' {type(model).__name__.lower()}: {other}")
     # copied, for tensors of a file may share a storage; assigned, for the model on "meta" has no memory
     copies = {name: tensor.to(torch.float32, copy=True).contiguous() for name, tensor in tensors.items()}
     model.load_state_dict(copies, assign=True)

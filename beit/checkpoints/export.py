@@ -93,9 +93,7 @@ def _check_replaced(source: Path, destination: Path) -> None:
     try:
         content = load_checkpoint(destination, mmap=True)
     except InputError as error:
-        raise InputError(
-            f"{destination} is no checkpoint that can be read: delete it, or write to another name"
-        ) from error
+        raise InputError(f"{destination} is there, and no checkpoint that can be read: delete it first") from error
     if any(str(key).startswith(("optimizer", "global_step", "param_groups")) for key in content):
         raise InputError(f"{destination} holds the state of a training run, which would be lost: write to another name")
 
@@ -104,10 +102,7 @@ def check_segmentors(to: str, supported: bool, metadata: Metadata) -> None:
     """Raises an :class:`InputError` for a segmentor unless the format has heads of segmentation."""
     if not supported:
         able = ", ".join(name for name, dialect in dialects().items() if dialect.segmentors)
-        raise InputError(
-            f"{metadata['source']} is a segmentor, and --to {to} has no heads of segmentation: convert it to one of "
-            f"{able}"
-        )
+        raise InputError(f"{metadata['source']} is a segmentor, which --to {to} cannot hold: choose {able}")
 
 
 def whole_model(weights: Weights, metadata: Metadata) -> WholeModel:

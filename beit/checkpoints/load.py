@@ -181,18 +181,13 @@ def _check_backbone(given: Weights, own: Weights, source: str, metadata: Metadat
     needed = [name for name in backbone if not name.endswith(TABLE)]
     odd = [name for name in needed if name not in given or given[name].shape != own[name].shape]
     if 2 * len(odd) > len(needed):
-        raise InputError(
-            f"{source} does not fit, it is of another model: of {len(needed)} tensors of the backbone "
-            f"{len(needed) - len(odd)} fit; it looks like {describe(given, metadata)}"
-        )
+        fit = f"{len(needed) - len(odd)} of {len(needed)} tensors of the backbone fit"
+        raise InputError(f"{source} is of another model: {fit}; it looks like {describe(given, metadata)}")
     scales = {name for name in (*needed, *given) if ".gamma_" in name}
     if scales and all((name in own) != (name in given) for name in scales):
-        has, other = ("no LayerScale", "one") if any(name in own for name in scales) else ("a LayerScale", "none")
-        value = "0" if other == "one" else "0.1"
-        raise InputError(
-            f"{source} has {has} and the model has {other}: build it with init_values={value} "
-            f"(--layer_scale_init_value {value})"
-        )
+        has, other, value = ("no", "one", 0) if any(name in own for name in scales) else ("a", "none", 0.1)
+        settled = f"init_values={value} (--layer_scale_init_value {value})"
+        raise InputError(f"{source} has {has} LayerScale and the model has {other}: build it with {settled}")
     odd += [name for name in given if name.startswith("blocks.") and name not in own and not name.endswith(TABLE)]
     if odd:
         raise _another_model(source, odd, given, own)
@@ -202,10 +197,8 @@ def _check_recorded(model: Backbone, given: Weights, source: str, metadata: Meta
     """Compares what shapes do not show, if it is recorded: attention heads (columns of bias tables) and eps."""
     heads = metadata.get("num_heads", model.num_heads)
     if heads != model.num_heads and not any(name.endswith(TABLE) for name in given):
-        raise InputError(
-            f"{source} is a checkpoint of another model: it has {heads} heads and the model has {model.num_heads}; "
-            f"build it with num_heads={heads}"
-        )
+        problem = f"{source} is of another model, of {heads} heads and not {model.num_heads}"
+        raise InputError(f"{problem}: build it with num_heads={heads}")
     eps = float(getattr(model.norm_layer(1), "eps", 0.0))
     if eps and not math.isclose(recorded := metadata.get("layer_norm_eps", eps), eps):
         logger.warning("%s was trained with a layer_norm_eps of %g, the model has %g", source, recorded, eps)

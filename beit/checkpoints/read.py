@@ -306,9 +306,9 @@ def window_of(weights: Weights, metadata: Metadata, fallback: tuple[int, int] | 
     held = f"a bias table of {rows} rows" if rows is not None else f"{positions} positions"
     window = next(filter(fits, (*recorded, fallback, square)), None)
     if window is None:
+        source = metadata.get("source", "the checkpoint")
         raise InputError(
-            f"{metadata.get('source', 'the checkpoint')} has {held}, which is no square, and does not record its image "
-            "size: give the model the size it was trained with"
+            f"{source} has {held}, no square, and no image size: give the model the size it was trained with"
         )
     if not any(map(fits, recorded)) and not window == fallback == square:
         guess(metadata, f"{window[0]} x {window[1]} patches for {held} (img_size= of create_model settles it)")
@@ -342,10 +342,8 @@ def architecture_of(weights: Weights, metadata: Metadata, *, images: bool = Fals
     table = next((tensor for name, tensor in weights.items() if name.endswith(TABLE)), None)
     if (grid := window_of(weights, metadata)) is None:
         if not metadata.keys() & {"num_heads", "args"}:
-            raise InputError(
-                f"{source} has neither bias tables nor position embeddings, and does not say that its model has none: "
-                "rotary and sine positions are not in files; if it is a BEiT, load it into a model without positions"
-            )
+            problem = f"{source} has neither bias tables nor position embeddings, and does not say that it needs none"
+            raise InputError(f"{problem}: if it is a BEiT, load it into a model without positions")
         height, width = metadata.get("image_size", (224, 224))
         grid = height // patch[0], width // patch[1]
     heads = table.shape[1] if table is not None else metadata.get("num_heads") or PUBLISHED_HEADS.get(embed_dim)

@@ -69,10 +69,8 @@ def open_pretrained(
     checkpoint = load_checkpoint(Path(checkpoint_path))
     settings = settings_in(checkpoint) if isinstance(checkpoint, Mapping) else {}
     if not settings or "lm_head.weight" not in checkpoint.get("model", ()):
-        raise InputError(
-            f"{checkpoint_path} is not a pre-training checkpoint with its settings under 'args', so there is nothing "
-            "to reconstruct; the other `beit visualize` commands take any BEiT"
-        )
+        needed = "of pre-training, with the run's settings (args); other commands of `beit visualize` take any BEiT"
+        raise InputError(f"{checkpoint_path} has nothing to reconstruct: needed is a checkpoint {needed}")
     chosen, learned = settings.get("target", "tokens"), checkpoint.get("target")
     if chosen not in TARGETS or (chosen == "tokens" and learned not in (None, VISUAL_TOKENS)):
         raise InputError(f"{checkpoint_path} was trained to predict {learned}, which this command cannot draw")
@@ -116,10 +114,8 @@ def embeddings(config: EmbeddingsConfig) -> None:
     check_picture(config.output, config.overwrite)
     index = index_images(config.data_path)
     if not index.class_names:
-        raise InputError(
-            f"{config.data_path} has no classes: put the images of each class into a folder of its own (in shards "
-            "every image needs its class in a .cls)"
-        )
+        needed = "a folder for the images of each class (in shards, a .cls for each image)"
+        raise InputError(f"{config.data_path} has no classes: needed is {needed}")
     check_embedding(min(len(index), config.limit), config.method)
     viewer = open_viewer(config, config.device)
     precision = Precision(resolve_amp_dtype(config.amp_dtype, viewer.device), viewer.device)
@@ -142,7 +138,7 @@ def embeddings(config: EmbeddingsConfig) -> None:
 def compute(
     index: ImageIndex, numbers: Sequence[int], viewer: Viewer, frozen: FrozenFeatures, batch_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Computes one feature, float32 ``(N, D)``, and the class ``(N,)`` of those of an index's images that can be read."""
+    """Computes one feature, float32 ``(N, D)``, and the class ``(N,)`` of the readable ones of an index's images."""
     features, labels = [], []
     for start in range(0, len(numbers), batch_size):
         views = []

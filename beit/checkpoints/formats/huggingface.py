@@ -161,10 +161,8 @@ def _config(model: WholeModel, arguments: Content) -> Content:
     patch, other = arguments["patch_size"]
     tables = arguments["use_rel_pos_bias"] or arguments["use_shared_rel_pos_bias"]
     if patch != other or (height != width and (tables or arguments["use_abs_pos_emb"])):
-        raise InputError(
-            f"transformers computes other numbers for images of {height} x {width} pixels in patches of {patch} x "
-            f"{other}: it reads tables and positions as those of a square. Convert the model at a square size"
-        )
+        what = f"{height} x {width} pixels in patches of {patch} x {other}"
+        raise InputError(f"transformers takes tables and positions for a square's, not for {what}: use a square size")
     masked = "vocab_size" in arguments
     config = {
         "architectures": ["BeitForMaskedImageModeling" if masked else "BeitForImageClassification"],
@@ -267,10 +265,8 @@ def read_segmentation(config: Content, preprocessor: Content) -> Content:
     indices = RECORDED["out_indices"](given) or ()
     taps = tuple(sorted({index - TAP_SHIFT for index in indices}))
     if len(taps) != LEVELS or taps[0] < 0:
-        raise InputError(
-            f"the Hugging Face segmentor has out_indices {given!r:.40}: four different ones are needed, from "
-            f"{TAP_SHIFT} on, which taps the first layer"
-        )
+        needed = f"four different ones, from {TAP_SHIFT} on, which taps the first layer"
+        raise InputError(f"the Hugging Face segmentor has out_indices {given!r:.40}: needed are {needed}")
     found: Content = {"out_indices": taps, "auxiliary_index": AUXILIARY_INDEX}
     found |= {key: config.get(key) for key in ("pool_scales", "palette")}
     found["reduce_zero_label"] = preprocessor.get("do_reduce_labels", preprocessor.get("reduce_labels"))

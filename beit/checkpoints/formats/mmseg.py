@@ -72,7 +72,7 @@ def to_mmsegmentation(weights: Weights, position_index: Tensor | None = None) ->
             backbone[table] = backbone[table] + weights[SHARED] if table in backbone else weights[SHARED].clone()
         if "pos_embed" in weights or table not in backbone:
             raise InputError(
-                "mmsegmentation's BEiT has relative position tables and no absolute positions; this model has others"
+                "mmsegmentation's BEiT has relative position tables and no absolute positions, unlike this"
             )
         for gamma in ("gamma_1", "gamma_2"):
             backbone.setdefault(f"blocks.{block}.{gamma}", torch.ones_like(weights[f"blocks.{block}.norm1.weight"]))

@@ -32,10 +32,9 @@ def _folder(model: WholeModel, destination: Path) -> Files:
     """Returns the files with which ``timm.create_model("local-dir:FOLDER")`` builds the model."""
     height, width = model.arguments["img_size"]
     if height != width and model.position_index is not None:
-        raise InputError(
-            f"timm takes the tables in a folder for those of a square, and this model's images are {height} x {width} "
-            f"pixels: write a file, {destination.with_suffix('.safetensors')}, and load it with load_state_dict"
-        )
+        file = destination.with_suffix(".safetensors")
+        problem = f"timm takes tables in a folder for those of a square, not of {height} x {width} pixels"
+        raise InputError(f"{problem}: write a file, {file}, and load it with load_state_dict")
     return {"config.json": _config(model), "model.safetensors": _file(model)["state_dict"]}
 
 
