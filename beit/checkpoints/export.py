@@ -93,7 +93,7 @@ def _check_replaced(source: Path, destination: Path) -> None:
     try:
         content = load_checkpoint(destination, mmap=True)
     except InputError as error:
-        raise InputError(f"{destination} is there, and no checkpoint that can be read: delete it first") from error
+        raise InputError(f"{destination} is no checkpoint that can be read: write to another name") from error
     if any(str(key).startswith(("optimizer", "global_step", "param_groups")) for key in content):
         raise InputError(f"{destination} holds the state of a training run, which would be lost: write to another name")
 

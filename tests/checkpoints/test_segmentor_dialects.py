@@ -147,7 +147,7 @@ def test_documented_taps_of_transformers_are_two_blocks_earlier(tmp_path, caplog
     (tmp_path / "config.json").write_text(json.dumps(described | {"out_indices": [5, 7, 9, 13]}))
     assert read_weights(tmp_path)[1]["out_indices"] == (3, 5, 7, 11)
     (tmp_path / "config.json").write_text(json.dumps(described | {"out_indices": [1, 3, 5, 11]}))
-    with pytest.raises(InputError, match=r"out_indices \[1, 3, 5, 11\]: four different ones are needed"):
+    with pytest.raises(InputError, match=r"out_indices \[1, 3, 5, 11\]: needed are four different ones"):
         read_weights(tmp_path)
 
 
@@ -219,7 +219,7 @@ def test_transformers_is_told_to_prepare_images_and_label_maps_as_in_training(tm
         ({"channels": 48}, "have one width there, and here 48 and 32 channels"),
         ({"patch_size": 8}, "the one for patches of 16 pixels, and these are of 8"),
         ({"decode_head": "setr_pup"}, "its only decode head is UPerNet, and this one is setr_pup"),
-        ({"img_size": (64, 96)}, "it reads tables and positions as those of a square"),
+        ({"img_size": (64, 96)}, "takes tables and positions for a square"),
         ({"img_size": (64, 96), "use_rel_pos_bias": False}, r"only segments square images, not \[64, 96\] pixels"),
         ({"pool_scales": (1, 2)}, "the 2 scales at which UPerNet pools are not recorded"),
     ],

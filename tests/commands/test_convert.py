@@ -158,7 +158,7 @@ def test_formats_without_segmentation_refuse_a_segmentor(to, tmp_path, capsys):
     file = tmp_path / {"onnx": "a.onnx", "torch_export": "a.pt2"}.get(to, "a.pth")
     assert main(["convert", str(segmentor(tmp_path)), str(file), "--to", to]) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert f"is a segmentor, and --to {to} has no heads of segmentation: convert it to one of unilm" in error
+    assert f"is a segmentor, which --to {to} cannot hold: choose unilm" in error
     assert not file.exists()
 
 
