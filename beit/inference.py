@@ -140,17 +140,11 @@ def block_number(model: Backbone, layer: int) -> int:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes a model's input.
+    """How an image becomes a model's input."""
 
-    Args:
-        transform: Resizes and crops.
-        mean: Per channel, for images in [0, 1].
-        std: Per channel, for images in [0, 1].
-    """
-
-    transform: ClassificationEvalTransform
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    transform: ClassificationEvalTransform  # resizes and crops
+    mean: tuple[float, ...]  # per channel, for images in [0, 1]
+    std: tuple[float, ...]  # per channel, for images in [0, 1]
 
 
 def preprocessing_of(model: Backbone, metadata: Metadata) -> Preprocessing:

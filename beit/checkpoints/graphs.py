@@ -24,19 +24,12 @@ Run = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Graph:
-    """A format of graphs.
+    """A format of graphs."""
 
-    Args:
-        suffix: Of its file.
-        write: Writes an exported model to a file, and returns a function that runs the file.
-        attention: Which attention the graph is made of; see :meth:`beit.modeling.Backbone.set_attention`.
-        needs: Packages that are not always installed.
-    """
-
-    suffix: str
-    write: Callable[[torch.export.ExportedProgram, Path], Run]
-    attention: str = ""
-    needs: Sequence[str] = ()
+    suffix: str  # of its file
+    write: Callable[[torch.export.ExportedProgram, Path], Run]  # to a file, and returns a function that runs it
+    attention: str = ""  # which the graph is made of; see :meth:`beit.modeling.Backbone.set_attention`
+    needs: Sequence[str] = ()  # packages that are not always installed
 
 
 def export_graph(

@@ -265,15 +265,10 @@ def _window_of_index(state: Weights) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The model that weights belong to.
+    """The model that weights belong to."""
 
-    Args:
-        masked: Whether it predicts visual tokens (``VisionTransformerForMaskedImageModeling``) or classes.
-        arguments: Keywords of its constructor.
-    """
-
-    masked: bool
-    arguments: Content
+    masked: bool  # whether it predicts visual tokens (VisionTransformerForMaskedImageModeling) or classes
+    arguments: Content  # of its constructor
 
     def build(self, layer_norm_eps: float | None = None) -> Backbone:
         """Builds the model; ``layer_norm_eps`` is only needed if it is not 1e-6, as in some other libraries' files."""

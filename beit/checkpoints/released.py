@@ -30,31 +30,18 @@ _HUB_ID = re.compile(r"(?:hf-hub:|hf://|https://huggingface\.co/)?([\w.-]+/[\w.-
 
 @dataclass(frozen=True)
 class ReleasedCheckpoint:
-    """A published checkpoint.
+    """A published checkpoint."""
 
-    Args:
-        name: The file's name without ``.pth``.
-        model: Name of its model in :mod:`beit.zoo`.
-        urls: Addresses, tried in this order; later ones may have the same weights in another dialect.
-        num_classes: Classes of the head; None for a pre-training model.
-        input_size: Side of the images in pixels.
-        mean: Mean of the images per channel, for values in [0, 1].
-        std: Standard deviation of the images per channel.
-        crop_pct: Side of the images divided by the shorter side they are resized to.
-        interpolation: Of that resize.
-        overrides: Keywords of the model that differ from the published configuration.
-    """
-
-    name: str
-    model: str
-    urls: tuple[str, ...]
-    num_classes: int | None
-    input_size: int
-    mean: tuple[float, ...]
+    name: str  # of the file, without .pth
+    model: str  # in :mod:`beit.zoo`
+    urls: tuple[str, ...]  # tried in this order; later ones may have the same weights in another dialect
+    num_classes: int | None  # None for a pre-training model
+    input_size: int  # side of the images in pixels
+    mean: tuple[float, ...]  # per channel, for values in [0, 1]
     std: tuple[float, ...]
-    crop_pct: float
+    crop_pct: float  # side of the images divided by the shorter side they are resized to
     interpolation: str = "bicubic"
-    overrides: Mapping[str, object] = field(default_factory=dict)
+    overrides: Mapping[str, object] = field(default_factory=dict)  # of the model's published configuration
 
 
 def _released(

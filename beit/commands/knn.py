@@ -123,19 +123,12 @@ def build_model(config: KnnConfig) -> tuple[Backbone, Preprocessing]:
 
 @dataclass(frozen=True)
 class Share:
-    """This process's part of a data set's features.
+    """This process's part of a data set's features."""
 
-    Args:
-        features: By name, float32 ``(n, D)``, of length 1, in host memory.
-        labels: int64 ``(n,)``; -1 for unreadable images.
-        positions: Their positions in the data set, int64 ``(n,)``.
-        images: Length of the whole data set.
-    """
-
-    features: dict[str, Tensor]
-    labels: Tensor
-    positions: Tensor
-    images: int
+    features: dict[str, Tensor]  # by name, float32 (n, D), of length 1, in host memory
+    labels: Tensor  # int64 (n,); -1 for unreadable images
+    positions: Tensor  # of the images in the data set, int64 (n,)
+    images: int  # in the whole data set
 
 
 def compute(

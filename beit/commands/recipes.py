@@ -46,19 +46,12 @@ JOBS = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """A published run.
+    """A published run."""
 
-    Args:
-        name: Name of the recipe, or path of its file.
-        facts: What the file states about the run: task, source, hardware, quoted results and so on.
-        own: The settings in the file and in those it builds on.
-        settings: All settings of the run; for segmentation only those among the facts.
-    """
-
-    name: str
-    facts: Mapping[str, object]
-    own: Mapping[str, object]
-    settings: Mapping[str, object]
+    name: str  # of the recipe, or the path of its file
+    facts: Mapping[str, object]  # that the file states: task, source, hardware, quoted results and so on
+    own: Mapping[str, object]  # the settings in the file and in those it builds on
+    settings: Mapping[str, object]  # all of them; for segmentation only those among the facts
 
     @property
     def task(self) -> str:

@@ -57,25 +57,15 @@ MAIN_CURVES = ("loss", "mlm_acc", "class_acc", "acc1", "mIoU", "pixel_acc", "per
 
 @dataclass(frozen=True)
 class Run:
-    """A training run, as read from its folder.
+    """A training run, as read from its folder."""
 
-    Args:
-        name: Its name on the page.
-        path: The folder.
-        entries: The log, one entry per epoch or evaluation.
-        settings: All settings; empty without a ``config.yaml``.
-        changed: Names of the settings that differ from their defaults; None if that is unknown.
-        environment: What the run recorded about versions, device and command.
-        recipe: The published run that it reproduces.
-    """
-
-    name: str
+    name: str  # on the page
     path: Path
-    entries: Sequence[Mapping[str, object]]
-    settings: Mapping[str, object] = field(default_factory=dict)
-    changed: set[str] | None = None
-    environment: Mapping[str, object] = field(default_factory=dict)
-    recipe: Recipe | None = None
+    entries: Sequence[Mapping[str, object]]  # of the log, one per epoch or evaluation
+    settings: Mapping[str, object] = field(default_factory=dict)  # empty without a config.yaml
+    changed: set[str] | None = None  # settings that differ from their defaults; None if that is unknown
+    environment: Mapping[str, object] = field(default_factory=dict)  # recorded versions, device and command
+    recipe: Recipe | None = None  # that it reproduces
 
     @property
     def kind(self) -> str:

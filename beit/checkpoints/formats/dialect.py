@@ -18,25 +18,15 @@ Files = dict[str, Content]
 
 @dataclass(frozen=True)
 class WholeModel:
-    """A complete model in official names, to be written in some format.
-
-    Args:
-        weights: In official names; nothing is missing.
-        arguments: Keywords of our constructor, with ``vocab_size`` (pre-training) or ``num_classes``.
-        metadata: What the checkpoint records; see :mod:`beit.checkpoints.read`.
-        images: ``mean``, ``std``, ``crop_pct`` and ``interpolation`` of the images.
-        labels: Names of the classes, if they are known.
-        position_index: Rows of the bias tables, int64 ``(N + 1, N + 1)``; None without tables.
-        heads: Of a segmentor.
-    """
+    """A complete model in official names, to be written in some format."""
 
     weights: dict[str, Tensor]
-    arguments: Content
-    metadata: Content
-    images: Content
-    labels: list[str] | None = None
-    position_index: Tensor | None = None
-    heads: Heads | None = None
+    arguments: Content  # of our constructor, with vocab_size (pre-training) or num_classes
+    metadata: Content  # that the checkpoint records; see :mod:`beit.checkpoints.read`
+    images: Content  # their mean, std, crop_pct, crop_mode and interpolation
+    labels: list[str] | None = None  # names of the classes, if they are known
+    position_index: Tensor | None = None  # rows of the bias tables, int64 (N + 1, N + 1); None without tables
+    heads: Heads | None = None  # of a segmentor
 
     @property
     def layer_norm_eps(self) -> float:
@@ -75,18 +65,12 @@ class NameTable:
     """Official names on one side, another library's on the other.
 
     A path stands for a parameter or for a module whose parameters follow it: ``norm1`` also renames ``norm1.weight``.
-
-    Args:
-        outside: Official paths outside the blocks, and the other library's.
-        inside: The same for paths inside a block.
-        blocks: The other library's name for ``blocks``.
-        heads: Prefixes of heads, which are replaced whatever follows them.
     """
 
-    outside: Mapping[str, str]
-    inside: Mapping[str, str]
-    blocks: str
-    heads: Mapping[str, str] = field(default_factory=dict)
+    outside: Mapping[str, str]  # paths outside the blocks
+    inside: Mapping[str, str]  # paths inside a block
+    blocks: str  # the other library's name for "blocks"
+    heads: Mapping[str, str] = field(default_factory=dict)  # prefixes, which are replaced whatever follows them
 
     def theirs(self, name: str) -> str | None:
         """Returns the other library's name for an official one, or None if it is not in the table."""

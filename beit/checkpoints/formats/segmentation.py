@@ -25,25 +25,15 @@ ADE20K_CLASSES = 150
 
 @dataclass(frozen=True)
 class Heads:
-    """The heads of a segmentor.
+    """The heads of a segmentor."""
 
-    Args:
-        kind: The decode head: ``uper`` (UPerNet), ``setr_pup``, or empty for an unknown one.
-        num_classes: Number of classes.
-        channels: Width of the decode head.
-        stages: Scales that UPerNet pools at, or convolutions of SETR-PUP.
-        auxiliary_channels: Width of the auxiliary head; 0 without one.
-        auxiliary_convs: Its convolutions; 0 if the head is unknown.
-        auxiliary_concat: Its input is concatenated with the output of its convolutions.
-    """
-
-    kind: str
+    kind: str  # of the decode head: uper (UPerNet), setr_pup, or empty for an unknown one
     num_classes: int
-    channels: int
-    stages: int
-    auxiliary_channels: int
-    auxiliary_convs: int
-    auxiliary_concat: bool
+    channels: int  # of the decode head
+    stages: int  # scales that UPerNet pools at, or convolutions of SETR-PUP
+    auxiliary_channels: int  # 0 without an auxiliary head
+    auxiliary_convs: int  # 0 if the auxiliary head is unknown
+    auxiliary_concat: bool  # whether its input is concatenated with the output of its convolutions
 
 
 def is_segmentor(names: Iterable[str]) -> bool:
