@@ -10,7 +10,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from beit.checkpoints.formats import dialects
-from beit.checkpoints.formats.dialect import Content, Dialect, Weights, WholeModel
+from beit.checkpoints.formats.dialect import LAYER_NORM_EPS, Content, Dialect, Weights, WholeModel
 from beit.checkpoints.formats.recorded import RECORDED, VISUAL_TOKENS
 from beit.checkpoints.formats.segmentation import PARTS, heads_of, incomplete, is_segmentor
 from beit.checkpoints.read import (
@@ -37,11 +37,11 @@ def convert(source: str | Path, destination: Path, to: str, model_key: str = "",
     """Writes a checkpoint in another dialect.
 
     Args:
-        source: Anything :func:`beit.checkpoints.released.resolve` accepts.
+        source: As for :func:`beit.checkpoints.read.read_weights`, like the last two.
         destination: A file or folder, whichever the dialect is.
         to: One of :func:`beit.checkpoints.formats.dialects`.
-        model_key: Where in the file the weights are; see :func:`beit.checkpoints.read.read_weights`.
-        prefix: Take only weights whose names begin with this prefix.
+        model_key: Where in the file the weights are.
+        prefix: Take only names that begin with this prefix.
 
     Raises:
         InputError: The checkpoint cannot be read or is incomplete, or the dialect has no such model.
@@ -134,6 +134,7 @@ def whole_model(weights: Weights, metadata: Metadata) -> WholeModel:
         labels=list(labels) if labels else None,
         position_index=index,
         heads=heads,
+        layer_norm_eps=metadata.get("layer_norm_eps", LAYER_NORM_EPS),
     )
 
 

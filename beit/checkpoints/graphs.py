@@ -38,12 +38,12 @@ def export_graph(
     """Writes a model as a graph for any batch size, and compares its outputs with the model's.
 
     Args:
-        source: Anything :func:`beit.checkpoints.released.resolve` accepts.
+        source: As for :func:`beit.checkpoints.read.read_weights`, like the last two.
         destination: The file to write.
         to: A format of graphs in :data:`beit.registry.FORMATS`.
         features: Write the features ``(B, D)`` before the head instead of its logits.
-        model_key: Where in the file the weights are; see :func:`beit.checkpoints.read.read_weights`.
-        prefix: Take only weights whose names begin with this prefix.
+        model_key: Where in the file the weights are.
+        prefix: Take only names that begin with this prefix.
 
     Raises:
         InputError: The checkpoint is a segmentor, a library is missing, or the graph computes something else.

@@ -15,6 +15,8 @@ Weights = Mapping[str, Tensor]
 Content = dict[str, Any]  # of a checkpoint or a JSON file, or what they record
 Files = dict[str, Content]
 
+LAYER_NORM_EPS = 1e-6  # in our models and timm's
+
 
 @dataclass(frozen=True)
 class WholeModel:
@@ -27,14 +29,7 @@ class WholeModel:
     labels: list[str] | None = None  # names of the classes, if they are known
     position_index: Tensor | None = None  # rows of the bias tables, int64 (N + 1, N + 1); None without tables
     heads: Heads | None = None  # of a segmentor
-
-    @property
-    def layer_norm_eps(self) -> float:
-        """Of the model's layer norms; 1e-6 in ours and timm's."""
-        return self.metadata.get("layer_norm_eps", LAYER_NORM_EPS)
-
-
-LAYER_NORM_EPS = 1e-6
+    layer_norm_eps: float = LAYER_NORM_EPS
 
 
 @dataclass(frozen=True)
