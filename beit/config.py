@@ -119,20 +119,12 @@ def read_command_line(config_class: type[ConfigT], argv: Sequence[str], prog: st
 
 
 def read_yaml(config_class: type, name: str) -> Values:
-    """Reads the settings of a YAML file, by path or a recipe's name, over those of the ``base`` it names likewise.
-
-    Raises:
-        InputError: No such file, not YAML, or a key that the job does not have.
-    """
+    """Reads a YAML file's settings, by path or recipe's name, over its ``base``'s; raises InputError for other keys."""
     return _in_steps(config_class, _read_keys(config_class, name))
 
 
 def read_facts(name: str) -> Values:
-    """Reads a recipe's facts (``recipe``) over those of the files it builds on, whose ``note`` is not inherited.
-
-    Raises:
-        InputError: No such file, not YAML, or facts that are not ``key: value`` lines.
-    """
+    """Reads a recipe's facts (``recipe``) over those of the files it builds on, whose ``note`` is not inherited."""
     facts: Values = {}
     for path, content in _read_layers(name, SettingsFiles().folder):
         own = content.get("recipe") or {}
@@ -149,11 +141,7 @@ def recipe_names() -> list[str]:
 
 
 def read_run_settings(path: Path) -> tuple[Values, set[str] | None]:
-    """Returns the plain settings of a run's ``config.yaml``, and which differ from the defaults (None if unknown).
-
-    Raises:
-        InputError: It cannot be read, or is not YAML.
-    """
+    """Returns the plain settings of a run's ``config.yaml``, and which differ from the defaults (None if unknown)."""
     text = _content(path)
     before, marker, _ = text.partition(DEFAULTS_FOLLOW.encode())
     return _parse(text, path), set(_parse(before, path)) if marker else None

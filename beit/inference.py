@@ -81,8 +81,8 @@ def inference_model(
             likeliest = classifier(batch).float().softmax(dim=-1).topk(min(topk, len(names)))
             for scores, classes in zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True):
                 ranked = [(names[number], score) for number, score in zip(classes, scores, strict=True)]
-                prediction = {"class": classes[0], "name": ranked[0][0], "score": ranked[0][1], f"top{topk}": ranked}
-                predictions.append(prediction)
+                best = {"class": classes[0], "name": ranked[0][0], "score": scores[0]}
+                predictions.append({**best, f"top{topk}": ranked})
     return predictions if several else predictions[0]
 
 

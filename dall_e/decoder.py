@@ -17,7 +17,8 @@ class DecoderBlock(ResidualBlock):
 class Decoder(nn.Module):
     """Four groups of residual blocks, of 8, 4, 2 and 1 times ``n_hid`` channels, with nearest upsampling between them.
 
-    The image of tokens is ``unmap_pixels(sigmoid(output[:, :output_channels]))``.
+    The image of tokens is ``unmap_pixels(sigmoid(output[:, :output_channels]))``; tokens of another shape are a
+    ValueError.
 
     Args:
         n_init: Channels of a token's vector.
@@ -55,10 +56,7 @@ class Decoder(nn.Module):
         self.requires_grad_(requires_grad).to(device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """One-hot tokens, float32 ``(B, vocab_size, h, w)`` → float32 ``(B, 2 · output_channels, 8h, 8w)``.
-
-        Raises ValueError for input of another shape or type.
-        """
+        """One-hot tokens, float32 ``(B, vocab_size, h, w)`` → float32 ``(B, 2 · output_channels, 8h, 8w)``."""
         check_input(x, self.vocab_size, "the decoder's input")
         with half_precision(x.device.type, self.use_mixed_precision):
             return self.blocks(x).float()

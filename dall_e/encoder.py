@@ -17,7 +17,7 @@ class EncoderBlock(ResidualBlock):
 class Encoder(nn.Module):
     """Four groups of residual blocks, of 1, 2, 4 and 8 times ``n_hid`` channels, with max-pooling between them.
 
-    Its input is images in [0, 1] mapped by :func:`dall_e.map_pixels`.
+    Its input is images in [0, 1] mapped by :func:`dall_e.map_pixels`; others are a ValueError.
 
     Args:
         n_hid: Channels of the first group, a multiple of 4.
@@ -61,17 +61,11 @@ class Encoder(nn.Module):
         return head
 
     def features(self, x: Tensor) -> Tensor:
-        """What the head sees: float32 ``(B, input_channels, H, W)`` → float32 ``(B, 8 · n_hid, H // 8, W // 8)``.
-
-        Raises ValueError for input of another shape or type.
-        """
+        """What the head sees: float32 ``(B, input_channels, H, W)`` → float32 ``(B, 8 · n_hid, H // 8, W // 8)``."""
         check_input(x, self.input_channels, "the encoder's input")
         with half_precision(x.device.type, self.use_mixed_precision):
             return self.blocks[:-1](x).relu().float()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits: float32 ``(B, input_channels, H, W)`` → float32 ``(B, vocab_size, H // 8, W // 8)``.
-
-        Raises ValueError for input of another shape or type.
-        """
+        """Logits: float32 ``(B, input_channels, H, W)`` → float32 ``(B, vocab_size, H // 8, W // 8)``."""
         return self.head(self.features(x))

@@ -45,10 +45,6 @@ class Conv2d(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return F.conv2d(x.float(), self.w.float(), self.b.float(), padding=self.kw // 2)
 
-    def extra_repr(self) -> str:
-        """The sizes, for ``print(model)``."""
-        return f"{self.n_in}, {self.n_out}, kw={self.kw}"
-
 
 class ResidualBlock(nn.Module):
     """``id_path(x) + post_gain · res_path(x)``: a pre-activation bottleneck of four convolutions.
@@ -124,18 +120,12 @@ def check_input(x: Tensor, channels: int | None, name: str) -> None:
 
 
 def map_pixels(x: Tensor) -> Tensor:
-    """Maps float32 images ``(B, C, H, W)`` from [0, 1] to [0.1, 0.9], the range the encoder was trained on.
-
-    Raises ValueError if ``x`` is not a float32 batch of images.
-    """
+    """Maps float32 images ``(B, C, H, W)`` from [0, 1] to [0.1, 0.9], the range the encoder was trained on."""
     check_input(x, None, "images")
     return logit_laplace_eps + x * (1 - 2 * logit_laplace_eps)
 
 
 def unmap_pixels(x: Tensor) -> Tensor:
-    """Maps float32 images ``(B, C, H, W)`` from [0.1, 0.9] back to [0, 1], clamped.
-
-    Raises ValueError if ``x`` is not a float32 batch of images.
-    """
+    """Maps float32 images ``(B, C, H, W)`` from [0.1, 0.9] back to [0, 1], clamped."""
     check_input(x, None, "images")
     return ((x - logit_laplace_eps) / (1 - 2 * logit_laplace_eps)).clamp(0, 1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from beit.commands.settings import RECIPE_TASKS, ListConfig, ShowConfig
-from beit.config import read_facts, read_yaml, recipe_names
+from beit.config import Values, read_facts, read_yaml, recipe_names
 from beit.errors import InputError, counted, did_you_mean
 from beit.tasks.settings import FinetuningConfig, LinearProbeConfig, PretrainingConfig
 
@@ -49,35 +49,22 @@ class Recipe:
     """A published run."""
 
     name: str  # of the recipe, or the path of its file
-    facts: Mapping[str, object]  # that the file states: task, source, hardware, quoted results and so on
+    task: str  # one of RECIPE_TASKS
+    gpus: int  # of the published run
+    quoted: Mapping[str, object]  # results, and the number of parameters
+    facts: Mapping[str, object]  # all that the file states: source, hardware and so on
     own: Mapping[str, object]  # the settings in the file and in those it builds on
-    settings: Mapping[str, object]  # all of them; for segmentation only those among the facts
-
-    @property
-    def task(self) -> str:
-        """The kind of run, one of ``RECIPE_TASKS``."""
-        return self.fact("task")
-
-    @property
-    def gpus(self) -> int:
-        """GPUs of the published run."""
-        return int(self.fact("gpus"))
+    settings: Values  # all of them; for segmentation only those among the facts
 
     @property
     def batch(self) -> int:
         """Images per optimizer step, over all GPUs."""
-        return int(str(self.settings["total_batch_size"]))
+        return self.settings["total_batch_size"]
 
     @property
     def trains(self) -> bool:
         """Whether it is a training run, to which the batch matters."""
         return self.task != SEGMENTATION_TEST
-
-    @property
-    def quoted(self) -> Mapping[str, object]:
-        """The quoted results, and the number of parameters."""
-        quoted = self.facts["quoted"]
-        return quoted if isinstance(quoted, Mapping) else {}
 
     def fact(self, name: str, default: str = "") -> str:
         """Returns a fact as text."""
@@ -100,11 +87,12 @@ def read_recipe(name: str) -> Recipe:
         raise InputError(f"no recipe {name!r}{hint}; `beit recipes list` lists them, and a path ends in .yaml")
     facts = read_facts(name)
     _check_facts(name, facts)
+    about = name, facts["task"], facts["gpus"], facts["quoted"], facts
     if facts["task"] not in JOBS:
-        return Recipe(name, facts, {}, {key: facts[key] for key in ("model", "batch_size", "total_batch_size")})
+        return Recipe(*about, {}, {key: facts[key] for key in ("model", "batch_size", "total_batch_size")})
     settings = JOBS[facts["task"]].settings
     own = read_yaml(settings, name)
-    return Recipe(name, facts, own, vars(settings(**own)))
+    return Recipe(*about, own, vars(settings(**own)))
 
 
 def _check_facts(name: str, facts: Mapping[str, object]) -> None:
@@ -178,7 +166,7 @@ def show(config: ShowConfig) -> None:
 def _remarks(recipe: Recipe, gpus: int) -> list[str]:
     if not recipe.trains:
         return []
-    most, published = int(str(recipe.settings["batch_size"])), recipe.gpus
+    most, published = recipe.settings["batch_size"], recipe.gpus
     remarks = [f"\n{recipe.batch} images per step on any number of GPUs, at most {most} at once per GPU (batch_size)."]
     together, before = (count * min(most, recipe.batch // count) for count in (gpus, published))
     if recipe.task == SEGMENTATION and together != before:

@@ -168,11 +168,7 @@ def _quoted(value: object, key: str) -> str:
 
 
 def read_runs(paths: Sequence[str], recipes: Sequence[str] = ()) -> list[Run]:
-    """Reads run folders, each named by its path below their common parent; see :func:`read_run` for ``recipes``.
-
-    Raises:
-        InputError: A folder is given twice or holds no run, or the numbers of recipes and folders differ.
-    """
+    """Reads run folders, each named by its path below their common parent; see :func:`read_run` for ``recipes``."""
     folders = [Path(os.path.abspath(path)) for path in paths]
     if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
         raise InputError(f"{twice} is given twice")

@@ -59,12 +59,10 @@ def reconstruct(config: ReconstructConfig) -> None:
 def open_pretrained(
     checkpoint_path: str | Path, tokenizer_path: str, device: torch.device
 ) -> tuple[PretrainingConfig, VisionTransformerForMaskedImageModeling, PredictionTarget]:
-    """Rebuilds a pre-trained model from its checkpoint, which contains the run's settings, with its prediction target.
+    """Rebuilds a pre-trained model and its prediction target from its checkpoint, which has the run's settings.
 
-    ``tokenizer_path`` is the folder of the tokenizer; empty for the one the run used.
-
-    Raises:
-        InputError: It is not a pre-training checkpoint, or its target or tokenizer cannot be built.
+    ``tokenizer_path`` is the folder of the tokenizer; empty for the one the run used. Raises :class:`InputError` for
+    other checkpoints, or if target or tokenizer cannot be built.
     """
     checkpoint = load_checkpoint(Path(checkpoint_path))
     settings = settings_in(checkpoint) if isinstance(checkpoint, Mapping) else {}
