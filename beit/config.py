@@ -43,20 +43,15 @@ class SettingsFiles:
     """Where a job's settings files are, and what assignments such as ``--options lr=1e-3`` may name.
 
     Set as a configuration class's ``SETTINGS``; the default is the recipes of ``beit``.
-
-    Args:
-        folder: Folder of the files in the package; those that begin with ``_`` are there to build on.
-        overrides: The flags, without dashes, that take assignments ``KEY=VALUE``, which override a file.
-        keys: Aliases of single keys of a mapping: that name -> ``field.key``.
-        without_effect: Keys that may be assigned but do nothing here -> why; logged when they are.
-        shared_with: Another job's configuration whose keys a file may hold as well; they are ignored.
     """
 
-    folder: Path = Path(str(resources.files("beit"))) / "recipes"
-    overrides: tuple[str, ...] = ()
-    keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    without_effect: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    shared_with: type | None = None
+    folder: Path = Path(str(resources.files("beit"))) / "recipes"  # in it, _*.yaml are there to build on
+    overrides: tuple[str, ...] = ()  # flags, without dashes, that take assignments KEY=VALUE, which override a file
+    keys: Mapping[str, str] = dataclasses.field(default_factory=dict)  # aliases of a mapping's keys -> field.key
+    without_effect: Mapping[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # assignable keys -> why they do nothing
+    shared_with: type | None = None  # another job's configuration, whose keys in a file are ignored
 
 
 def option(

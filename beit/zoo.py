@@ -26,15 +26,10 @@ M_co = TypeVar("M_co", bound="Backbone", covariant=True)
 
 @dataclass(frozen=True)
 class Model(Generic[M_co]):
-    """A row of :data:`MODELS`: a class and the arguments it is built with; calling it builds the model.
+    """A row of :data:`MODELS`: a class and the arguments it is built with; calling it builds the model."""
 
-    Attributes:
-        builds: ``"module:Class"``, or the class itself; a :class:`beit.modeling.Backbone`.
-        arguments: Keywords of its constructor that differ from the defaults.
-    """
-
-    builds: str | Factory
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    builds: str | Factory  # "module:Class", or the class itself; a :class:`beit.modeling.Backbone`
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # that differ from the constructor's defaults
 
     def __call__(self, **overrides: Any) -> M_co:
         """Builds the model; ``overrides`` replace or extend :attr:`arguments` (``TypeError`` for an unknown one)."""

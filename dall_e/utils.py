@@ -20,9 +20,6 @@ class Conv2d(nn.Module):
         n_out: Output channels.
         kw: Side of the kernel, odd.
         use_float16: Whether it may run in half precision where its model does; otherwise it is always float32.
-
-    Raises:
-        ValueError: A size is not positive, or ``kw`` is even.
     """
 
     def __init__(self, n_in: int, n_out: int, kw: int, use_float16: bool = True) -> None:
@@ -53,15 +50,9 @@ class ResidualBlock(nn.Module):
         n_in: Input channels.
         n_out: Output channels, a multiple of 4; the bottleneck has a quarter of them.
         n_layers: Blocks in the whole network; the residual path is scaled by ``1 / n_layers²``.
-
-    Attributes:
-        kernels: Sides of the four kernels.
-
-    Raises:
-        ValueError: ``n_out`` is not a multiple of 4.
     """
 
-    kernels: ClassVar[tuple[int, int, int, int]]
+    kernels: ClassVar[tuple[int, int, int, int]]  # sides of the four kernels
 
     def __init__(self, n_in: int, n_out: int, n_layers: int) -> None:
         super().__init__()

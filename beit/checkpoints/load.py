@@ -44,25 +44,15 @@ HEADS = ("head.", "lm_head.")
 
 @dataclass(frozen=True)
 class KeyReport:
-    """What happened to every tensor, under official names.
+    """What happened to every tensor, under official names."""
 
-    Args:
-        source: The checkpoint.
-        loaded: Tensors of the model that were loaded, including resized ones.
-        resized: Tables and position embeddings that changed size, and between which patch grids.
-        expanded: Number of blocks that got a copy of the shared bias table; 0 without one, or if it stayed shared.
-        dropped: Tensors of the checkpoint that were left out on purpose, and why.
-        missing: Tensors of the model that are not in the checkpoint; they keep their initial values.
-        unexpected: Tensors of the checkpoint that the model has no place for.
-    """
-
-    source: str
-    loaded: tuple[str, ...]
-    resized: dict[str, str]
-    expanded: int
-    dropped: dict[str, str]
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
+    source: str  # the checkpoint
+    loaded: tuple[str, ...]  # tensors of the model, including resized ones
+    resized: dict[str, str]  # tables and position embeddings -> between which patch grids
+    expanded: int  # blocks that got a copy of the shared bias table; 0 without one, or if it stayed shared
+    dropped: dict[str, str]  # tensors of the checkpoint that were left out on purpose -> why
+    missing: tuple[str, ...]  # tensors of the model that are not in the checkpoint; they keep their initial values
+    unexpected: tuple[str, ...]  # tensors of the checkpoint that the model has no place for
 
     def log(self) -> None:
         """Logs the summary: a warning if a tensor has no place, or more is missing than the head for another task."""

@@ -109,17 +109,11 @@ def parse_query(text: str) -> Query:
 
 def parse_heads(words: Sequence[str], heads: int) -> list[int | None]:
     """Reads head numbers, ``all`` and ``mean`` (None); raises InputError if there is no such head."""
-    found: list[int | None] = []
-    for word in words:
-        if word == "all":
-            found += range(heads)
-        elif word == "mean":
-            found.append(None)
-        elif word.isdecimal() and int(word) < heads:
-            found.append(int(word))
-        else:
-            raise InputError(f"--heads {word}: the model has heads 0 to {heads - 1}; or give all or mean")
-    return list(dict.fromkeys(found))
+    known: dict[str, Sequence[int | None]] = {str(head): [head] for head in range(heads)}
+    known |= {"all": range(heads), "mean": [None]}
+    if unknown := next((word for word in words if word not in known), ""):
+        raise InputError(f"--heads {unknown}: the model has heads 0 to {heads - 1}; or give all or mean")
+    return list(dict.fromkeys(head for word in words for head in known[word]))
 
 
 def mask_generator(patches: int, model: Backbone) -> BlockwiseMaskGenerator | None:

@@ -34,25 +34,15 @@ class WholeModel:
 
 @dataclass(frozen=True)
 class Dialect:
-    """A format of weights.
+    """A format of weights: a single file, a folder, or both."""
 
-    Args:
-        matches: Whether parameters with these names (without the prefixes of wrappers) are in this dialect.
-        to_official: Translates to official names, without index buffers.
-        from_official: Translates from official names, given the position index if the model has tables.
-        file: Content of the single file of a model, without what every file records; None if the format is a folder.
-        folder: The folder's files, each a dict of tensors (``.safetensors``) or JSON; None if the format is a file.
-        suffixes: Of the single file.
-        segmentors: Whether it has the heads of segmentation.
-    """
-
-    matches: Callable[[Names], bool]
-    to_official: Callable[[Weights], dict[str, Tensor]]
-    from_official: Callable[[Weights, Tensor | None], dict[str, Tensor]]
-    file: Callable[[WholeModel], Content] | None = None
-    folder: Callable[[WholeModel, Path], Files] | None = None
-    suffixes: Sequence[str] = (".pth", ".pt")
-    segmentors: bool = False
+    matches: Callable[[Names], bool]  # given names without the prefixes of wrappers
+    to_official: Callable[[Weights], dict[str, Tensor]]  # without index buffers
+    from_official: Callable[[Weights, Tensor | None], dict[str, Tensor]]  # given the position index if there are tables
+    file: Callable[[WholeModel], Content] | None = None  # its content, without what every file records
+    folder: Callable[[WholeModel, Path], Files] | None = None  # its files: tensors (.safetensors) or JSON
+    suffixes: Sequence[str] = (".pth", ".pt")  # of the single file
+    segmentors: bool = False  # whether it has the heads of segmentation
 
 
 @dataclass(frozen=True)

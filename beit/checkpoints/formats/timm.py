@@ -4,10 +4,8 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
-
 from beit.checkpoints.formats import unilm
-from beit.checkpoints.formats.dialect import LAYER_NORM_EPS, Content, Dialect, Files, Weights, WholeModel
+from beit.checkpoints.formats.dialect import LAYER_NORM_EPS, Content, Dialect, Files, WholeModel
 from beit.checkpoints.formats.recorded import readable
 from beit.errors import InputError
 
@@ -16,16 +14,12 @@ logger = logging.getLogger(__name__)
 _PARTS = ("pretrained_cfg", "model_args")  # of config.json
 
 
-def _from_official(weights: Weights, _position_index: Tensor | None = None) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in weights.items() if not name.endswith(unilm.INDEX)}
-
-
 def _file(model: WholeModel) -> Content:
     if model.layer_norm_eps != LAYER_NORM_EPS:
         logger.warning("timm's layer norms have an eps of %g, this model's %g", LAYER_NORM_EPS, model.layer_norm_eps)
     if "vocab_size" in model.arguments:
         logger.info("timm has no mask token and no token head: load it with pretrained_strict=False, as features")
-    return {"state_dict": _from_official(model.weights)}
+    return {"state_dict": model.weights}
 
 
 def _folder(model: WholeModel, destination: Path) -> Files:
@@ -78,7 +72,7 @@ def read_config(config: Content) -> Content:
 TIMM = Dialect(
     matches=lambda _names: False,  # the names are the official ones
     to_official=unilm.to_official,
-    from_official=_from_official,
+    from_official=lambda weights, _position_index: dict(weights),
     file=_file,
     folder=_folder,
     suffixes=(".pth", ".pt", ".bin", ".safetensors"),
