@@ -1,6 +1,5 @@
 """Features of a frozen backbone: what linear probes and nearest neighbours work on."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,8 +11,6 @@ from beit.errors import InputError
 from beit.inference import block_number, known_pool, pool_tokens
 from beit.modeling import Backbone
 from beit.training.precision import Precision
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

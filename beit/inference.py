@@ -28,6 +28,7 @@ from beit.errors import InputError, counted, did_you_mean
 from beit.modeling import Backbone, VisionTransformer
 from beit.zoo import open_model
 
+AnyModel = Backbone | str | Path
 OneImage = str | os.PathLike[str] | Image.Image | NDArray | Tensor
 Prediction = dict[str, Any]
 
@@ -37,18 +38,14 @@ BATCH_SIZE = 32
 
 @overload
 def inference_model(  # type: ignore[overload-overlap]  # a str is one path
-    model: Backbone | str | Path, image_or_paths: OneImage, *, topk: int = 5, metadata: Metadata | None = None
+    model: AnyModel, image_or_paths: OneImage, *, topk: int = 5, metadata: Metadata | None = None
 ) -> Prediction: ...
 @overload
 def inference_model(
-    model: Backbone | str | Path, image_or_paths: Sequence[OneImage], *, topk: int = 5, metadata: Metadata | None = None
+    model: AnyModel, image_or_paths: Sequence[OneImage], *, topk: int = 5, metadata: Metadata | None = None
 ) -> list[Prediction]: ...
 def inference_model(
-    model: Backbone | str | Path,
-    image_or_paths: OneImage | Sequence[OneImage],
-    *,
-    topk: int = 5,
-    metadata: Metadata | None = None,
+    model: AnyModel, image_or_paths: OneImage | Sequence[OneImage], *, topk: int = 5, metadata: Metadata | None = None
 ) -> Prediction | list[Prediction]:
     """Classifies images, prepared as the model's checkpoint records.
 
@@ -87,7 +84,7 @@ def inference_model(
 
 
 def extract_feat(
-    model: Backbone | str | Path, image_or_paths: OneImage | Sequence[OneImage], layer: int = -1, pool: str = "mean"
+    model: AnyModel, image_or_paths: OneImage | Sequence[OneImage], layer: int = -1, pool: str = "mean"
 ) -> Tensor:
     """Returns features of images as float32 on the model's device: the output of a block, before any norm.
 
@@ -214,7 +211,7 @@ def images_of(images: OneImage | Sequence[OneImage]) -> tuple[Sequence[OneImage]
     return listed, several
 
 
-def _opened(model: Backbone | str | Path) -> tuple[Backbone, Metadata]:
+def _opened(model: AnyModel) -> tuple[Backbone, Metadata]:
     if isinstance(model, Backbone):
         return model, getattr(model, "metadata", None) or {}
     return open_model(model)

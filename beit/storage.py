@@ -457,10 +457,8 @@ def check_recorded_hash(path: Path) -> None:
             raise InputError(f"{path} is not the file it should be: {problem}")
         _record_hash(path, found)
     elif found != recorded[0].lower():
-        advice = f"delete {path.name} and {record.name} to download it again"
-        raise InputError(
-            f"{path} has changed: its sha256 is {found[:12]}…, not {recorded[0][:12]!a}… as recorded; {advice}"
-        )
+        problem = f"{path} has changed: its sha256 is {found[:12]}…, not {recorded[0][:12]!a}… as recorded"
+        raise InputError(f"{problem}; delete {path.name} and {record.name} to download it again")
 
 
 def _record_hash(path: Path, digest: str) -> None:

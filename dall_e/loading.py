@@ -142,9 +142,7 @@ def _build(tensors: Mapping[str, Tensor], attributes: Mapping[str, object]) -> E
     """Builds a module of the sizes that the tensors have, and fills it with them."""
     first, last = tensors.get("blocks.input.w"), tensors.get("blocks.output.conv.w")
     if first is None or last is None or first.ndim != 4 or last.ndim != 4:
-        raise ModelFileError(
-            "it holds neither an encoder nor a decoder, which have blocks.input.w and blocks.output.conv.w"
-        )
+        raise ModelFileError("it holds neither an encoder nor a decoder, with blocks.input.w and blocks.output.conv.w")
     n_blk = max(1, len({name.split(".")[2] for name in tensors if name.startswith("blocks.group_1.block_")}))
     mixed = bool(attributes.get("use_mixed_precision", True))
     model: Encoder | Decoder

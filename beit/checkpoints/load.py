@@ -15,9 +15,9 @@ from torch import Tensor
 
 from beit.checkpoints.formats.dialect import Weights
 from beit.checkpoints.formats.segmentation import is_segmentor
-from beit.checkpoints.formats.unilm import TABLE
+from beit.checkpoints.formats.unilm import SHARED_TABLE, TABLE
 from beit.checkpoints.heads import match_classes
-from beit.checkpoints.read import SHARED_TABLE, Metadata, architecture_of, read_weights, window_of
+from beit.checkpoints.read import Metadata, architecture_of, read_weights, window_of
 from beit.errors import InputError, counted, listed
 from beit.modeling import Backbone, resize_position_embedding
 from beit.relative_position import resize_table

@@ -31,7 +31,7 @@ from beit.checkpoints.formats.dialect import Content, Weights
 from beit.checkpoints.formats.recorded import RECORDED
 from beit.checkpoints.formats.relatives import EVA_WIDTH
 from beit.checkpoints.formats.segmentation import PARTS, PUBLISHED_TAPS, depth_of, is_segmentor
-from beit.checkpoints.formats.unilm import INDEX, TABLE, one_model
+from beit.checkpoints.formats.unilm import INDEX, SHARED_TABLE, TABLE, one_model
 from beit.checkpoints.released import CONFIG, FOLDER_WEIGHTS, PREPROCESSOR, released_at, resolve, shards_of
 from beit.data.preprocessing import default_crop_pct, normalization
 from beit.errors import InputError, listed
@@ -42,7 +42,6 @@ from beit.storage import check_form, load_checkpoint, read_json, settings_in
 logger = logging.getLogger(__name__)
 
 STATE_KEYS = ("model", "module", "state_dict", "model_ema")
-SHARED_TABLE = f"rel_pos_bias.{TABLE}"
 HEAD_WIDTH = 64  # channels of an attention head in every published model but EVA
 PUBLISHED_HEADS = {width: width // HEAD_WIDTH for width in (192, 384, 768, 1024)} | {EVA_WIDTH: 16}  # by width
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # EVA's too
@@ -302,9 +301,7 @@ def window_of(weights: Weights, metadata: Metadata, fallback: tuple[int, int] | 
     window = next(filter(fits, (*recorded, fallback, square)), None)
     if window is None:
         source = metadata.get("source", "the checkpoint")
-        raise InputError(
-            f"{source} has {held}, no square, and no image size: give the model the size it was trained with"
-        )
+        raise InputError(f"{source} has {held}, no square, and no image size: give the model that of its training")
     if not any(map(fits, recorded)) and not window == fallback == square:
         guess(metadata, f"{window[0]} x {window[1]} patches for {held} (img_size= of create_model settles it)")
     return window

@@ -180,15 +180,9 @@ def read_runs(paths: Sequence[str], recipes: Sequence[str] = ()) -> list[Run]:
 
 
 def read_run(path: Path, name: str, recipe: str = "") -> Run:
-    """Reads a run folder.
+    """Reads a run folder under a ``name``; raises InputError if it has no log with a finished epoch.
 
-    Args:
-        path: The folder.
-        name: What to call the run.
-        recipe: The recipe to compare with; ``-`` for none, by default the one the run was started with.
-
-    Raises:
-        InputError: There is no such folder, it has no log with a finished epoch, or there is no such recipe.
+    ``recipe`` is the one to compare with: ``-`` for none, by default the one the run was started with.
     """
     if not (path / "log.txt").is_file():
         inside = sorted(str(file.parent) for file in path.glob("*/log.txt"))[:6]

@@ -20,7 +20,7 @@ from torch import Tensor
 from beit.checkpoints.formats.dialect import Content, Dialect, Files, NameTable, Weights, WholeModel, replace_prefix
 from beit.checkpoints.formats.recorded import RECORDED, positive, readable, whole
 from beit.checkpoints.formats.segmentation import LEVELS, PARTS, POOL_SCALES, Heads, leaves_zero_out, taps_of
-from beit.checkpoints.formats.unilm import INDEX, TABLE, bare
+from beit.checkpoints.formats.unilm import INDEX, SHARED_TABLE, TABLE, bare
 from beit.errors import InputError, listed
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ _NAMES = NameTable(
         "mask_token": "embeddings.mask_token",
         "pos_embed": "embeddings.position_embeddings",
         "patch_embed.proj": "embeddings.patch_embeddings.projection",
-        f"rel_pos_bias.{TABLE}": f"encoder.relative_position_bias.{TABLE}",
+        SHARED_TABLE: f"encoder.relative_position_bias.{TABLE}",
         "norm": "layernorm",
         "fc_norm": "pooler.layernorm",
     },

@@ -11,8 +11,6 @@ from beit.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-_PARTS = ("pretrained_cfg", "model_args")  # of config.json
-
 
 def _file(model: WholeModel) -> Content:
     if model.layer_norm_eps != LAYER_NORM_EPS:
@@ -60,7 +58,8 @@ def _config(model: WholeModel) -> Content:
 
 def read_config(config: Content) -> Content:
     """Returns what timm's ``config.json`` records about the images, the attention heads and the classes."""
-    recorded, arguments = (part if isinstance(part := config.get(key), Mapping) else {} for key in _PARTS)
+    parts = (config.get(key) for key in ("pretrained_cfg", "model_args"))
+    recorded, arguments = (part if isinstance(part, Mapping) else {} for part in parts)
     found = {key: recorded.get(key) for key in ("mean", "std", "crop_pct", "crop_mode", "interpolation")}
     size = recorded.get("input_size")
     found["image_size"] = size[1:] if isinstance(size, (list, tuple)) else size
