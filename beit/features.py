@@ -15,15 +15,12 @@ from beit.training.precision import Precision
 
 @dataclass(frozen=True)
 class Feature:
-    """One vector per image, named ``layer<number>_<pool>``.
+    """One vector per image."""
 
-    ``layer`` is the block, from 0; ``pool`` is as in :func:`beit.inference.extract_feat`; ``size`` is its length.
-    """
-
-    name: str
-    layer: int
-    pool: str
-    size: int
+    name: str  # layer<number>_<pool>
+    layer: int  # the block, from 0
+    pool: str  # as in :func:`beit.inference.extract_feat`
+    size: int  # its length
 
 
 class FrozenFeatures:

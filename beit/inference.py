@@ -111,13 +111,10 @@ def extract_feat(
 def pool_tokens(tokens: Tensor, pool: str, grid_size: tuple[int, int]) -> Tensor:
     """Pools the tokens ``(B, 1 + h * w, D)`` of a block as :func:`extract_feat` describes."""
     patches = tokens[:, 1:]
-    if pool == "mean":
-        return patches.mean(dim=1)
-    if pool == "cls":
-        return tokens[:, 0]
-    if pool == "cls_mean":
-        return torch.cat((tokens[:, 0], patches.mean(dim=1)), dim=-1)
-    return rearrange(patches, "b (h w) d -> b d h w", h=grid_size[0])
+    if pool == "map":
+        return rearrange(patches, "b (h w) d -> b d h w", h=grid_size[0])
+    pooled = {"cls": lambda: tokens[:, 0], "mean": lambda: patches.mean(dim=1)}
+    return torch.cat([pooled[part]() for part in pool.split("_")], dim=-1)
 
 
 def known_pool(pool: str) -> str:

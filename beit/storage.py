@@ -198,11 +198,8 @@ def load_checkpoint(path: str | os.PathLike[str], mmap: bool = False) -> Any:
     """Reads a checkpoint to the CPU without running any code in it: what was saved, or a dict for safetensors.
 
     Tensors, plain Python values and ``argparse.Namespace`` (the ``args`` of official checkpoints) are read. Objects of
-    other classes are left out with a warning; their dicts and lists become plain ones.
-
-    Args:
-        path: The file, of any suffix.
-        mmap: Map tensors from disk instead of reading and checking them; ignored for files older than the zip format.
+    other classes are left out with a warning; their dicts and lists become plain ones. With ``mmap`` tensors are mapped
+    from disk instead of read and checked, but for files older than the zip format.
 
     Raises:
         InputError: There is no such file, or it is not a checkpoint; the message says what it is.

@@ -50,8 +50,7 @@ def convert(source: str | Path, destination: Path, to: str, model_key: str = "",
     _check_destination(destination, to, dialect)
     _check_replaced(resolve_source(source), destination)
     weights, metadata = read_weights(source, model_key, prefix)
-    if is_segmentor(weights):
-        check_segmentors(to, dialect.segmentors, metadata)
+    check_segmentors(to, dialect.segmentors, metadata)
     if (target := metadata.get("target", VISUAL_TOKENS)) != VISUAL_TOKENS and to != "unilm":
         logger.warning("the head of %s predicts %s, which %s takes for a vocabulary", source, target, to)
     model = whole_model(weights, metadata)
@@ -100,7 +99,7 @@ def _check_replaced(source: Path, destination: Path) -> None:
 
 def check_segmentors(to: str, supported: bool, metadata: Metadata) -> None:
     """Raises an :class:`InputError` for a segmentor unless the format has heads of segmentation."""
-    if not supported:
+    if metadata.get("segmentation") and not supported:
         able = ", ".join(name for name, dialect in dialects().items() if dialect.segmentors)
         raise InputError(f"{metadata['source']} is a segmentor, which --to {to} cannot hold: choose {able}")
 

@@ -54,8 +54,7 @@ def export_graph(
     if missing := [name for name in form.needs if importlib.util.find_spec(name) is None]:
         raise InputError(f"--to {to} needs more packages, pip install {' '.join(missing)}; --to torch_export does not")
     model, metadata = open_checkpoint(source, model_key, prefix)
-    if metadata.get("segmentation"):
-        check_segmentors(to, False, metadata)
+    check_segmentors(to, False, metadata)
     if form.attention:
         model.set_attention(form.attention)
     graph = Features(model) if features or not hasattr(model, "head") else model

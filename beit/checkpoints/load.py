@@ -63,20 +63,18 @@ class KeyReport:
 
     def summary(self) -> str:
         """Returns the report as one line."""
-        parts = [f"{counted(len(self.loaded), 'tensor')} loaded from {self.source}"]
-        if self.expanded:
-            parts.append(f"its shared bias table copied into {counted(self.expanded, 'block')}")
-        if self.resized:
-            parts.append(f"{len(self.resized)} resized ({', '.join(sorted(set(self.resized.values())))})")
         reasons: dict[str, list[str]] = {}
         for name, reason in self.dropped.items():
             reasons.setdefault(reason, []).append(name)
-        parts += [f"dropped ({reason}): {listed(names)}" for reason, names in reasons.items()]
-        if self.missing:
-            parts.append(f"not in the checkpoint: {listed(self.missing)}")
-        if self.unexpected:
-            parts.append(f"no place in the model: {listed(self.unexpected)}")
-        return "; ".join(parts)
+        parts = {
+            f"{counted(len(self.loaded), 'tensor')} loaded from {self.source}": True,
+            f"its shared bias table copied into {counted(self.expanded, 'block')}": self.expanded,
+            f"{len(self.resized)} resized ({', '.join(sorted(set(self.resized.values())))})": self.resized,
+            **{f"dropped ({reason}): {listed(names)}": True for reason, names in reasons.items()},
+            f"not in the checkpoint: {listed(self.missing)}": self.missing,
+            f"no place in the model: {listed(self.unexpected)}": self.unexpected,
+        }
+        return "; ".join(part for part, applies in parts.items() if applies)
 
 
 def load_pretrained(

@@ -146,7 +146,8 @@ def _fetch_from_hub(repository: str, revision: str | None) -> Path:
         from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     except ImportError as error:
-        raise InputError(f"{repository} is no file here; for the hub's, pip install huggingface_hub") from error
+        advice = "models of the Hugging Face hub need huggingface_hub: pip install huggingface_hub"
+        raise InputError(f"{repository} is no file here; {advice}") from error
     cache = beit_home() / "hub" if os.environ.get("BEIT_HOME") else None
     where: dict[str, Any] = {"cache_dir": cache, "revision": revision}
 
