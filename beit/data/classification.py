@@ -26,7 +26,7 @@ from beit.data.preprocessing import default_crop_pct
 from beit.data.transforms import (
     INTERPOLATIONS,
     Size,
-    crop_and_resize,
+    drawn_interpolation,
     known_interpolation,
     normalize,
     random_box,
@@ -227,7 +227,8 @@ class ClassificationTransform:
     def _crop(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         if not is_native(image, self.size):
             box = random_box(image.size, self.scale, self.ratio, rng)
-            return crop_and_resize(image, box, self.size, self.interpolation, rng)
+            how = INTERPOLATIONS[drawn_interpolation(self.interpolation, rng)]
+            return F.resized_crop(image, *box, list(self.size), how)
         top, left = rng.integers(2 * NATIVE_PADDING + 1, size=2).tolist()
         return F.crop(F.pad(image, [NATIVE_PADDING] * 4), top, left, *self.size)
 
