@@ -36,7 +36,6 @@ from beit.errors import InputError, listed
 
 logger = logging.getLogger(__name__)
 
-DATA_SETS = ("CIFAR", "IMNET", "image_folder", "CIFAR10")  # the first three have their official names
 CIFAR = {"CIFAR": datasets.CIFAR100, "CIFAR10": datasets.CIFAR10}
 ERASING_MODES = ("pixel", "rand", "const")
 
@@ -47,19 +46,12 @@ LONGEST = 16  # times the shorter side: what is cut off is never shown
 
 @dataclass(frozen=True)
 class ArrayImages:
-    """Images held in memory, with the methods of an ``ImageIndex``.
+    """Images held in memory, with the methods of an ``ImageIndex``."""
 
-    Args:
-        images: uint8 ``(N, H, W, 3)``.
-        class_ids: int64 ``(N,)``, positions in ``class_names``.
-        class_names: The names of the classes.
-        root: Where the images are from, for messages.
-    """
-
-    images: NDArray[np.uint8]
-    class_ids: NDArray[np.int64]
+    images: NDArray[np.uint8]  # (N, H, W, 3)
+    class_ids: NDArray[np.int64]  # (N,), positions in class_names
     class_names: tuple[str, ...]
-    root: str
+    root: str  # where the images are from, for messages
 
     def __len__(self) -> int:
         return len(self.images)
@@ -178,11 +170,9 @@ class ClassificationTransform:
         interpolation: How the crop is resized: bicubic, bilinear, nearest, lanczos, or random.
         auto_augment: timm's name of a policy, such as ``rand-m9-mstd0.5-inc1``; empty or ``none`` for none.
         color_jitter: Without a policy, brightness, contrast and saturation change by a factor in ``1 ± color_jitter``.
-        erasing: Probability that parts of an image are erased.
+        erasing: Probability that up to ``erasing_count`` rectangles of an image are erased.
         erasing_mode: ``pixel``: with normal noise, ``rand``: with one random colour, ``const``: with the mean.
-        erasing_count: Most rectangles erased per image.
-        scale: Range of the crop's share of the image area.
-        ratio: Range of the crop's width over height.
+        scale: Range of the crop's share of the image area; ``ratio`` is that of its width over height.
 
     Raises:
         InputError: A setting is out of range or unknown.
@@ -238,7 +228,7 @@ class ClassificationEvalTransform:
 
     Args:
         input_size: ``(H, W)`` or one number, in pixels.
-        interpolation: How the image is resized.
+        interpolation: How the image is resized; not ``random``.
         crop_pct: Share of the resized shorter side that is shown; None is 0.875, and 1 from 384 pixels on.
         crop_mode: ``center``; ``squash`` resizes to the input's aspect ratio, which shows all of the image distorted.
 

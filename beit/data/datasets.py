@@ -118,18 +118,16 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     def _readable(self, epoch: int, index: int) -> tuple[Read, int, tuple[tuple[int, str], ...]]:
         unreadable: list[tuple[int, str]] = []
-        for attempt in range(REPLACEMENT_TRIES + 1):
-            candidate = index
-            if attempt:
-                stream = random_stream(self.seed, epoch, index, attempt, purpose="replacement")
-                candidate = int(stream.integers(len(self)))
+        candidate = index
+        for attempt in range(1, REPLACEMENT_TRIES + 2):
             try:
                 return self._read(candidate, epoch, index), candidate, tuple(unreadable)
             except UnreadableImageError as error:
                 unreadable.append((candidate, str(error)))
-        first, reason = unreadable[0]
-        count = len(unreadable)
-        raise InputError(f"{count} images in a row cannot be read, the first: {self.index.path(first)} ({reason})")
+            stream = random_stream(self.seed, epoch, index, attempt, purpose="replacement")
+            candidate = int(stream.integers(len(self)))
+        reason = f"{self.name(index)} ({unreadable[0][1]})"
+        raise InputError(f"{len(unreadable)} images in a row cannot be read, the first: {reason}")
 
     def _read(self, number: int, epoch: int, index: int) -> Read:
         """Decodes image ``number`` for the sample ``(epoch, index)``."""
@@ -222,18 +220,11 @@ def read_pixels(
 ) -> tuple[Tensor, tuple[int, int] | None]:
     """Decodes an image file as :func:`read_image` does, a JPEG file at a smaller scale where that is enough.
 
-    The decoder then computes only the lower frequencies. The views differ slightly from those of the whole image: the
-    filter is another, and a region starts at a whole pixel of the reduced image, up to half a pixel of a view off.
+    ``reduction`` maps an image size ``(width, height)`` to the allowed downscale factor: 1, 2, 4 or 8. The decoder then
+    computes only the lower frequencies. The views differ slightly from those of the whole image: the filter is another,
+    and a region starts at a whole pixel of the reduced image, up to half a pixel of a view off.
 
-    Args:
-        path: The file, or one opened for reading.
-        reduction: Maps an image size ``(width, height)`` to the allowed downscale factor (1, 2, 4 or 8); None for 1.
-
-    Returns:
-        uint8 ``(3, h, w)``, channels last in memory; and ``(width, height)`` of the file if it was reduced.
-
-    Raises:
-        UnreadableImageError: See :func:`read_image`.
+    Returns uint8 ``(3, h, w)``, channels last in memory; and ``(width, height)`` of the file if it was reduced.
     """
     with opened_image(path) as image:
         full_size = None if reduction is None or image.format != "JPEG" else _reduce(image, reduction)
