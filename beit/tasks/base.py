@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import nn
 
+from beit.checkpoints.released import resolve
 from beit.config import dump_yaml, read_settings, to_plain
 from beit.data.classification import LabelledImages, check_classes, find_images
 from beit.data.datasets import ImageIndex, index_images
@@ -146,6 +147,7 @@ class Task(ABC, Generic[ConfigT]):
             evaluate_every=config.eval_freq * steps,
             evaluate_average=self.evaluate_average,
             best_metric=self.best_metric,
+            save=getattr(config, "save_ckpt", True),
             seed=config.seed,
         )
 
@@ -173,10 +175,6 @@ class Task(ABC, Generic[ConfigT]):
     def extras(self) -> Mapping[str, object]:
         """Returns what checkpoints record besides the training state; see :data:`beit.training.meaning.FACTS`."""
         return {}
-
-    def resume_path(self) -> str:
-        """Returns the checkpoint that was named to resume from, if any."""
-        return self.config.resume
 
     def sharded_layers(self, model: nn.Module) -> Iterable[nn.Module]:
         """Returns the layers that ``--shard fsdp`` gathers one by one."""
@@ -215,8 +213,9 @@ class Task(ABC, Generic[ConfigT]):
             "world_size": self.session.world_size,
             "num_workers": config.num_workers,
             "pin_memory": config.pin_mem and self.device.type == "cuda",
+            "shuffle": training,
+            "drop_last": training,
             "max_unreadable": config.max_unreadable,
-            **({} if training else {"shuffle": False, "drop_last": False}),
         }
         return EpochLoader(dataset, **{**arguments, **options})
 
@@ -256,7 +255,8 @@ def run(task: Task[Any]) -> None:
         )
         task.loader.while_waiting = trainer.look_up
         start_epoch = task.config.start_epoch if isinstance(task.config, EpochOptions) else 0
-        session.resume(trainer, path=task.resume_path(), auto=task.config.auto_resume, start_epoch=start_epoch)
+        path = str(resolve(task.config.resume)) if task.config.resume else ""
+        session.resume(trainer, path=path, auto=task.config.auto_resume, start_epoch=start_epoch)
         for line in (*task.summary(), plan(task.config, trainer)):
             logger.info("%s", line)
         trainer.fit()
@@ -333,15 +333,8 @@ def find_labelled(
 ) -> tuple[LabelledImages | None, LabelledImages | None, tuple[str, ...]]:
     """Returns training images, validation images (each None if not wanted) and class names.
 
-    Args:
-        config: Where they are.
-        nb_classes: Number of classes that must be found; 0 takes what is there.
-        trains: Whether training images are wanted.
-        evaluates: Whether validation images are wanted.
-        download: Whether a missing CIFAR archive may be fetched.
-
-    Raises:
-        InputError: Images are missing, or their classes are not as they should be.
+    Raises :class:`InputError` if images are missing, or have not ``nb_classes`` classes (0 takes what is there).
+    With ``download``, a missing CIFAR archive is fetched.
     """
 
     def find(train: bool) -> LabelledImages:

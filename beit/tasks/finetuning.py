@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from beit.checkpoints.heads import match_classes
 from beit.checkpoints.load import load_pretrained, load_weights
 from beit.checkpoints.read import preparation_of, read_weights
-from beit.checkpoints.released import resolve
 from beit.data.classification import ClassificationEvalTransform, ClassificationTransform, labelled_dataset
 from beit.data.loaders import EpochLoader
 from beit.data.preprocessing import normalization
@@ -43,7 +42,7 @@ from beit.training.compilation import uncompiled
 from beit.training.loop import to_device
 from beit.training.optim import parameter_groups
 from beit.training.precision import Precision
-from beit.training.state import Average, Batch, LoopSettings, StepFunction
+from beit.training.state import Average, Batch, StepFunction
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +118,7 @@ class Finetuning(Task[FinetuningConfig]):
     def build_objective(self) -> StepFunction:
         """Returns the loss, with mixup and cutmix where they are asked for."""
         config = self.config
-        mixup: Mixup | None = Mixup(
+        mixup = Mixup(
             mixup_alpha=config.mixup,
             cutmix_alpha=config.cutmix,
             cutmix_minmax=config.cutmix_minmax,
@@ -129,8 +128,7 @@ class Finetuning(Task[FinetuningConfig]):
             label_smoothing=config.smoothing,
             num_classes=len(self.class_names),
         )
-        mixup = mixup if config.mixes else None
-        return Classification(self.mean, self.std, smoothing=config.smoothing, mixup=mixup)
+        return Classification(self.mean, self.std, config.smoothing, mixup if config.mixes else None)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Returns the parameters with a learning rate of their own for each layer."""
@@ -147,14 +145,6 @@ class Finetuning(Task[FinetuningConfig]):
             num_layers=model.get_num_layers(),
             layer_decay=config.layer_decay,
         )
-
-    def loop_settings(self) -> LoopSettings:
-        """Returns the loop's settings, which may be to write no checkpoints."""
-        return dataclasses.replace(super().loop_settings(), save=self.config.save_ckpt)
-
-    def resume_path(self) -> str:
-        """Returns ``--resume``, which may be a released name or an address."""
-        return str(resolve(self.config.resume)) if self.config.resume else ""
 
     def build_average(self) -> Average | None:
         """Returns the moving average of the weights, if there is one."""
@@ -289,15 +279,11 @@ def build_model(config: FinetuningConfig, num_classes: int) -> VisionTransformer
 class Classification:
     """The objective: cross-entropy with smoothed or mixed labels.
 
-    Args:
-        mean: Mean of the model's input, per channel.
-        std: Standard deviation of the model's input, per channel.
-        smoothing: Label smoothing, the share of the target that is spread over all classes.
-        mixup: timm's mixup and cutmix, which also smooths; it draws from NumPy's global generator, seeded per step.
+    timm's mixup and cutmix, which also smooth, draw from NumPy's global generator, seeded per step.
     """
 
     def __init__(
-        self, mean: tuple[float, ...], std: tuple[float, ...], *, smoothing: float = 0.0, mixup: Mixup | None = None
+        self, mean: tuple[float, ...], std: tuple[float, ...], smoothing: float = 0.0, mixup: Mixup | None = None
     ) -> None:
         self._mean, self._std = mean, std
         self.mixup = mixup

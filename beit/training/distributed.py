@@ -23,10 +23,7 @@ T = TypeVar("T")
 def select_device(name: str, local_rank: int, bound: bool = False) -> torch.device:
     """Returns the device of this process; without the accelerator asked for, the CPU, with a warning.
 
-    Args:
-        name: ``cuda``, ``cpu`` or ``mps``.
-        local_rank: Number of the process on its machine.
-        bound: Whether a scheduler may show each process only its own GPU.
+    ``bound`` is whether a scheduler may show each process only its own GPU.
 
     Raises:
         InputError: More processes than GPUs on this machine.

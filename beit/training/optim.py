@@ -32,16 +32,9 @@ def parameter_groups(
     1-D parameters, ``*.bias`` and the names in ``no_decay`` get no weight decay. With ``layer_id`` the learning rate of
     layer ``i`` is scaled by ``layer_decay ** (num_layers + 1 - i)``.
 
-    Args:
-        model: The module whose parameters are sorted.
-        weight_decay: Decay of the other parameters.
-        no_decay: Parameter names without decay.
-        layer_id: Maps a parameter name to its layer, from 0 (embeddings) to ``num_layers + 1`` (heads).
-        num_layers: Number of Transformer blocks.
-        layer_decay: Factor from one layer to the one below.
+    ``layer_id`` maps a parameter name to its layer, from 0 (embeddings) to ``num_layers + 1`` (heads).
 
-    Returns:
-        Groups with ``params``, ``lr_scale``, ``weight_decay`` and ``decays`` (whether a schedule changes the decay).
+    Returns groups with ``params``, ``lr_scale``, ``weight_decay`` and ``decays``: whether a schedule changes the decay.
 
     Source: BEiT (arXiv 2106.08254), section 3.1 and appendix; the official scripts' grouping.
     """
@@ -51,12 +44,7 @@ def parameter_groups(
             continue
         decays = parameter.ndim > 1 and not name.endswith(".bias") and name not in no_decay
         scale = layer_decay ** (num_layers + 1 - layer_id(name)) if layer_id else 1.0
-        fresh = {
-            "params": [],
-            "lr_scale": scale,
-            "weight_decay": weight_decay if decays else 0.0,
-            "decays": decays,
-        }
+        fresh = {"params": [], "lr_scale": scale, "weight_decay": weight_decay * decays, "decays": decays}
         groups.setdefault((scale, decays), fresh)["params"].append(parameter)
     return list(groups.values())
 
@@ -113,14 +101,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Checkpoint, class_na
     State is per parameter, and for some optimizers per group (LAMB's step count): a group's entry is a setting if it is
     an argument of the optimizer or set by :func:`parameter_groups`.
 
-    Args:
-        optimizer: Over the same parameters, in the same groups.
-        state: The ``state_dict`` of the checkpoint's optimizer.
-        class_name: The class of that optimizer; None if not recorded.
-        source: The checkpoint, for messages.
-
     Raises:
-        InputError: It was another optimizer, or over other parameters.
+        InputError: It was another optimizer (``class_name``; None if not recorded), or over other parameters.
     """
     own = type(optimizer).__name__
     if class_name not in (None, own):

@@ -13,21 +13,13 @@ PATIENCE = 30.0  # minutes that processes wait for one another, if nothing else 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a process stands among the processes of a run.
-
-    Args:
-        rank: Number of the process among all.
-        world_size: Number of processes.
-        local_rank: Number of the process on its machine, and of its GPU.
-        init_method: Where the processes meet: ``env://`` or ``tcp://host:port``.
-        bound: Whether a scheduler started it, which may show each process only its own GPU.
-    """
+    """Where a process stands among the processes of a run."""
 
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0
-    init_method: str = "env://"
-    bound: bool = False
+    local_rank: int = 0  # number of the process on its machine, and of its GPU
+    init_method: str = "env://"  # where the processes meet; else tcp://host:port
+    bound: bool = False  # a scheduler started it, which may show each process only its own GPU
 
 
 def find_placement(

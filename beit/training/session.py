@@ -99,17 +99,8 @@ def open_session(
 ) -> Iterator[Session]:
     """Opens a run: finds its place among the processes, its device and its folder, and seeds the generators.
 
-    Args:
-        device: ``cuda``, ``cpu`` or ``mps``.
-        output_dir: The run folder; empty to write nothing, None for a job that has nothing to write.
-        settings: The run's settings, written there as ``config.yaml``.
-        seed: Seed of the initialisation, the same on all processes.
-        keep_checkpoints: Epoch checkpoints to keep; 0 keeps all.
-        deterministic: Whether to compute with deterministic kernels where there are any.
-        local_rank: What old launchers pass as ``--local_rank``.
-        dist_url: Where the processes meet.
-        use_open_mpi: Whether ``mpirun`` started the processes.
-        patience: Minutes that processes wait for one another.
+    Arguments are those of :class:`beit.tasks.settings.RunOptions`, and ``settings`` all of a run as YAML. Without
+    ``output_dir`` nothing is written, with a warning unless it is None, for a job that has nothing to write.
 
     Raises:
         InputError: The folder cannot be used, or the launcher's environment is incomplete.
