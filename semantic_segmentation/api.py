@@ -49,8 +49,6 @@ def init_model(
     Raises:
         InputError: Neither is given, a file does not exist, or the checkpoint is no segmentor or not the config's.
     """
-    if checkpoint is None and config is None:
-        raise InputError("init_model needs a checkpoint or a config")
     opened = None if checkpoint is None else read_weights(os.fspath(checkpoint))
     if config is not None:
         settings = read_test([os.fspath(config), "-"])
@@ -63,6 +61,8 @@ def init_model(
             load_segmentor(segmentor, *opened, str(checkpoint))
     elif opened is not None:
         segmentor = segmentor_from(*opened)
+    else:
+        raise InputError("init_model needs a checkpoint or a config")
     return segmentor.to(select_device(str(device), 0)).eval()
 
 
@@ -105,13 +105,7 @@ def show_result_pyplot(
 ) -> "Figure":
     """Returns a matplotlib figure of an image, its segmentation and a legend; notebooks show it, no window is opened.
 
-    Args:
-        model: From :func:`init_model`; its checkpoint names the classes.
-        image: The image, as for :func:`inference_model`.
-        result: Classes ``(H, W)`` from :func:`inference_model`.
-        opacity: Opacity of the colours over the image, from 0 to 1.
-        title: A line above all.
-        out_file: A PNG or SVG file to write as well.
+    The result is that of :func:`inference_model`; ``out_file`` is a PNG or SVG file to write as well.
 
     Raises:
         InputError: Image and result differ in size, or the file cannot be written.

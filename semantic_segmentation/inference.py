@@ -61,33 +61,21 @@ def statistics_of(metadata: Mapping[str, Any], num_classes: int) -> Statistics:
 
 @dataclass(frozen=True)
 class TestSettings:
-    """How an image is tested.
+    """How an image is tested; raises :class:`InputError` for a setting that cannot work.
 
-    Args:
-        mode: ``slide``: in windows of the model's training size; ``whole``: at once, with resized position biases.
-        crop: Window height and width, in pixels.
-        stride: Distance between windows, down and to the right, in pixels.
-        image_scale: The image is resized, keeping its aspect ratio, so that its long side is at most the larger and
-            its short side at most the smaller number, in pixels.
-        ratios: Factors on ``image_scale`` whose results are averaged.
-        flip: Average with the results for the mirrored image too.
-        short_at_least: Never resize the short side below this, in pixels, as in the official multi-scale test; the
-            long side is then not limited. 0 for no such bound.
-        batch_size: Windows per batch, also of several images; whole images are batched up to as many pixels. Affects
-            speed and memory, not the result.
-
-    Raises:
-        InputError: A setting that cannot work.
+    An image is resized, keeping its aspect ratio, so that its long side is at most the larger and its short side at
+    most the smaller number of ``image_scale``. With ``short_at_least`` the short side is never resized below that, and
+    the long side not limited, as in the official multi-scale test.
     """
 
-    mode: str = "slide"
-    crop: tuple[int, int] = (512, 512)
-    stride: tuple[int, int] = (341, 341)
-    image_scale: tuple[int, int] = (2048, 512)
-    ratios: tuple[float, ...] = (1.0,)
-    flip: bool = False
-    short_at_least: int = 0
-    batch_size: int = 4
+    mode: str = "slide"  # in windows of the model's training size; whole: at once, with resized position biases
+    crop: tuple[int, int] = (512, 512)  # height and width of a window, in pixels
+    stride: tuple[int, int] = (341, 341)  # between windows, down and to the right, in pixels
+    image_scale: tuple[int, int] = (2048, 512)  # pixels
+    ratios: tuple[float, ...] = (1.0,)  # factors on image_scale whose results are averaged
+    flip: bool = False  # average with the results for the mirrored image too
+    short_at_least: int = 0  # pixels; 0 for no such bound
+    batch_size: int = 4  # windows, also of several images; affects speed and memory, not the result
 
     def __post_init__(self) -> None:
         if self.mode not in TEST_MODES:

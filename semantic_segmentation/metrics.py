@@ -13,12 +13,7 @@ IGNORED = 255  # label of pixels that no loss and no metric counts
 
 
 class Confusion:
-    """A confusion matrix over many images, kept on the device: on a GPU an update waits for nothing.
-
-    Args:
-        num_classes: Number of classes, ``K``.
-        device: Device of the counts; predictions and labels are moved there.
-    """
+    """A confusion matrix over many images, ``K`` classes, kept on the device: on a GPU an update waits for nothing."""
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
         self.num_classes = num_classes
@@ -57,21 +52,13 @@ class Confusion:
 
 @dataclass(frozen=True)
 class SegmentationScores:
-    """Results over a data set, as fractions in [0, 1].
+    """Results over a data set, as fractions in [0, 1]."""
 
-    Attributes:
-        mIoU: Mean of ``iou`` over the classes that have one.
-        mAcc: Mean of ``accuracy`` over the classes that have one.
-        aAcc: Pixel accuracy over all labelled pixels; nan without any.
-        iou: Intersection over union per class; nan for a class that is neither labelled nor predicted anywhere.
-        accuracy: Recall per class; nan for a class that is not labelled anywhere.
-    """
-
-    mIoU: float
-    mAcc: float
-    aAcc: float
-    iou: tuple[float, ...]
-    accuracy: tuple[float, ...]
+    mIoU: float  # mean of iou over the classes that have one
+    mAcc: float  # mean of accuracy over the classes that have one
+    aAcc: float  # pixel accuracy over all labelled pixels; nan without any
+    iou: tuple[float, ...]  # per class; nan where one is neither labelled nor predicted anywhere
+    accuracy: tuple[float, ...]  # recall per class; nan where one is not labelled anywhere
 
     def table(self, names: Sequence[str]) -> str:
         """Returns a text table: a line per class and one for the means, in percent."""

@@ -88,13 +88,9 @@ def save_png(path: str | Path, picture: Image.Image) -> None:
 
 
 def overlay(image: Tensor, prediction: Tensor, colours: Sequence[Colour], opacity: float = OPACITY) -> Tensor:
-    """Returns an image with the classes painted over it, uint8 ``(3, H, W)`` in host memory.
+    """Returns an image, uint8 ``(3, H, W)``, with the colours of classes or labels ``(H, W)`` over it, in host memory.
 
-    Args:
-        image: uint8 ``(3, H, W)``.
-        prediction: Classes or a label map, ``(H, W)``; pixels of 255 are left as they are.
-        colours: Red, green and blue of each class, 0 to 255.
-        opacity: From 0, only the image, to 1, only the colours.
+    Opacity goes from 0, only the image, to 1, only the colours; pixels of 255 are left as they are.
 
     Raises:
         InputError: The two differ in size, or a class has no colour.
@@ -122,15 +118,9 @@ def result_figure(
     opacity: float = OPACITY,
     title: str = "",
 ) -> "Figure":
-    """Draws an image, its segmentation, the labels if there are any, and a legend; raises as :func:`overlay` does.
+    """Draws an image, uint8 ``(3, H, W)``, its segmentation, ``(H, W)``, the labels if there are any, and a legend.
 
-    Args:
-        image: uint8 ``(3, H, W)``.
-        prediction: Classes, ``(H, W)``.
-        classes: Names and colours.
-        label: The labels, ``(H, W)``, 255 for none.
-        opacity: As for :func:`overlay`.
-        title: A line above all.
+    Raises as :func:`overlay` does.
     """
     maps = {"prediction": prediction} if label is None else {"prediction": prediction, "label": label}
     painted = {name: overlay(image, map_, classes.colours, opacity) for name, map_ in maps.items()}
@@ -141,8 +131,7 @@ def result_figure(
 
 def occurring(maps: Sequence[Tensor], num_classes: int) -> list[int]:
     """Returns the classes that are visible in label maps, integers ``(H, W)`` each, sorted by size."""
-    counts = (torch.bincount(map_[map_ != IGNORED].cpu().long(), minlength=num_classes) for map_ in maps)
-    pixels = torch.stack(list(counts))
-    enough = SMALLEST_SHARE * maps[0].numel()
-    seen = [number for number in range(num_classes) if pixels[:, number].max() > enough]
-    return sorted(seen, key=lambda number: -int(pixels[:, number].sum()))
+    counts = [torch.bincount(map_[map_ != IGNORED].cpu().long(), minlength=num_classes) for map_ in maps]
+    pixels = torch.stack(counts)
+    seen = pixels.amax(dim=0) > SMALLEST_SHARE * maps[0].numel()
+    return [number for number in pixels.sum(dim=0).argsort(descending=True, stable=True).tolist() if seen[number]]

@@ -42,22 +42,16 @@ Stamps = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class ImageIndex:
-    """The images in a folder, a list or shards, at about 50 bytes each; made by :func:`index_images`.
+    """The images in a folder, a list or shards, at about 50 bytes each; made by :func:`index_images`."""
 
-    Attributes:
-        root: Absolute path of the folder, or of the folder that has the list or the shards.
-        class_names: The folders directly below ``root`` if every image is in one, or the shards' classes; else empty.
-        left_out: What was found there and not taken, such as ``12 .txt``.
-    """
-
-    root: str
-    class_names: tuple[str, ...]
+    root: str  # absolute path of the folder, or of the folder that has the list or the shards
+    class_names: tuple[str, ...]  # the folders below root if every image is in one, or the shards' classes; else empty
     _folders: Strings = field(repr=False)  # relative to the root; the shards, if there are members
     _class_of_folder: NDArray[np.int32] = field(repr=False)
     _names: Strings = field(repr=False)
     _folder_of: NDArray[np.int32] = field(repr=False)
     _members: Members | None = field(repr=False, default=None)
-    left_out: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()  # what was found there and not taken, such as "12 .txt"
     _reader: ShardReader = field(repr=False, compare=False, default_factory=ShardReader)
 
     def __len__(self) -> int:

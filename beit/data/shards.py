@@ -103,17 +103,11 @@ def did_you_mean_file(path: str | os.PathLike[str]) -> str:
 
 @dataclass(frozen=True)
 class Members:
-    """Where images are in their shards.
+    """Where images are in their shards, and their classes, ``(N,)`` each."""
 
-    Attributes:
-        offsets: Of the first byte, int64 ``(N,)``.
-        lengths: In bytes, int64 ``(N,)``.
-        labels: Class numbers, int32 ``(N,)``; -1 where there is none.
-    """
-
-    offsets: NDArray[np.int64]
-    lengths: NDArray[np.int64]
-    labels: NDArray[np.int32]
+    offsets: NDArray[np.int64]  # of the first byte
+    lengths: NDArray[np.int64]  # in bytes
+    labels: NDArray[np.int32]  # -1 for none
 
 
 def scan(paths: Sequence[str], extensions: Sequence[str]) -> tuple[Strings, NDArray[np.int32], Members, Counter[str]]:

@@ -24,21 +24,13 @@ Entry = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a diagram.
+    """One line of a diagram."""
 
-    Attributes:
-        label: Its name in the legend.
-        epochs: Epoch numbers, from 1, or optimizer steps.
-        values: One number for each.
-        run: Number of the run, from 0; with several runs, the curves of a run share a colour.
-        unit: What ``epochs`` counts, ``epoch`` or ``step``.
-    """
-
-    label: str
-    epochs: list[int]
+    label: str  # in the legend
+    epochs: list[int]  # from 1, or optimizer steps
     values: list[float]
-    run: int = 0
-    unit: str = "epoch"
+    run: int = 0  # from 0; with several runs, the curves of a run share a colour
+    unit: str = "epoch"  # what epochs counts, or "step"
 
     @property
     def part(self) -> str:
