@@ -6,12 +6,11 @@ other than ADE20K's. A label map has 8 bits per pixel, greys or palette indices;
 
 import colorsys
 import hashlib
-import itertools
 import logging
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,23 +119,16 @@ def named_classes(names: Sequence[str], colours: Sequence[Sequence[int]] = ()) -
 
 
 def _complete(colours: Sequence[Colour | None]) -> tuple[Colour, ...]:
-    """Returns the colours, with distinct new ones in place of those that are missing."""
-    taken = {colour for colour in colours if colour is not None}
-    new = (colour for colour in _distinct_colours() if colour not in taken)
-    return tuple(next(new) if colour is None else colour for colour in colours)
+    """Returns the colours, with distinct new ones, neighbours far apart in hue, in place of those that are missing."""
 
-
-def _distinct_colours() -> Iterator[Colour]:
-    """Yields endless distinct colours, neighbours far apart in hue."""
-    seen: set[Colour] = set()
-    for number in itertools.count():
+    def colour(number: int) -> Colour:
         # Steps of the golden ratio cover the circle of hues evenly, however many there will be.
         hue, depth = number * GOLDEN_RATIO % 1, number % 3
         red, green, blue = colorsys.hsv_to_rgb(hue, (0.85, 0.55, 1.0)[depth], (0.95, 0.85, 0.6)[depth])
-        colour = (round(red * 255), round(green * 255), round(blue * 255))
-        if colour not in seen:
-            seen.add(colour)
-            yield colour
+        return round(red * 255), round(green * 255), round(blue * 255)
+
+    new = (each for each in dict.fromkeys(map(colour, range(4 * IGNORED))) if each not in colours)
+    return tuple(next(new) if each is None else each for each in colours)
 
 
 def ade20k_classes() -> SegmentationClasses:
@@ -199,11 +191,10 @@ def find_pairs(images_dir: PathLike, annotations_dir: PathLike | None = None) ->
         return ImagePairs(tuple(images.values()), (), root)
     labels_root, labels = _by_stem(annotations_dir, "label maps", LABEL_MAPS)
     problems = []
-    sides = (
+    for these, those, what, other in (
         (images, labels, f"images in {root}", "label map"),
         (labels, images, f"label maps in {labels_root}", "image"),
-    )
-    for these, those, what, other in sides:
+    ):
         if alone := [stem for stem in these if stem not in those]:
             problems.append(f"{len(alone)} of {len(these)} {what} have no {other}: {listed(alone)}")
     if problems:
