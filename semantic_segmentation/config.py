@@ -1,6 +1,6 @@
 """The settings of segmentation, and the command lines of training and testing around them. Imports no torch.
 
-Settings have the names that they have in every job; mmsegmentation's flags and the names of earlier versions are aliases,
+Settings have the names that they have in every job; mmsegmentation's flags and earlier versions' names are aliases, and
 its keys are in ``official_keys.py``. Its iterations count batches: with ``update_freq`` 2, every second one ends in an
 optimizer step.
 """

@@ -12,7 +12,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ CLASS_LINE = re.compile(r"(.*?\S)(?:\s+(\d+\s+\d+\s+\d+))?")
 ALMOST_A_COLOUR = re.compile(r"((^|[\s,;(\[])-?[\d.]+[\s,;]+-?[\d.]+[)\]]?|#[0-9a-fA-F]{6})$")
 
 Colour = tuple[int, int, int]  # red, green, blue, 0 to 255
+# The image uint8 (3, h, w), the label map uint8 (h, w), the sample's generator.
 Transform = Callable[[tv_tensors.Image, tv_tensors.Mask, np.random.Generator], dict[str, Tensor]]
 PathLike = str | os.PathLike[str]
 
@@ -331,6 +332,7 @@ def check_numbers(path: Path, labels: NDArray[np.uint8], num_classes: int, reduc
     raise InputError(f"{path} has the label {largest}, but the {count} the labels {numbers}{hint}")
 
 
+@dataclass(eq=False)
 class SegmentationDataset(Dataset[dict[str, Any]]):
     """Images with their labels, addressed by ``(epoch, index)``: transformed for training, whole for testing.
 
@@ -340,36 +342,25 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
     Deviation: An unreadable image is not replaced but ends the run: hand-labelled data sets are small, and every image
     in them was looked at.
 
-    Args:
-        pairs: Images, with label maps if there is a transform.
-        transform: Called with the image uint8 ``(3, h, w)``, the label map uint8 ``(h, w)`` and the sample's NumPy
-            generator; returns a dict of tensors. None for whole images as decoded.
-        seed: The run's seed.
-        num_classes: Number of classes; labels are below it, or 255.
-        reduce_zero_label: Whether label 0 in the files is ignored; see :func:`reduce_zero`.
-
     Raises:
         InputError: There are no label maps or a single class to train on, or more classes than 8 bits can hold.
     """
 
-    def __init__(
-        self,
-        pairs: ImagePairs,
-        transform: Transform | None = None,
-        seed: int = 0,
-        *,
-        num_classes: int,
-        reduce_zero_label: bool,
-    ) -> None:
-        most = IGNORED - int(reduce_zero_label)
-        if not 1 <= num_classes <= most:
-            raise InputError(f"there can be 1 to {most} classes in label maps of 8 bits, got {num_classes}")
-        if transform is not None and num_classes == 1:
+    pairs: ImagePairs  # with label maps if there is a transform
+    transform: Transform | None = None  # None for whole images as decoded
+    seed: int = 0
+    _: KW_ONLY
+    num_classes: int  # labels are below it, or 255
+    reduce_zero_label: bool  # whether label 0 in the files is ignored, see reduce_zero
+
+    def __post_init__(self) -> None:
+        most, training = IGNORED - int(self.reduce_zero_label), self.transform is not None
+        if not 1 <= self.num_classes <= most:
+            raise InputError(f"there can be 1 to {most} classes in label maps of 8 bits, got {self.num_classes}")
+        if training and self.num_classes == 1:
             raise InputError("there is one class, so nothing to tell apart: name the others too, such as background")
-        if transform is not None and not pairs.labels:
-            raise InputError(f"training needs label maps; the images in {pairs.root} have none")
-        self.pairs, self.num_classes, self.reduce_zero_label = pairs, num_classes, reduce_zero_label
-        self.transform, self.seed = transform, seed
+        if training and not self.pairs.labels:
+            raise InputError(f"training needs label maps; the images in {self.pairs.root} have none")
 
     def __len__(self) -> int:
         return len(self.pairs)

@@ -87,13 +87,8 @@ def find_images(
 ) -> LabelledImages:
     """Finds the training or the validation images of a data set.
 
-    Args:
-        data_set: ``IMNET``: the folders ``train`` and ``val`` in ``data_path``; ``image_folder``: ``data_path`` and
-            ``eval_data_path`` themselves; ``CIFAR`` (which is CIFAR-100) and ``CIFAR10``: torchvision's archives.
-        data_path: The folder.
-        eval_data_path: The validation images of an ``image_folder``.
-        train: Training images, or else validation images.
-        download: Whether a missing CIFAR archive may be downloaded.
+    ``IMNET`` is the folders ``train`` and ``val`` in ``data_path``; ``image_folder`` is ``data_path`` and
+    ``eval_data_path`` themselves; ``CIFAR`` (which is CIFAR-100) and ``CIFAR10`` are torchvision's archives.
 
     Raises:
         InputError: The folder is missing, empty, not given, or has images outside class folders.
@@ -246,12 +241,9 @@ class ClassificationEvalTransform:
     ) -> None:
         if crop_mode not in ("center", "squash"):
             raise InputError(f"crop_mode {crop_mode!r}: must be center or squash")
-        self.crop_mode = crop_mode
-        self.size = size_pair(input_size)
-        if interpolation not in INTERPOLATIONS:
-            known_interpolation(interpolation)
+        if known_interpolation(interpolation) not in INTERPOLATIONS:
             raise InputError(f"evaluation cannot use a random interpolation: choose {', '.join(INTERPOLATIONS)}")
-        self.interpolation = interpolation
+        self.size, self.interpolation, self.crop_mode = size_pair(input_size), interpolation, crop_mode
         self.crop_pct = default_crop_pct(self.size) if crop_pct is None else crop_pct
         if not 0 < self.crop_pct <= 1:
             raise InputError(f"--crop_pct {self.crop_pct}: must be above 0 and at most 1")

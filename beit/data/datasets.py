@@ -65,23 +65,18 @@ class ImageDataset(Dataset[dict[str, Any]]):
     An image that cannot be read is replaced by another one, also chosen by ``(seed, epoch, index)``. The sample then
     has a key ``UNREADABLE`` for the loader to count: ``((index, reason), ...)``.
 
-    Args:
-        index: The images.
-        transform: Called with an RGB image and a NumPy generator; returns a dict of tensors. The image is Pillow's, or
-            uint8 ``(3, h, w)`` for a transform with a true attribute ``takes_pixels``.
-        seed: Of the run.
-        labels: Add a key ``LABEL``: the class of the image that is shown, int64 ``()``.
-        strict: Label the replacement of an unreadable image -1, so that an evaluation can leave it out.
-        fast_decode: Decode JPEG files at a half, a quarter or an eighth of their size if the transform shows no more
-            pixels than that: see :func:`read_pixels`. The transform must take pixels and have a method ``reduction``;
-            for a reduced image it gets a third argument, ``(width, height)`` of the file.
+    The transform is called with an RGB image and a NumPy generator, and returns a dict of tensors. The image is
+    Pillow's, or uint8 ``(3, h, w)`` for a transform with a true attribute ``takes_pixels``. With ``fast_decode``, JPEG
+    files are decoded at a half, a quarter or an eighth of their size if the transform shows no more pixels than that,
+    see :func:`read_pixels`; it must take pixels and have a method ``reduction``, and for a reduced image it gets a
+    third argument, ``(width, height)`` of the file.
     """
 
     index: Images
     transform: Transform
     seed: int = 0
-    labels: bool = False
-    strict: bool = False
+    labels: bool = False  # add a key LABEL: the class of the image that is shown, int64 ()
+    strict: bool = False  # label the replacement of an unreadable image -1, so that an evaluation can leave it out
     fast_decode: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:

@@ -72,38 +72,26 @@ class EpochLoader:
 
     Unreadable files are replaced by the data set; the loader logs each once, and stops the run if there are too many.
 
-    Args:
-        dataset: Samples by ``(epoch, index)``.
-        batch_size: Images per rank and batch.
-        seed: Determines the order.
-        rank: This process.
-        world_size: Number of processes.
-        num_workers: Worker processes that load ahead, kept from epoch to epoch; 0 loads in this process.
-        pin_memory: Put batches into page-locked memory, for asynchronous copies to a GPU.
-        shuffle: A new order every epoch; False keeps the data set's order.
-        drop_last: Drop the incomplete global batch at the end. Otherwise every image is seen exactly once, and ranks
-            may get different numbers of batches.
-        max_unreadable: Number of unreadable files tolerated; ``None`` is 1 % of the data set, at least 10.
-        while_waiting: Called every few seconds while no batch comes; may raise, to end the wait.
-        multiprocessing_context: How workers start: fork, forkserver, spawn, or ``None`` for the platform's default.
+    With ``drop_last`` the incomplete global batch at the end is dropped; without, every image is seen exactly once, and
+    ranks may get different numbers of batches.
 
     Raises:
         InputError: The batch size is not positive, or (with ``drop_last``) exceeds the data set.
     """
 
     dataset: EpochDataset
-    batch_size: int
-    seed: int = 0
+    batch_size: int  # images per rank and batch
+    seed: int = 0  # of the order
     rank: int = 0
     world_size: int = 1
-    num_workers: int = 0
-    pin_memory: bool = False
-    shuffle: bool = True
+    num_workers: int = 0  # processes that load ahead, kept from epoch to epoch; 0 loads in this process
+    pin_memory: bool = False  # page-locked memory, for asynchronous copies to a GPU
+    shuffle: bool = True  # a new order every epoch, not the data set's
     drop_last: bool = True
     _: KW_ONLY
-    max_unreadable: int | None = None
-    while_waiting: Callable[[], None] | None = None
-    multiprocessing_context: str | None = None
+    max_unreadable: int | None = None  # files tolerated; None is 1 % of the data set, at least 10
+    while_waiting: Callable[[], None] | None = None  # called every few seconds without a batch; may raise
+    multiprocessing_context: str | None = None  # fork, forkserver or spawn; None for the platform's default
 
     def __post_init__(self) -> None:
         size, ranks = len(self.dataset), self.world_size

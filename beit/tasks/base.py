@@ -132,19 +132,21 @@ class Task(ABC, Generic[ConfigT]):
 
     def loop_settings(self) -> LoopSettings:
         """Returns how long and how often, in optimizer steps; by default from epochs."""
-        config = self.config
-        assert isinstance(config, EpochOptions)
-        assert isinstance(config, BatchOptions)
-        steps = self.steps_per_epoch()
+        assert isinstance(self.config, EpochOptions)
+        return self.settings_for(self.config.epochs, Period("epoch", self.steps_per_epoch()))
+
+    def settings_for(self, periods: int, period: Period) -> LoopSettings:
+        """Returns the loop's settings for a number of periods, in which the other durations are given as well."""
+        config: Any = self.config
         return LoopSettings(
-            total_steps=config.epochs * steps,
-            period=Period("epoch", steps),
+            total_steps=periods * period.steps,
+            period=period,
             update_freq=config.update_freq,
-            clip_grad=config.clip_grad if isinstance(config, OptimizerOptions) else None,
+            clip_grad=getattr(config, "clip_grad", None),
             log_every=config.log_every,
-            save_every=config.save_ckpt_freq * steps,
+            save_every=config.save_ckpt_freq * period.steps,
             save_last_every=config.save_ckpt_steps,
-            evaluate_every=config.eval_freq * steps,
+            evaluate_every=config.eval_freq * period.steps,
             evaluate_average=self.evaluate_average,
             best_metric=self.best_metric,
             save=getattr(config, "save_ckpt", True),
