@@ -11,9 +11,10 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from multiprocessing.process import BaseProcess
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, Tensor]
 Unreadable = Sequence[tuple[int, str]]  # (index, reason) of each image that could not be read
+AnswerT = TypeVar("AnswerT")
 Loaded = tuple[Batch, Unreadable | InputError]  # an error is returned: raised, it would reach us as a traceback's text
 
 LOOK_EVERY, TELL_EVERY = 5, 60  # seconds of waiting for data
@@ -175,7 +177,7 @@ class EpochLoader:
     def _loaded(self) -> Iterator[Loaded]:
         try:
             self._begin()
-            while (loaded := self._next()) is not None:
+            while (loaded := self._answer(lambda: next(self._iterator, None))) is not None:
                 yield loaded
         except (RuntimeError, OSError, EOFError) as error:
             # A dead worker shows up as one of these, but so does an exception in a live one, which needs no comment.
@@ -191,41 +193,35 @@ class EpochLoader:
                 "(docker run --shm-size)"
             ) from error
 
-    def _next(self) -> Loaded | None:
-        """Returns the next batch, None after the last one; says now and then that none comes."""
-        start = time.monotonic()
-        told = TELL_EVERY
+    def _answer(self, ask: Callable[[], AnswerT]) -> AnswerT:
+        """Returns what the data loader answers, which its workers may be long in giving; see :meth:`_look`."""
+        self._asked, self._told = time.monotonic(), TELL_EVERY
         self._stalled = True  # until they answer, also if a signal ends the wait
-        while True:
-            try:
-                loaded = next(self._iterator, None)
-                self._stalled = False
-                return loaded
-            except RuntimeError as error:  # the time of the data loader is up, which changes nothing about it
-                if "timed out" not in str(error):
-                    raise
-            waited = time.monotonic() - start
-            if waited >= told:
-                logger.warning("no data for %.0f s: the data loading processes hang, or the storage does", waited)
-                told += TELL_EVERY
-            if self.while_waiting is not None:
-                self.while_waiting()
+        answer = ask()
+        self._stalled = False
+        return answer
+
+    def _look(self) -> None:
+        """Says now and then that no data come; called every few seconds of waiting."""
+        if (waited := time.monotonic() - self._asked) >= self._told:
+            logger.warning("no data for %.0f s: the data loading processes hang, or the storage does", waited)
+            self._told += TELL_EVERY
+        if self.while_waiting is not None:
+            self.while_waiting()
 
     def _begin(self) -> None:
         """Starts the iterator of an epoch and, the first time, the workers."""
         if self._loader is None:
             self._loader = self._data_loader()
         if self._workers:
-            # Workers that stay answer a reset, which must not time out: what has come by then would be lost.
-            iterator: Any = self._iterator
-            iterator._timeout, self._stalled = 0, True
-            self._iterator = iter(self._loader)
-            iterator._timeout, self._stalled = self._loader.timeout, False
+            self._iterator = self._answer(partial(iter, self._loader))  # once those that stay have been reset
             return
         before = set(multiprocessing.active_children())
         with _signals_undisturbed():
             self._iterator = iter(self._loader)
         self._workers = list(set(multiprocessing.active_children()) - before)
+        if self._workers:
+            _look_while_waiting(self._iterator, weakref.WeakMethod(self._look))
 
     def _require_turn(self, turn: int) -> None:
         if turn != self._turn:
@@ -244,7 +240,6 @@ class EpochLoader:
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             persistent_workers=workers,
-            timeout=LOOK_EVERY if workers else 0,
             multiprocessing_context=self.multiprocessing_context if workers else None,
             worker_init_fn=_start_worker,
             # Its own generator: otherwise each epoch would draw from the global one, and stopping in the middle of an
@@ -326,6 +321,19 @@ def _start_worker(_worker: int) -> None:
 
 def _ignore_once(_signal: int, _frame: FrameType | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _look_while_waiting(iterator: Any, look: "weakref.WeakMethod[Callable[[], None]]") -> None:
+    """Lets a data loader's iterator call ``look`` at intervals while it waits; its own timeout would lose what came."""
+    own, get = weakref.proxy(iterator), type(iterator)._try_get_data  # a cycle would leave the workers to the collector
+
+    def try_get_data(_timeout: float = 0) -> tuple[bool, Any]:
+        found: tuple[bool, Any] = get(own, LOOK_EVERY)
+        if not found[0] and (alive := look()) is not None:
+            alive()
+        return found
+
+    iterator._try_get_data = try_get_data
 
 
 def _close_at_exit(reference: "weakref.ref[EpochLoader]") -> None:
