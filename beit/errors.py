@@ -27,6 +27,11 @@ def printable(text: str) -> str:
     return re.sub("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", lambda it: it[0].encode("unicode_escape").decode(), text)
 
 
+def counted(number: int, noun: str) -> str:
+    """Returns a number with its noun, in the plural unless it is 1: ``1 process``, ``1,200 classes``."""
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith(('s', 'ch')) else 's'}"
+
+
 def listed(names: Iterable[object], most: int = 3) -> str:
     """Returns the first names separated by commas, and how many more there are."""
     words = [str(name) for name in names]

@@ -27,7 +27,7 @@ from torchvision.transforms.v2 import functional as F
 from beit.data.datasets import Key, UnreadableImageError, opened_image, orientation, sample_randomness, upright
 from beit.data.index import index_images
 from beit.data.shards import names_shards
-from beit.errors import InputError, listed
+from beit.errors import InputError, counted, listed
 from beit.inference import decoded
 from semantic_segmentation.metrics import IGNORED
 
@@ -325,7 +325,7 @@ def check_numbers(path: Path, labels: NDArray[np.uint8], num_classes: int, reduc
     first, largest = int(reduce_zero_label), int(labels[labels != IGNORED].max(initial=0))
     if largest < num_classes + first:
         return
-    count = "1 class has" if num_classes == 1 else f"{num_classes} classes have"
+    count = f"{counted(num_classes, 'class')} {'has' if num_classes == 1 else 'have'}"
     numbers = f"{first} to {num_classes - 1 + first} ({'0 and 255 are' if first else '255 is'} no class)"
     ade20k = not first and largest == num_classes
     hint = "; if 0 is no class, as in ADE20K, set reduce_zero_label" if ade20k else ""

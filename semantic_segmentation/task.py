@@ -14,6 +14,7 @@ from beit.checkpoints.load import load_weights
 from beit.checkpoints.read import read_weights
 from beit.data.loaders import EpochLoader
 from beit.data.transforms import normalize
+from beit.errors import counted
 from beit.tasks.base import Evaluation, Metrics, Schedule, Task, run
 from beit.training.optim import parameter_groups
 from beit.training.schedules import WarmupPoly
@@ -144,9 +145,10 @@ class Segmentation(Task[TrainConfig]):
 
     def summary(self) -> Iterator[str]:
         """Yields the model and the data."""
-        config, val = self.config, "no" if self.val is None else len(self.val)
+        config, val = self.config, len(self.val or ())
         yield from super().summary()
-        yield f"{len(self.classes)} classes, {len(self.train)} training and {val} validation images"
+        classes, images = counted(len(self.classes), "class"), counted(val, "validation image")
+        yield f"{classes}, {len(self.train)} training and {images}"
         yield f"lr {config.lr:g}, layer decay {config.layer_decay:g}"
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from beit.data.compact import Strings, as_array, map_arrays, save_arrays
 from beit.data.shards import SUFFIX, Members, ShardReader, class_names, did_you_mean_file, expand, names_shards, scan
-from beit.errors import InputError, listed
+from beit.errors import InputError, counted, listed
 from beit.storage import beit_home
 
 logger = logging.getLogger(__name__)
@@ -85,10 +85,6 @@ class ImageIndex:
         for values in (*strings, self._class_of_folder, self._folder_of, *members):
             digest.update(np.ascontiguousarray(values).data)
         return digest.hexdigest()
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
 def image_files(given: Iterable[str]) -> list[str]:
@@ -161,14 +157,15 @@ def _announce(index: ImageIndex, source: Path) -> None:
     labels = index._class_of_folder[index._folder_of] if index._members is None else index._members.labels
     counts, left_out = np.bincount(labels[labels >= 0], minlength=len(index.class_names)), list(index.left_out)
     if index.class_names:
-        places = f"{_counted(len(counts), 'class')}, {counts.min():,} to {counts.max():,} in each"
+        least, most = int(counts.min()), int(counts.max())
+        places = f"{counted(len(counts), 'class')}, {least:,} {f'to {most:,} ' * (least < most)}in each"
         if empty := [name for name, count in zip(index.class_names, counts, strict=True) if not count]:
-            left_out.append(f"{_counted(len(empty), 'class')} without images ({listed(empty)})")
+            left_out.append(f"{counted(len(empty), 'class')} without images ({listed(empty)})")
     else:
-        places = _counted(len(index._folders), "folder" if index._members is None else "shard")
+        places = counted(len(index._folders), "folder" if index._members is None else "shard")
         if counts.any():
             left_out.append(f"all classes, since {len(index) - counts.sum()} of {len(index)} images have none")
-    logger.info("%s: %s in %s", source, _counted(len(index), "image"), places)
+    logger.info("%s: %s in %s", source, counted(len(index), "image"), places)
     if left_out:
         logger.warning("%s: left out %s", source, listed(left_out, 8))
 
@@ -191,7 +188,7 @@ def _list_folder(root: Path) -> tuple[ImageIndex, Stamps]:
     classes = () if "" in images else classes
     ids = {name: i for i, name in enumerate(classes)}
     if empty := sorted(name for name in watched if classes and name and os.sep not in name and name not in ids):
-        left_out = (f"{_counted(len(empty), 'class folder')} without images ({listed(empty)})", *left_out)
+        left_out = (f"{counted(len(empty), 'class folder')} without images ({listed(empty)})", *left_out)
     counts = [images[folder].count(b"\0") + 1 for folder in folders]
     index = ImageIndex(
         str(root),
@@ -244,7 +241,7 @@ def _walk(root: str, skipped: list[str]) -> Iterator[tuple[str, tuple[int, ...],
 
 def _left_out(images: int, where: str, others: Counter[str], skipped: Sequence[str] = ()) -> tuple[str, ...]:
     """Returns in words what a listing left out; raises :class:`InputError` if that is all there is."""
-    words = [f"{_counted(len(skipped), 'path')} ({listed(skipped)})"] if skipped else []
+    words = [f"{counted(len(skipped), 'path')} ({listed(skipped)})"] if skipped else []
     words += [f"{count:,} {extension or 'no extension'}" for extension, count in others.most_common()]
     if not images:
         found = listed(words, 8) or "no files at all"
@@ -263,7 +260,8 @@ def _list_file(source: Path) -> tuple[ImageIndex, Stamps]:
         for line in map(str.strip, lines):
             if line and not line.startswith("#"):
                 folder, name = os.path.split(line)
-                if name in ("", ".", "..") or name.lower().endswith(SUFFIX):
+                is_image = name.lower().endswith(EXTENSIONS)
+                if name.lower().endswith(SUFFIX) or (not is_image and (source.parent / line).is_dir()):
                     raise InputError(f"{source} lists {line}: give folders and tar shards themselves, not in a list")
                 folder_of.append(folders.setdefault(folder, len(folders)))
                 yield name
@@ -287,7 +285,7 @@ def _list_file(source: Path) -> tuple[ImageIndex, Stamps]:
 def _list_shards(root: str, shards: list[str]) -> tuple[ImageIndex, Stamps]:
     watched = {os.path.relpath(shard, root): _stamp(os.stat(shard)) for shard in shards}
     names, shard_of, members, others = scan(shards, EXTENSIONS)
-    left_out = _left_out(len(names), f"{shards[0]} (of {_counted(len(shards), 'shard')})", others)
+    left_out = _left_out(len(names), f"{shards[0]} (of {counted(len(shards), 'shard')})", others)
     relative = Strings.of(os.path.relpath(shard, root) for shard in shards)
     no_classes = np.full(len(shards), -1, dtype=np.int32)
     classes = class_names(root, members.labels)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from beit.data.datasets import UNREADABLE, Key, random_stream
-from beit.errors import InputError
+from beit.errors import InputError, counted
 
 logger = logging.getLogger(__name__)
 
@@ -105,8 +105,8 @@ class EpochLoader:
             raise ValueError(f"rank {self.rank} is not below {ranks}, the number of ranks")
         if self.drop_last and size < self.batch_size * ranks:
             advice = f"lower --batch_size to at most {size // ranks}" if size >= ranks else "use fewer processes"
-            batch = f"batch size {self.batch_size} on {ranks} process{'es' * (ranks > 1)}"
-            raise InputError(f"{batch} exceeds the data set of {size} image{'s' * (size != 1)}: {advice}")
+            batch = f"batch size {self.batch_size} on {counted(ranks, 'process')}"
+            raise InputError(f"{batch} exceeds the data set of {counted(size, 'image')}: {advice}")
         if self.max_unreadable is None:
             self.max_unreadable = max(10, size // 100)
         self.unreadable: dict[int, str] = {}  # index -> reason, every bad file once

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -16,7 +17,7 @@ from beit.config import dump_yaml, read_settings, to_plain
 from beit.data.classification import LabelledImages, check_classes, find_images
 from beit.data.datasets import ImageIndex, index_images
 from beit.data.loaders import EpochDataset, EpochLoader
-from beit.errors import InputError
+from beit.errors import InputError, counted
 from beit.modeling import Backbone, VisionTransformerForMaskedImageModeling
 from beit.registry import locate
 from beit.tasks.settings import (
@@ -47,6 +48,7 @@ logger = logging.getLogger(__name__)
 ConfigT = TypeVar("ConfigT", bound=RunOptions)
 BatchT = TypeVar("BatchT", bound=BatchOptions)
 
+PREPARED_BY = {**dict.fromkeys(("mean", "std"), "--imagenet_default_mean_and_std"), "crop_pct": "--crop_pct"}
 EVALUATION_WORKERS = 2  # at most, beside those of the training loader
 Metrics = dict[str, float]
 Evaluation = Callable[[nn.Module, int], Metrics]
@@ -315,9 +317,11 @@ def resolve_batch(config: BatchT, world_size: int, multiple: int = 1) -> BatchT:
 def plan(config: BatchOptions, trainer: Trainer) -> str:
     """Returns a line about the batch and the length of the run."""
     total, period = trainer.settings.total_steps, trainer.settings.period
-    epochs = f"{total // period.steps} epochs of {period.steps} steps, " if period.name == "epoch" else ""
-    batch = f"{config.batch_size} images x {distributed.world_size()} processes x {config.update_freq} batches per step"
-    return f"batch {trainer.images_per_step} = {batch}; {epochs}{total} steps in all"
+    counts = (config.batch_size, "image"), (distributed.world_size(), "process"), (config.update_freq, "batch")
+    batch = " x ".join(counted(*each) for each in counts)
+    epochs = f"{counted(total // period.steps, 'epoch')} of {counted(period.steps, 'step')}, "
+    length = epochs * (period.name == "epoch") + counted(total, "step")
+    return f"batch {trainer.images_per_step} = {batch} per step; {length} in all"
 
 
 def find_together(path: str) -> ImageIndex:
@@ -354,14 +358,13 @@ def fingerprints(train: LabelledImages | None, val: LabelledImages | None) -> di
     return {key: images.fingerprint() for key, images in (("data", train), ("eval_data", val)) if images is not None}
 
 
-def warn_of_another_mean(source: str, metadata: Mapping[str, Any], mean: tuple[float, ...]) -> None:
-    """Warns where a checkpoint records another mean of its images than the run's."""
-    recorded = metadata.get("mean")
-    if recorded is not None and not torch.allclose(torch.tensor(recorded), torch.tensor(mean)):
-        logger.warning(
-            "%s was trained on images normalised with mean %s and gets mean %s: check --imagenet_default_mean_and_std",
-            *(source, list(recorded), list(mean)),
-        )
+def warn_of_preparation(source: str, metadata: Mapping[str, Any], **own: Any) -> None:
+    """Warns where a checkpoint records that its images were prepared otherwise than this run's: ``mean``, ``std``, …"""
+    for name, here in own.items():
+        there = metadata.get(name)
+        if there is not None and not (there == here if isinstance(here, str) else np.allclose(there, here)):
+            text = "%s was trained on images with %s %s, and gets %s: check %s"
+            logger.warning(text, source, name, there, here, PREPARED_BY.get(name, "whether its features suffer"))
 
 
 def named_model(config: ModelOptions, *, masked: bool = False, **arguments: object) -> Backbone:

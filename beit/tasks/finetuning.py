@@ -21,7 +21,7 @@ from beit.data.classification import ClassificationEvalTransform, Classification
 from beit.data.loaders import EpochLoader
 from beit.data.preprocessing import normalization
 from beit.data.transforms import normalize, size_pair
-from beit.errors import InputError, listed
+from beit.errors import InputError, counted, listed
 from beit.modeling import VisionTransformer
 from beit.tasks.base import (
     Evaluation,
@@ -32,7 +32,7 @@ from beit.tasks.base import (
     named_model,
     opened,
     run,
-    warn_of_another_mean,
+    warn_of_preparation,
 )
 from beit.tasks.settings import FinetuningConfig
 from beit.training import distributed
@@ -179,7 +179,8 @@ class Finetuning(Task[FinetuningConfig]):
         if self.config.model_ema and (left := decay**steps) > 0.1:
             text = "--model_ema_decay %g: the average ends as %.0f %% weights of the start; for %d steps try %.4g"
             logger.warning(text, decay, 100 * left, steps, max(0.0, 1 - 10 / steps))
-        yield f"{len(self.class_names)} classes; lr {self.config.lr:g}, layer decay {self.config.layer_decay:g}"
+        classes = counted(len(self.class_names), "class")
+        yield f"{classes}; lr {self.config.lr:g}, layer decay {self.config.layer_decay:g}"
 
 
 def evaluate_checkpoint(config: FinetuningConfig) -> Metrics:
@@ -241,7 +242,7 @@ def load_whole(model: VisionTransformer, source: str, model_key: str, task: Fine
         raise InputError(f"{source} has not learnt {len(unknown)} of the data's classes: {listed(unknown)}")
     report = load_weights(model, weights, metadata)
     logger.info("%s", report.summary())
-    warn_of_another_mean(source, metadata, task.mean)
+    warn_of_preparation(source, metadata, mean=task.mean)
     if extra := report.unexpected:
         what = f"{len(extra)} tensors without a place in this model, such as {extra[0]}"
         raise InputError(f"{source} has {what}; check --model and its options")
@@ -329,6 +330,6 @@ def evaluate(
         counts += count_correct(logits, batch["label"])
     counts = distributed.sum_over_ranks(counts.to(precision.device))
     results = dict(rates(counts))
-    logger.info("%d images", counts[3].item())
+    logger.info("%s", counted(int(counts[3]), "image"))
     logger.info("* Acc@1 %.3f Acc@5 %.3f loss %.3f", results["acc1"], results["acc5"], results["loss"])
     return results

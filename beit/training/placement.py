@@ -55,8 +55,11 @@ def find_placement(
         # SLURM_STEP_NUM_TASKS is there under srun only, so `python run_….py` inside an allocation stays one process.
         if _number(env, "SLURM_STEP_NUM_TASKS", 1) > 1:
             return _slurm_placement(env)
+        if max(_number(env, "WORLD_SIZE", 1), 1 + _number(env, "RANK", 0)) > 1:
+            raise KeyError("RANK" if "WORLD_SIZE" in env else "WORLD_SIZE")
     except KeyError as missing:
-        raise InputError(f"the launcher did not set {missing.args[0]}; start the run with torchrun instead") from None
+        hint = "start the run with torchrun instead, or unset RANK and WORLD_SIZE for a single process"
+        raise InputError(f"the launcher did not set {missing.args[0]}; {hint}") from None
     return Placement()
 
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from beit.errors import InputError
+from beit.errors import InputError, counted
 
 logger = logging.getLogger(__name__)
 
@@ -93,15 +93,14 @@ def split_batch(total: int, world_size: int, most: int, multiple: int = 1) -> tu
         near = [count for count in (total // unit * unit, (total // unit + 1) * unit) if count]
         pairs = f" in multiples of {multiple}" if multiple > 1 else ""
         raise InputError(
-            f"--total_batch_size {total} cannot be split evenly over {world_size} processes{pairs}; "
+            f"--total_batch_size {total} cannot be split evenly over {counted(world_size, 'process')}{pairs}; "
             f"{' or '.join(map(str, near))} can"
         )
     share = total // world_size
     images = max(size for size in range(multiple, min(share, most) + 1, multiple) if share % size == 0)
     if 2 * images < min(share, most):
         logger.warning(
-            "--total_batch_size %d over %d processes: %d images per batch, as %d has no larger divisor up to "
-            "--batch_size %d",
-            *(total, world_size, images, share, most),
+            "--total_batch_size %d over %s: %s per batch, as %d has no larger divisor up to --batch_size %d",
+            *(total, counted(world_size, "process"), counted(images, "image"), share, most),
         )
     return images, share // images

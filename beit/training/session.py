@@ -67,9 +67,10 @@ class Session:
             if not own:
                 next_end = trainer.first_step + trainer.settings.period.steps
                 self.folder.set_aside(trainer.checkpoint_number(next_end))
-            self.folder.record("config.yaml", self.settings.encode())
-            environment = describe_environment(self.device, self.world_size)
-            self.folder.record(ENVIRONMENT, json.dumps(environment, indent=2).encode() + b"\n")
+            environment = json.dumps(describe_environment(self.device, self.world_size), indent=2).encode() + b"\n"
+            records = {"config.yaml": self.settings.encode(), ENVIRONMENT: environment, **trainer.records}
+            for name, content in records.items():
+                self.folder.record(name, content)
 
     def _newest(self, path: str) -> str:
         """Returns the folder's newest checkpoint, or nothing if ``path`` has got as far."""

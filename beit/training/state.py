@@ -107,6 +107,7 @@ class TrainingState:
 
     def __post_init__(self) -> None:
         self.images_per_step = self.loader.batch_size * self.settings.update_freq * distributed.world_size()
+        self.records: dict[str, bytes] = {}  # files that say how the run computes, besides the session's
         self.first_step = 0  # optimizer steps done
         self._period_open = False  # the last of these ended a period that is not evaluated and logged yet
         self._fresh = True
