@@ -5,6 +5,7 @@ result = inference_model(model, "street.jpg")  # (H, W)
 show_result_pyplot(model, "street.jpg", result, out_file="street.png")
 """
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from torchvision.transforms.v2 import functional as F
 
 from beit.checkpoints.read import read_weights
 from beit.data.transforms import size_pair
-from beit.errors import InputError
+from beit.errors import InputError, counted
 from beit.inference import OneImage, decoded, images_of
 from beit.training.distributed import select_device
 from beit.training.precision import Precision, resolve_amp_dtype
@@ -26,6 +27,8 @@ from semantic_segmentation.data import SegmentationClasses, ade20k_classes, find
 from semantic_segmentation.inference import TestSettings, predict_each, statistics_of
 from semantic_segmentation.modeling import Segmentor, build_segmentor, heads_in, load_segmentor, segmentor_from
 from semantic_segmentation.overlays import OPACITY, result_figure
+
+logger = logging.getLogger(f"beit.{__name__}")
 
 if TYPE_CHECKING:
     from beit.visualization.figures import Figure
@@ -130,6 +133,9 @@ def classes_of(segmentor: Segmentor, file: PathLike = "") -> SegmentationClasses
         return classes
     names = segmentor.metadata.get("labels")
     if names is None or len(names) != count:
+        if names is not None:
+            told = counted(len(names), "name"), counted(count, "class")
+            logger.warning("%s in the checkpoint, which has %s: left out", *told)
         if count == len(ade20k := ade20k_classes()):
             return ade20k
         names = [f"class {number}" for number in range(count)]

@@ -299,7 +299,7 @@ def check_labels(pairs: ImagePairs, classes: SegmentationClasses, reduce_zero_la
     doubts: dict[str, object] = {
         f"reduce_zero_label is on, so 0 ({pixels[0] / pixels.sum():.0%} of the pixels of {where}) is no class and 1 is "
         f"{classes.names[0]!r}: if 0 is a class, as the background is, name it first and set reduce_zero_label=False": (
-            first and (not pixels.argmax() or classes.names[0].casefold() in NO_CLASS)
+            first and (not (pixels.argmax() or pixels[last]) or classes.names[0].casefold() in NO_CLASS)
         ),
         f"{min(named)} is the only class in {where}: write the object as 1, and set reduce_zero_label=False if 0 is a "
         "class": len(named) == 1,

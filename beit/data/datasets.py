@@ -241,6 +241,8 @@ def opened_image(path: str | os.PathLike[str] | IO[bytes]) -> Iterator[ImageFile
             reason = error.strerror.lower()
         elif "cannot identify image file" in reason:
             reason = "not an image, or an empty file"
+        elif isinstance(error, Image.DecompressionBombError):
+            reason = f"over {2e-6 * (Image.MAX_IMAGE_PIXELS or 0):.0f} million pixels: save a smaller copy"
         raise UnreadableImageError(reason) from error
 
 

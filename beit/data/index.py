@@ -261,7 +261,7 @@ def _list_file(source: Path) -> tuple[ImageIndex, Stamps]:
             if line and not line.startswith("#"):
                 folder, name = os.path.split(line)
                 is_image = name.lower().endswith(EXTENSIONS)
-                if name.lower().endswith(SUFFIX) or (not is_image and (source.parent / line).is_dir()):
+                if not name or name.lower().endswith(SUFFIX) or (not is_image and (source.parent / line).is_dir()):
                     raise InputError(f"{source} lists {line}: give folders and tar shards themselves, not in a list")
                 folder_of.append(folders.setdefault(folder, len(folders)))
                 yield name
