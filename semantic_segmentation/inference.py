@@ -155,12 +155,9 @@ def _biases_fit(segmentor: Segmentor, settings: TestSettings, precision: Precisi
 
 
 class AnySize:
-    """Computes logits for images of any size; the last few sizes are kept until the segmentor changes.
+    """Computes logits for images of any size by a segmentor in evaluation mode; the last few sizes are kept.
 
-    Args:
-        segmentor: In evaluation mode.
-        precision: Dtype of the forward pass.
-        keep_biases: Look position biases up once per size and not in each call.
+    With ``keep_biases`` position biases are looked up once per size and not in each call.
     """
 
     def __init__(self, segmentor: Segmentor, precision: Precision, *, keep_biases: bool) -> None:

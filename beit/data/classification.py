@@ -158,33 +158,22 @@ class ClassificationTransform:
     Source: the settings of BEiT (arXiv 2106.08254), appendix; RandAugment is arXiv 1909.13719, random erasing
     arXiv 1708.04896.
 
-    Args:
-        input_size: ``(H, W)`` or one number, in pixels.
-        mean: Per channel, for images in [0, 1]; also the policy's fill colour.
-        std: Per channel, for images in [0, 1].
-        interpolation: How the crop is resized: bicubic, bilinear, nearest, lanczos, or random.
-        auto_augment: timm's name of a policy, such as ``rand-m9-mstd0.5-inc1``; empty or ``none`` for none.
-        color_jitter: Without a policy, brightness, contrast and saturation change by a factor in ``1 ± color_jitter``.
-        erasing: Probability that up to ``erasing_count`` rectangles of an image are erased.
-        erasing_mode: ``pixel``: with normal noise, ``rand``: with one random colour, ``const``: with the mean.
-        scale: Range of the crop's share of the image area; ``ratio`` is that of its width over height.
-
     Raises:
         InputError: A setting is out of range or unknown.
     """
 
-    input_size: Size = 224
+    input_size: Size = 224  # (H, W) or one number, in pixels
     _: KW_ONLY
-    mean: Sequence[float]
+    mean: Sequence[float]  # per channel, for images in [0, 1], as std; also the policy's fill colour
     std: Sequence[float]
-    interpolation: str = "bicubic"
-    auto_augment: str = "rand-m9-mstd0.5-inc1"
-    color_jitter: float = 0.4
-    erasing: float = 0.25
-    erasing_mode: str = "pixel"
-    erasing_count: int = 1
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: str = "bicubic"  # or bilinear, nearest, lanczos, random
+    auto_augment: str = "rand-m9-mstd0.5-inc1"  # timm's name of a policy; empty or none for none
+    color_jitter: float = 0.4  # without a policy: brightness, contrast and saturation change by a factor in 1 ± this
+    erasing: float = 0.25  # probability
+    erasing_mode: str = "pixel"  # with normal noise; rand: with one random colour, const: with the mean
+    erasing_count: int = 1  # most rectangles of an image
+    scale: tuple[float, float] = (0.08, 1.0)  # range of the crop's share of the image area
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # range of the crop's width over height
 
     def __post_init__(self) -> None:
         self.size = size_pair(self.input_size)

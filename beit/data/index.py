@@ -118,13 +118,9 @@ def index_images(path: str | os.PathLike[str], cache_dir: str | os.PathLike[str]
     A path that ends in ``.tar`` names shards in WebDataset's format; it may have ranges, lists and wildcards, such as
     ``shards-{000000..000127}.tar``. Images come shard by shard, in the order of the files in each.
 
-    Each call logs the number of images and warns of what was left out. The list is kept in ``cache_dir`` and used again
-    until a folder in it (or the text file, or a shard) changes, unless something could not be read. It is
-    memory-mapped, so all processes of a machine share it.
-
-    Args:
-        path: The folder, the text file, or the shards.
-        cache_dir: Where to keep the list; ``None`` is ``index`` in ``$BEIT_HOME`` (or ``~/.cache/beit``).
+    Each call logs the number of images and warns of what was left out. The list is kept in ``cache_dir``, by default
+    ``index`` in ``$BEIT_HOME`` (or ``~/.cache/beit``), and used again until a folder in it (or the text file, or a
+    shard) changes, unless something could not be read. It is memory-mapped, so all processes of a machine share it.
 
     Raises:
         InputError: The path is empty, does not exist or cannot be read, or there is no image.

@@ -40,25 +40,18 @@ Box = tuple[int, int, int, int]  # top, left, height, width, in pixels
 class _Views:
     """A region of an image at one size or two, so that token (i, j) belongs to patch (i, j), and a mask if asked.
 
-    Args:
-        input_size: Size in pixels, ``(H, W)`` or one number.
-        second_input_size: Size of a second view of the region, ``(H2, W2)`` or one number; None for no such view.
-        interpolation: How the region is resized: bicubic, bilinear, nearest, lanczos, or random.
-        second_interpolation: How the second view is resized.
-        mask_generator: Draws the patches to mask; None for no mask.
-
     Raises:
         InputError: An interpolation is unknown, or a size is not usable.
     """
 
     takes_pixels: ClassVar = True
 
-    input_size: Size
-    second_input_size: Size | None = None
+    input_size: Size  # in pixels, (H, W) or one number
+    second_input_size: Size | None = None  # (H2, W2) or one number; None for no second view of the region
     _: KW_ONLY
-    interpolation: str = "lanczos"
-    second_interpolation: str = "lanczos"
-    mask_generator: MaskGenerator | None = None
+    interpolation: str = "lanczos"  # or bicubic, bilinear, nearest, random
+    second_interpolation: str = "lanczos"  # of the second view
+    mask_generator: MaskGenerator | None = None  # draws the patches to mask
 
     def __post_init__(self) -> None:
         self.sizes = {"image": size_pair(self.input_size)}
@@ -79,17 +72,12 @@ class RandomCropTransform(_Views):
     """One random crop with jittered colours, flipped half of the time: for training.
 
     The jitter is that of the whole image, though only the views are computed: see :class:`beit.data.jitter.ViewJitter`.
-
-    Args:
-        color_jitter: Brightness, contrast and saturation change by a factor in ``1 ± color_jitter``.
-        scale: Range of the crop's share of the image area.
-        ratio: Range of the crop's width over height.
     """
 
     _: KW_ONLY
-    color_jitter: float = 0.0
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    color_jitter: float = 0.0  # brightness, contrast and saturation change by a factor in 1 ± this
+    scale: tuple[float, float] = (0.08, 1.0)  # range of the crop's share of the image area
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # range of the crop's width over height
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,10 +90,8 @@ class RandomCropTransform(_Views):
     ) -> dict[str, Tensor]:
         """Returns ``image``, uint8 ``(3, H, W)``, and if asked ``token_image``, ``(3, H2, W2)``, and bool ``mask``.
 
-        Args:
-            image: RGB, Pillow's or uint8 ``(3, h, w)``.
-            rng: The sample's generator.
-            full_size: ``(width, height)`` of the image in its file, if it was decoded at a smaller scale.
+        The image is RGB, Pillow's or uint8 ``(3, h, w)``; ``full_size`` is ``(width, height)`` of it in its file, if it
+        was decoded at a smaller scale.
         """
         pixels, size = as_pixels(image)
         flipped, box = flip_and_box(full_size or size, self.scale, self.ratio, rng)
@@ -231,14 +217,8 @@ def random_box(
 ) -> Box:
     """Draws the region of a random resized crop, as torchvision's ``RandomResizedCrop`` does.
 
-    Args:
-        image_size: ``(width, height)`` in pixels.
-        scale: Range of the region's share of the image area, uniform.
-        ratio: Range of its width over height, log-uniform.
-        rng: The sample's generator.
-
-    Returns:
-        ``(top, left, height, width)``; after 10 misfits, the central region with the nearest allowed ratio.
+    The image is ``(width, height)`` in pixels; the region's share of its area is uniform in ``scale``, its width over
+    height log-uniform in ``ratio``. After 10 misfits it is the central region with the nearest allowed ratio.
     """
     width, height = image_size
     for _ in range(CROP_TRIES):

@@ -56,31 +56,19 @@ Schedule = Callable[[int], float]
 
 
 class Task(ABC, Generic[ConfigT]):
-    """A training job. :func:`run` calls the methods in the order below; a subclass overrides what differs.
+    """A training job. :func:`run` calls the methods in the order below; a subclass overrides what differs."""
 
-    Attributes:
-        config: The job's settings, each in its type; after :meth:`start` with ``--total_batch_size`` resolved.
-        batch_multiple: What the images of a batch must be a multiple of.
-        best_metric: Evaluation metric, higher is better, whose best checkpoint is kept; None for none.
-        evaluate_average: Whether the moving average of the weights is evaluated too.
-        prepare_batch: Applied to a batch on the host, before it goes to the device; None for nothing.
-        session: The processes, the device and the run folder.
-        precision: Number format of the step.
-        model: What :meth:`build_model` returned, on the device.
-        loader: What :meth:`build_loader` returned.
-    """
-
-    batch_multiple: int = 1
-    best_metric: ClassVar[str | None] = None
-    evaluate_average: ClassVar[bool] = False
-    prepare_batch: Callable[[Batch], Batch] | None = None
+    batch_multiple: int = 1  # what the images of a batch must be a multiple of
+    best_metric: ClassVar[str | None] = None  # of the evaluation, higher is better: its best checkpoint is kept
+    evaluate_average: ClassVar[bool] = False  # the moving average of the weights too
+    prepare_batch: Callable[[Batch], Batch] | None = None  # applied on the host, before a batch goes to the device
     session: Session
     precision: Precision
-    model: nn.Module
+    model: nn.Module  # on the device
     loader: EpochLoader
 
     def __init__(self, config: ConfigT) -> None:
-        self.config = read_settings(config)
+        self.config = read_settings(config)  # after start with --total_batch_size resolved
 
     def check(self) -> None:
         """Raises :class:`InputError` for settings that do not work together; each alone is checked already."""

@@ -44,11 +44,8 @@ class Averages:
 class EpochLog:
     """``log.txt``: one JSON object per period, each period once, also after a resume.
 
-    Args:
-        path: The file.
-        unit: The key that numbers the lines: ``epoch``, from 0, or the ``step`` that ends them.
-        done: Periods done before the run; lines of later ones are removed.
-        fresh: Whether the run starts over instead of resuming; lines to be removed are then set aside.
+    Lines are numbered by ``unit``: ``epoch``, from 0, or the ``step`` that ends them. Those after the ``done`` periods
+    are removed, and set aside if the run is ``fresh``: it starts over instead of resuming.
     """
 
     def __init__(self, path: Path, unit: str, done: int, fresh: bool) -> None:
