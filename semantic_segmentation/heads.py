@@ -79,13 +79,7 @@ class ConvNormReLU(nn.Sequential):
 
 
 class Head(nn.Module):
-    """The common part of the heads: the classifier of each position, and the initialisation.
-
-    Args:
-        channels: Input channels of the classifier.
-        num_classes: ``K``.
-        dropout: Probability of dropping a channel of an image before the classifier.
-    """
+    """The common part of the heads: the classifier of each position, before which channels drop, and initialisation."""
 
     def __init__(self, *, channels: int, num_classes: int, dropout: float) -> None:
         super().__init__()

@@ -219,10 +219,9 @@ def at_size(segmentor: Segmentor, img_size: tuple[int, int]) -> Segmentor:
 def segmentor_from(weights: Mapping[str, Tensor], metadata: Metadata) -> Segmentor:
     """Builds the segmentor that a checkpoint holds and loads the weights; it is in evaluation mode.
 
-    Args:
-        weights: From :func:`beit.checkpoints.read.read_weights`: names without ``backbone.``, and those of the heads.
-        metadata: From the same. ``out_indices``, ``pool_scales`` and ``auxiliary_index``, which do not follow from
-            shapes, default to those of the published models.
+    Weights and metadata are from :func:`beit.checkpoints.read.read_weights`: names without ``backbone.``, and those of
+    the heads. ``out_indices``, ``pool_scales`` and ``auxiliary_index``, which do not follow from shapes, default to
+    those of the published models.
 
     Raises:
         InputError: The checkpoint is no segmentor.

@@ -210,11 +210,9 @@ class ClassificationTransform:
 class ClassificationEvalTransform:
     """Validation images: the shorter side resized, or each side by itself, then a centre crop.
 
-    Args:
-        input_size: ``(H, W)`` or one number, in pixels.
-        interpolation: How the image is resized; not ``random``.
-        crop_pct: Share of the resized shorter side that is shown; None is 0.875, and 1 from 384 pixels on.
-        crop_mode: ``center``; ``squash`` resizes to the input's aspect ratio, which shows all of the image distorted.
+    The input is ``(H, W)`` or one number, in pixels. ``crop_pct`` is the share of the resized shorter side that is
+    shown; None is 0.875, and 1 from 384 pixels on. The ``crop_mode`` is ``center``, or ``squash``, which resizes the
+    image to the input's aspect ratio: all of it is shown, distorted.
 
     Raises:
         InputError: A setting that cannot be used.

@@ -62,15 +62,10 @@ def create_optimizer(
 ) -> torch.optim.Optimizer:
     """Builds any optimizer that timm knows by name; ``fused*`` is NVIDIA apex, or torch's fused kernels without it.
 
-    Args:
-        name: ``adamw``, ``sgd``, ``lamb``, ``fusedadamw``, …
-        groups: What :func:`parameter_groups` returns.
-        lr: Peak learning rate, in force until a schedule sets another.
-        eps: Adam's epsilon; the optimizer's default if None.
-        betas: Adam's decay rates; the optimizer's default if None.
-        momentum: Momentum of SGD and its relatives.
-        fused: Whether torch's fused kernels may be used, on CUDA and the CPU (there 4 times faster than the loop).
-        in_parts: Whether parameters are sharded over processes, which neither apex nor torch's fused SGD supports.
+    The groups are those of :func:`parameter_groups`; ``lr`` is in force until a schedule sets another, ``eps`` and
+    ``betas`` are the optimizer's default if None. ``fused`` is whether torch's fused kernels may be used, on CUDA and
+    the CPU (there 4 times faster than the loop); ``in_parts`` whether parameters are sharded over processes, which
+    neither apex nor torch's fused SGD supports.
 
     Raises:
         InputError: No optimizer has that name, or it cannot be built here.

@@ -73,10 +73,8 @@ def overlaid(runs: Mapping[str, Sequence[Entry]], only: Sequence[str] = ()) -> d
     """Groups the numbers of runs into diagrams: a metric with its unit -> training and test curves of every run.
 
     A baseline is drawn in its metric's diagram. The x axis counts optimizer steps if all runs of a diagram log them.
-
-    Args:
-        runs: Name of a run -> its entries; with several runs the name is part of the label.
-        only: Metrics to draw, without ``train_`` or ``test_``; all but bookkeeping by default.
+    With several runs their names are part of the labels. ``only`` are the metrics to draw, without ``train_`` or
+    ``test_``; all but bookkeeping by default.
 
     Raises:
         InputError: A requested metric is in none of the logs, or there is nothing to draw.

@@ -104,7 +104,7 @@ def pictures_figure(
     if (wanted := 0.085 * len(title)) > width:
         margin, width = margin + (wanted - width) / 2, wanted
     tops, bottom = _row_places(rows, TITLE_INCHES if title else GAP_INCHES / 2, panel[1], headings or {})
-    lines = _balanced(note, int(width / NOTE_LETTER))
+    lines = textwrap.wrap(note, int(width / NOTE_LETTER))
     legend_columns, legend_inches = legend_size([name for name, _ in legend], width) if legend else (0, 0)
     height = bottom + GAP_INCHES / 2 + 0.15 * len(lines) + legend_inches
     figure = new_figure(width, height)
@@ -171,14 +171,6 @@ def _text_inches(texts: Sequence[str]) -> float:
     """Returns the height of the texts above or below the pictures of a row."""
     lines = max(text.count("\n") + 1 if text else 0 for text in texts)
     return LINE_INCHES + (lines - 1) * NEXT_LINE_INCHES if lines else GAP_INCHES / 2
-
-
-def _balanced(text: str, letters: int) -> list[str]:
-    """Wraps a text into as few lines as possible, all of about the same length."""
-    fewest = len(textwrap.wrap(text, letters))
-    while letters > 1 and len(textwrap.wrap(text, letters - 1)) == fewest > 1:
-        letters -= 1
-    return textwrap.wrap(text, letters)
 
 
 def _cell(figure: "Figure", left: float, top: float, size: tuple[float, float]) -> "Axes":
