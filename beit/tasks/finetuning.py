@@ -87,7 +87,7 @@ class Finetuning(Task[FinetuningConfig]):
         if config.mixes and len(self.class_names) < 2:
             raise InputError(f"mixup and cutmix need two classes or more; {config.data_path} has one")
         self.mean, self.std = normalization(config.imagenet_default_mean_and_std)
-        self.eval_transform = build_eval_transform(config)
+        self.eval_transform = ClassificationEvalTransform(config.input_size, crop_pct=config.crop_pct)
 
     def build_model(self) -> VisionTransformer:
         """Creates the classifier and loads the backbone that it starts from."""
@@ -212,7 +212,7 @@ def recorded_transform(
     """Returns how images are evaluated: as a checkpoint for this input size records, unless ``--crop_pct`` differs."""
     size = size_pair(config.input_size)
     if metadata.get("image_size", size) != size:
-        return build_eval_transform(config)
+        return ClassificationEvalTransform(config.input_size, crop_pct=config.crop_pct)
     known = {key: value for key, value in preparation_of(dict(metadata), size).items() if key not in ("mean", "std")}
     if config.crop_pct is not None:
         if not math.isclose(config.crop_pct, metadata.get("crop_pct", config.crop_pct)):
@@ -308,11 +308,6 @@ def model_input(batch: Batch, mean: tuple[float, ...], std: tuple[float, ...]) -
     """Returns the images of a batch normalised; those with erased parts already are."""
     images = batch["image"]
     return images if images.is_floating_point() else normalize(images, mean, std)
-
-
-def build_eval_transform(config: FinetuningConfig) -> ClassificationEvalTransform:
-    """Creates the transform of validation images."""
-    return ClassificationEvalTransform(size_pair(config.input_size), crop_pct=config.crop_pct)
 
 
 @torch.no_grad()

@@ -35,10 +35,7 @@ def reconstruction_picture(
 def montage(panels: Mapping[str, Tensor]) -> Tensor:
     """Arranges versions of images, ``(B, 3, H, W)`` each, as one picture: a column each, at the size of the first."""
     size = next(iter(panels.values())).shape[-2:]
-    columns = [
-        images if images.shape[-2:] == size else F.interpolate(images, size, mode="bilinear", antialias=True)
-        for images in panels.values()
-    ]
+    columns = [F.interpolate(images, size, mode="bilinear", antialias=True) for images in panels.values()]
     rows = torch.stack(columns, dim=1).flatten(0, 1)  # (B · columns, 3, H, W)
     return make_grid(rows.clamp(0, 1), nrow=len(columns), padding=GAP, pad_value=1.0)
 
