@@ -28,13 +28,8 @@ def convolved_resized(x: Tensor, weight: Tensor, size: Sequence[int]) -> Tensor:
 
     Resizing mixes positions and a kernel tap mixes channels, so the two commute: every tap is applied at the small
     size, and one matrix for the rows and one for the columns, which resize and shift, sum the taps at the large size.
-    That takes a quarter of the products for twice the height and width, a 64th for eight times. The
-    result, ``(B, D, H, W)``, is channels last in memory.
-
-    Args:
-        x: ``(B, C, h, w)``.
-        weight: ``(D, C, k, k)``, ``k`` odd.
-        size: ``(H, W)``.
+    That takes a quarter of the products for twice the height and width, a 64th for eight times. From ``x``,
+    ``(B, C, h, w)``, and ``weight``, ``(D, C, k, k)`` with ``k`` odd, the result is ``(B, D, H, W)``, channels last.
     """
     side = weight.shape[-1]
     rows, columns = (_resized_taps(x, axis, new, side) for axis, new in zip((2, 3), size, strict=True))

@@ -107,14 +107,9 @@ def predict_each(
     For each size, and for the mirrored image if asked, the logits are resized to the original size, and their softmax
     is averaged. Nothing waits for the device.
 
-    Args:
-        segmentor: The model; it is put into evaluation mode and must not change meanwhile.
-        images: Pairs of anything that identifies an image and the image as decoded, uint8 ``(3, H, W)``, on any
-            device. At most a batch of windows is read ahead.
-        settings: Sizes, windows, flip.
-        mean: Per channel, for images in [0, 1].
-        std: Per channel, for images in [0, 1].
-        precision: Dtype of the forward pass; everything after it is float32.
+    The segmentor is put into evaluation mode and must not change meanwhile. ``images`` are pairs of anything that
+    identifies an image and the image as decoded, uint8 ``(3, H, W)``, on any device; at most a batch of windows is read
+    ahead. ``mean`` and ``std`` are per channel, for images in [0, 1]. All but the forward pass is in float32.
 
     Yields:
         In order, the identifier and the likeliest class of each pixel, ``(H, W)`` on the segmentor's device: uint8, or

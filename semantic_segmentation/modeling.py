@@ -29,10 +29,8 @@ DECODE_HEADS = ("uper", "setr_pup")
 class BeitPyramid(Backbone):
     """The backbone of a segmentor: raw outputs of some blocks, without a norm, as feature levels from fine to coarse.
 
-    Args:
-        out_indices: Blocks to tap, from 0. Blocks after the last tap neither run nor learn.
-        multi_scale: Turn four taps into levels of strides 4, 8, 16 and 32; False: all levels have the patch's stride.
-        **backbone: Keywords of :class:`beit.modeling.Backbone`.
+    Blocks in ``out_indices``, from 0, are tapped; those after the last tap neither run nor learn. With ``multi_scale``
+    four taps become levels of strides 4, 8, 16 and 32, otherwise all have the patch's stride.
 
     Raises:
         InputError: Blocks that do not exist, or a patch size without a pyramid.

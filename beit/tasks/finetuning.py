@@ -241,18 +241,13 @@ def load_whole(model: VisionTransformer, source: str, model_key: str, task: Fine
     if unknown:
         raise InputError(f"{source} has not learnt {len(unknown)} of the data's classes: {listed(unknown)}")
     report = load_weights(model, weights, metadata)
+    if report.unexpected or report.missing:
+        raise InputError(
+            f"{source} does not fill this model of {model.num_classes} classes ({report.summary()}): check the data, "
+            "--model and its options"
+        )
     logger.info("%s", report.summary())
     warn_of_preparation(source, metadata, mean=task.mean)
-    if extra := report.unexpected:
-        what = f"{len(extra)} tensors without a place in this model, such as {extra[0]}"
-        raise InputError(f"{source} has {what}; check --model and its options")
-    if lacks := report.missing:
-        reasons = "".join(f" ({reason})" for reason in {report.dropped.get(name) for name in lacks} - {None})
-        what = f"it lacks {', '.join(lacks[:3])}{' …' if len(lacks) > 3 else ''}{reasons}"
-        raise InputError(
-            f"{source} does not fill this model of {model.num_classes} classes, {what}; check the data, --model and "
-            "its options"
-        )
     return metadata
 
 

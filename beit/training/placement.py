@@ -33,11 +33,8 @@ def find_placement(
 
     torchrun and ``torch.distributed.launch`` set RANK, ``srun`` SLURM_PROCID, ``mpirun`` OMPI_COMM_WORLD_RANK.
 
-    Args:
-        environment: The environment variables; the process's own by default.
-        local_rank: The ``--local_rank`` that old launchers pass; LOCAL_RANK wins.
-        init_method: The ``--dist_url``.
-        use_open_mpi: Whether to read Open MPI's variables (``--dist_on_itp``).
+    ``local_rank`` is what old launchers pass, LOCAL_RANK wins; ``init_method`` is the ``--dist_url``. With
+    ``use_open_mpi`` Open MPI's variables are read (``--dist_on_itp``).
 
     Raises:
         InputError: A variable that the launcher should have set is missing, or is not what it should be.
