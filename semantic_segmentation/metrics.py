@@ -1,6 +1,5 @@
 """Segmentation metrics over a data set: mIoU, mAcc and aAcc, and IoU and accuracy per class."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,9 +64,9 @@ class SegmentationScores:
         width = max(map(len, [*names, "class"]))
         lines = [f"{'class':<{width}}  {'IoU':>6}  {'Acc':>6}"]
         for name, iou, accuracy in zip(names, self.iou, self.accuracy, strict=True):
-            lines.append(f"{name:<{width}}  {_percent(iou)}  {_percent(accuracy)}")
-        lines.append(f"{'mean':<{width}}  {_percent(self.mIoU)}  {_percent(self.mAcc)}")
-        lines.append(f"{'all':<{width}}  {'':>6}  {_percent(self.aAcc)}")
+            lines.append(f"{name:<{width}}  {100 * iou:6.2f}  {100 * accuracy:6.2f}")
+        lines.append(f"{'mean':<{width}}  {100 * self.mIoU:6.2f}  {100 * self.mAcc:6.2f}")
+        lines.append(f"{'all':<{width}}  {'':>6}  {100 * self.aAcc:6.2f}")
         return "\n".join(lines)
 
     def means(self) -> dict[str, float]:
@@ -98,10 +97,6 @@ def scores(matrix: Tensor) -> SegmentationScores:
         iou=tuple(iou.tolist()),
         accuracy=tuple(accuracy.tolist()),
     )
-
-
-def _percent(fraction: float) -> str:
-    return f"{'nan':>6}" if math.isnan(fraction) else f"{100 * fraction:6.2f}"
 
 
 def _size(map_: Tensor) -> str:

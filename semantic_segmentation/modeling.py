@@ -229,9 +229,8 @@ def segmentor_from(weights: Mapping[str, Tensor], metadata: Metadata) -> Segment
     scales = metadata.get("pool_scales", POOL_SCALES)
     if heads.kind == "uper" and heads.stages != len(scales):
         raise InputError(f"{source} pools to {heads.stages} grids and does not record which; only {scales} is known")
-    backbone = dict(architecture_of(weights, metadata).arguments)
-    for of_a_classifier in ("num_classes", "use_mean_pooling"):
-        backbone.pop(of_a_classifier, None)
+    known, of_a_classifier = architecture_of(weights, metadata).arguments, ("num_classes", "use_mean_pooling")
+    backbone = {name: value for name, value in known.items() if name not in of_a_classifier}
     if "layer_norm_eps" in metadata:
         backbone["norm_layer"] = partial(nn.LayerNorm, eps=metadata["layer_norm_eps"])
     segmentor = build_segmentor(

@@ -145,8 +145,7 @@ def crop_box(label: Tensor, crop_size: tuple[int, int], cat_max_ratio: float, rn
 
 def _random_box(label: Tensor, crop_size: tuple[int, int], rng: np.random.Generator) -> Box:
     height, width = min(crop_size[0], label.shape[0]), min(crop_size[1], label.shape[1])
-    top = int(rng.integers(label.shape[0] - height + 1))
-    left = int(rng.integers(label.shape[1] - width + 1))
+    top, left = int(rng.integers(label.shape[0] - height + 1)), int(rng.integers(label.shape[1] - width + 1))
     return top, left, height, width
 
 

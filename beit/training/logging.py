@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from beit.errors import InputError
+from beit.storage import atomic_write
 from beit.training.distributed import is_main
 
 logger = logging.getLogger(__name__)
@@ -60,9 +61,8 @@ class EpochLog:
             return
         if fresh:
             path.rename(path.with_name(f"log-until-{datetime.now():%Y%m%d-%H%M%S}.txt"))
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        temporary.replace(path)
+        with atomic_write(path) as file:
+            file.write("".join(f"{line}\n" for line in kept).encode())
 
     def write(self, entry: Mapping[str, float]) -> None:
         """Appends one epoch's entry, and sees it onto the disk; a number that is not finite becomes null."""
