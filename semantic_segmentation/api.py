@@ -122,8 +122,7 @@ def show_result_pyplot(
 def classes_of(segmentor: Segmentor, file: PathLike = "") -> SegmentationClasses:
     """Returns names and colours: from a file, or as recorded, or ADE20K's for 150 classes, or numbers.
 
-    Raises:
-        InputError: The file has another number of classes.
+    Raises InputError for a file of another number of classes.
     """
     count = segmentor.num_classes
     if file:

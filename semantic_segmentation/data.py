@@ -143,10 +143,7 @@ def find_classes(
     """Returns the classes of a data set: those of a file, else of its ``classes.txt``, else ADE20K's.
 
     ``reduce_zero_label`` is whether label 0 is ignored, as in ADE20K; a mismatch is logged as a warning, and so are
-    ADE20K's names for a folder that is not its own.
-
-    Raises:
-        InputError: The list of classes is not valid; see :func:`read_classes`.
+    ADE20K's names for a folder that is not its own. Raises as :func:`read_classes` does.
     """
     own = Path(data_root) / CLASSES_FILE
     if classes_file or own.exists():

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from beit.checkpoints.heads import match_classes
@@ -148,10 +147,8 @@ class Finetuning(Task[FinetuningConfig]):
 
     def build_average(self) -> Average | None:
         """Returns the moving average of the weights, if there is one."""
-        if not self.config.model_ema:
-            return None
         device = torch.device("cpu") if self.config.model_ema_force_cpu else None
-        return ModelEmaV3(self.model, decay=self.config.model_ema_decay, device=device)
+        return Average(self.model, self.config.model_ema_decay, device=device) if self.config.model_ema else None
 
     def build_evaluation(self) -> Evaluation | None:
         """Returns the evaluation on the validation images, if there are any."""

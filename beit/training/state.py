@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from beit.errors import InputError
@@ -19,6 +20,7 @@ from beit.training.precision import Precision
 
 logger = logging.getLogger(__name__)
 
+Average = ModelEmaV3
 Batch = Mapping[str, Tensor]
 WITHOUT_EFFECT = {  # settings that do not change the training, or are compared by what they lead to
     *("output_dir", "log_dir", "device", "num_workers", "pin_mem", "resume", "auto_resume", "start_epoch", "log_every"),
@@ -40,15 +42,6 @@ class Loader(Protocol):
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """Returns this process's batches of an epoch, from batch ``first_batch`` on."""
-
-
-class Average(Protocol):
-    """A moving average of the weights, such as timm's ``ModelEmaV3``."""
-
-    module: nn.Module
-
-    def update(self, model: nn.Module, step: int | None = None) -> None:
-        """Takes the weights after an optimizer step in."""
 
 
 @dataclass(frozen=True)
