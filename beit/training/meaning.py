@@ -22,34 +22,36 @@ class Fact:
     """Something that a checkpoint records about what its numbers mean.
 
     Args:
-        other: What to call another one in a message.
+        name: What to call it in a message.
+        plural: Whether the name is one.
         decides: What another value changes the meaning of: ``WEIGHTS`` cannot be resumed then, ``SCORES`` are not
             compared with those of before, and with another ``ORDER`` the run goes on with other samples.
         remedy: How a run with the recorded value is started.
         unrecorded: What a checkpoint means that records nothing; None if that is not known.
     """
 
-    other: str
+    name: str
     decides: str
     remedy: str = "the same data"
     unrecorded: object = None
+    plural: bool = False
 
     @property
-    def name(self) -> str:
-        """What to call it."""
-        return self.other.partition(" ")[2]
+    def other(self) -> str:
+        """What to call another one."""
+        return f"{'other' if self.plural else 'another'} {self.name}"
 
 
 FACTS: dict[str, Fact] = {
-    "target": Fact("another prediction target", WEIGHTS, "the same --target and --pixel_norm", "visual tokens"),
-    "tokenizer": Fact("another tokenizer", WEIGHTS, "the same --discrete_vae_weight_path"),
-    "labels": Fact("other classes", WEIGHTS),
-    "reduce_zero_label": Fact("another reduce_zero_label", WEIGHTS, "the same reduce_zero_label"),
-    "backbone": Fact("another backbone", WEIGHTS, "the same --checkpoint and --input_size"),
-    "mean": Fact("another mean of the images", WEIGHTS, "--imagenet_default_mean_and_std as it was"),
-    "eval_data": Fact("other validation images", SCORES),
-    "crop_pct": Fact("another crop_pct", SCORES),
-    "data": Fact("other training images", ORDER),
+    "target": Fact("prediction target", WEIGHTS, "the same --target and --pixel_norm", unrecorded="visual tokens"),
+    "tokenizer": Fact("tokenizer", WEIGHTS, "the same --discrete_vae_weight_path"),
+    "labels": Fact("classes", WEIGHTS, plural=True),
+    "reduce_zero_label": Fact("reduce_zero_label", WEIGHTS, "the same reduce_zero_label"),
+    "backbone": Fact("backbone", WEIGHTS, "the same --checkpoint and --input_size"),
+    "mean": Fact("mean of the images", WEIGHTS, "--imagenet_default_mean_and_std as it was"),
+    "eval_data": Fact("validation images", SCORES, plural=True),
+    "crop_pct": Fact("crop_pct", SCORES),
+    "data": Fact("training images", ORDER, plural=True),
 }
 
 
