@@ -21,8 +21,11 @@ def reconstruct(
 
     Tokens are decoded jointly, so a predicted token also affects the borders of the patches around it.
 
-    ``outputs_of_all`` returns the model's outputs for all patches of a batch, ``(B, N, output_size)``; views and masks
-    of the batch are described in :mod:`beit.targets`.
+    Args:
+        model: A pre-trained model.
+        outputs_of_all: Returns the model's outputs for all patches of a batch, ``(B, N, output_size)``.
+        target: What the model was trained to predict.
+        batch: Views and masks, as described in :mod:`beit.targets`, on the model's device.
 
     Returns:
         Versions of the images by title, each ``(B, 3, H', W')`` in [0, 1] on the CPU: the image, the image with masked
