@@ -28,7 +28,7 @@ def printable(text: str) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """Returns a number with its noun, in the plural unless it is 1: ``1 process``, ``1,200 classes``."""
+    """Returns ``1 tensor``, ``2 tensors`` or ``3 classes``."""
     return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith(('s', 'ch')) else 's'}"
 
 
