@@ -305,8 +305,8 @@ def resolve_batch(config: BatchT, world_size: int, multiple: int = 1) -> BatchT:
 def plan(config: BatchOptions, trainer: Trainer) -> str:
     """Returns a line about the batch and the length of the run."""
     total, period = trainer.settings.total_steps, trainer.settings.period
-    counts = (config.batch_size, "image"), (distributed.world_size(), "process"), (config.update_freq, "batch")
-    batch = " x ".join(counted(*each) for each in counts)
+    batches = f"{config.update_freq} batch{'es' * (config.update_freq > 1)}"
+    batch = f"{counted(config.batch_size, 'image')} x {counted(distributed.world_size(), 'process')} x {batches}"
     epochs = f"{counted(total // period.steps, 'epoch')} of {counted(period.steps, 'step')}, "
     length = epochs * (period.name == "epoch") + counted(total, "step")
     return f"batch {trainer.images_per_step} = {batch} per step; {length} in all"
