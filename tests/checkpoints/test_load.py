@@ -1046,6 +1046,9 @@ def test_damaged_files_are_one_line_or_whole(whole_files, tmp_path_factory, data
         (["Cat ", "dog"], ["DOG", "cat"], [1, 0]),
         (["e\u0301crin", "dog"], ["dog", "\u00e9crin"], [1, 0]),
         (["n01440764", "n01443537"], ["goldfish, Carassius auratus", "tench, Tinca tinca"], [1, 0]),
+        (["n01440764", "n01443537"], ["Goldfish", "tench"], [1, 0]),
+        (["tinca tinca", "dog"], ["n01440764"], [0]),
+        (["n02012849", "n03126707"], ["crane"], [None]),  # the bird or the machine
         (["n01440764", "n99999999"], ["n99999999", "n01440764"], [1, 0]),
     ],
 )
