@@ -31,15 +31,9 @@ COMMANDS = {
     "download tokenizer": _command("DownloadTokenizerConfig", "download:download", "download OpenAI's tokenizer"),
     "index": _command("IndexConfig", "download:print_index", "list a folder's images once, before many runs"),
     "shards": _command("ShardsConfig", "shards:main", "pack images into tar shards (WebDataset)"),
-    "visualize reconstruct": _command(
-        "ReconstructConfig", "visualize:reconstruct", "draw predictions of masked patches"
-    ),
-    "visualize attention": _command(
-        "AttentionConfig", "visualize_attention:attention", "draw attention maps of patches"
-    ),
-    "visualize distance": _command(
-        "DistanceConfig", "visualize_attention:distance", "draw each head's attention distance"
-    ),
+    "visualize reconstruct": _command("ReconstructConfig", "visualize:reconstruct", "draw what masked patches become"),
+    "visualize attention": _command("AttentionConfig", "visualize_attention:attention", "draw attention maps"),
+    "visualize distance": _command("DistanceConfig", "visualize_attention:distance", "draw how far heads attend"),
     "visualize bias": _command("BiasConfig", "visualize_attention:bias", "draw relative position biases"),
     "visualize embeddings": _command("EmbeddingsConfig", "visualize:embeddings", "draw features in 2D, by class"),
     "visualize curves": _command("CurvesConfig", "visualize:curves", "draw the curves of training logs"),

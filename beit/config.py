@@ -43,20 +43,15 @@ class SettingsFiles:
     """Where a job's settings files are, and what assignments such as ``--options lr=1e-3`` may name.
 
     Set as a configuration class's ``SETTINGS``; the default is the recipes of ``beit``.
-
-    Args:
-        folder: Folder of the files in the package; those that begin with ``_`` are there to build on.
-        overrides: The flags, without dashes, that take assignments ``KEY=VALUE``, which override a file.
-        keys: Aliases of single keys of a mapping: that name -> ``field.key``.
-        without_effect: Keys that may be assigned but do nothing here -> why; logged when they are.
-        shared_with: Another job's configuration whose keys a file may hold as well; they are ignored.
     """
 
-    folder: Path = Path(str(resources.files("beit"))) / "recipes"
-    overrides: tuple[str, ...] = ()
-    keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    without_effect: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    shared_with: type | None = None
+    folder: Path = Path(str(resources.files("beit"))) / "recipes"  # in it, _*.yaml are there to build on
+    overrides: tuple[str, ...] = ()  # flags, without dashes, that take assignments KEY=VALUE, which override a file
+    keys: Mapping[str, str] = dataclasses.field(default_factory=dict)  # aliases of a mapping's keys -> field.key
+    without_effect: Mapping[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # assignable keys -> why they do nothing
+    shared_with: type | None = None  # another job's configuration, whose keys in a file are ignored
 
 
 def option(
@@ -103,7 +98,8 @@ def read_command_line(config_class: type[ConfigT], argv: Sequence[str], prog: st
     parser = _build_parser(config_class, prog, description)
     given = vars(parser.parse_args([_underscored(argument) for argument in argv]))
     yaml_name, assignments, fields = given.get("config"), given.pop(_OVERRIDES, []), _fields(config_class)
-    flags = {name: _read_flag(value, name, *fields[name]) for name, value in given.items() if name in fields}
+    items = (item for item in given.items() if item[0] != "config" or "config" in fields)
+    flags = dict(_converted(config_class, items, "--"))
     values = _read_keys(config_class, yaml_name) if yaml_name else {}
     values, assigned = _override(config_class, values, assignments)
     values, chosen = {**values, **flags}, {*assigned, *flags}
@@ -111,25 +107,19 @@ def read_command_line(config_class: type[ConfigT], argv: Sequence[str], prog: st
         if field.metadata["yields_to"] in chosen and name not in chosen:
             values.pop(name, None)
     config = read_settings(config_class(**_in_steps(config_class, values)))
-    _log_flags_without_effect(config)
+    for name, (field, _) in fields.items():
+        if field.metadata["no_effect"] and getattr(config, name) != field.default:
+            logger.warning("--%s has no effect: %s", name, field.metadata["no_effect"])
     return config
 
 
 def read_yaml(config_class: type, name: str) -> Values:
-    """Reads the settings of a YAML file, by path or a recipe's name, over those of the ``base`` it names likewise.
-
-    Raises:
-        InputError: No such file, not YAML, or a key that the job does not have.
-    """
+    """Reads a YAML file's settings, by path or recipe's name, over its ``base``'s; raises InputError for other keys."""
     return _in_steps(config_class, _read_keys(config_class, name))
 
 
 def read_facts(name: str) -> Values:
-    """Reads a recipe's facts (``recipe``) over those of the files it builds on, whose ``note`` is not inherited.
-
-    Raises:
-        InputError: No such file, not YAML, or facts that are not ``key: value`` lines.
-    """
+    """Reads a recipe's facts (``recipe``) over those of the files it builds on, whose ``note`` is not inherited."""
     facts: Values = {}
     for path, content in _read_layers(name, SettingsFiles().folder):
         own = content.get("recipe") or {}
@@ -146,11 +136,7 @@ def recipe_names() -> list[str]:
 
 
 def read_run_settings(path: Path) -> tuple[Values, set[str] | None]:
-    """Returns the plain settings of a run's ``config.yaml``, and which differ from the defaults (None if unknown).
-
-    Raises:
-        InputError: It cannot be read, or is not YAML.
-    """
+    """Returns the plain settings of a run's ``config.yaml``, and which differ from the defaults (None if unknown)."""
     text = _content(path)
     before, marker, _ = text.partition(DEFAULTS_FOLLOW.encode())
     return _parse(text, path), set(_parse(before, path)) if marker else None
@@ -168,6 +154,17 @@ def read_settings(config: ConfigT) -> ConfigT:
     Raises:
         InputError: A setting is of another type or outside its choices or interval, or its path is missing.
     """
+    return dataclasses.replace(config, **_read(config))  # type: ignore[type-var]  # any dataclass
+
+
+class ReadWhenMade:
+    """Base of settings of which there are none but those that :func:`read_settings` returns."""
+
+    def __post_init__(self) -> None:
+        vars(self).update(_read(self))
+
+
+def _read(config: object) -> Values:
     values: Values = {}
     for name, (field, reader) in _fields(type(config)).items():
         values[name] = value = _convert(field, reader, getattr(config, name), f"--{name}")
@@ -178,7 +175,7 @@ def read_settings(config: ConfigT) -> ConfigT:
                 raise InputError(f"--{name} {shown}: must be {_in_words(within)}")
         for path in _items(value) if field.metadata["must_exist"] and value else ():
             _check_exists(name, path)
-    return dataclasses.replace(config, **values)  # type: ignore[type-var]  # any dataclass
+    return values
 
 
 def _items(value: object) -> Sequence:
@@ -215,8 +212,8 @@ def _read_keys(config_class: type, name: str) -> Values:
     ignored = set(RECIPE_KEYS) | (set(_names(files.shared_with)) if files.shared_with else set())
     values: Values = {}
     for path, content in _read_layers(name, files.folder):
-        own = {key: value for key, value in content.items() if key in _names(config_class) or key not in ignored}
-        values.update(_converted(config_class, own.items(), f"{path}: "))
+        own = ((key, value) for key, value in content.items() if key in _names(config_class) or key not in ignored)
+        values.update(_converted(config_class, own, f"{path}: "))
     return values
 
 
@@ -232,14 +229,14 @@ def _converted(config_class: type, items: Iterable[tuple[str, object]], where: s
             raise InputError(f"{where}unknown key {key!r}{did_you_mean(str(key), names)}")
         field, reader = fields[names[key]]
         value = _convert(field, reader, value, f"{where}{key}")
-        yield names[key], _Batches(value, key) if key in field.metadata["counts_batches"] else value
+        yield names[key], _Batches(value, f"{where}{key}") if key in field.metadata["counts_batches"] else value
 
 
 @dataclasses.dataclass(frozen=True)
 class _Batches:
     """A duration in batches, given under an alias, until it is known how many batches make a step."""
 
-    count: Any  # an int, once it is read
+    count: int
     name: str
 
 
@@ -295,8 +292,8 @@ def dump_yaml(config: object) -> str:
     rest: Values = {}
     for key, value in to_plain(config).items():
         (given if getattr(config, key) != defaults[key] else rest)[key] = value
-    parts = [yaml.safe_dump(part, sort_keys=False) if part else "" for part in (given, rest)]
-    return f"{parts[0]}{DEFAULTS_FOLLOW}\n{parts[1]}"
+    parts = (yaml.safe_dump(part, sort_keys=False) if part else "" for part in (given, rest))
+    return f"{DEFAULTS_FOLLOW}\n".join(parts)
 
 
 _OVERRIDES = "assignments to settings"  # where the parser keeps them: no field can be called so
@@ -442,13 +439,7 @@ def _add_flag(
         arguments["nargs"] = "+"
     parser.add_argument(*flags, **arguments)
     for alias in (alias for alias in meta["counts_batches"] if "." not in alias):
-        text = f"--{name} in batches, of which --update_freq make a step"
-        parser.add_argument(f"--{alias}", dest=name, action=_CollectBatches, metavar=alias.upper(), help=text)
-
-
-class _CollectBatches(argparse.Action):
-    def __call__(self, _parser: object, namespace: object, values: Any, option: str | None = None) -> None:
-        setattr(namespace, self.dest, _Batches(values, str(option)))
+        parser.add_argument(f"--{alias}", help=f"--{name} in batches, of which --update_freq make a step")
 
 
 def _cached(function: FunctionT) -> FunctionT:
@@ -584,12 +575,6 @@ class _Several:
         return tuple(self.each(item) for item in _listed(value))
 
 
-def _read_flag(value: Any, name: str, field: dataclasses.Field, reader: Callable) -> object:
-    if isinstance(value, _Batches):
-        return dataclasses.replace(value, count=_convert(field, reader, value.count, value.name))
-    return _convert(field, reader, value, f"--{name}")
-
-
 def _convert(field: dataclasses.Field, reader: Callable, value: Any, where: str) -> Any:
     if value is None and (field.default in (None, "") or types.NoneType in typing.get_args(field.type)):
         return "" if field.default == "" else None
@@ -625,16 +610,7 @@ def _find_yaml(name: str, folder: Path, where: str = "") -> Path:
     if os.path.isfile(packaged) and folder.parts[len(folder.parts) - len(parents) :] == parents:
         return packaged
     if os.path.isfile(name):
-        raise InputError(
-            f"{where}{name} is a Python file, which is not run: write its settings as 'key: value' in {path}"
-        )
+        raise InputError(f"{where}{name} is Python, which is not run: write its settings as 'key: value' in {path}")
     shipped = sorted(file.stem for file in folder.glob("*.yaml") if not file.name.startswith("_"))
     hint = did_you_mean(stem, {*shipped, *(file.stem for file in path.parent.glob("*.yaml"))})
     raise InputError(f"{where}no settings file {name}{hint or '; the package has ' + ', '.join(shipped)}")
-
-
-def _log_flags_without_effect(config: object) -> None:
-    for name, (field, _) in _fields(type(config)).items():
-        reason = field.metadata["no_effect"]
-        if reason and getattr(config, name) != field.default:
-            logger.warning("--%s has no effect: %s", name, reason)

@@ -1,6 +1,5 @@
 """The exception for mistakes in what the user gave, and suggestions for misspelt names."""
 
-import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -13,7 +12,7 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str = "") -> None:
-        super().__init__("".join(char if char.isprintable() else ascii(char)[1:-1] for char in message))
+        super().__init__(printable(message))
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
@@ -24,7 +23,12 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 def printable(text: str) -> str:
     """Returns a text in one line, its control characters written out."""
-    return re.sub("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", lambda it: it[0].encode("unicode_escape").decode(), text)
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def counted(number: int, noun: str) -> str:
+    """Returns ``1 tensor``, ``2 tensors`` or ``3 classes``."""
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
 def listed(names: Iterable[object], most: int = 3) -> str:

@@ -1,6 +1,5 @@
 """Features of a frozen backbone: what linear probes and nearest neighbours work on."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,20 +12,15 @@ from beit.inference import block_number, known_pool, pool_tokens
 from beit.modeling import Backbone
 from beit.training.precision import Precision
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Feature:
-    """One vector per image, named ``layer<number>_<pool>``.
+    """One vector per image."""
 
-    ``layer`` is the block, from 0; ``pool`` is as in :func:`beit.inference.extract_feat`; ``size`` is its length.
-    """
-
-    name: str
-    layer: int
-    pool: str
-    size: int
+    name: str  # layer<number>_<pool>
+    layer: int  # the block, from 0
+    pool: str  # as in :func:`beit.inference.extract_feat`
+    size: int  # its length
 
 
 class FrozenFeatures:

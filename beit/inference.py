@@ -24,10 +24,11 @@ from beit.checkpoints.read import Metadata, class_names, preparation_of
 from beit.data.classification import ClassificationEvalTransform
 from beit.data.datasets import UnreadableImageError, read_image, to_rgb, upright
 from beit.data.transforms import normalize
-from beit.errors import InputError, did_you_mean
+from beit.errors import InputError, counted, did_you_mean
 from beit.modeling import Backbone, VisionTransformer
 from beit.zoo import open_model
 
+AnyModel = Backbone | str | Path
 OneImage = str | os.PathLike[str] | Image.Image | NDArray | Tensor
 Prediction = dict[str, Any]
 
@@ -37,18 +38,14 @@ BATCH_SIZE = 32
 
 @overload
 def inference_model(  # type: ignore[overload-overlap]  # a str is one path
-    model: Backbone | str | Path, image_or_paths: OneImage, *, topk: int = 5, metadata: Metadata | None = None
+    model: AnyModel, image_or_paths: OneImage, *, topk: int = 5, metadata: Metadata | None = None
 ) -> Prediction: ...
 @overload
 def inference_model(
-    model: Backbone | str | Path, image_or_paths: Sequence[OneImage], *, topk: int = 5, metadata: Metadata | None = None
+    model: AnyModel, image_or_paths: Sequence[OneImage], *, topk: int = 5, metadata: Metadata | None = None
 ) -> list[Prediction]: ...
 def inference_model(
-    model: Backbone | str | Path,
-    image_or_paths: OneImage | Sequence[OneImage],
-    *,
-    topk: int = 5,
-    metadata: Metadata | None = None,
+    model: AnyModel, image_or_paths: OneImage | Sequence[OneImage], *, topk: int = 5, metadata: Metadata | None = None
 ) -> Prediction | list[Prediction]:
     """Classifies images, prepared as the model's checkpoint records.
 
@@ -81,13 +78,13 @@ def inference_model(
             likeliest = classifier(batch).float().softmax(dim=-1).topk(min(topk, len(names)))
             for scores, classes in zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True):
                 ranked = [(names[number], score) for number, score in zip(classes, scores, strict=True)]
-                prediction = {"class": classes[0], "name": ranked[0][0], "score": ranked[0][1], f"top{topk}": ranked}
-                predictions.append(prediction)
+                best = {"class": classes[0], "name": ranked[0][0], "score": scores[0]}
+                predictions.append({**best, f"top{topk}": ranked})
     return predictions if several else predictions[0]
 
 
 def extract_feat(
-    model: Backbone | str | Path, image_or_paths: OneImage | Sequence[OneImage], layer: int = -1, pool: str = "mean"
+    model: AnyModel, image_or_paths: OneImage | Sequence[OneImage], layer: int = -1, pool: str = "mean"
 ) -> Tensor:
     """Returns features of images as float32 on the model's device: the output of a block, before any norm.
 
@@ -114,13 +111,10 @@ def extract_feat(
 def pool_tokens(tokens: Tensor, pool: str, grid_size: tuple[int, int]) -> Tensor:
     """Pools the tokens ``(B, 1 + h * w, D)`` of a block as :func:`extract_feat` describes."""
     patches = tokens[:, 1:]
-    if pool == "mean":
-        return patches.mean(dim=1)
-    if pool == "cls":
-        return tokens[:, 0]
-    if pool == "cls_mean":
-        return torch.cat((tokens[:, 0], patches.mean(dim=1)), dim=-1)
-    return rearrange(patches, "b (h w) d -> b d h w", h=grid_size[0])
+    if pool == "map":
+        return rearrange(patches, "b (h w) d -> b d h w", h=grid_size[0])
+    pooled = {"cls": lambda: tokens[:, 0], "mean": lambda: patches.mean(dim=1)}
+    return torch.cat([pooled[part]() for part in pool.split("_")], dim=-1)
 
 
 def known_pool(pool: str) -> str:
@@ -140,21 +134,21 @@ def block_number(model: Backbone, layer: int) -> int:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes a model's input.
+    """How an image becomes a model's input."""
 
-    Args:
-        transform: Resizes and crops.
-        mean: Per channel, for images in [0, 1].
-        std: Per channel, for images in [0, 1].
-    """
-
-    transform: ClassificationEvalTransform
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    transform: ClassificationEvalTransform  # resizes and crops
+    mean: tuple[float, ...]  # per channel, for images in [0, 1]
+    std: tuple[float, ...]  # per channel, for images in [0, 1]
 
 
 def preprocessing_of(model: Backbone, metadata: Metadata) -> Preprocessing:
-    """Returns how images become a model's input, at the model's size: as its checkpoint records, or as published."""
+    """Returns how images become a model's input, at the model's size: as its checkpoint records, or as published.
+
+    Raises :class:`InputError` for a model of other images than colour ones.
+    """
+    if (channels := model.patch_embed.proj.in_channels) != 3:
+        images = f"images of {counted(channels, 'channel')}, and those read here have 3"
+        raise InputError(f"the model takes {images}: prepare them and call it, model(images)")
     known = preparation_of(metadata, model.img_size)
     resize = {key: known[key] for key in ("interpolation", "crop_pct", "crop_mode")}
     transform = ClassificationEvalTransform(model.img_size, **resize)
@@ -179,9 +173,8 @@ def decoded(image: OneImage) -> Image.Image:
         array = torch.from_numpy(np.array(image))
         return decoded(array.movedim(-1, 0) if image.ndim == 3 else array[None])
     if not isinstance(image, (str, os.PathLike)):
-        raise InputError(
-            f"an image is a path, an image of Pillow's, an array or a tensor, not a {type(image).__name__}"
-        )
+        kind = type(image).__name__
+        raise InputError(f"an image is a path, an image of Pillow's, an array or a tensor, not of type {kind}")
     if os.path.isdir(image):
         raise InputError(f"{os.fspath(image)} is a folder: give the images in it")
     try:
@@ -193,17 +186,13 @@ def decoded(image: OneImage) -> Image.Image:
 def _bytes_of(image: Tensor) -> Tensor:
     """Converts an image ``(1 or 3, H, W)``, uint8 or in [0, 1], to uint8 on the CPU."""
     if image.ndim != 3 or image.shape[0] not in (1, 3) or 0 in image.shape:
-        raise InputError(
-            "an image in a tensor has shape (3, height, width), in an array (height, width, 3); this one has, as a "
-            f"tensor, {tuple(image.shape)}"
-        )
+        shape = f"in an array (height, width, 3); this one has, as a tensor, {tuple(image.shape)}"
+        raise InputError(f"an image in a tensor has shape (3, height, width), {shape}")
     if image.dtype == torch.uint8:
         return image.cpu()
     if not image.is_floating_point() or not 0 <= image.min() <= image.max() <= 1:
-        raise InputError(
-            "an image in a tensor or an array is uint8, or floating point from 0 to 1; to give a model images that are "
-            "normalised already, call it: model(images)"
-        )
+        advice = "to give a model images that are normalised already, call it: model(images)"
+        raise InputError(f"an image in a tensor or an array is uint8, or floating point from 0 to 1; {advice}")
     return (image.detach().cpu().float() * 255).round().to(torch.uint8)
 
 
@@ -219,7 +208,7 @@ def images_of(images: OneImage | Sequence[OneImage]) -> tuple[Sequence[OneImage]
     return listed, several
 
 
-def _opened(model: Backbone | str | Path) -> tuple[Backbone, Metadata]:
+def _opened(model: AnyModel) -> tuple[Backbone, Metadata]:
     if isinstance(model, Backbone):
         return model, getattr(model, "metadata", None) or {}
     return open_model(model)
@@ -229,13 +218,9 @@ def _classifier(model: Backbone) -> VisionTransformer:
     if isinstance(model, VisionTransformer) and model.num_classes > 0:
         return model
     if getattr(model, "metadata", {}).get("segmentation"):
-        raise InputError(
-            "the checkpoint is a segmentor, which classifies pixels: use `python -m semantic_segmentation predict`"
-        )
-    raise InputError(
-        "the model has no classes to choose from: it was pre-trained and not fine-tuned (run_class_finetuning.py does "
-        "that); extract_feat gives its features"
-    )
+        raise InputError("the checkpoint classifies pixels: use `python -m semantic_segmentation predict`")
+    problem = "the model has no classes to choose from: it was pre-trained and not fine-tuned"
+    raise InputError(f"{problem} (run_class_finetuning.py does that); extract_feat gives its features")
 
 
 @contextlib.contextmanager

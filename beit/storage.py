@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import errno
 import functools
-import glob
 import hashlib
 import io
 import json
@@ -14,8 +13,6 @@ import pickle
 import re
 import secrets
 import shutil
-import socket
-import sys
 import time
 import zipfile
 from collections import OrderedDict
@@ -31,6 +28,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from beit.errors import InputError, did_you_mean, listed
 
@@ -200,11 +198,8 @@ def load_checkpoint(path: str | os.PathLike[str], mmap: bool = False) -> Any:
     """Reads a checkpoint to the CPU without running any code in it: what was saved, or a dict for safetensors.
 
     Tensors, plain Python values and ``argparse.Namespace`` (the ``args`` of official checkpoints) are read. Objects of
-    other classes are left out with a warning; their dicts and lists become plain ones.
-
-    Args:
-        path: The file, of any suffix.
-        mmap: Map tensors from disk instead of reading and checking them; ignored for files older than the zip format.
+    other classes are left out with a warning; their dicts and lists become plain ones. With ``mmap`` tensors are mapped
+    from disk instead of read and checked, but for files older than the zip format.
 
     Raises:
         InputError: There is no such file, or it is not a checkpoint; the message says what it is.
@@ -267,9 +262,8 @@ def _in_one_line(path: Path) -> Iterator[None]:
         asked = re.search(r"allocate (\d+) bytes", message)
         if isinstance(error, MemoryError) or (asked and int(asked[1]) <= path.stat().st_size):
             raise  # not the file's fault
-        raise InputError(
-            f"{path} is truncated or damaged ({message}): fetch or copy it again, or choose an older one of its run"
-        ) from error
+        advice = "fetch or copy it again, or choose an older one of its run"
+        raise InputError(f"{path} is truncated or damaged ({message}): {advice}") from error
 
 
 # torch's complaint of a class that it does not know, and the members of what stands for it: an inert record, or an
@@ -349,7 +343,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError, OSError) as error:
         raise InputError(f"{path} is not a JSON object: {error}") from error
     if not isinstance(found, dict):
-        raise InputError(f"{path} is not a JSON object, but holds a {type(found).__name__}")
+        raise InputError(f"{path} is not a JSON object, but of type {type(found).__name__}")
     return found
 
 
@@ -426,15 +420,13 @@ def download(
 ) -> Path:
     """Makes sure that ``destination`` holds the file at ``url``, downloading it at most once, and returns it as a path.
 
-    The transfer is ``torch.hub``'s, which is always installed (``huggingface_hub`` only fetches from its own hub, pooch
-    would be one more dependency). What it leaves out is done here: timeouts, retries, truncated transfers, and one
-    process that downloads while others wait. The hash is written to ``<destination>.sha256`` after the download and
+    One process downloads while others wait. The hash is written to ``<destination>.sha256`` after the download and
     checked on every later use.
 
     Args:
         url: An http or https address, or several that hold the same file, tried in this order.
         destination: Where the file goes.
-        verify: Called with the downloaded file, still named ``….part``; raises :class:`InputError` to reject it.
+        verify: Called with the downloaded file under a temporary name; raises :class:`InputError` to reject it.
 
     Raises:
         InputError: Nothing delivers it, it has changed, it is a web page or text, or missing with ``BEIT_OFFLINE=1``.
@@ -462,10 +454,8 @@ def check_recorded_hash(path: Path) -> None:
             raise InputError(f"{path} is not the file it should be: {problem}")
         _record_hash(path, found)
     elif found != recorded[0].lower():
-        raise InputError(
-            f"{path} has changed: its sha256 is {found[:12]}…, the one in {record.name} is {recorded[0][:12]!a}…; "
-            f"delete {path.name} and {record.name} to download it again"
-        )
+        problem = f"{path} has changed: its sha256 is {found[:12]}…, not {recorded[0][:12]!a}… as recorded"
+        raise InputError(f"{problem}; delete {path.name} and {record.name} to download it again")
 
 
 def _record_hash(path: Path, digest: str) -> None:
@@ -506,72 +496,56 @@ def _one_process(destination: Path) -> Iterator[None]:
 def _download_from_any(urls: list[str], destination: Path, verify: Callable[[Path], object] | None) -> None:
     """Downloads from the first address whose file passes all checks."""
     failures = []
-    part = destination.with_name(destination.name + ".part")
     for url in urls:
         try:
-            _fetch(url, part)
-            if problem := describe_problem(part):
-                raise InputError(f"{url} does not deliver the file: {problem}")
-            if verify is not None:
-                verify(part)
-            _record_hash(destination, sha256_of(part))
-            os.replace(part, destination)
-            sync_folder(destination.parent)
+            with atomic_write(destination) as file:
+                _fetch(url, file, destination.name)
+                part = Path(file.name)
+                if problem := describe_problem(part):
+                    raise InputError(f"{url} does not deliver the file: {problem}")
+                if verify is not None:
+                    verify(part)
+                _record_hash(destination, sha256_of(part))
             return
         except InputError as error:
             failures.append(str(error))
-        finally:
-            for left in (part, *part.parent.glob(f"{glob.escape(part.name)}.*.partial")):  # torch.hub's own suffix
-                left.unlink(missing_ok=True)
-    raise InputError(
-        f"{destination.name} was not downloaded: {'; '.join(failures)}. You can download it by hand to {destination}"
-    )
+    by_hand = f"You can download it by hand to {destination}"
+    raise InputError(f"{destination.name} was not downloaded: {'; '.join(failures)}. {by_hand}")
 
 
-def _fetch(url: str, part: Path) -> None:
-    """Downloads to ``part``, trying again after network trouble and server errors."""
+def _fetch(url: str, file: IO[bytes], name: str) -> None:
+    """Downloads into ``file``, trying again after network trouble and server errors."""
     if not url.startswith(("http://", "https://")):
         raise InputError(f"{url!r} is no http or https address")
     url = quote(url, safe="%/:?#[]@!$&'()*+,;=~")  # blanks and letters beyond ASCII
     for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(BACKOFF_SECONDS * 2 ** (attempt - 1))
+        file.seek(0)
+        file.truncate()
         try:
-            return _transfer(url, part)
+            return _transfer(url, file, name)
         except HTTPError as error:
             error.close()
             failure = f"{url} answers {error.code} {error.reason}"
             if error.code < 500 and error.code not in (408, 429):
                 break
         except (HTTPException, OSError, ValueError) as error:
-            if isinstance(error, OSError) and error.errno in (*DISK_FULL, errno.EACCES, errno.EROFS):
-                raise _write_error(part, error) from error
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
+                raise
             failure = f"{url} cannot be fetched ({error})"
-        if attempt + 1 < ATTEMPTS:
-            time.sleep(BACKOFF_SECONDS * 2**attempt)
     raise InputError(failure)
 
 
-def _transfer(url: str, part: Path) -> None:
-    """Downloads once. ``torch.hub`` takes neither a timeout nor a short body for an error, so both are added."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT_SECONDS)
-    try:
-        length = _announced_bytes(url)
-        size = f" ({length / 1e6:.1f} MB)" if length else ""
-        logger.info("downloading %s%s", part.name.removesuffix(".part"), size)
-        torch.hub.download_url_to_file(url, str(part), progress=sys.stderr.isatty())
-    finally:
-        socket.setdefaulttimeout(before)
-    received = part.stat().st_size
-    if length is not None and received < length:
-        raise HTTPException(f"truncated: the connection ended after {received} of {length} bytes")
-
-
-def _announced_bytes(url: str) -> int | None:
-    """Returns the size that the server announces, or None if it does not (some refuse HEAD requests)."""
-    try:
-        with urlopen(Request(url, method="HEAD", headers={"User-Agent": "beit"})) as response:
-            length = response.headers.get("Content-Length") or ""
-    except HTTPError as error:
-        error.close()
-        return None
-    return int(length) if length.isdigit() else None
+def _transfer(url: str, file: IO[bytes], name: str) -> None:
+    """Downloads once; a body that ends early, which ``urllib`` takes for the whole, is an error."""
+    with urlopen(Request(url, headers={"User-Agent": "beit"}), timeout=TIMEOUT_SECONDS) as response:
+        length = int(response.headers.get("Content-Length") or 0)  # 0 if it is not announced
+        logger.info("downloading %s%s", name, f" ({length / 1e6:.1f} MB)" if length else "")
+        with tqdm(total=length or None, unit="B", unit_scale=True, disable=None) as progress:
+            while chunk := response.read(CHUNK_BYTES):
+                file.write(chunk)
+                progress.update(len(chunk))
+    file.flush()
+    if file.tell() < length:
+        raise HTTPException(f"truncated: the connection ended after {file.tell()} of {length} bytes")

@@ -26,15 +26,10 @@ M_co = TypeVar("M_co", bound="Backbone", covariant=True)
 
 @dataclass(frozen=True)
 class Model(Generic[M_co]):
-    """A row of :data:`MODELS`: a class and the arguments it is built with; calling it builds the model.
+    """A row of :data:`MODELS`: a class and the arguments it is built with; calling it builds the model."""
 
-    Attributes:
-        builds: ``"module:Class"``, or the class itself; a :class:`beit.modeling.Backbone`.
-        arguments: Keywords of its constructor that differ from the defaults.
-    """
-
-    builds: str | Factory
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    builds: str | Factory  # "module:Class", or the class itself; a :class:`beit.modeling.Backbone`
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # that differ from the constructor's defaults
 
     def __call__(self, **overrides: Any) -> M_co:
         """Builds the model; ``overrides`` replace or extend :attr:`arguments` (``TypeError`` for an unknown one)."""
@@ -99,9 +94,7 @@ def create_model(name: str, pretrained: bool | str | Path = False, **overrides: 
     from beit.checkpoints.released import released_for
 
     if name not in MODELS:
-        raise InputError(
-            f"unknown model {name!r}{did_you_mean(name, MODELS)}: beit.list_models() names all {len(MODELS)}"
-        )
+        raise InputError(f"unknown model {name!r}{did_you_mean(name, MODELS)}: beit.list_models() names all of them")
     source = released_for(name).name if pretrained is True else pretrained
     model = MODELS[name](**overrides)
     if source:
@@ -109,19 +102,20 @@ def create_model(name: str, pretrained: bool | str | Path = False, **overrides: 
     return model
 
 
-def get_model(name_or_path: str | Path, *, prefix: str = "") -> "Backbone":
+def get_model(name_or_path: str | Path, *, model_key: str = "", prefix: str = "") -> "Backbone":
     """Opens a checkpoint as the model it was saved from, in evaluation mode; see :func:`open_model`.
 
     ``model.metadata`` holds what the checkpoint records (labels, mean and std, crop), which ``inference_model`` uses.
     """
-    return open_model(name_or_path, prefix=prefix)[0]
+    return open_model(name_or_path, model_key=model_key, prefix=prefix)[0]
 
 
-def open_model(name_or_path: str | Path, *, prefix: str = "") -> "tuple[Backbone, Metadata]":
+def open_model(name_or_path: str | Path, *, model_key: str = "", prefix: str = "") -> "tuple[Backbone, Metadata]":
     """Opens a checkpoint as the model it was saved from; of a segmentor, only the backbone.
 
     Args:
         name_or_path: A file, folder, released name, address or hub id; or a key of :data:`MODELS` for its release.
+        model_key: Where in the file the weights are, such as ``model_ema``; by default a usual key.
         prefix: Of the names to take, where a file has several models, such as ``teacher.``
 
     Returns:
@@ -133,7 +127,8 @@ def open_model(name_or_path: str | Path, *, prefix: str = "") -> "tuple[Backbone
     from beit.checkpoints.load import open_checkpoint
     from beit.checkpoints.released import released_for
 
-    return open_checkpoint(released_for(str(name_or_path)).name if name_or_path in MODELS else name_or_path, prefix)
+    source = released_for(str(name_or_path)).name if name_or_path in MODELS else name_or_path
+    return open_checkpoint(source, model_key, prefix)
 
 
 def list_models(pattern: str = "*") -> list[str]:

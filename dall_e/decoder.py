@@ -1,6 +1,5 @@
 """The decoder: one-hot tokens to the parameters of a logit-Laplace distribution of the pixels."""
 
-from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -18,7 +17,8 @@ class DecoderBlock(ResidualBlock):
 class Decoder(nn.Module):
     """Four groups of residual blocks, of 8, 4, 2 and 1 times ``n_hid`` channels, with nearest upsampling between them.
 
-    The image of tokens is ``unmap_pixels(sigmoid(output[:, :output_channels]))``.
+    The image of tokens is ``unmap_pixels(sigmoid(output[:, :output_channels]))``; tokens of another shape are a
+    ValueError.
 
     Args:
         n_init: Channels of a token's vector.
@@ -48,22 +48,15 @@ class Decoder(nn.Module):
         self.n_init, self.n_hid, self.n_blk_per_group = n_init, n_hid, n_blk_per_group
         self.output_channels, self.vocab_size = output_channels, vocab_size
         self.use_mixed_precision = use_mixed_precision
-        with nullcontext() if device is None else torch.device(device):
-            self.blocks = stack_blocks(
-                stem=Conv2d(vocab_size, n_init, 1, use_float16=False),
-                block=DecoderBlock,
-                widths=[n_hid * 2**group for group in reversed(range(self.group_count))],
-                n_blk_per_group=n_blk_per_group,
-                between=("upsample", partial(nn.Upsample, scale_factor=2, mode="nearest")),
-                head=partial(Conv2d, n_hid, 2 * output_channels, 1),
-            )
-        self.requires_grad_(requires_grad)
+        stem = Conv2d(vocab_size, n_init, 1, use_float16=False)
+        widths = [n_hid * 2**group for group in reversed(range(self.group_count))]
+        between = "upsample", nn.Upsample(scale_factor=2, mode="nearest")
+        head = partial(Conv2d, n_hid, 2 * output_channels, 1)
+        self.blocks = stack_blocks(stem, DecoderBlock, widths, n_blk_per_group, between, head)
+        self.requires_grad_(requires_grad).to(device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """One-hot tokens, float32 ``(B, vocab_size, h, w)`` → float32 ``(B, 2 · output_channels, 8h, 8w)``.
-
-        Raises ValueError for input of another shape or type.
-        """
+        """One-hot tokens, float32 ``(B, vocab_size, h, w)`` → float32 ``(B, 2 · output_channels, 8h, 8w)``."""
         check_input(x, self.vocab_size, "the decoder's input")
         with half_precision(x.device.type, self.use_mixed_precision):
             return self.blocks(x).float()

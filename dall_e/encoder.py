@@ -1,6 +1,5 @@
 """The encoder: an image to logits over the vocabulary at every cell of a grid 8 times smaller."""
 
-from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -18,7 +17,7 @@ class EncoderBlock(ResidualBlock):
 class Encoder(nn.Module):
     """Four groups of residual blocks, of 1, 2, 4 and 8 times ``n_hid`` channels, with max-pooling between them.
 
-    Its input is images in [0, 1] mapped by :func:`dall_e.map_pixels`.
+    Its input is images in [0, 1] mapped by :func:`dall_e.map_pixels`; others are a ValueError.
 
     Args:
         n_hid: Channels of the first group, a multiple of 4.
@@ -46,16 +45,13 @@ class Encoder(nn.Module):
         self.n_hid, self.n_blk_per_group = n_hid, n_blk_per_group
         self.input_channels, self.vocab_size = input_channels, vocab_size
         self.use_mixed_precision = use_mixed_precision
-        with nullcontext() if device is None else torch.device(device):
-            self.blocks = stack_blocks(
-                stem=Conv2d(input_channels, n_hid, 7),
-                block=EncoderBlock,
-                widths=[n_hid * 2**group for group in range(self.group_count)],
-                n_blk_per_group=n_blk_per_group,
-                between=("pool", partial(nn.MaxPool2d, 2)),
-                head=partial(Conv2d, n_hid * 2 ** (self.group_count - 1), vocab_size, 1, use_float16=False),
-            )
-        self.requires_grad_(requires_grad)
+        widths = [n_hid * 2**group for group in range(self.group_count)]
+        head = partial(Conv2d, widths[-1], vocab_size, 1, use_float16=False)
+        between = "pool", nn.MaxPool2d(2)
+        self.blocks = stack_blocks(
+            Conv2d(input_channels, n_hid, 7), EncoderBlock, widths, n_blk_per_group, between, head
+        )
+        self.requires_grad_(requires_grad).to(device)
 
     @property
     def head(self) -> Conv2d:
@@ -65,17 +61,11 @@ class Encoder(nn.Module):
         return head
 
     def features(self, x: Tensor) -> Tensor:
-        """What the head sees: float32 ``(B, input_channels, H, W)`` → float32 ``(B, 8 · n_hid, H // 8, W // 8)``.
-
-        Raises ValueError for input of another shape or type.
-        """
+        """What the head sees: float32 ``(B, input_channels, H, W)`` → float32 ``(B, 8 · n_hid, H // 8, W // 8)``."""
         check_input(x, self.input_channels, "the encoder's input")
         with half_precision(x.device.type, self.use_mixed_precision):
             return self.blocks[:-1](x).relu().float()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits: float32 ``(B, input_channels, H, W)`` → float32 ``(B, vocab_size, H // 8, W // 8)``.
-
-        Raises ValueError for input of another shape or type.
-        """
+        """Logits: float32 ``(B, input_channels, H, W)`` → float32 ``(B, vocab_size, H // 8, W // 8)``."""
         return self.head(self.features(x))

@@ -11,7 +11,7 @@ import pickle
 import tarfile
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,11 +33,6 @@ _RECORDED_CLASSES = {
     *("torch.nn.modules.pooling.MaxPool2d", "torch.nn.modules.linear.Identity"),
     "torch.nn.modules.upsampling.Upsample",
 }
-_FUNCTIONS: dict[str, Callable[..., object]] = {
-    "torch._utils._rebuild_tensor_v2": lambda *where: torch._utils._rebuild_tensor(*where[:4]),
-    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
-    "torch.device": lambda *names: ":".join(map(str, names)),
-}
 _TRUNCATED = "it is a truncated or damaged download or copy"
 
 
@@ -50,41 +45,24 @@ class _Record:
         self.state = state
 
 
-class _Mapping(dict[str, object]):
-    """Stands for an ordered dict, and forgets the attributes that state dicts have."""
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-class _Function:
-    """Stands for a listed function; an object of its own, so that a file cannot alter ours."""
-
-    def __init__(self, function: Callable[..., object]) -> None:
-        self.function = function
-
-    def __call__(self, *args: object) -> object:
-        return self.function(*args)
-
-    def __setstate__(self, state: object) -> None:
-        raise ModelFileError("it tries to alter a function: the file is damaged or harmful")
-
-
 class _Collector(pickle.Unpickler):
     """An unpickler that knows only the listed names, and builds nothing but records, tensors and plain containers."""
 
     def find_class(self, module: str, name: str) -> object:
-        """Returns what stands for ``module.name``; classes are new each time, so that a file cannot alter ours."""
+        """Returns what stands for ``module.name``, made anew each time, so that a file cannot alter ours."""
         full_name = f"{module}.{name}"
         if full_name in _RECORDED_CLASSES:
             return type(name, (_Record,), {})
-        if full_name in _FUNCTIONS:
-            return _Function(_FUNCTIONS[full_name])
-        if full_name == "collections.OrderedDict":
-            return type(name, (_Mapping,), {})
-        if full_name in ("builtins.set", "__builtin__.set"):
-            return set
-        raise ModelFileError(f"it asks to import {full_name}, and code inside model files is never run")
+        stand_ins = {
+            "collections.OrderedDict": type(name, (dict,), {"__setstate__": lambda *_: None}),  # as state dicts are
+            "torch._utils._rebuild_tensor_v2": lambda *where: torch._utils._rebuild_tensor(*where[:4]),
+            "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+            "torch.device": lambda *names: ":".join(map(str, names)),
+            **dict.fromkeys(("builtins.set", "__builtin__.set"), set),
+        }
+        if full_name not in stand_ins:
+            raise ModelFileError(f"it asks to import {full_name}, and code inside model files is never run")
+        return stand_ins[full_name]
 
 
 def _read_pickle(path: Path) -> object:
@@ -137,19 +115,16 @@ def _check_kind(path: Path) -> None:
         head = file.read(512)
     text = head.decode("utf-8", errors="replace").lstrip("\ufeff \t\r\n").lower()
     refused = "probably a server's refusal; fetch it from another address"
-    for recognised, problem in (
-        (not head, "it is empty; fetch it again"),
-        (text.startswith(("<?xml", "<error")), f"it is an XML message, {refused}"),
-        (text.startswith("<"), f"it is an HTML page, {refused}"),
-        (text.startswith("--2"), "it is the log of wget (`-o` names the log, `-O` the file); fetch it again with -O"),
-        (head.startswith(b"PK") and not zipfile.is_zipfile(path), f"{_TRUNCATED}; fetch it again"),
-        (
-            not head.startswith((b"PK", b"\x80")),
-            f"it begins with {head[:24]!r}, unlike any file of torch.save; fetch it again",
-        ),
-    ):
-        if recognised:
-            raise ModelFileError(problem)
+    kinds = {
+        "it is empty; fetch it again": not head,
+        f"it is an XML message, {refused}": text.startswith(("<?xml", "<error")),
+        f"it is an HTML page, {refused}": text.startswith("<"),
+        "it is the log of wget (`-o` names the log, `-O` the file); fetch it again with -O": text.startswith("--2"),
+        f"{_TRUNCATED}; fetch it again": head.startswith(b"PK") and not zipfile.is_zipfile(path),
+        f"it begins with {head[:24]!r}, unlike any file of torch.save": not head.startswith((b"PK", b"\x80")),
+    }
+    if problem := next((problem for problem, applies in kinds.items() if applies), ""):
+        raise ModelFileError(problem)
 
 
 def _read_file(path: Path) -> tuple[dict[str, Tensor], Mapping[str, object]]:
@@ -167,9 +142,7 @@ def _build(tensors: Mapping[str, Tensor], attributes: Mapping[str, object]) -> E
     """Builds a module of the sizes that the tensors have, and fills it with them."""
     first, last = tensors.get("blocks.input.w"), tensors.get("blocks.output.conv.w")
     if first is None or last is None or first.ndim != 4 or last.ndim != 4:
-        raise ModelFileError(
-            "it holds neither an encoder nor a decoder: blocks.input.w or blocks.output.conv.w is missing"
-        )
+        raise ModelFileError("it holds neither an encoder nor a decoder, with blocks.input.w and blocks.output.conv.w")
     n_blk = max(1, len({name.split(".")[2] for name in tensors if name.startswith("blocks.group_1.block_")}))
     mixed = bool(attributes.get("use_mixed_precision", True))
     model: Encoder | Decoder
@@ -184,10 +157,8 @@ def _build(tensors: Mapping[str, Tensor], attributes: Mapping[str, object]) -> E
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
-            raise ModelFileError(
-                f"its {name} does not fit the {type(model).__name__.lower()} that the other tensors describe: "
-                f"found {found.get(name, 'none')}, expected {expected.get(name, 'none')}"
-            )
+            other = f"found {found.get(name, 'none')}, expected {expected.get(name, 'none')}"
+            raise ModelFileError(f"its {name} does not fit the other tensors' {type(model).__name__.lower()}: {other}")
     # copied, for tensors of a file may share a storage; assigned, for the model on "meta" has no memory
     copies = {name: tensor.to(torch.float32, copy=True).contiguous() for name, tensor in tensors.items()}
     model.load_state_dict(copies, assign=True)

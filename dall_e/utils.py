@@ -1,6 +1,7 @@
 """What encoder and decoder share: their convolution, residual block and layout, and the range of their pixels."""
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
@@ -19,9 +20,6 @@ class Conv2d(nn.Module):
         n_out: Output channels.
         kw: Side of the kernel, odd.
         use_float16: Whether it may run in half precision where its model does; otherwise it is always float32.
-
-    Raises:
-        ValueError: A size is not positive, or ``kw`` is even.
     """
 
     def __init__(self, n_in: int, n_out: int, kw: int, use_float16: bool = True) -> None:
@@ -44,10 +42,6 @@ class Conv2d(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return F.conv2d(x.float(), self.w.float(), self.b.float(), padding=self.kw // 2)
 
-    def extra_repr(self) -> str:
-        """The sizes, for ``print(model)``."""
-        return f"{self.n_in}, {self.n_out}, kw={self.kw}"
-
 
 class ResidualBlock(nn.Module):
     """``id_path(x) + post_gain · res_path(x)``: a pre-activation bottleneck of four convolutions.
@@ -56,15 +50,9 @@ class ResidualBlock(nn.Module):
         n_in: Input channels.
         n_out: Output channels, a multiple of 4; the bottleneck has a quarter of them.
         n_layers: Blocks in the whole network; the residual path is scaled by ``1 / n_layers²``.
-
-    Attributes:
-        kernels: Sides of the four kernels.
-
-    Raises:
-        ValueError: ``n_out`` is not a multiple of 4.
     """
 
-    kernels: ClassVar[tuple[int, int, int, int]]
+    kernels: ClassVar[tuple[int, int, int, int]]  # sides of the four kernels
 
     def __init__(self, n_in: int, n_out: int, n_layers: int) -> None:
         super().__init__()
@@ -88,12 +76,12 @@ def stack_blocks(
     block: type[ResidualBlock],
     widths: Sequence[int],
     n_blk_per_group: int,
-    between: tuple[str, Callable[[], nn.Module]],
+    between: tuple[str, nn.Module],
     head: Callable[[], Conv2d],
 ) -> nn.Sequential:
     """Builds the layers of a network: stem, groups of residual blocks, ReLU and head.
 
-    ``widths`` are the groups' channels; ``between`` is the name and constructor of what stands between two groups.
+    ``widths`` are the groups' channels; ``between`` is the name of what stands between two groups, and that module.
     """
     blocks = nn.Sequential()
     blocks.add_module("input", stem)
@@ -104,12 +92,9 @@ def stack_blocks(
             members.add_module(f"block_{number}", block(channels, width, len(widths) * n_blk_per_group))
             channels = width
         if group < len(widths):
-            members.add_module(between[0], between[1]())
+            members.add_module(*between)
         blocks.add_module(f"group_{group}", members)
-    output = nn.Sequential()
-    output.add_module("relu", nn.ReLU())
-    output.add_module("conv", head())
-    blocks.add_module("output", output)
+    blocks.add_module("output", nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=head())))
     return blocks
 
 
@@ -126,18 +111,12 @@ def check_input(x: Tensor, channels: int | None, name: str) -> None:
 
 
 def map_pixels(x: Tensor) -> Tensor:
-    """Maps float32 images ``(B, C, H, W)`` from [0, 1] to [0.1, 0.9], the range the encoder was trained on.
-
-    Raises ValueError if ``x`` is not a float32 batch of images.
-    """
+    """Maps float32 images ``(B, C, H, W)`` from [0, 1] to [0.1, 0.9], the range the encoder was trained on."""
     check_input(x, None, "images")
     return logit_laplace_eps + x * (1 - 2 * logit_laplace_eps)
 
 
 def unmap_pixels(x: Tensor) -> Tensor:
-    """Maps float32 images ``(B, C, H, W)`` from [0.1, 0.9] back to [0, 1], clamped.
-
-    Raises ValueError if ``x`` is not a float32 batch of images.
-    """
+    """Maps float32 images ``(B, C, H, W)`` from [0.1, 0.9] back to [0, 1], clamped."""
     check_input(x, None, "images")
     return ((x - logit_laplace_eps) / (1 - 2 * logit_laplace_eps)).clamp(0, 1)

@@ -5,6 +5,7 @@ result = inference_model(model, "street.jpg")  # (H, W)
 show_result_pyplot(model, "street.jpg", result, out_file="street.png")
 """
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from torchvision.transforms.v2 import functional as F
 
 from beit.checkpoints.read import read_weights
 from beit.data.transforms import size_pair
-from beit.errors import InputError
+from beit.errors import InputError, counted
 from beit.inference import OneImage, decoded, images_of
 from beit.training.distributed import select_device
 from beit.training.precision import Precision, resolve_amp_dtype
@@ -26,6 +27,8 @@ from semantic_segmentation.data import SegmentationClasses, ade20k_classes, find
 from semantic_segmentation.inference import TestSettings, predict_each, statistics_of
 from semantic_segmentation.modeling import Segmentor, build_segmentor, heads_in, load_segmentor, segmentor_from
 from semantic_segmentation.overlays import OPACITY, result_figure
+
+logger = logging.getLogger(f"beit.{__name__}")
 
 if TYPE_CHECKING:
     from beit.visualization.figures import Figure
@@ -49,8 +52,6 @@ def init_model(
     Raises:
         InputError: Neither is given, a file does not exist, or the checkpoint is no segmentor or not the config's.
     """
-    if checkpoint is None and config is None:
-        raise InputError("init_model needs a checkpoint or a config")
     opened = None if checkpoint is None else read_weights(os.fspath(checkpoint))
     if config is not None:
         settings = read_test([os.fspath(config), "-"])
@@ -63,6 +64,8 @@ def init_model(
             load_segmentor(segmentor, *opened, str(checkpoint))
     elif opened is not None:
         segmentor = segmentor_from(*opened)
+    else:
+        raise InputError("init_model needs a checkpoint or a config")
     return segmentor.to(select_device(str(device), 0)).eval()
 
 
@@ -105,13 +108,7 @@ def show_result_pyplot(
 ) -> "Figure":
     """Returns a matplotlib figure of an image, its segmentation and a legend; notebooks show it, no window is opened.
 
-    Args:
-        model: From :func:`init_model`; its checkpoint names the classes.
-        image: The image, as for :func:`inference_model`.
-        result: Classes ``(H, W)`` from :func:`inference_model`.
-        opacity: Opacity of the colours over the image, from 0 to 1.
-        title: A line above all.
-        out_file: A PNG or SVG file to write as well.
+    The result is that of :func:`inference_model`; ``out_file`` is a PNG or SVG file to write as well.
 
     Raises:
         InputError: Image and result differ in size, or the file cannot be written.
@@ -125,8 +122,7 @@ def show_result_pyplot(
 def classes_of(segmentor: Segmentor, file: PathLike = "") -> SegmentationClasses:
     """Returns names and colours: from a file, or as recorded, or ADE20K's for 150 classes, or numbers.
 
-    Raises:
-        InputError: The file has another number of classes.
+    Raises InputError for a file of another number of classes.
     """
     count = segmentor.num_classes
     if file:
@@ -136,6 +132,9 @@ def classes_of(segmentor: Segmentor, file: PathLike = "") -> SegmentationClasses
         return classes
     names = segmentor.metadata.get("labels")
     if names is None or len(names) != count:
+        if names is not None:
+            told = counted(len(names), "name"), counted(count, "class")
+            logger.warning("%s in the checkpoint, which has %s: left out", *told)
         if count == len(ade20k := ade20k_classes()):
             return ade20k
         names = [f"class {number}" for number in range(count)]

@@ -1,7 +1,8 @@
 """The settings of segmentation, and the command lines of training and testing around them. Imports no torch.
 
-Settings have the names that they have in every job; mmsegmentation's, and those of earlier versions, are aliases. Its
-iterations count batches: with ``update_freq`` 2, every second one ends in an optimizer step.
+Settings have the names that they have in every job; mmsegmentation's flags and earlier versions' names are aliases, and
+its keys are in ``official_keys.py``. Its iterations count batches: with ``update_freq`` 2, every second one ends in an
+optimizer step.
 """
 
 import dataclasses
@@ -15,18 +16,17 @@ from beit.config import SettingsFiles, Size, option, read_command_line
 from beit.errors import InputError, did_you_mean
 from beit.tasks.settings import AMP_CHOICES, ANY_MODEL, BatchOptions, LoadingOptions, OptimizerOptions, RunOptions
 from beit.zoo import MODELS
-from semantic_segmentation.official_keys import KEYS_WITHOUT_EFFECT, MODEL_KEYS, MODEL_SIZES
+from semantic_segmentation.official_keys import KEYS, KEYS_WITHOUT_EFFECT, MODEL_SIZES
 
 logger = logging.getLogger(f"beit.{__name__}")
 
 METRICS = ("mIoU",)
-SPLITS = ("train", "val", "test")  # in mmsegmentation's keys
 MULTI_SCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 EVAL_OPTIONS = ("imgfile_prefix", "to_label_id", "efficient_test")
 SETTINGS = SettingsFiles(
     folder=Path(__file__).parent / "configs" / "beit" / "upernet",
     overrides=("options", "cfg_options"),
-    keys=MODEL_KEYS,
+    keys=KEYS,
     without_effect=KEYS_WITHOUT_EFFECT,
 )
 _SPREAD = "mmsegmentation needs it; here counts are summed over the processes"
@@ -38,33 +38,17 @@ class PairsOptions(LoadingOptions):
 
     GROUP: ClassVar[str] = "data"
 
-    data_path: str = option(
-        "data/ade/ADEChallengeData2016",
-        "folder of the data",
-        aliases=("data_root", *(f"data.{split}.data_root" for split in SPLITS)),
-    )
-    train_images: str = option("images/training", "training images, in data_path", aliases=("data.train.img_dir",))
-    train_annotations: str = option("annotations/training", "their label maps", aliases=("data.train.ann_dir",))
-    val_images: str = option(
-        "images/validation", "validation images, in data_path", aliases=("data.val.img_dir", "data.test.img_dir")
-    )
-    val_annotations: str = option(
-        "annotations/validation", "their label maps", aliases=("data.val.ann_dir", "data.test.ann_dir")
-    )
+    data_path: str = option("data/ade/ADEChallengeData2016", "folder of the data", aliases=("data_root",))
+    train_images: str = option("images/training", "training images, in data_path")
+    train_annotations: str = option("annotations/training", "their label maps")
+    val_images: str = option("images/validation", "validation images, in data_path")
+    val_annotations: str = option("annotations/validation", "their label maps")
     classes: str = option("", "file with one class per line; data_path/classes.txt or ADE20K's by default")
-    reduce_zero_label: bool = option(
-        True,
-        "ignore label 0, lower the others by 1",
-        aliases=tuple(f"data.{split}.reduce_zero_label" for split in SPLITS),
-    )
-    num_workers: int = option(4, "loading workers per process", within="[0, inf)", aliases=("data.workers_per_gpu",))
+    reduce_zero_label: bool = option(True, "ignore label 0, lower the others by 1")
+    num_workers: int = option(4, "loading workers per process", within="[0, inf)")
     image_scale: tuple[int, ...] = option((2048, 512), "most pixels of the long and the short side", within="[1, inf)")
     ratio_range: tuple[float, ...] = option((0.5, 2.0), "range of the random factor on image_scale", within="(0, inf)")
-    crop_size: Size = option(
-        512,
-        "training crops and test windows, in pixels (HEIGHTxWIDTH or one number)",
-        aliases=("model.backbone.img_size", "model.test_cfg.crop_size"),
-    )
+    crop_size: Size = option(512, "training crops and test windows, in pixels (HEIGHTxWIDTH or one number)")
     cat_max_ratio: float = option(0.75, "share of a crop that one class should stay below", within="(0, 1]")
     flip: float = option(0.5, "probability of a horizontal flip", within="[0, 1]")
     photometric_distortion: bool = option(True, "change brightness, contrast, saturation and hue")
@@ -78,38 +62,20 @@ class SegmentorOptions:
 
     model: str = option("beit_base_patch16_224", "model whose sizes the backbone has; `beit models` lists them")
     model_kwargs: dict[str, Any] | None = option(None, "more of its arguments, such as patch_size=8 embed_dim=128")
-    init_from: str = option(
-        "", f"checkpoint to start from: {ANY_MODEL}", aliases=("load_from", "pretrained", "model.pretrained")
-    )
+    init_from: str = option("", f"checkpoint to start from: {ANY_MODEL}", aliases=("load_from", "pretrained"))
     decode_head: str = option("uper", "head: UPerNet or SETR-PUP", choices=("uper", "setr_pup"))
-    out_indices: tuple[int, ...] = option(
-        (3, 5, 7, 11), "blocks to tap, from 0", aliases=("model.backbone.out_indices",)
-    )
-    head_channels: int = option(768, "channels of the head", within="[1, inf)", aliases=("model.decode_head.channels",))
-    head_dropout: float = option(
-        0.1, "dropout before both classifiers", within="[0, 1)", aliases=("model.decode_head.dropout_ratio",)
-    )
-    auxiliary_channels: int = option(
-        256, "channels of the auxiliary head; 0: none", within="[0, inf)", aliases=("model.auxiliary_head.channels",)
-    )
-    auxiliary_index: int = option(2, "its tap, from 0", within="[0, inf)", aliases=("model.auxiliary_head.in_index",))
-    auxiliary_weight: float = option(
-        0.4, "weight of its loss", within="[0, inf)", aliases=("model.auxiliary_head.loss_decode.loss_weight",)
-    )
+    out_indices: tuple[int, ...] = option((3, 5, 7, 11), "blocks to tap, from 0")
+    head_channels: int = option(768, "channels of the head", within="[1, inf)")
+    head_dropout: float = option(0.1, "dropout before both classifiers", within="[0, 1)")
+    auxiliary_channels: int = option(256, "channels of the auxiliary head; 0: none", within="[0, inf)")
+    auxiliary_index: int = option(2, "its tap, from 0", within="[0, inf)")
+    auxiliary_weight: float = option(0.4, "weight of its loss", within="[0, inf)")
     loss_average: str = option("all", "pixels that the loss averages over", choices=("all", "valid"))
-    drop_path: float = option(
-        0.1, "stochastic depth rate of the last block", within="[0, 1)", aliases=("model.backbone.drop_path_rate",)
-    )
-    layer_scale_init_value: float = option(
-        0.1, "initial LayerScale; 0 for none", within="[0, inf)", aliases=("model.backbone.init_values",)
-    )
-    rel_pos_bias: bool = option(
-        True, "relative position bias", off="--disable_rel_pos_bias", aliases=("model.backbone.use_rel_pos_bias",)
-    )
-    abs_pos_emb: bool = option(False, "absolute position embeddings", aliases=("model.backbone.use_abs_pos_emb",))
-    grad_checkpointing: bool = option(
-        False, "recompute activations in the backward pass", aliases=("model.backbone.use_checkpoint",)
-    )
+    drop_path: float = option(0.1, "stochastic depth rate of the last block", within="[0, 1)")
+    layer_scale_init_value: float = option(0.1, "initial LayerScale; 0 for none", within="[0, inf)")
+    rel_pos_bias: bool = option(True, "relative position bias", off="--disable_rel_pos_bias")
+    abs_pos_emb: bool = option(False, "absolute position embeddings")
+    grad_checkpointing: bool = option(False, "recompute activations in the backward pass")
 
 
 @dataclass(frozen=True)
@@ -118,22 +84,15 @@ class StepOptions(BatchOptions, OptimizerOptions):
 
     GROUP: ClassVar[str] = "schedule"
 
-    batch_size: int = option(
-        2, "images per process and batch", within="[1, inf)", aliases=("samples_per_gpu", "data.samples_per_gpu")
-    )
-    update_freq: int = option(
-        1, "batches accumulated for one step", within="[1, inf)", aliases=("optimizer_config.update_interval",)
-    )
+    batch_size: int = option(2, "images per process and batch", within="[1, inf)", aliases=("samples_per_gpu",))
     max_steps: int = option(
         160000, "length of the run, in steps", within="[1, inf)", counts_batches=("max_iters", "runner.max_iters")
     )
     warmup_steps: int = option(
         1500, "steps of linear warm-up", within="[0, inf)", counts_batches=("warmup_iters", "lr_config.warmup_iters")
     )
-    warmup_ratio: float = option(
-        1e-6, "share of lr that the warm-up begins with", within="[0, 1]", aliases=("lr_config.warmup_ratio",)
-    )
-    power: float = option(1.0, "exponent of the learning rate's decay", within="[0, inf)", aliases=("lr_config.power",))
+    warmup_ratio: float = option(1e-6, "share of lr that the warm-up begins with", within="[0, 1]")
+    power: float = option(1.0, "exponent of the learning rate's decay", within="[0, inf)")
     eval_freq: int = option(
         16000, "steps between evaluations", within="[1, inf)", counts_batches=("eval_interval", "evaluation.interval")
     )
@@ -143,27 +102,10 @@ class StepOptions(BatchOptions, OptimizerOptions):
         within="[1, inf)",
         counts_batches=("checkpoint_interval", "checkpoint_config.interval"),
     )
-    opt: str = option("adamw", "optimizer: any name that timm knows, or fusedadamw", aliases=("optimizer.type",))
-    opt_eps: float = option(1e-8, "epsilon of Adam", within="[0, inf)", aliases=("optimizer.eps",))
-    opt_betas: tuple[float, ...] | None = option(
-        (0.9, 0.999), "betas of Adam", within="[0, 1)", aliases=("optimizer.betas",)
-    )
-    clip_grad: float | None = option(
-        None,
-        "largest gradient norm; no clipping by default",
-        within="(0, inf)",
-        aliases=("optimizer_config.grad_clip", "optimizer_config.grad_clip.max_norm"),
-    )
-    momentum: float = option(0.9, "momentum of SGD", within="[0, 1)", aliases=("optimizer.momentum",))
-    weight_decay: float = option(0.05, "weight decay", within="[0, inf)", aliases=("optimizer.weight_decay",))
-    lr: float = option(7e-4, "peak learning rate of the heads", within="[0, inf)", aliases=("optimizer.lr",))
-    layer_decay: float = option(
-        0.65,
-        "factor on lr per layer, from the top",
-        within="(0, 1]",
-        aliases=("optimizer.paramwise_cfg.layer_decay_rate",),
-    )
-    min_lr: float = option(0.0, "learning rate at the end", within="[0, inf)", aliases=("lr_config.min_lr",))
+    opt_betas: tuple[float, ...] | None = option((0.9, 0.999), "betas of Adam", within="[0, 1)")
+    lr: float = option(7e-4, "peak learning rate of the heads", within="[0, inf)")
+    layer_decay: float = option(0.65, "factor on lr per layer, from the top", within="(0, 1]")
+    min_lr: float = option(0.0, "learning rate at the end", within="[0, inf)")
 
 
 @dataclass(frozen=True)
@@ -173,12 +115,8 @@ class TestOptions:
     GROUP: ClassVar[str] = "test"
     __test__: ClassVar[bool] = False  # its name would make pytest take it for a test
 
-    test_mode: str = option(
-        "slide", "windows of crop_size, or whole images", choices=("slide", "whole"), aliases=("model.test_cfg.mode",)
-    )
-    slide_stride: Size = option(
-        341, "step between windows, in pixels (DOWNxRIGHT or one number)", aliases=("model.test_cfg.stride",)
-    )
+    test_mode: str = option("slide", "windows of crop_size, or whole images", choices=("slide", "whole"))
+    slide_stride: Size = option(341, "step between windows, in pixels (DOWNxRIGHT or one number)")
     test_ratios: tuple[float, ...] = option((1.0,), "factors on image_scale to average over", within="(0, inf)")
     test_flip: bool = option(False, "average over the mirrored image too")
     test_short_at_least_crop: bool = option(False, "never resize the short side below the crop, whatever the ratio")
@@ -196,10 +134,7 @@ class SegmentationConfig(TestOptions, PairsOptions, SegmentorOptions, StepOption
     GROUP: ClassVar[str] = "run"
 
     output_dir: str = option("", "run folder; work_dirs/CONFIG in training", aliases=("work_dir",))
-    keep_checkpoints: int = option(
-        0, "numbered checkpoints to keep; 0 keeps all", within="[0, inf)", aliases=("checkpoint_config.max_keep_ckpts",)
-    )
-    log_every: int = option(50, "steps between console lines", within="[1, inf)", aliases=("log_config.interval",))
+    log_every: int = option(50, "steps between console lines", within="[1, inf)")
     launcher: str = option("none", "mpi for mpirun; others are detected", choices=("none", "pytorch", "slurm", "mpi"))
 
 

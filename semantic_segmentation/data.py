@@ -6,14 +6,13 @@ other than ADE20K's. A label map has 8 bits per pixel, greys or palette indices;
 
 import colorsys
 import hashlib
-import itertools
 import logging
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from torchvision.transforms.v2 import functional as F
 from beit.data.datasets import Key, UnreadableImageError, opened_image, orientation, sample_randomness, upright
 from beit.data.index import index_images
 from beit.data.shards import names_shards
-from beit.errors import InputError, listed
+from beit.errors import InputError, counted, listed
 from beit.inference import decoded
 from semantic_segmentation.metrics import IGNORED
 
@@ -46,6 +45,7 @@ CLASS_LINE = re.compile(r"(.*?\S)(?:\s+(\d+\s+\d+\s+\d+))?")
 ALMOST_A_COLOUR = re.compile(r"((^|[\s,;(\[])-?[\d.]+[\s,;]+-?[\d.]+[)\]]?|#[0-9a-fA-F]{6})$")
 
 Colour = tuple[int, int, int]  # red, green, blue, 0 to 255
+# The image uint8 (3, h, w), the label map uint8 (h, w), the sample's generator.
 Transform = Callable[[tv_tensors.Image, tv_tensors.Mask, np.random.Generator], dict[str, Tensor]]
 PathLike = str | os.PathLike[str]
 
@@ -120,23 +120,16 @@ def named_classes(names: Sequence[str], colours: Sequence[Sequence[int]] = ()) -
 
 
 def _complete(colours: Sequence[Colour | None]) -> tuple[Colour, ...]:
-    """Returns the colours, with distinct new ones in place of those that are missing."""
-    taken = {colour for colour in colours if colour is not None}
-    new = (colour for colour in _distinct_colours() if colour not in taken)
-    return tuple(next(new) if colour is None else colour for colour in colours)
+    """Returns the colours, with distinct new ones, neighbours far apart in hue, in place of those that are missing."""
 
-
-def _distinct_colours() -> Iterator[Colour]:
-    """Yields endless distinct colours, neighbours far apart in hue."""
-    seen: set[Colour] = set()
-    for number in itertools.count():
+    def colour(number: int) -> Colour:
         # Steps of the golden ratio cover the circle of hues evenly, however many there will be.
         hue, depth = number * GOLDEN_RATIO % 1, number % 3
         red, green, blue = colorsys.hsv_to_rgb(hue, (0.85, 0.55, 1.0)[depth], (0.95, 0.85, 0.6)[depth])
-        colour = (round(red * 255), round(green * 255), round(blue * 255))
-        if colour not in seen:
-            seen.add(colour)
-            yield colour
+        return round(red * 255), round(green * 255), round(blue * 255)
+
+    new = (each for each in dict.fromkeys(map(colour, range(4 * IGNORED))) if each not in colours)
+    return tuple(next(new) if each is None else each for each in colours)
 
 
 def ade20k_classes() -> SegmentationClasses:
@@ -150,10 +143,7 @@ def find_classes(
     """Returns the classes of a data set: those of a file, else of its ``classes.txt``, else ADE20K's.
 
     ``reduce_zero_label`` is whether label 0 is ignored, as in ADE20K; a mismatch is logged as a warning, and so are
-    ADE20K's names for a folder that is not its own.
-
-    Raises:
-        InputError: The list of classes is not valid; see :func:`read_classes`.
+    ADE20K's names for a folder that is not its own. Raises as :func:`read_classes` does.
     """
     own = Path(data_root) / CLASSES_FILE
     if classes_file or own.exists():
@@ -199,11 +189,10 @@ def find_pairs(images_dir: PathLike, annotations_dir: PathLike | None = None) ->
         return ImagePairs(tuple(images.values()), (), root)
     labels_root, labels = _by_stem(annotations_dir, "label maps", LABEL_MAPS)
     problems = []
-    sides = (
+    for these, those, what, other in (
         (images, labels, f"images in {root}", "label map"),
         (labels, images, f"label maps in {labels_root}", "image"),
-    )
-    for these, those, what, other in sides:
+    ):
         if alone := [stem for stem in these if stem not in those]:
             problems.append(f"{len(alone)} of {len(these)} {what} have no {other}: {listed(alone)}")
     if problems:
@@ -307,7 +296,7 @@ def check_labels(pairs: ImagePairs, classes: SegmentationClasses, reduce_zero_la
     doubts: dict[str, object] = {
         f"reduce_zero_label is on, so 0 ({pixels[0] / pixels.sum():.0%} of the pixels of {where}) is no class and 1 is "
         f"{classes.names[0]!r}: if 0 is a class, as the background is, name it first and set reduce_zero_label=False": (
-            first and (not pixels.argmax() or classes.names[0].casefold() in NO_CLASS)
+            first and (not (pixels.argmax() or pixels[last]) or classes.names[0].casefold() in NO_CLASS)
         ),
         f"{min(named)} is the only class in {where}: write the object as 1, and set reduce_zero_label=False if 0 is a "
         "class": len(named) == 1,
@@ -333,13 +322,14 @@ def check_numbers(path: Path, labels: NDArray[np.uint8], num_classes: int, reduc
     first, largest = int(reduce_zero_label), int(labels[labels != IGNORED].max(initial=0))
     if largest < num_classes + first:
         return
-    count = "1 class has" if num_classes == 1 else f"{num_classes} classes have"
+    count = f"{counted(num_classes, 'class')} {'has' if num_classes == 1 else 'have'}"
     numbers = f"{first} to {num_classes - 1 + first} ({'0 and 255 are' if first else '255 is'} no class)"
     ade20k = not first and largest == num_classes
     hint = "; if 0 is no class, as in ADE20K, set reduce_zero_label" if ade20k else ""
     raise InputError(f"{path} has the label {largest}, but the {count} the labels {numbers}{hint}")
 
 
+@dataclass(eq=False)
 class SegmentationDataset(Dataset[dict[str, Any]]):
     """Images with their labels, addressed by ``(epoch, index)``: transformed for training, whole for testing.
 
@@ -349,36 +339,25 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
     Deviation: An unreadable image is not replaced but ends the run: hand-labelled data sets are small, and every image
     in them was looked at.
 
-    Args:
-        pairs: Images, with label maps if there is a transform.
-        transform: Called with the image uint8 ``(3, h, w)``, the label map uint8 ``(h, w)`` and the sample's NumPy
-            generator; returns a dict of tensors. None for whole images as decoded.
-        seed: The run's seed.
-        num_classes: Number of classes; labels are below it, or 255.
-        reduce_zero_label: Whether label 0 in the files is ignored; see :func:`reduce_zero`.
-
     Raises:
         InputError: There are no label maps or a single class to train on, or more classes than 8 bits can hold.
     """
 
-    def __init__(
-        self,
-        pairs: ImagePairs,
-        transform: Transform | None = None,
-        seed: int = 0,
-        *,
-        num_classes: int,
-        reduce_zero_label: bool,
-    ) -> None:
-        most = IGNORED - int(reduce_zero_label)
-        if not 1 <= num_classes <= most:
-            raise InputError(f"there can be 1 to {most} classes in label maps of 8 bits, got {num_classes}")
-        if transform is not None and num_classes == 1:
+    pairs: ImagePairs  # with label maps if there is a transform
+    transform: Transform | None = None  # None for whole images as decoded
+    seed: int = 0
+    _: KW_ONLY
+    num_classes: int  # labels are below it, or 255
+    reduce_zero_label: bool  # whether label 0 in the files is ignored, see reduce_zero
+
+    def __post_init__(self) -> None:
+        most, training = IGNORED - int(self.reduce_zero_label), self.transform is not None
+        if not 1 <= self.num_classes <= most:
+            raise InputError(f"there can be 1 to {most} classes in label maps of 8 bits, got {self.num_classes}")
+        if training and self.num_classes == 1:
             raise InputError("there is one class, so nothing to tell apart: name the others too, such as background")
-        if transform is not None and not pairs.labels:
-            raise InputError(f"training needs label maps; the images in {pairs.root} have none")
-        self.pairs, self.num_classes, self.reduce_zero_label = pairs, num_classes, reduce_zero_label
-        self.transform, self.seed = transform, seed
+        if training and not self.pairs.labels:
+            raise InputError(f"training needs label maps; the images in {self.pairs.root} have none")
 
     def __len__(self) -> int:
         return len(self.pairs)

@@ -6,15 +6,16 @@ of the backbone, a list from fine to coarse, and picks those it reads.
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from beit.checkpoints.formats.segmentation import POOL_SCALES
 from beit.errors import InputError
+
+LEVELS = 4
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -27,13 +28,8 @@ def convolved_resized(x: Tensor, weight: Tensor, size: Sequence[int]) -> Tensor:
 
     Resizing mixes positions and a kernel tap mixes channels, so the two commute: every tap is applied at the small
     size, and one matrix for the rows and one for the columns, which resize and shift, sum the taps at the large size.
-    That takes a quarter of the products for twice the height and width, a 64th for eight times. The
-    result, ``(B, D, H, W)``, is channels last in memory.
-
-    Args:
-        x: ``(B, C, h, w)``.
-        weight: ``(D, C, k, k)``, ``k`` odd.
-        size: ``(H, W)``.
+    That takes a quarter of the products for twice the height and width, a 64th for eight times. From ``x``,
+    ``(B, C, h, w)``, and ``weight``, ``(D, C, k, k)`` with ``k`` odd, the result is ``(B, D, H, W)``, channels last.
     """
     side = weight.shape[-1]
     rows, columns = (_resized_taps(x, axis, new, side) for axis, new in zip((2, 3), size, strict=True))
@@ -78,13 +74,7 @@ class ConvNormReLU(nn.Sequential):
 
 
 class Head(nn.Module):
-    """The common part of the heads: the classifier of each position, and the initialisation.
-
-    Args:
-        channels: Input channels of the classifier.
-        num_classes: ``K``.
-        dropout: Probability of dropping a channel of an image before the classifier.
-    """
+    """The common part of the heads: the classifier of each position, before which channels drop, and initialisation."""
 
     def __init__(self, *, channels: int, num_classes: int, dropout: float) -> None:
         super().__init__()
@@ -110,28 +100,14 @@ class Head(nn.Module):
 class UPerHead(Head):
     """UPerNet: pyramid pooling of the coarsest level, a top-down feature pyramid, and the fusion of all levels.
 
-    Args:
-        in_channels: Channels of each level, ``C``.
-        levels: Number of levels.
-        channels: Output channels of every convolution.
-        num_classes: ``K``.
-        pool_scales: Grid sizes that the coarsest level is pooled to.
-        dropout: As for :class:`Head`.
+    ``channels`` are the output channels of every convolution, ``pool_scales`` the grids that the coarsest level is
+    pooled to.
 
     Source: Unified Perceptual Parsing for Scene Understanding (arXiv 1807.10221).
     """
 
-    def __init__(
-        self,
-        *,
-        in_channels: int,
-        levels: int = 4,
-        channels: int,
-        num_classes: int,
-        pool_scales: Sequence[int] = POOL_SCALES,
-        dropout: float = 0.1,
-    ) -> None:
-        super().__init__(channels=channels, num_classes=num_classes, dropout=dropout)
+    def __init__(self, *, in_channels: int, channels: int, pool_scales: Sequence[int], **classifier: Any) -> None:
+        super().__init__(channels=channels, **classifier)
         self.pool_scales = tuple(pool_scales)
         self.psp_modules = nn.ModuleList(
             nn.Sequential(nn.AdaptiveAvgPool2d(scale), ConvNormReLU(in_channels, channels, kernel_size=1))
@@ -139,10 +115,10 @@ class UPerHead(Head):
         )
         pooled = in_channels + len(pool_scales) * channels
         self.bottleneck = ConvNormReLU(pooled, channels, kernel_size=3)
-        finer = range(levels - 1)
+        finer = range(LEVELS - 1)
         self.lateral_convs = nn.ModuleList(ConvNormReLU(in_channels, channels, kernel_size=1) for _ in finer)
         self.fpn_convs = nn.ModuleList(ConvNormReLU(channels, channels, kernel_size=3) for _ in finer)
-        self.fpn_bottleneck = ConvNormReLU(levels * channels, channels, kernel_size=3)
+        self.fpn_bottleneck = ConvNormReLU(LEVELS * channels, channels, kernel_size=3)
         self.init_weights()
 
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
@@ -166,22 +142,13 @@ class UPerHead(Head):
 
 
 class FCNHead(Head):
-    """One convolution and the classifier on one level: the auxiliary head of mmsegmentation's configs.
-
-    Args:
-        in_channels: Channels of the level.
-        channels: Output channels of the convolution.
-        num_classes: ``K``.
-        index: The level to read.
-        dropout: As for :class:`Head`.
+    """One convolution and the classifier on the level ``index``: the auxiliary head of mmsegmentation's configs.
 
     Source: Fully Convolutional Networks for Semantic Segmentation (arXiv 1411.4038).
     """
 
-    def __init__(
-        self, *, in_channels: int, channels: int, num_classes: int, index: int = 2, dropout: float = 0.1
-    ) -> None:
-        super().__init__(channels=channels, num_classes=num_classes, dropout=dropout)
+    def __init__(self, *, in_channels: int, channels: int, index: int, **classifier: Any) -> None:
+        super().__init__(channels=channels, **classifier)
         self.index = index
         self.convs = nn.Sequential(ConvNormReLU(in_channels, channels, kernel_size=3))
         self.init_weights()
@@ -192,34 +159,19 @@ class FCNHead(Head):
 
 
 class SETRUPHead(Head):
-    """SETR-PUP: convolutions on the last level, each followed by upsampling to twice the size.
+    """SETR-PUP: ``num_convs`` convolutions on the last level, each followed by upsampling to twice the size.
 
-    Args:
-        in_channels: Channels of the level.
-        channels: Output channels of every convolution.
-        num_classes: ``K``.
-        num_convs: Number of doublings; 4 lead from patches of 16 pixels back to the image size.
-        kernel_size: Kernel size of the convolutions.
-        dropout: As for :class:`Head`.
+    Four lead from patches of 16 pixels back to the image size.
 
     Source: SETR (arXiv 2012.15840), section 3.2; the head of BEiT's own paper (arXiv 2106.08254, section 3.2).
     """
 
-    def __init__(
-        self,
-        *,
-        in_channels: int,
-        channels: int,
-        num_classes: int,
-        num_convs: int = 4,
-        kernel_size: int = 3,
-        dropout: float = 0.1,
-    ) -> None:
-        super().__init__(channels=channels, num_classes=num_classes, dropout=dropout)
+    def __init__(self, *, in_channels: int, channels: int, num_convs: int, **classifier: Any) -> None:
+        super().__init__(channels=channels, **classifier)
         self.norm = nn.LayerNorm(in_channels, eps=1e-6)
         self.up_convs = nn.ModuleList(
             nn.Sequential(
-                ConvNormReLU(channels if step else in_channels, channels, kernel_size=kernel_size),
+                ConvNormReLU(channels if step else in_channels, channels, kernel_size=3),
                 nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False),
             )
             for step in range(num_convs)

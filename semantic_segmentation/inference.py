@@ -61,33 +61,21 @@ def statistics_of(metadata: Mapping[str, Any], num_classes: int) -> Statistics:
 
 @dataclass(frozen=True)
 class TestSettings:
-    """How an image is tested.
+    """How an image is tested; raises :class:`InputError` for a setting that cannot work.
 
-    Args:
-        mode: ``slide``: in windows of the model's training size; ``whole``: at once, with resized position biases.
-        crop: Window height and width, in pixels.
-        stride: Distance between windows, down and to the right, in pixels.
-        image_scale: The image is resized, keeping its aspect ratio, so that its long side is at most the larger and
-            its short side at most the smaller number, in pixels.
-        ratios: Factors on ``image_scale`` whose results are averaged.
-        flip: Average with the results for the mirrored image too.
-        short_at_least: Never resize the short side below this, in pixels, as in the official multi-scale test; the
-            long side is then not limited. 0 for no such bound.
-        batch_size: Windows per batch, also of several images; whole images are batched up to as many pixels. Affects
-            speed and memory, not the result.
-
-    Raises:
-        InputError: A setting that cannot work.
+    An image is resized, keeping its aspect ratio, so that its long side is at most the larger and its short side at
+    most the smaller number of ``image_scale``. With ``short_at_least`` the short side is never resized below that, and
+    the long side not limited, as in the official multi-scale test.
     """
 
-    mode: str = "slide"
-    crop: tuple[int, int] = (512, 512)
-    stride: tuple[int, int] = (341, 341)
-    image_scale: tuple[int, int] = (2048, 512)
-    ratios: tuple[float, ...] = (1.0,)
-    flip: bool = False
-    short_at_least: int = 0
-    batch_size: int = 4
+    mode: str = "slide"  # in windows of the model's training size; whole: at once, with resized position biases
+    crop: tuple[int, int] = (512, 512)  # height and width of a window, in pixels
+    stride: tuple[int, int] = (341, 341)  # between windows, down and to the right, in pixels
+    image_scale: tuple[int, int] = (2048, 512)  # pixels
+    ratios: tuple[float, ...] = (1.0,)  # factors on image_scale whose results are averaged
+    flip: bool = False  # average with the results for the mirrored image too
+    short_at_least: int = 0  # pixels; 0 for no such bound
+    batch_size: int = 4  # windows, also of several images; affects speed and memory, not the result
 
     def __post_init__(self) -> None:
         if self.mode not in TEST_MODES:
@@ -119,14 +107,9 @@ def predict_each(
     For each size, and for the mirrored image if asked, the logits are resized to the original size, and their softmax
     is averaged. Nothing waits for the device.
 
-    Args:
-        segmentor: The model; it is put into evaluation mode and must not change meanwhile.
-        images: Pairs of anything that identifies an image and the image as decoded, uint8 ``(3, H, W)``, on any
-            device. At most a batch of windows is read ahead.
-        settings: Sizes, windows, flip.
-        mean: Per channel, for images in [0, 1].
-        std: Per channel, for images in [0, 1].
-        precision: Dtype of the forward pass; everything after it is float32.
+    The segmentor is put into evaluation mode and must not change meanwhile. ``images`` are pairs of anything that
+    identifies an image and the image as decoded, uint8 ``(3, H, W)``, on any device; at most a batch of windows is read
+    ahead. ``mean`` and ``std`` are per channel, for images in [0, 1]. All but the forward pass is in float32.
 
     Yields:
         In order, the identifier and the likeliest class of each pixel, ``(H, W)`` on the segmentor's device: uint8, or
@@ -167,12 +150,9 @@ def _biases_fit(segmentor: Segmentor, settings: TestSettings, precision: Precisi
 
 
 class AnySize:
-    """Computes logits for images of any size; the last few sizes are kept until the segmentor changes.
+    """Computes logits for images of any size by a segmentor in evaluation mode; the last few sizes are kept.
 
-    Args:
-        segmentor: In evaluation mode.
-        precision: Dtype of the forward pass.
-        keep_biases: Look position biases up once per size and not in each call.
+    With ``keep_biases`` position biases are looked up once per size and not in each call.
     """
 
     def __init__(self, segmentor: Segmentor, precision: Precision, *, keep_biases: bool) -> None:

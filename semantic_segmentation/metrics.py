@@ -1,6 +1,5 @@
 """Segmentation metrics over a data set: mIoU, mAcc and aAcc, and IoU and accuracy per class."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,12 +12,7 @@ IGNORED = 255  # label of pixels that no loss and no metric counts
 
 
 class Confusion:
-    """A confusion matrix over many images, kept on the device: on a GPU an update waits for nothing.
-
-    Args:
-        num_classes: Number of classes, ``K``.
-        device: Device of the counts; predictions and labels are moved there.
-    """
+    """A confusion matrix over many images, ``K`` classes, kept on the device: on a GPU an update waits for nothing."""
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
         self.num_classes = num_classes
@@ -57,30 +51,22 @@ class Confusion:
 
 @dataclass(frozen=True)
 class SegmentationScores:
-    """Results over a data set, as fractions in [0, 1].
+    """Results over a data set, as fractions in [0, 1]."""
 
-    Attributes:
-        mIoU: Mean of ``iou`` over the classes that have one.
-        mAcc: Mean of ``accuracy`` over the classes that have one.
-        aAcc: Pixel accuracy over all labelled pixels; nan without any.
-        iou: Intersection over union per class; nan for a class that is neither labelled nor predicted anywhere.
-        accuracy: Recall per class; nan for a class that is not labelled anywhere.
-    """
-
-    mIoU: float
-    mAcc: float
-    aAcc: float
-    iou: tuple[float, ...]
-    accuracy: tuple[float, ...]
+    mIoU: float  # mean of iou over the classes that have one
+    mAcc: float  # mean of accuracy over the classes that have one
+    aAcc: float  # pixel accuracy over all labelled pixels; nan without any
+    iou: tuple[float, ...]  # per class; nan where one is neither labelled nor predicted anywhere
+    accuracy: tuple[float, ...]  # recall per class; nan where one is not labelled anywhere
 
     def table(self, names: Sequence[str]) -> str:
         """Returns a text table: a line per class and one for the means, in percent."""
         width = max(map(len, [*names, "class"]))
         lines = [f"{'class':<{width}}  {'IoU':>6}  {'Acc':>6}"]
         for name, iou, accuracy in zip(names, self.iou, self.accuracy, strict=True):
-            lines.append(f"{name:<{width}}  {_percent(iou)}  {_percent(accuracy)}")
-        lines.append(f"{'mean':<{width}}  {_percent(self.mIoU)}  {_percent(self.mAcc)}")
-        lines.append(f"{'all':<{width}}  {'':>6}  {_percent(self.aAcc)}")
+            lines.append(f"{name:<{width}}  {100 * iou:6.2f}  {100 * accuracy:6.2f}")
+        lines.append(f"{'mean':<{width}}  {100 * self.mIoU:6.2f}  {100 * self.mAcc:6.2f}")
+        lines.append(f"{'all':<{width}}  {'':>6}  {100 * self.aAcc:6.2f}")
         return "\n".join(lines)
 
     def means(self) -> dict[str, float]:
@@ -111,10 +97,6 @@ def scores(matrix: Tensor) -> SegmentationScores:
         iou=tuple(iou.tolist()),
         accuracy=tuple(accuracy.tolist()),
     )
-
-
-def _percent(fraction: float) -> str:
-    return f"{'nan':>6}" if math.isnan(fraction) else f"{100 * fraction:6.2f}"
 
 
 def _size(map_: Tensor) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from beit.checkpoints.formats.segmentation import HEADS, POOL_SCALES, Heads, heads_of, is_segmentor, taps_of
+from beit.checkpoints.formats.segmentation import AUXILIARY, HEADS, POOL_SCALES, Heads, heads_of, is_segmentor, taps_of
 from beit.checkpoints.load import KeyReport, load_weights
 from beit.checkpoints.read import Metadata, architecture_of
 from beit.errors import InputError, listed
@@ -29,10 +29,8 @@ DECODE_HEADS = ("uper", "setr_pup")
 class BeitPyramid(Backbone):
     """The backbone of a segmentor: raw outputs of some blocks, without a norm, as feature levels from fine to coarse.
 
-    Args:
-        out_indices: Blocks to tap, from 0. Blocks after the last tap neither run nor learn.
-        multi_scale: Turn four taps into levels of strides 4, 8, 16 and 32; False: all levels have the patch's stride.
-        **backbone: Keywords of :class:`beit.modeling.Backbone`.
+    Blocks in ``out_indices``, from 0, are tapped; those after the last tap neither run nor learn. With ``multi_scale``
+    four taps become levels of strides 4, 8, 16 and 32, otherwise all have the patch's stride.
 
     Raises:
         InputError: Blocks that do not exist, or a patch size without a pyramid.
@@ -219,10 +217,9 @@ def at_size(segmentor: Segmentor, img_size: tuple[int, int]) -> Segmentor:
 def segmentor_from(weights: Mapping[str, Tensor], metadata: Metadata) -> Segmentor:
     """Builds the segmentor that a checkpoint holds and loads the weights; it is in evaluation mode.
 
-    Args:
-        weights: From :func:`beit.checkpoints.read.read_weights`: names without ``backbone.``, and those of the heads.
-        metadata: From the same. ``out_indices``, ``pool_scales`` and ``auxiliary_index``, which do not follow from
-            shapes, default to those of the published models.
+    Weights and metadata are from :func:`beit.checkpoints.read.read_weights`: names without ``backbone.``, and those of
+    the heads. ``out_indices``, ``pool_scales`` and ``auxiliary_index``, which do not follow from shapes, default to
+    those of the published models.
 
     Raises:
         InputError: The checkpoint is no segmentor.
@@ -232,9 +229,8 @@ def segmentor_from(weights: Mapping[str, Tensor], metadata: Metadata) -> Segment
     scales = metadata.get("pool_scales", POOL_SCALES)
     if heads.kind == "uper" and heads.stages != len(scales):
         raise InputError(f"{source} pools to {heads.stages} grids and does not record which; only {scales} is known")
-    backbone = dict(architecture_of(weights, metadata).arguments)
-    for of_a_classifier in ("num_classes", "use_mean_pooling"):
-        backbone.pop(of_a_classifier, None)
+    known, of_a_classifier = architecture_of(weights, metadata).arguments, ("num_classes", "use_mean_pooling")
+    backbone = {name: value for name, value in known.items() if name not in of_a_classifier}
     if "layer_norm_eps" in metadata:
         backbone["norm_layer"] = partial(nn.LayerNorm, eps=metadata["layer_norm_eps"])
     segmentor = build_segmentor(
@@ -271,15 +267,8 @@ def load_segmentor(
 ) -> KeyReport:
     """Loads weights into a segmentor of the same build; bias tables and positions are resized to its image size.
 
-    ``segmentor.metadata`` becomes the checkpoint's. The auxiliary head may be missing.
-
-    Args:
-        segmentor: The segmentor to load into.
-        weights: From :func:`beit.checkpoints.read.read_weights`.
-        metadata: From the same.
-        source: Name of the checkpoint in messages.
-
-    Returns what happened to every tensor; it is logged too.
+    Weights and metadata are from :func:`beit.checkpoints.read.read_weights`; the latter become the segmentor's. The
+    auxiliary head may be missing. Returns what happened to every tensor; it is logged too.
 
     Raises:
         InputError: The checkpoint is no segmentor, or one of another build.
@@ -298,7 +287,7 @@ def load_segmentor(
 
     report = _with_heads(report, given, own)
     # Old files lack the counters of batch norms, and a checkpoint need not have an auxiliary head.
-    optional = ("auxiliary_head.",) if not any(name.startswith("auxiliary_head.") for name in given) else ()
+    optional = () if any(name.startswith(AUXILIARY) for name in given) else (AUXILIARY,)
     needed = [n for n in report.missing if not n.endswith("num_batches_tracked") and not n.startswith(optional)]
     if needed:
         raise InputError(f"{source} is not a whole segmentor of this kind: it lacks {listed(needed)}")
@@ -330,18 +319,14 @@ def _spaced(value: object) -> str:
 
 def _with_heads(report: KeyReport, given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> KeyReport:
     """Returns the backbone's report under the segmentor's names, extended by the heads."""
-
-    def full(names: Sequence[str]) -> tuple[str, ...]:
-        return tuple(f"backbone.{name}" for name in names)
-
-    extra = [name for name in given if name not in own]
-    headless = not any(name.startswith("auxiliary_head.") for name in own)
-    unwanted = {n: "the segmentor has no auxiliary head" for n in extra if headless and n.startswith("auxiliary_head.")}
+    full, extra = "backbone.{}".format, [name for name in given if name not in own]
+    headless = not any(name.startswith(AUXILIARY) for name in own)
+    unwanted = {n: "the segmentor has no auxiliary head" for n in extra if headless and n.startswith(AUXILIARY)}
     return dataclasses.replace(
         report,
-        loaded=(*full(report.loaded), *(name for name in given if name in own)),
-        resized={f"backbone.{name}": note for name, note in report.resized.items()},
+        loaded=(*map(full, report.loaded), *(name for name in given if name in own)),
+        resized={full(name): note for name, note in report.resized.items()},
         dropped=report.dropped | unwanted,
-        missing=(*full(report.missing), *(name for name in own if name not in given)),
+        missing=(*map(full, report.missing), *(name for name in own if name not in given)),
         unexpected=(*report.unexpected, *(name for name in extra if name not in unwanted)),
     )

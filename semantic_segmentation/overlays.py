@@ -1,12 +1,12 @@
 """Predictions as files: label maps, and figures with the classes painted over the image."""
 
+import contextlib
 import itertools
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, ParamSpec
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -22,44 +22,36 @@ from semantic_segmentation.metrics import IGNORED
 if TYPE_CHECKING:
     from beit.visualization.figures import Figure
 
-P = ParamSpec("P")
-
 OPACITY = 0.5
 MOST_WAITING = 16  # queued results, whose images stay in memory
 SMALLEST_SHARE = 0.0005  # of an image: classes with fewer pixels cannot be seen and are left out of the legend
 
 
-class WritingThread:
-    """Runs calls in order in a background thread, such as those that write predictions.
+@contextlib.contextmanager
+def writing_thread() -> Iterator[Callable[..., None]]:
+    """Yields what runs calls in order in a background thread, such as those that write predictions.
 
-    An error in a call is raised by a later call or at the end of the block, which waits for all calls::
+    It blocks while too many calls are queued. An error in one is raised by a later call or at the end of the block,
+    which waits for all calls; where the block fails, earlier ones are still made, but not after an interrupt::
 
-        with WritingThread() as write:
+        with writing_thread() as write:
             write(save_label_map, path, prediction)
     """
+    waiting = deque[Future[None]]()
+    with ThreadPoolExecutor(max_workers=1) as pool:
 
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(max_workers=1)
-        self._waiting: deque[Future[None]] = deque()
+        def write(function: Callable[..., None], *args: object, **kwargs: object) -> None:
+            waiting.append(pool.submit(function, *args, **kwargs))
+            while waiting and (waiting[0].done() or len(waiting) > MOST_WAITING):
+                waiting.popleft().result()
 
-    def __call__(self, function: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
-        """Queues a call; blocks while too many calls are queued."""
-        self._waiting.append(self._pool.submit(function, *args, **kwargs))
-        while self._waiting and (self._waiting[0].done() or len(self._waiting) > MOST_WAITING):
-            self._waiting.popleft().result()
-
-    def __enter__(self) -> "WritingThread":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
-    ) -> None:
         try:
-            while self._waiting and kind is None:
-                self._waiting.popleft().result()
-        finally:  # after a failure, earlier predictions are still written; after an interrupt nobody waits for them
-            failed = kind is not None and issubclass(kind, Exception)
-            self._pool.shutdown(cancel_futures=not failed)
+            yield write
+            while waiting:
+                waiting.popleft().result()
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def save_label_map(path: str | Path, prediction: Tensor, add_one: bool = False, colours: Sequence[Colour] = ()) -> None:
@@ -88,13 +80,9 @@ def save_png(path: str | Path, picture: Image.Image) -> None:
 
 
 def overlay(image: Tensor, prediction: Tensor, colours: Sequence[Colour], opacity: float = OPACITY) -> Tensor:
-    """Returns an image with the classes painted over it, uint8 ``(3, H, W)`` in host memory.
+    """Returns an image, uint8 ``(3, H, W)``, with the colours of classes or labels ``(H, W)`` over it, in host memory.
 
-    Args:
-        image: uint8 ``(3, H, W)``.
-        prediction: Classes or a label map, ``(H, W)``; pixels of 255 are left as they are.
-        colours: Red, green and blue of each class, 0 to 255.
-        opacity: From 0, only the image, to 1, only the colours.
+    Opacity goes from 0, only the image, to 1, only the colours; pixels of 255 are left as they are.
 
     Raises:
         InputError: The two differ in size, or a class has no colour.
@@ -122,15 +110,9 @@ def result_figure(
     opacity: float = OPACITY,
     title: str = "",
 ) -> "Figure":
-    """Draws an image, its segmentation, the labels if there are any, and a legend; raises as :func:`overlay` does.
+    """Draws an image, uint8 ``(3, H, W)``, its segmentation, ``(H, W)``, the labels if there are any, and a legend.
 
-    Args:
-        image: uint8 ``(3, H, W)``.
-        prediction: Classes, ``(H, W)``.
-        classes: Names and colours.
-        label: The labels, ``(H, W)``, 255 for none.
-        opacity: As for :func:`overlay`.
-        title: A line above all.
+    Raises as :func:`overlay` does.
     """
     maps = {"prediction": prediction} if label is None else {"prediction": prediction, "label": label}
     painted = {name: overlay(image, map_, classes.colours, opacity) for name, map_ in maps.items()}
@@ -141,8 +123,7 @@ def result_figure(
 
 def occurring(maps: Sequence[Tensor], num_classes: int) -> list[int]:
     """Returns the classes that are visible in label maps, integers ``(H, W)`` each, sorted by size."""
-    counts = (torch.bincount(map_[map_ != IGNORED].cpu().long(), minlength=num_classes) for map_ in maps)
-    pixels = torch.stack(list(counts))
-    enough = SMALLEST_SHARE * maps[0].numel()
-    seen = [number for number in range(num_classes) if pixels[:, number].max() > enough]
-    return sorted(seen, key=lambda number: -int(pixels[:, number].sum()))
+    counts = [torch.bincount(map_[map_ != IGNORED].cpu().long(), minlength=num_classes) for map_ in maps]
+    pixels = torch.stack(counts)
+    seen = pixels.amax(dim=0) > SMALLEST_SHARE * maps[0].numel()
+    return [number for number in pixels.sum(dim=0).argsort(descending=True, stable=True).tolist() if seen[number]]

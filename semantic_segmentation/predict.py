@@ -19,7 +19,7 @@ from beit.visualization.figures import save_figure
 from semantic_segmentation.api import classes_of, init_model, settings_of
 from semantic_segmentation.config import PredictConfig
 from semantic_segmentation.inference import predict_each, statistics_of
-from semantic_segmentation.overlays import WritingThread, overlay, result_figure, save_label_map, save_png
+from semantic_segmentation.overlays import overlay, result_figure, save_label_map, save_png, writing_thread
 
 logger = logging.getLogger(f"beit.{__name__}")
 
@@ -61,7 +61,7 @@ def main(config: PredictConfig) -> None:
         logger.info("%s: %s", path, picture)
 
     predictions = predict_each(segmentor, images(), settings, precision=precision, **statistics)
-    with closing(predictions), WritingThread() as write:
+    with closing(predictions), writing_thread() as write:
         for (path, image), prediction in predictions:
             write(save, path, image, prediction)
     if unreadable:

@@ -13,7 +13,8 @@ from beit.checkpoints.heads import match_classes
 from beit.checkpoints.load import load_weights
 from beit.checkpoints.read import read_weights
 from beit.data.loaders import EpochLoader
-from beit.data.transforms import normalize, size_pair
+from beit.data.transforms import normalize
+from beit.errors import counted
 from beit.tasks.base import Evaluation, Metrics, Schedule, Task, run
 from beit.training.optim import parameter_groups
 from beit.training.schedules import WarmupPoly
@@ -67,9 +68,9 @@ class Segmentation(Task[TrainConfig]):
         """Creates the loader of training crops."""
         config = self.config
         transform = TrainTransform(
-            image_scale=(config.image_scale[0], config.image_scale[1]),
-            ratio_range=(config.ratio_range[0], config.ratio_range[1]),
-            crop_size=size_pair(config.crop_size),
+            image_scale=config.image_scale,
+            ratio_range=config.ratio_range,
+            crop_size=config.crop_size,
             cat_max_ratio=config.cat_max_ratio,
             flip=config.flip,
             photometric=config.photometric_distortion,
@@ -101,19 +102,7 @@ class Segmentation(Task[TrainConfig]):
 
     def loop_settings(self) -> LoopSettings:
         """Returns the durations, which are in steps already."""
-        config = self.config
-        return LoopSettings(
-            total_steps=config.max_steps,
-            period=Period("step"),
-            update_freq=config.update_freq,
-            clip_grad=config.clip_grad,
-            log_every=config.log_every,
-            save_every=config.save_ckpt_freq,
-            save_last_every=config.save_ckpt_steps,
-            evaluate_every=config.eval_freq,
-            best_metric=self.best_metric,
-            seed=config.seed,
-        )
+        return self.settings_for(self.config.max_steps, Period("step"))
 
     def schedules(self, settings: LoopSettings) -> tuple[Schedule, None]:
         """Returns the learning rate of the heads: that of the last of the batches of a step, as in mmsegmentation."""
@@ -156,9 +145,10 @@ class Segmentation(Task[TrainConfig]):
 
     def summary(self) -> Iterator[str]:
         """Yields the model and the data."""
-        config, val = self.config, "no" if self.val is None else len(self.val)
+        config, val = self.config, len(self.val or ())
         yield from super().summary()
-        yield f"{len(self.classes)} classes, {len(self.train)} training and {val} validation images"
+        classes, images = counted(len(self.classes), "class"), counted(val, "validation image")
+        yield f"{classes}, {len(self.train)} training and {images}"
         yield f"lr {config.lr:g}, layer decay {config.layer_decay:g}"
 
 
@@ -180,10 +170,8 @@ def start_from(segmentor: Segmentor, source: str, classes: Sequence[str]) -> Non
 class PixelClassification:
     """The objective: cross-entropy at every pixel, of the head and, with a weight, of the auxiliary head.
 
-    Args:
-        auxiliary_weight: Weight of the auxiliary head's loss.
-        average: ``"all"``: over all pixels, those without a label count as 0, as the published recipes were tuned;
-            ``"valid"``: over the pixels that have a label.
+    The average is over ``"all"`` pixels, those without a label count as 0, as the published recipes were tuned; or over
+    the ``"valid"`` ones, which have a label.
     """
 
     def __init__(self, *, auxiliary_weight: float = 0.4, average: str = "all") -> None:

@@ -48,7 +48,7 @@ from semantic_segmentation.data import (
 from semantic_segmentation.inference import Statistics, TestSettings, predict_each, statistics_of
 from semantic_segmentation.metrics import Confusion, SegmentationScores, scores
 from semantic_segmentation.modeling import Segmentor, build_segmentor, heads_in, load_segmentor
-from semantic_segmentation.overlays import WritingThread, result_figure, save_label_map
+from semantic_segmentation.overlays import result_figure, save_label_map, writing_thread
 
 logger = logging.getLogger(f"beit.{__name__}")
 
@@ -198,7 +198,7 @@ def build_test(
         progress = Progress("Testing", loader.batches_per_epoch, 0)
         samples = ((batch, batch["image"][0]) for batch in loader.epoch(0))
         predictions = predict_each(segmentor, samples, settings, **statistics._asdict(), precision=precision)
-        with closing(predictions), WritingThread() as write:
+        with closing(predictions), writing_thread() as write:
             for number, (batch, prediction) in enumerate(predictions, 1):
                 confusion.update(prediction, batch["label"][0])
                 if visit is not None:

@@ -10,6 +10,7 @@ is downscaled, up to 0.3 % of the pixels, whose position falls on a border, take
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -19,7 +20,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import Image, Mask, wrap
 
-from beit.data.transforms import Box, size_pair
+from beit.data.transforms import Box, Size, size_pair
 from beit.errors import InputError
 from semantic_segmentation.metrics import IGNORED
 
@@ -34,6 +35,7 @@ HUE_OFFSET = 18  # steps
 Pixels = TypeVar("Pixels", bound=Tensor)
 
 
+@dataclass(eq=False, kw_only=True)
 class TrainTransform:
     """The recipe's training augmentation: random size, random crop, flip, photometric distortion, padding.
 
@@ -47,38 +49,25 @@ class TrainTransform:
     The recipe pads after normalising, so that padding is 0 there, not black. Here images are normalised on the device,
     and ``size`` marks where the padding begins.
 
-    Args:
-        image_scale: Limits of the long and the short side at ratio 1, in pixels.
-        ratio_range: Lowest and highest ratio.
-        crop_size: ``(H, W)`` in pixels, or one number.
-        cat_max_ratio: Share of the labelled pixels that one class must stay below; 1 accepts any crop.
-        flip: Probability of a flip.
-        photometric: Change colours.
-
     Raises:
         InputError: An argument is out of range.
     """
 
-    def __init__(
-        self,
-        *,
-        image_scale: Sequence[int] = (2048, 512),
-        ratio_range: Sequence[float] = (0.5, 2.0),
-        crop_size: int | Sequence[int],
-        cat_max_ratio: float = 0.75,
-        flip: float = 0.5,
-        photometric: bool = True,
-    ) -> None:
-        self.image_scale = size_pair(image_scale)
-        self.crop_size = size_pair(crop_size)
-        if len(ratio_range) != 2 or not 0 < ratio_range[0] <= ratio_range[1]:
-            raise InputError(f"ratio_range is the lowest and the highest ratio, both above 0, got {tuple(ratio_range)}")
-        if not 0 < cat_max_ratio <= 1:
-            raise InputError(f"cat_max_ratio must be above 0 and at most 1, got {cat_max_ratio}")
-        if not 0 <= flip <= 1:
-            raise InputError(f"flip is a probability from 0 to 1, got {flip}")
-        self.ratio_range = (ratio_range[0], ratio_range[1])
-        self.cat_max_ratio, self.flip, self.photometric = cat_max_ratio, flip, photometric
+    image_scale: Size = (2048, 512)  # limits of the long and the short side at ratio 1, in pixels
+    ratio_range: Sequence[float] = (0.5, 2.0)
+    crop_size: Size  # (H, W) in pixels, or one number
+    cat_max_ratio: float = 0.75  # share of the labelled pixels that one class must stay below; 1 accepts any crop
+    flip: float = 0.5  # probability
+    photometric: bool = True  # change colours
+
+    def __post_init__(self) -> None:
+        self.scale, self.crop = size_pair(self.image_scale), size_pair(self.crop_size)
+        if len(self.ratio_range) != 2 or not 0 < self.ratio_range[0] <= self.ratio_range[1]:
+            raise InputError(f"ratio_range is the lowest and the highest ratio, both above 0, got {self.ratio_range}")
+        if not 0 < self.cat_max_ratio <= 1:
+            raise InputError(f"cat_max_ratio must be above 0 and at most 1, got {self.cat_max_ratio}")
+        if not 0 <= self.flip <= 1:
+            raise InputError(f"flip is a probability from 0 to 1, got {self.flip}")
 
     def __call__(self, image: Image, label: Mask, rng: np.random.Generator) -> dict[str, Tensor]:
         """Transforms an image uint8 ``(3, h, w)`` and its label map uint8 ``(h, w)``.
@@ -86,18 +75,18 @@ class TrainTransform:
         Returns ``image`` uint8 ``(3, H, W)``, ``label`` uint8 ``(H, W)`` and ``size`` int64 ``(2,)``: height and width
         of the part at the top left that is not padding.
         """
-        ratio = rng.uniform(*self.ratio_range)
-        size = fit_size((image.shape[-2], image.shape[-1]), scaled(self.image_scale, ratio))
+        ratio = rng.uniform(self.ratio_range[0], self.ratio_range[1])
+        size = fit_size((image.shape[-2], image.shape[-1]), scaled(self.scale, ratio))
         image, label = resize(image, size), resize(label, size)
-        box = crop_box(label, self.crop_size, self.cat_max_ratio, rng)
+        box = crop_box(label, self.crop, self.cat_max_ratio, rng)
         image, label = F.crop(image, *box), F.crop(label, *box)
         if rng.random() < self.flip:
             image, label = F.horizontal_flip(image), F.horizontal_flip(label)
         pixels = image.as_subclass(Tensor)
         pixels = photometric_distortion(pixels, rng) if self.photometric else pixels
         return {
-            "image": padded(pixels, self.crop_size),
-            "label": padded(label.as_subclass(Tensor), self.crop_size, IGNORED),
+            "image": padded(pixels, self.crop),
+            "label": padded(label.as_subclass(Tensor), self.crop, IGNORED),
             "size": torch.tensor(box[2:]),
         }
 
@@ -110,11 +99,9 @@ def scaled(image_scale: Sequence[int], ratio: float) -> tuple[int, int]:
 def fit_size(size: tuple[int, int], image_scale: Sequence[int], short_at_least: int = 0) -> tuple[int, int]:
     """Returns the largest size ``(H, W)`` with the aspect ratio of ``size`` that fits into ``image_scale``, in pixels.
 
-    Args:
-        size: ``(h, w)`` in pixels.
-        image_scale: Limits of the long and the short side in pixels, in any order.
-        short_at_least: Lower bound of the short side, usually the test crop, so that windows are never wider than the
-            image; 0 for none. With a bound the long side is not limited, as in the recipe's multi-scale test.
+    The latter limits the long and the short side, in any order. ``short_at_least`` is a lower bound of the short side,
+    usually the test crop, so that windows are never wider than the image; 0 for none. With a bound the long side is not
+    limited, as in the recipe's multi-scale test.
 
     Deviation: No side is ever below one pixel; OpenCV fails there.
     """
@@ -137,13 +124,10 @@ def resize(pixels: Pixels, size: tuple[int, int]) -> Pixels:
 
 
 def crop_box(label: Tensor, crop_size: tuple[int, int], cat_max_ratio: float, rng: np.random.Generator) -> Box:
-    """Draws a crop ``(top, left, height, width)`` in which no class covers too much, if ten draws allow it.
+    """Draws a crop of a label map, uint8 ``(H, W)``, in which no class covers too much, if ten draws allow it.
 
-    Args:
-        label: uint8 ``(H, W)``.
-        crop_size: ``(h, w)`` in pixels; the crop is smaller if the label map is.
-        cat_max_ratio: Share of the crop's labelled pixels that one class must stay below; 1 accepts any crop.
-        rng: The sample's generator.
+    The crop is smaller than ``crop_size``, in pixels, if the label map is; one class must stay below ``cat_max_ratio``
+    of its labelled pixels, and 1 accepts any crop.
     """
     box = _random_box(label, crop_size, rng)
     if cat_max_ratio >= 1:
@@ -161,8 +145,7 @@ def crop_box(label: Tensor, crop_size: tuple[int, int], cat_max_ratio: float, rn
 
 def _random_box(label: Tensor, crop_size: tuple[int, int], rng: np.random.Generator) -> Box:
     height, width = min(crop_size[0], label.shape[0]), min(crop_size[1], label.shape[1])
-    top = int(rng.integers(label.shape[0] - height + 1))
-    left = int(rng.integers(label.shape[1] - width + 1))
+    top, left = int(rng.integers(label.shape[0] - height + 1)), int(rng.integers(label.shape[1] - width + 1))
     return top, left, height, width
 
 

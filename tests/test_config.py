@@ -415,7 +415,7 @@ def test_a_users_file_builds_on_one_beside_it_or_on_one_of_the_package(job, tmp_
 
 def test_a_python_file_is_refused_as_such(job, tmp_path):
     (tmp_path / "mine.py").write_text("lr = 1")
-    with pytest.raises(InputError, match=r"mine\.py is a Python file, which is not run: write .* in .*mine\.yaml"):
+    with pytest.raises(InputError, match=r"mine\.py is Python, which is not run: write .* in .*mine\.yaml"):
         job(str(tmp_path / "mine.py"))
 
 

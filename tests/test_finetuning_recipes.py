@@ -5,7 +5,7 @@ import shlex
 import pytest
 
 from beit.config import read_command_line
-from beit.tasks.finetuning import build_eval_transform
+from beit.tasks.finetuning import recorded_transform
 from beit.tasks.settings import FinetuningConfig
 from tests.test_recipes import RECIPES, commanded, facts_of
 
@@ -170,7 +170,7 @@ EVALUATIONS = [
 @pytest.mark.parametrize(("flags", "model", "size", "crop_pct"), EVALUATIONS)
 def test_official_evaluations_mean_the_published_crops(flags, model, size, crop_pct):
     config = command(f"{flags} --resume {BLOB}/{model}_pt22k_ft22kto1k.pth ")
-    transform = build_eval_transform(config)
+    transform = recorded_transform(config, {}, "")
     assert config.eval
     assert (config.model, transform.size, transform.crop_pct) == (model, (size, size), crop_pct)
     assert transform.resized((640, 480))[0] == {224: 256, 384: 384, 512: 512}[size]

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import nn
 
 from beit.__main__ import main
+from beit.commands.settings import BiasConfig, ConvertConfig, PredictConfig
 from beit.data.classification import ClassificationEvalTransform
 from beit.errors import InputError
 from beit.inference import decoded, extract_feat, inference_model
@@ -208,7 +209,8 @@ MISTAKES = {
     "no such file": (lambda: inference_model(make_classifier(), "nowhere.jpg"), "nowhere.jpg: no such file"),
     "a folder": (lambda: inference_model(make_classifier(), "/"), "is a folder"),
     "no image": (lambda: inference_model(make_classifier(), []), "no image"),
-    "a number": (lambda: inference_model(make_classifier(), 3), "not a int"),
+    "a number": (lambda: inference_model(make_classifier(), 3), "not of type int"),
+    "one channel": (lambda: inference_model(make_classifier(in_chans=1), torch.rand(3, 8, 8)), "1 channel, and those"),
     "normalised": (lambda: inference_model(make_classifier(), torch.randn(3, 32, 48)), "normalised already"),
     "numbers of 64 bits": (lambda: inference_model(make_classifier(), torch.ones(3, 8, 8).long()), "uint8"),
     "channels last": (lambda: inference_model(make_classifier(), torch.rand(8, 8, 3)), "(3, height, width)"),
@@ -276,10 +278,35 @@ def test_a_name_cannot_act_on_the_terminal(checkpoint, picture, tmp_path, capsys
     assert not set("\x1b\x07") & set(told.out + told.err)
 
 
+@pytest.mark.parametrize("command", ["predict PICTURE --checkpoint", "inspect", "visualize bias -o OUT --checkpoint"])
+def test_commands_take_the_weights_that_are_asked_for(command, model, picture, tmp_path, capsys):
+    # Broken where a command reads what comes first: the first of these cannot be used.
+    picture.save(tmp_path / "a.png")
+    good, bad = model.state_dict(), {name: tensor * torch.nan for name, tensor in model.state_dict().items()}
+    prefixed = {f"student.{name}": t for name, t in bad.items()} | {f"teacher.{name}": t for name, t in good.items()}
+    places = {"PICTURE": str(tmp_path / "a.png"), "OUT": str(tmp_path / "b.png")}
+    words = [places.get(word, word) for word in command.split()]
+    for content, flags in (
+        ({"model": bad, "model_ema": good}, ["--model_key", "model_ema"]),
+        ({"model": prefixed}, ["--model_prefix", "teacher."]),
+    ):
+        save_checkpoint(tmp_path / "a.pth", {**content, "args": {"input_size": [32, 48]}})
+        assert main([*words, str(tmp_path / "a.pth")]) == 2
+        assert main([*words, str(tmp_path / "a.pth"), *flags]) == 0
+
+
+def test_settings_of_commands_made_in_python_are_read_like_flags(tmp_path):
+    assert PredictConfig(images=[tmp_path], topk="3").topk == 3
+    assert ConvertConfig(checkpoint=tmp_path).checkpoint == str(tmp_path)
+    for make in (lambda: PredictConfig(topk=0), lambda: BiasConfig(overwrite="maybe"), lambda: ConvertConfig(to="tim")):
+        with pytest.raises(InputError, match=r"^--(topk 0: must be|overwrite: cannot use|to: .*did you mean 'timm')"):
+            make()
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["predict", "CHECKPOINT"], "--checkpoint is missing"),
+        (["predict", "CHECKPOINT"], "no checkpoint is given"),
         (["predict", "--checkpoint", "m.pth"], "IMAGES"),
         (["predict", "nowhere.png", "--checkpoint", "CHECKPOINT"], "nowhere.png: no such file or folder"),
         (["predict", "CHECKPOINT", "--checkpoint", "CHECKPOINT"], "1 of 1 images could not be read"),

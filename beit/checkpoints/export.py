@@ -10,7 +10,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from beit.checkpoints.formats import dialects
-from beit.checkpoints.formats.dialect import Content, Dialect, Weights, WholeModel
+from beit.checkpoints.formats.dialect import LAYER_NORM_EPS, Content, Dialect, Weights, WholeModel
 from beit.checkpoints.formats.recorded import RECORDED, VISUAL_TOKENS
 from beit.checkpoints.formats.segmentation import PARTS, heads_of, incomplete, is_segmentor
 from beit.checkpoints.read import (
@@ -19,7 +19,6 @@ from beit.checkpoints.read import (
     Metadata,
     architecture_of,
     class_names,
-    guess_the_rest,
     preparation_of,
     read_weights,
 )
@@ -34,14 +33,15 @@ from beit.storage import atomic_write, load_checkpoint, save_checkpoint
 logger = logging.getLogger(__name__)
 
 
-def convert(source: str | Path, destination: Path, to: str, prefix: str = "") -> None:
+def convert(source: str | Path, destination: Path, to: str, model_key: str = "", prefix: str = "") -> None:
     """Writes a checkpoint in another dialect.
 
     Args:
-        source: Anything :func:`beit.checkpoints.released.resolve` accepts.
+        source: As for :func:`beit.checkpoints.read.read_weights`, like the last two.
         destination: A file or folder, whichever the dialect is.
         to: One of :func:`beit.checkpoints.formats.dialects`.
-        prefix: Take only weights whose names begin with this prefix.
+        model_key: Where in the file the weights are.
+        prefix: Take only names that begin with this prefix.
 
     Raises:
         InputError: The checkpoint cannot be read or is incomplete, or the dialect has no such model.
@@ -49,9 +49,8 @@ def convert(source: str | Path, destination: Path, to: str, prefix: str = "") ->
     dialect: Dialect = resolve(dialects(), to, "format")
     _check_destination(destination, to, dialect)
     _check_replaced(resolve_source(source), destination)
-    weights, metadata = read_weights(source, prefix=prefix)
-    if is_segmentor(weights):
-        check_segmentors(to, dialect.segmentors, metadata)
+    weights, metadata = read_weights(source, model_key, prefix)
+    check_segmentors(to, dialect.segmentors, metadata)
     if (target := metadata.get("target", VISUAL_TOKENS)) != VISUAL_TOKENS and to != "unilm":
         logger.warning("the head of %s predicts %s, which %s takes for a vocabulary", source, target, to)
     model = whole_model(weights, metadata)
@@ -93,21 +92,16 @@ def _check_replaced(source: Path, destination: Path) -> None:
     try:
         content = load_checkpoint(destination, mmap=True)
     except InputError as error:
-        raise InputError(
-            f"{destination} is no checkpoint that can be read: delete it, or write to another name"
-        ) from error
+        raise InputError(f"{destination} is no checkpoint that can be read: write to another name") from error
     if any(str(key).startswith(("optimizer", "global_step", "param_groups")) for key in content):
         raise InputError(f"{destination} holds the state of a training run, which would be lost: write to another name")
 
 
 def check_segmentors(to: str, supported: bool, metadata: Metadata) -> None:
     """Raises an :class:`InputError` for a segmentor unless the format has heads of segmentation."""
-    if not supported:
+    if metadata.get("segmentation") and not supported:
         able = ", ".join(name for name, dialect in dialects().items() if dialect.segmentors)
-        raise InputError(
-            f"{metadata['source']} is a segmentor, and --to {to} has no heads of segmentation: convert it to one of "
-            f"{able}"
-        )
+        raise InputError(f"{metadata['source']} is a segmentor, which --to {to} cannot hold: choose {able}")
 
 
 def whole_model(weights: Weights, metadata: Metadata) -> WholeModel:
@@ -116,11 +110,9 @@ def whole_model(weights: Weights, metadata: Metadata) -> WholeModel:
     Takes what :func:`beit.checkpoints.read.read_weights` returns and leaves out tensors that are not part of the model;
     raises :class:`InputError` if a part of the model is missing.
     """
-    architecture = architecture_of(weights, metadata)
-    arguments = architecture.arguments
     heads = heads_of(weights) if is_segmentor(weights) else None
-    if heads is None:
-        guess_the_rest(metadata, architecture)
+    architecture = architecture_of(weights, metadata, images=heads is None)
+    arguments = architecture.arguments
     images, labels = metadata, class_names(metadata, arguments.get("num_classes", 0))
     if heads is not None:
         labels = metadata.get("labels") or ()
@@ -141,6 +133,7 @@ def whole_model(weights: Weights, metadata: Metadata) -> WholeModel:
         labels=list(labels) if labels else None,
         position_index=index,
         heads=heads,
+        layer_norm_eps=metadata.get("layer_norm_eps", LAYER_NORM_EPS),
     )
 
 
@@ -157,7 +150,7 @@ def _complete(weights: Weights, architecture: Architecture, source: str) -> dict
     if missing := [name for name in own if name not in weights]:
         raise InputError(f"{source} is not a whole model: it lacks {listed(missing, 1)}")
     if left_out := [name for name in weights if name not in own and name not in parts]:
-        logger.warning("left out, not part of BEiT: %s (%d tensors)", left_out[0], len(left_out))
+        logger.warning("left out, not part of BEiT: %s", listed(left_out))
     return {name: weights[name] for name in own} | parts
 
 

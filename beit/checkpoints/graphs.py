@@ -24,30 +24,26 @@ Run = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Graph:
-    """A format of graphs.
+    """A format of graphs."""
 
-    Args:
-        suffix: Of its file.
-        write: Writes an exported model to a file, and returns a function that runs the file.
-        attention: Which attention the graph is made of; see :meth:`beit.modeling.Backbone.set_attention`.
-        needs: Packages that are not always installed.
-    """
-
-    suffix: str
-    write: Callable[[torch.export.ExportedProgram, Path], Run]
-    attention: str = ""
-    needs: Sequence[str] = ()
+    suffix: str  # of its file
+    write: Callable[[torch.export.ExportedProgram, Path], Run]  # to a file, and returns a function that runs it
+    attention: str = ""  # which the graph is made of; see :meth:`beit.modeling.Backbone.set_attention`
+    needs: Sequence[str] = ()  # packages that are not always installed
 
 
-def export_graph(source: str | Path, destination: Path, to: str, *, features: bool = False, prefix: str = "") -> None:
+def export_graph(
+    source: str | Path, destination: Path, to: str, *, features: bool = False, model_key: str = "", prefix: str = ""
+) -> None:
     """Writes a model as a graph for any batch size, and compares its outputs with the model's.
 
     Args:
-        source: Anything :func:`beit.checkpoints.released.resolve` accepts.
+        source: As for :func:`beit.checkpoints.read.read_weights`, like the last two.
         destination: The file to write.
         to: A format of graphs in :data:`beit.registry.FORMATS`.
         features: Write the features ``(B, D)`` before the head instead of its logits.
-        prefix: Take only weights whose names begin with this prefix.
+        model_key: Where in the file the weights are.
+        prefix: Take only names that begin with this prefix.
 
     Raises:
         InputError: The checkpoint is a segmentor, a library is missing, or the graph computes something else.
@@ -56,12 +52,9 @@ def export_graph(source: str | Path, destination: Path, to: str, *, features: bo
     if destination.suffix != form.suffix:
         raise InputError(f"--to {to} writes one file: name it {destination.with_suffix(form.suffix)}")
     if missing := [name for name in form.needs if importlib.util.find_spec(name) is None]:
-        raise InputError(
-            f"--to {to} needs {' and '.join(missing)}: `pip install beit[{to}]`; --to torch_export does not"
-        )
-    model, metadata = open_checkpoint(source, prefix)
-    if metadata.get("segmentation"):
-        check_segmentors(to, False, metadata)
+        raise InputError(f"--to {to} needs more packages, pip install {' '.join(missing)}; --to torch_export does not")
+    model, metadata = open_checkpoint(source, model_key, prefix)
+    check_segmentors(to, False, metadata)
     if form.attention:
         model.set_attention(form.attention)
     graph = Features(model) if features or not hasattr(model, "head") else model

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -75,10 +76,15 @@ def _names(metadata: Metadata, count: int, classes: Sequence[str]) -> tuple[list
         of_imagenet = ImageNetInfo("imagenet-1k").label_names() if count == IMAGENET_CLASSES else []
         return (of_imagenet if set(wanted) <= set(of_imagenet) else []), wanted
     words = ImageNetInfo("imagenet-22k").label_name_to_description
+    from_ids = _are_ids(learnt)
     with contextlib.suppress(KeyError):  # of no known synset
         learnt, wanted = ([words(name) for name in names] if _are_ids(names) else names for names in (learnt, wanted))
     learnt, wanted = comparable(learnt, wanted)
-    return learnt, wanted
+    # "tench, Tinca tinca" is also known by each of its words that no other class has.
+    pairs = [(word, text) for text in (learnt if from_ids else wanted) for word in text.split(", ")]
+    common = Counter(word for word, _ in pairs)
+    whole = {word: text for word, text in pairs if common[word] == 1}
+    return [whole.get(name, name) for name in learnt], [whole.get(name, name) for name in wanted]
 
 
 def _are_ids(names: Sequence[str]) -> bool:

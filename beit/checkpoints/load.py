@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from beit.checkpoints.formats.dialect import Weights
-from beit.checkpoints.formats.unilm import TABLE
+from beit.checkpoints.formats.segmentation import is_segmentor
+from beit.checkpoints.formats.unilm import SHARED_TABLE, TABLE
 from beit.checkpoints.heads import match_classes
-from beit.checkpoints.read import SHARED_TABLE, Metadata, architecture_of, guess_the_rest, read_weights, window_of
-from beit.errors import InputError, listed
+from beit.checkpoints.read import Metadata, architecture_of, read_weights, window_of
+from beit.errors import InputError, counted, listed
 from beit.modeling import Backbone, resize_position_embedding
 from beit.relative_position import resize_table
 from beit.storage import differences
@@ -43,25 +44,15 @@ HEADS = ("head.", "lm_head.")
 
 @dataclass(frozen=True)
 class KeyReport:
-    """What happened to every tensor, under official names.
+    """What happened to every tensor, under official names."""
 
-    Args:
-        source: The checkpoint.
-        loaded: Tensors of the model that were loaded, including resized ones.
-        resized: Tables and position embeddings that changed size, and between which patch grids.
-        expanded: Number of blocks that got a copy of the shared bias table; 0 without one, or if it stayed shared.
-        dropped: Tensors of the checkpoint that were left out on purpose, and why.
-        missing: Tensors of the model that are not in the checkpoint; they keep their initial values.
-        unexpected: Tensors of the checkpoint that the model has no place for.
-    """
-
-    source: str
-    loaded: tuple[str, ...]
-    resized: dict[str, str]
-    expanded: int
-    dropped: dict[str, str]
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
+    source: str  # the checkpoint
+    loaded: tuple[str, ...]  # tensors of the model, including resized ones
+    resized: dict[str, str]  # tables and position embeddings -> between which patch grids
+    expanded: int  # blocks that got a copy of the shared bias table; 0 without one, or if it stayed shared
+    dropped: dict[str, str]  # tensors of the checkpoint that were left out on purpose -> why
+    missing: tuple[str, ...]  # tensors of the model that are not in the checkpoint; they keep their initial values
+    unexpected: tuple[str, ...]  # tensors of the checkpoint that the model has no place for
 
     def log(self) -> None:
         """Logs the summary: a warning if a tensor has no place, or more is missing than the head for another task."""
@@ -72,27 +63,25 @@ class KeyReport:
 
     def summary(self) -> str:
         """Returns the report as one line."""
-        parts = [f"{len(self.loaded)} tensors loaded from {self.source}"]
-        if self.expanded:
-            parts.append(f"its shared bias table copied into {self.expanded} blocks")
-        if self.resized:
-            parts.append(f"{len(self.resized)} resized ({', '.join(sorted(set(self.resized.values())))})")
         reasons: dict[str, list[str]] = {}
         for name, reason in self.dropped.items():
             reasons.setdefault(reason, []).append(name)
-        parts += [f"dropped ({reason}): {listed(names)}" for reason, names in reasons.items()]
-        if self.missing:
-            parts.append(f"not in the checkpoint: {listed(self.missing)}")
-        if self.unexpected:
-            parts.append(f"no place in the model: {listed(self.unexpected)}")
-        return "; ".join(parts)
+        parts = {
+            f"{counted(len(self.loaded), 'tensor')} loaded from {self.source}": True,
+            f"its shared bias table copied into {counted(self.expanded, 'block')}": self.expanded,
+            f"{len(self.resized)} resized ({', '.join(sorted(set(self.resized.values())))})": self.resized,
+            **{f"dropped ({reason}): {listed(names)}": True for reason, names in reasons.items()},
+            f"not in the checkpoint: {listed(self.missing)}": self.missing,
+            f"no place in the model: {listed(self.unexpected)}": self.unexpected,
+        }
+        return "; ".join(part for part, applies in parts.items() if applies)
 
 
 def load_pretrained(
     model: Backbone,
     source: str | Path,
     *,
-    model_key: str = "model|module",
+    model_key: str = "",
     prefix: str = "",
     drop_head: bool = False,
     classes: Sequence[str] = (),
@@ -107,7 +96,7 @@ def load_pretrained(
     Args:
         model: The model to load into.
         source: A file, folder, released name, address or hub id; see :func:`beit.checkpoints.released.resolve`.
-        model_key: Where in the file the weights are; alternatives are separated by ``|``.
+        model_key: Where in the file the weights are, alternatives separated by ``|``; by default a usual key.
         prefix: Take only names that begin with this prefix, and remove it.
         drop_head: Leave the head out even if it fits.
         classes: The model's classes; the rows of a head that fits are matched by name if the checkpoint names its own.
@@ -123,24 +112,12 @@ def load_pretrained(
     return report
 
 
-def open_checkpoint(source: str | Path, prefix: str = "") -> tuple[Backbone, Metadata]:
-    """Opens a checkpoint as the model it was saved from; of a segmentor, only the backbone.
-
-    Returns the model in evaluation mode, and what the checkpoint records; see :mod:`beit.checkpoints.read`.
-
-    Args:
-        source: A file, folder, released name, address or hub id; see :func:`beit.checkpoints.released.resolve`.
-        prefix: Take only names that begin with this prefix, and remove it.
-
-    Raises:
-        InputError: There is no such checkpoint, or it is of another kind of model.
-    """
-    weights, metadata = read_weights(source, prefix=prefix)
+def open_checkpoint(source: str | Path, model_key: str = "", prefix: str = "") -> tuple[Backbone, Metadata]:
+    """Opens a checkpoint, given as for :func:`read_weights`; see :func:`beit.zoo.open_model`."""
+    weights, metadata = read_weights(source, model_key, prefix)
     if metadata.get("segmentation"):
         logger.info("%s is a segmentor: only its backbone is loaded, without the heads", metadata["source"])
-    architecture = architecture_of(weights, metadata)
-    guess_the_rest(metadata, architecture)
-    model = architecture.build(metadata.get("layer_norm_eps"))
+    model = architecture_of(weights, metadata, images=True).build(metadata.get("layer_norm_eps"))
     report = load_weights(model, weights, metadata)
     (logger.warning if report.missing or report.unexpected else logger.info)("%s", report.summary())
     return model.eval(), metadata
@@ -192,18 +169,13 @@ def _check_backbone(given: Weights, own: Weights, source: str, metadata: Metadat
     needed = [name for name in backbone if not name.endswith(TABLE)]
     odd = [name for name in needed if name not in given or given[name].shape != own[name].shape]
     if 2 * len(odd) > len(needed):
-        raise InputError(
-            f"{source} does not fit, it is of another model: of {len(needed)} tensors of the backbone "
-            f"{len(needed) - len(odd)} fit; it looks like {describe(given, metadata)}"
-        )
+        fit = f"{len(needed) - len(odd)} of {len(needed)} tensors of the backbone fit"
+        raise InputError(f"{source} is of another model: {fit}; it looks like {describe(given, metadata)}")
     scales = {name for name in (*needed, *given) if ".gamma_" in name}
     if scales and all((name in own) != (name in given) for name in scales):
-        has, other = ("no LayerScale", "one") if any(name in own for name in scales) else ("a LayerScale", "none")
-        value = "0" if other == "one" else "0.1"
-        raise InputError(
-            f"{source} has {has} and the model has {other}: build it with init_values={value} "
-            f"(--layer_scale_init_value {value})"
-        )
+        has, other, value = ("no", "one", 0) if any(name in own for name in scales) else ("a", "none", 0.1)
+        settled = f"init_values={value} (--layer_scale_init_value {value})"
+        raise InputError(f"{source} has {has} LayerScale and the model has {other}: build it with {settled}")
     odd += [name for name in given if name.startswith("blocks.") and name not in own and not name.endswith(TABLE)]
     if odd:
         raise _another_model(source, odd, given, own)
@@ -213,10 +185,8 @@ def _check_recorded(model: Backbone, given: Weights, source: str, metadata: Meta
     """Compares what shapes do not show, if it is recorded: attention heads (columns of bias tables) and eps."""
     heads = metadata.get("num_heads", model.num_heads)
     if heads != model.num_heads and not any(name.endswith(TABLE) for name in given):
-        raise InputError(
-            f"{source} is a checkpoint of another model: it has {heads} heads and the model has {model.num_heads}; "
-            f"build it with num_heads={heads}"
-        )
+        problem = f"{source} is of another model, of {heads} heads and not {model.num_heads}"
+        raise InputError(f"{problem}: build it with num_heads={heads}")
     eps = float(getattr(model.norm_layer(1), "eps", 0.0))
     if eps and not math.isclose(recorded := metadata.get("layer_norm_eps", eps), eps):
         logger.warning("%s was trained with a layer_norm_eps of %g, the model has %g", source, recorded, eps)
@@ -224,8 +194,8 @@ def _check_recorded(model: Backbone, given: Weights, source: str, metadata: Meta
 
 def _another_model(source: str, odd: list[str], given: Weights, own: Weights) -> InputError:
     return InputError(
-        f"{source} is a checkpoint of another model: {len(odd)} tensors differ ({differences(odd, given, own)}); "
-        "check the model's name and options"
+        f"{source} is a checkpoint of another model: it differs in {counted(len(odd), 'tensor')} "
+        f"({differences(odd, given, own)}); check the model's name and options"
     )
 
 
@@ -236,10 +206,10 @@ def describe(weights: Weights, metadata: Metadata) -> str:
     except (InputError, KeyError, ValueError):
         return f"a part of a model, such as {listed(weights)}"
     a = found.arguments
-    task = "pre-trained" if found.masked else "segmentation" if metadata.get("segmentation") else "classifier"
+    kind = "pre-trained BEiT" if found.masked else "BEiT segmentor" if is_segmentor(weights) else "BEiT classifier"
     return (
-        f"a {task} BEiT of {a['depth']} blocks, {a['embed_dim']} channels, patches of {a['patch_size'][0]} x "
-        f"{a['patch_size'][1]} pixels, {a['in_chans']} colour channels"
+        f"a {kind} with {counted(a['depth'], 'block')}, {a['embed_dim']} channels, patches of {a['patch_size'][0]} x "
+        f"{a['patch_size'][1]} pixels, {counted(a['in_chans'], 'colour channel')}"
     )
 
 

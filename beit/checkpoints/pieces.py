@@ -40,14 +40,9 @@ Room = Callable[[str, torch.Size, torch.dtype], Tensor]  # allocates a tensor, g
 
 
 def write_pieces(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes the tensors; all processes call it, and the checkpoint is complete when all have returned.
+    """Writes tensors to a folder that all processes see; all call it, and it is complete when all have returned.
 
-    Args:
-        folder: A folder that all processes see.
-        tensors: By name; every process writes its parts of a ``DTensor``, one process writes a plain tensor.
-
-    Raises:
-        InputError: The folder cannot be written.
+    Every process writes its parts of a ``DTensor``, one writes a plain tensor. Raises :class:`InputError` if it cannot.
     """
     with _in_one_line("written", folder):
         dcp.save(dict(tensors), storage_writer=_Writer(folder))

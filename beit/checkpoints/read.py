@@ -17,7 +17,7 @@ sees), ``palette`` (class colours), ``reduce_zero_label`` (0 is no class in labe
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from beit.checkpoints.formats.dialect import Content, Weights
 from beit.checkpoints.formats.recorded import RECORDED
 from beit.checkpoints.formats.relatives import EVA_WIDTH
 from beit.checkpoints.formats.segmentation import PARTS, PUBLISHED_TAPS, depth_of, is_segmentor
-from beit.checkpoints.formats.unilm import INDEX, TABLE, one_model
+from beit.checkpoints.formats.unilm import INDEX, SHARED_TABLE, TABLE, one_model
 from beit.checkpoints.released import CONFIG, FOLDER_WEIGHTS, PREPROCESSOR, released_at, resolve, shards_of
 from beit.data.preprocessing import default_crop_pct, normalization
 from beit.errors import InputError, listed
@@ -42,9 +42,9 @@ from beit.storage import check_form, load_checkpoint, read_json, settings_in
 logger = logging.getLogger(__name__)
 
 STATE_KEYS = ("model", "module", "state_dict", "model_ema")
-SHARED_TABLE = f"rel_pos_bias.{TABLE}"
 HEAD_WIDTH = 64  # channels of an attention head in every published model but EVA
 PUBLISHED_HEADS = {width: width // HEAD_WIDTH for width in (192, 384, 768, 1024)} | {EVA_WIDTH: 16}  # by width
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # EVA's too
 IMAGENET_CLASSES = (1000, 21841, 21843)
 AXES = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}
 MATRICES = (TABLE, "head.weight", "mlp.fc1.weight")
@@ -62,14 +62,12 @@ FILE_METADATA = "beit"  # under which a safetensors file, which holds only tenso
 Metadata = Content
 
 
-def read_weights(
-    source: str | Path, model_key: str = "model|module|state_dict", prefix: str = ""
-) -> tuple[dict[str, Tensor], Metadata]:
+def read_weights(source: str | Path, model_key: str = "", prefix: str = "") -> tuple[dict[str, Tensor], Metadata]:
     """Returns a checkpoint's weights in official names, without index buffers, and the metadata described above.
 
     Args:
         source: Anything :func:`beit.checkpoints.released.resolve` accepts.
-        model_key: Where in the file the weights are; alternatives are separated by ``|``.
+        model_key: Where in the file the weights are, alternatives separated by ``|``; by default a usual key.
         prefix: Take only names that begin with this prefix, and remove it.
 
     Raises:
@@ -92,7 +90,7 @@ def read_weights(
     if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) > 2 * sum(held.values()):
         raise InputError(f"{source} cannot be used: its tensors repeat each other and would fill the memory")
     weights = to_official(state, dialect)
-    _check_tensors(weights, str(source))
+    blank = _check_tensors(weights, str(source))
     metadata: Metadata = {"source": str(source), "dialect": dialect}
     if (released := released_at(path)) is not None:
         metadata |= {key: getattr(released, key) for key in ("mean", "std", "crop_pct", "interpolation")}
@@ -107,6 +105,8 @@ def read_weights(
     if is_segmentor(weights):
         weights, described = _segmentor(weights, dialect, raw)
         metadata |= described
+    if blank := [name for name in blank if name in weights]:
+        logger.warning("%s is probably damaged: all zeros in %s; fetch or copy it again", source, listed(blank))
     return weights, metadata | _recorded(raw.content)
 
 
@@ -115,8 +115,12 @@ def _refuse_relative(dialect: str, source: str | Path) -> None:
         raise InputError(f"{source} is {other.name}, not BEiT: {other.remark}")
 
 
-def _check_tensors(weights: Weights, source: str) -> None:
-    """Raises :class:`InputError` for what no model can be filled with; tensors that are no part of one pass."""
+def _check_tensors(weights: Weights, source: str) -> list[str]:
+    """Raises :class:`InputError` for what no model can be filled with; tensors that are no part of one pass.
+
+    Returns the weights of the backbone that are all zeros, as no initialisation or training leaves them.
+    """
+    blank = []
     for name, tensor in weights.items():
         if not name.startswith(MODEL_PARTS) or name.endswith("num_batches_tracked"):
             continue
@@ -125,11 +129,15 @@ def _check_tensors(weights: Weights, source: str) -> None:
             raise InputError(f"{source} cannot be used: its {name} is of {tensor.dtype}, not of floating point numbers")
         if tensor.ndim != axes or not tensor.numel():
             raise InputError(f"{source} is not a BEiT: it has a {name} of shape {tuple(tensor.shape)}")
-        if not (tensor.float() if tensor.element_size() < 4 else tensor).isfinite().all():
+        values = tensor.float() if tensor.element_size() < 4 else tensor
+        if name.startswith(("patch_embed.", "blocks.")) and name.endswith(".weight") and not values.any():
+            blank.append(name)
+        if not values.isfinite().all():
             raise InputError(f"{source} cannot be used: its {name} has values that are NaN or infinite; take another")
     blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
     if odd := blocks ^ {str(number) for number in range(len(blocks) or 1)}:
         raise InputError(f"{source} is not a whole model: it has no blocks 0, 1, 2, … in a row ({listed(sorted(odd))})")
+    return blank
 
 
 @dataclass(frozen=True)
@@ -158,7 +166,7 @@ def _read(path: Path) -> _Raw:
     for file in shards_of(path) if path.name.endswith(".index.json") else [path]:
         part = load_checkpoint(file)
         if not isinstance(part, Mapping):
-            raise InputError(f"{file} holds a {type(part).__name__}, not a dict of weights")
+            raise InputError(f"{file} is of type {type(part).__name__}, not a dict of weights")
         content |= _file_metadata(file) | dict(part)
     if path.name not in FOLDER_WEIGHTS:
         return _Raw(content, {}, {})
@@ -181,7 +189,7 @@ def _file_metadata(path: Path) -> Content:
 
 def _find_state(content: Mapping, model_key: str, prefix: str, source: str) -> dict[str, Tensor]:
     """Finds the weights: under the keys asked for, at the top level, or under a usual key or the only one with any."""
-    asked, held = [key for key in model_key.split("|") if key], listed(content) or "nothing"
+    asked, held = model_key.split("|") if model_key else STATE_KEYS, listed(content) or "nothing"
     found = _first_mapping(content, asked)
     if found is None:
         flat = _tensors(content)
@@ -256,15 +264,10 @@ def _window_of_index(state: Weights) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The model that weights belong to.
+    """The model that weights belong to."""
 
-    Args:
-        masked: Whether it predicts visual tokens (``VisionTransformerForMaskedImageModeling``) or classes.
-        arguments: Keywords of its constructor.
-    """
-
-    masked: bool
-    arguments: Content
+    masked: bool  # whether it predicts visual tokens (VisionTransformerForMaskedImageModeling) or classes
+    arguments: Content  # of its constructor
 
     def build(self, layer_norm_eps: float | None = None) -> Backbone:
         """Builds the model; ``layer_norm_eps`` is only needed if it is not 1e-6, as in some other libraries' files."""
@@ -297,26 +300,26 @@ def window_of(weights: Weights, metadata: Metadata, fallback: tuple[int, int] | 
     held = f"a bias table of {rows} rows" if rows is not None else f"{positions} positions"
     window = next(filter(fits, (*recorded, fallback, square)), None)
     if window is None:
-        raise InputError(
-            f"{metadata.get('source', 'the checkpoint')} has {held}, which is no square, and does not record its image "
-            "size: give the model the size it was trained with"
-        )
+        source = metadata.get("source", "the checkpoint")
+        raise InputError(f"{source} has {held}, no square, and no image size: give the model that of its training")
     if not any(map(fits, recorded)) and not window == fallback == square:
-        guess(metadata, f"{window[0]} x {window[1]} patches ({held}); img_size= of create_model settles it")
+        guess(metadata, f"{window[0]} x {window[1]} patches for {held} (img_size= of create_model settles it)")
     return window
 
 
-def guess(metadata: Metadata, what: str) -> None:
+def guess(metadata: Metadata, *what: str) -> None:
     """Warns once of what is assumed, as nobody recorded it, and keeps it in ``metadata["guessed"]``."""
-    guessed = metadata.setdefault("guessed", [])
-    if what not in guessed:
-        guessed.append(what)
-        logger.warning("%s does not record all of itself: assuming %s", metadata.get("source", "the checkpoint"), what)
+    guessed = metadata.get("guessed", [])
+    if new := [assumption for assumption in what if assumption not in guessed]:
+        metadata["guessed"] = [*guessed, *new]
+        source = metadata.get("source", "the checkpoint")
+        logger.warning("%s does not say everything; assuming %s", source, "; ".join(new))
 
 
-def architecture_of(weights: Weights, metadata: Metadata) -> Architecture:
+def architecture_of(weights: Weights, metadata: Metadata, *, images: bool = False) -> Architecture:
     """Returns the model that weights in official names belong to; for a segmentor its backbone, without classes.
 
+    With ``images`` it is to be used as recorded: what is not recorded of images and classes is assumed, and said.
     Raises :class:`InputError` if the number of heads or the patch grid cannot be determined, or a part is missing.
     """
     source = metadata.get("source", "the checkpoint")
@@ -331,15 +334,19 @@ def architecture_of(weights: Weights, metadata: Metadata) -> Architecture:
     table = next((tensor for name, tensor in weights.items() if name.endswith(TABLE)), None)
     if (grid := window_of(weights, metadata)) is None:
         if not metadata.keys() & {"num_heads", "args"}:
-            raise InputError(
-                f"{source} has neither bias tables nor position embeddings, and does not say that its model has none: "
-                "rotary and sine positions are not in files; if it is a BEiT, load it into a model without positions"
-            )
+            problem = f"{source} has neither bias tables nor position embeddings, and does not say that it needs none"
+            raise InputError(f"{problem}: if it is a BEiT, load it into a model without positions")
         height, width = metadata.get("image_size", (224, 224))
         grid = height // patch[0], width // patch[1]
-    heads = table.shape[1] if table is not None else metadata.get("num_heads") or _usual_heads(embed_dim, metadata)
+    heads = table.shape[1] if table is not None else metadata.get("num_heads") or PUBLISHED_HEADS.get(embed_dim)
+    assumed = []
+    if heads is None:
+        heads = embed_dim // HEAD_WIDTH
+        assumed.append(f"{heads} attention heads, of {HEAD_WIDTH} channels (num_heads= of create_model settles it)")
     if not heads or embed_dim % heads:
         raise InputError(f"{source} does not record how many heads its {embed_dim} channels make")
+    classes = len(weights["head.weight"]) if "head.weight" in weights and not masked else 0
+    guess(metadata, *assumed, *(_unrecorded(metadata, classes) if images else ()))
     hidden_dim = len(weights["blocks.0.mlp.fc1.weight"])
     ratio = hidden_dim / embed_dim  # times embed_dim it may round to below the hidden dimension
     arguments: Content = {
@@ -359,17 +366,8 @@ def architecture_of(weights: Weights, metadata: Metadata) -> Architecture:
     if masked:
         head = weights.get("lm_head.weight")
         return Architecture(True, arguments | {"vocab_size": 8192 if head is None else len(head)})
-    classes = len(weights["head.weight"]) if "head.weight" in weights else 0
     mean_pooling = segmentor or "fc_norm.weight" in weights or "norm.weight" not in weights
     return Architecture(False, arguments | {"num_classes": classes, "use_mean_pooling": mean_pooling})
-
-
-def _usual_heads(embed_dim: int, metadata: Metadata) -> int:
-    """Returns the number of heads of published models of this width; for other widths it is a guess."""
-    heads = PUBLISHED_HEADS.get(embed_dim, embed_dim // HEAD_WIDTH)
-    if embed_dim not in PUBLISHED_HEADS and heads and embed_dim % heads == 0:
-        guess(metadata, f"{heads} attention heads, of {HEAD_WIDTH} channels; num_heads= of create_model settles it")
-    return heads
 
 
 def preparation_of(metadata: Metadata, img_size: tuple[int, int]) -> Content:
@@ -379,6 +377,8 @@ def preparation_of(metadata: Metadata, img_size: tuple[int, int]) -> Content:
     """
     beit_v2 = Path(metadata.get("source", "")).name.startswith("beitv2_")
     mean, std = normalization(imagenet=beit_v2 or metadata.get("segmentation", False))
+    if metadata.get("dialect") == "EVA":
+        mean, std = CLIP_MEAN, CLIP_STD
     return {
         "mean": list(metadata.get("mean", mean)),
         "std": list(metadata.get("std", std)),
@@ -388,15 +388,14 @@ def preparation_of(metadata: Metadata, img_size: tuple[int, int]) -> Content:
     }
 
 
-def guess_the_rest(metadata: Metadata, architecture: Architecture) -> None:
-    """Warns of the mean, standard deviation and class names that a model will be used with unless they are recorded."""
-    arguments, settles = architecture.arguments, "metadata= of inference_model settles it"
+def _unrecorded(metadata: Metadata, classes: int) -> Iterator[str]:
+    """Yields the mean, standard deviation and class names that a model will be used with unless they are recorded."""
+    settles = "metadata= of inference_model settles it"
     if not {"mean", "std"} <= metadata.keys():
-        known = preparation_of(metadata, arguments["img_size"])
-        guess(metadata, f"images of mean {known['mean']} and standard deviation {known['std']}; {settles}")
-    classes = arguments.get("num_classes")
+        known = preparation_of(metadata, (0, 0))
+        yield f"images of mean {known['mean']} and standard deviation {known['std']} ({settles})"
     if classes in IMAGENET_CLASSES and not metadata.get("labels") and released_at(metadata.get("source", "")) is None:
-        guess(metadata, f"that its {classes} classes are ImageNet's, in their order; {settles} (labels)")
+        yield f"that its {classes} classes are ImageNet's, in their order ({settles}: labels)"
 
 
 def class_names(metadata: Metadata, num_classes: int) -> tuple[str, ...] | None:

@@ -18,55 +18,30 @@ RELEASES = "https://github.com/addf400/files/releases/download/v1.0"
 DEAD_HOSTS = ("unilm.blob.core.windows.net", "conversationhub.blob.core.windows.net")
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".ckpt")
-FOLDER_WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
+FOLDER_WEIGHTS = tuple(
+    f"{name}{index}" for name in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")
 )
-
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"  # beside them
 
 # Parts of a query that sign an address (Azure, S3, Google, CloudFront): they change while the file does not.
-ACCESS_TOKEN = re.compile(
-    r"s[vepr]|st|spr|sig|token|expires|signature|policy|key-pair-id|x-(amz|goog)-.*", re.IGNORECASE
-)
-
+ACCESS_TOKEN = re.compile(r"(?i)s[vepr]|st|spr|sig|token|expires|signature|policy|key-pair-id|x-(amz|goog)-.*")
 _HUB_ID = re.compile(r"(?:hf-hub:|hf://|https://huggingface\.co/)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
 @dataclass(frozen=True)
 class ReleasedCheckpoint:
-    """A published checkpoint.
+    """A published checkpoint."""
 
-    Args:
-        name: The file's name without ``.pth``.
-        model: Name of its model in :mod:`beit.zoo`.
-        urls: Addresses, tried in this order; later ones may have the same weights in another dialect.
-        num_classes: Classes of the head; None for a pre-training model.
-        input_size: Side of the images in pixels.
-        mean: Mean of the images per channel, for values in [0, 1].
-        std: Standard deviation of the images per channel.
-        crop_pct: Side of the images divided by the shorter side they are resized to.
-        interpolation: Of that resize.
-        overrides: Keywords of the model that differ from the published configuration.
-    """
-
-    name: str
-    model: str
-    urls: tuple[str, ...]
-    num_classes: int | None
-    input_size: int
-    mean: tuple[float, ...]
+    name: str  # of the file, without .pth
+    model: str  # in :mod:`beit.zoo`
+    urls: tuple[str, ...]  # tried in this order; later ones may have the same weights in another dialect
+    num_classes: int | None  # None for a pre-training model
+    input_size: int  # side of the images in pixels
+    mean: tuple[float, ...]  # per channel, for values in [0, 1]
     std: tuple[float, ...]
-    crop_pct: float
+    crop_pct: float  # side of the images divided by the shorter side they are resized to
     interpolation: str = "bicubic"
-    overrides: Mapping[str, object] = field(default_factory=dict)
-
-    def arguments(self) -> dict[str, object]:
-        """Returns the keywords to build the model with."""
-        classes = {} if self.num_classes is None else {"num_classes": self.num_classes}
-        return {**classes, **self.overrides}
+    overrides: Mapping[str, object] = field(default_factory=dict)  # of the model's published configuration
 
 
 def _released(
@@ -149,9 +124,9 @@ def _fetch(url: str) -> Path:
     """Downloads an address; for a dead one, from where the file is now."""
     try:
         parts = urlsplit(url)
+        name = Path(unquote(parts.path)).name
     except ValueError as error:
         raise InputError(f"{url!r} is no address: {error}") from error
-    name = Path(unquote(parts.path)).name
     if name in ("", "..") or not name.isprintable():
         raise InputError(f"{url!r} names no file")
     row = RELEASED.get(name.removesuffix(".pth"))
@@ -171,9 +146,8 @@ def _fetch_from_hub(repository: str, revision: str | None) -> Path:
         from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     except ImportError as error:
-        raise InputError(
-            f"{repository} is no file here; if it is a model of the Hugging Face hub, `pip install beit[hub]`"
-        ) from error
+        advice = "models of the Hugging Face hub need huggingface_hub: pip install huggingface_hub"
+        raise InputError(f"{repository} is no file here; {advice}") from error
     cache = beit_home() / "hub" if os.environ.get("BEIT_HOME") else None
     where: dict[str, Any] = {"cache_dir": cache, "revision": revision}
 

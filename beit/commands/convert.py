@@ -18,12 +18,11 @@ def main(config: ConvertConfig) -> None:
     if not config.to:
         raise InputError(f"--to is missing: one of {', '.join(FORMATS)}")
     graphs = [name for name in FORMATS if name not in dialects()]
+    output = Path(config.output)
     if config.to in graphs:
-        export_graph(
-            config.checkpoint, Path(config.output), config.to, features=config.features, prefix=config.model_prefix
-        )
+        export_graph(config.checkpoint, output, config.to, features=config.features, **config.weights)
     elif config.features:
         raise InputError(f"--features is for {' and '.join(graphs)}; {config.to} holds the whole model")
     else:
-        convert(config.checkpoint, Path(config.output), config.to, config.model_prefix)
+        convert(config.checkpoint, output, config.to, **config.weights)
     logger.info("%s written", config.output)

@@ -23,13 +23,9 @@ def dispatch(
     argv: Sequence[str] | None = None,
     removed: Mapping[str, str] | None = None,
 ) -> int:
-    """Runs the command that the arguments start with, or lists commands.
+    """Runs the command, of one or two words, that the arguments start with, or lists commands.
 
-    Args:
-        prog: Name of the program in usage and error messages.
-        commands: Its commands by name, of one or two words.
-        argv: The arguments; those of the process by default.
-        removed: Former commands -> what to use instead.
+    ``argv`` are those of the process by default; ``removed`` maps former commands to what to use instead.
 
     Returns the exit status: 0, 2 for a mistake in the input, or as :func:`beit.launch.launch` has it.
     """

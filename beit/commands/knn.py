@@ -6,7 +6,6 @@ Source: instance discrimination (arXiv 1805.01978), section 3.4; the setting of 
 import json
 import logging
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from beit.checkpoints.read import Metadata, architecture_of, read_weights
 from beit.commands.settings import KnnConfig
-from beit.config import read_settings
 from beit.data.classification import LabelledImages, check_classes, find_images, labelled_dataset
 from beit.data.datasets import Transform
 from beit.data.loaders import EpochLoader
@@ -48,13 +46,12 @@ class Result:
 
 def main(config: KnnConfig) -> None:
     """Writes a table of results to standard output, and optionally a JSON file; raises as :func:`evaluate` does."""
-    config = read_settings(config)
     if config.output:
         check_outputs("--output", [config.output], config.overwrite)
     results = evaluate(config)
     if not results:  # on all but the main process
         return
-    best = best_of(results)
+    best = max(results, key=lambda result: result.acc1)  # the first one if several are equal
     for result in results:
         mark = "  <- best" if result is best else ""
         sys.stdout.write(f"layer {result.layer:2}  {result.pool:<8}  k {result.k:3}  acc1 {result.acc1:6.2f}{mark}\n")
@@ -65,18 +62,8 @@ def main(config: KnnConfig) -> None:
             file.write(json.dumps(content, indent=2).encode() + b"\n")
 
 
-def best_of(results: Sequence[Result]) -> Result:
-    """Returns the result with the highest accuracy, the first one if several are equal."""
-    return max(results, key=lambda result: result.acc1)
-
-
 def evaluate(config: KnnConfig) -> list[Result]:
-    """Scores features of the chosen blocks, on any number of processes; all but the main one return an empty list.
-
-    Raises:
-        InputError: Images or checkpoint are missing, or settings contradict each other.
-    """
-    config = read_settings(config)
+    """Scores features of the chosen blocks, on any number of processes; all but the main one return an empty list."""
     if not config.k:
         raise InputError("--k is empty: give one or more numbers of neighbours")
     if config.untrained and not config.checkpoint:
@@ -113,10 +100,10 @@ def build_model(config: KnnConfig) -> tuple[Backbone, Preprocessing]:
     """Opens the checkpoint, or builds an untrained model; raises InputError if there is no such checkpoint or model."""
     metadata: Metadata = {}
     if config.untrained:
-        weights, metadata = read_weights(config.checkpoint)
-        model = architecture_of(weights, metadata).build(metadata.get("layer_norm_eps"))
+        weights, metadata = read_weights(config.checkpoint, **config.weights)
+        model = architecture_of(weights, metadata, images=True).build(metadata.get("layer_norm_eps"))
     elif config.checkpoint:
-        model, metadata = open_model(config.checkpoint)
+        model, metadata = open_model(config.checkpoint, **config.weights)
     else:
         logger.warning("no --checkpoint: the model is untrained")
         try:
@@ -130,19 +117,12 @@ def build_model(config: KnnConfig) -> tuple[Backbone, Preprocessing]:
 
 @dataclass(frozen=True)
 class Share:
-    """This process's part of a data set's features.
+    """This process's part of a data set's features."""
 
-    Args:
-        features: By name, float32 ``(n, D)``, of length 1, in host memory.
-        labels: int64 ``(n,)``; -1 for unreadable images.
-        positions: Their positions in the data set, int64 ``(n,)``.
-        images: Length of the whole data set.
-    """
-
-    features: dict[str, Tensor]
-    labels: Tensor
-    positions: Tensor
-    images: int
+    features: dict[str, Tensor]  # by name, float32 (n, D), of length 1, in host memory
+    labels: Tensor  # int64 (n,); -1 for unreadable images
+    positions: Tensor  # of the images in the data set, int64 (n,)
+    images: int  # in the whole data set
 
 
 def compute(

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from beit.checkpoints.formats.recorded import RECORDED
 from beit.checkpoints.formats.segmentation import PARTS
 from beit.checkpoints.load import describe
-from beit.checkpoints.read import architecture_of, guess_the_rest, read_weights
+from beit.checkpoints.read import architecture_of, read_weights
 from beit.checkpoints.released import RELEASED
 from beit.commands.settings import InspectConfig, ModelsConfig
 from beit.errors import InputError, did_you_mean, listed
@@ -44,9 +44,8 @@ def measure(name: str) -> tuple[int, int]:
 
 def inspect(config: InspectConfig) -> None:
     """Writes what a checkpoint holds, records and leaves open; raises InputError if it cannot be opened."""
-    weights, metadata = read_weights(config.checkpoint, prefix=config.model_prefix)
-    architecture = architecture_of(weights, metadata)
-    guess_the_rest(metadata, architecture)
+    weights, metadata = read_weights(config.checkpoint, **config.weights)
+    architecture = architecture_of(weights, metadata, images=True)
     with torch.device("meta"):
         own = architecture.build().state_dict()
     (height, width), heads = architecture.arguments["img_size"], architecture.arguments["num_heads"]

@@ -7,7 +7,7 @@ import sys
 from beit.commands.settings import PredictConfig
 from beit.data.datasets import UnreadableImageError, read_image
 from beit.data.index import image_files
-from beit.errors import InputError, printable
+from beit.errors import InputError, listed, printable
 from beit.inference import inference_model
 from beit.training.distributed import select_device
 from beit.zoo import open_model
@@ -16,17 +16,9 @@ logger = logging.getLogger(__name__)
 
 
 def main(config: PredictConfig) -> None:
-    """Writes the most probable classes of each image to standard output, skipping unreadable images.
-
-    Raises:
-        InputError: There is no such checkpoint, it has no classes, or an image is missing or was skipped.
-    """
-    if not config.checkpoint:
-        raise InputError(
-            "--checkpoint is missing: a fine-tuned checkpoint, or the name of a released one (`beit models`)"
-        )
+    """Writes the most probable classes of each image; raises InputError at the end if some could not be read."""
     paths = image_files(config.images)
-    model, metadata = open_model(config.checkpoint)
+    model, metadata = open_model(config.checkpoint, **config.weights)
     model.to(select_device(config.device, 0))
     unreadable: list[str] = []
     for path in paths:  # one by one, so that each answer appears at once
@@ -43,4 +35,4 @@ def main(config: PredictConfig) -> None:
             ranked = (f"  {score:6.1%}  {name}\n" for name, score in prediction[f"top{config.topk}"])
             sys.stdout.write("".join([f"{printable(path)}\n", *ranked]))
     if unreadable:
-        raise InputError(f"{len(unreadable)} of {len(paths)} images could not be read: {', '.join(unreadable[:3])}")
+        raise InputError(f"{len(unreadable)} of {len(paths)} images could not be read: {listed(unreadable)}")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from beit.commands.settings import RECIPE_TASKS, ListConfig, ShowConfig
-from beit.config import read_facts, read_yaml, recipe_names
-from beit.errors import InputError, did_you_mean
+from beit.config import Values, read_facts, read_yaml, recipe_names
+from beit.errors import InputError, counted, did_you_mean
 from beit.tasks.settings import FinetuningConfig, LinearProbeConfig, PretrainingConfig
 
 RUN = "/path/to/run"
@@ -46,45 +46,25 @@ JOBS = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """A published run.
+    """A published run."""
 
-    Args:
-        name: Name of the recipe, or path of its file.
-        facts: What the file states about the run: task, source, hardware, quoted results and so on.
-        own: The settings in the file and in those it builds on.
-        settings: All settings of the run; for segmentation only those among the facts.
-    """
-
-    name: str
-    facts: Mapping[str, object]
-    own: Mapping[str, object]
-    settings: Mapping[str, object]
-
-    @property
-    def task(self) -> str:
-        """The kind of run, one of ``RECIPE_TASKS``."""
-        return self.fact("task")
-
-    @property
-    def gpus(self) -> int:
-        """GPUs of the published run."""
-        return int(self.fact("gpus"))
+    name: str  # of the recipe, or the path of its file
+    task: str  # one of RECIPE_TASKS
+    gpus: int  # of the published run
+    quoted: Mapping[str, object]  # results, and the number of parameters
+    facts: Mapping[str, object]  # all that the file states: source, hardware and so on
+    own: Mapping[str, object]  # the settings in the file and in those it builds on
+    settings: Values  # all of them; for segmentation only those among the facts
 
     @property
     def batch(self) -> int:
         """Images per optimizer step, over all GPUs."""
-        return int(str(self.settings["total_batch_size"]))
+        return self.settings["total_batch_size"]
 
     @property
     def trains(self) -> bool:
         """Whether it is a training run, to which the batch matters."""
         return self.task != SEGMENTATION_TEST
-
-    @property
-    def quoted(self) -> Mapping[str, object]:
-        """The quoted results, and the number of parameters."""
-        quoted = self.facts["quoted"]
-        return quoted if isinstance(quoted, Mapping) else {}
 
     def fact(self, name: str, default: str = "") -> str:
         """Returns a fact as text."""
@@ -107,11 +87,12 @@ def read_recipe(name: str) -> Recipe:
         raise InputError(f"no recipe {name!r}{hint}; `beit recipes list` lists them, and a path ends in .yaml")
     facts = read_facts(name)
     _check_facts(name, facts)
+    about = name, facts["task"], facts["gpus"], facts["quoted"], facts
     if facts["task"] not in JOBS:
-        return Recipe(name, facts, {}, {key: facts[key] for key in ("model", "batch_size", "total_batch_size")})
+        return Recipe(*about, {}, {key: facts[key] for key in ("model", "batch_size", "total_batch_size")})
     settings = JOBS[facts["task"]].settings
     own = read_yaml(settings, name)
-    return Recipe(name, facts, own, vars(settings(**own)))
+    return Recipe(*about, own, vars(settings(**own)))
 
 
 def _check_facts(name: str, facts: Mapping[str, object]) -> None:
@@ -128,11 +109,7 @@ def _check_facts(name: str, facts: Mapping[str, object]) -> None:
 
 
 def command(recipe: Recipe, gpus: int) -> str:
-    """Returns the shell command of a run on a machine's GPUs, over which its job splits the published batch.
-
-    Raises:
-        InputError: The batch cannot be split evenly over that many GPUs.
-    """
+    """Returns the shell command of a run on a machine's GPUs; raises InputError if they do not divide its batch."""
     if recipe.trains and recipe.batch % gpus:
         below = next(count for count in range(gpus, 0, -1) if recipe.batch % count == 0)
         raise InputError(f"--gpus {gpus}: {recipe.batch} images per step cannot be split evenly; {below} GPUs would do")
@@ -172,17 +149,16 @@ def show(config: ShowConfig) -> None:
     recipe = read_recipe(config.name)
     gpus = config.gpus or recipe.gpus
     about = {key: recipe.fact(key, "not published") for key in ("task", "source", "data", "hardware", "time")}
-    if "note" in recipe.facts:
-        about["note"] = recipe.fact("note")
-    if "fine_tuned_with" in recipe.facts:
-        about["fine-tuned with"] = f"run_class_finetuning.py {recipe.fact('fine_tuned_with')}"
+    about["note"] = recipe.fact("note")
+    if command_line := recipe.fact("fine_tuned_with"):
+        about["fine-tuned with"] = f"run_class_finetuning.py {command_line}"
     if recipe.task not in JOBS:
         about["settings in"] = f"semantic_segmentation/configs/beit/upernet/{recipe.fact('config')}.yaml"
     elsewhere = "" if gpus == recipe.gpus else f", published with {recipe.gpus}"
-    text = [recipe.name, _rows(about)]
+    text = [recipe.name, _rows({name: fact for name, fact in about.items() if fact})]
     text += [f"settings:\n{_rows(recipe.own)}"] if recipe.own else []
     text += [f"quoted from the source, not measured with this library:\n{_rows(flat(recipe.quoted))}"]
-    text += [f"command for {gpus} GPU{'s' * (gpus > 1)}{elsewhere} (--gpus N for another number):"]
+    text += [f"command for {counted(gpus, 'GPU')}{elsewhere} (--gpus N for another number):"]
     text += [command(recipe, gpus), *_remarks(recipe, gpus)]
     sys.stdout.write("\n".join(text) + "\n")
 
@@ -190,7 +166,7 @@ def show(config: ShowConfig) -> None:
 def _remarks(recipe: Recipe, gpus: int) -> list[str]:
     if not recipe.trains:
         return []
-    most, published = int(str(recipe.settings["batch_size"])), recipe.gpus
+    most, published = recipe.settings["batch_size"], recipe.gpus
     remarks = [f"\n{recipe.batch} images per step on any number of GPUs, at most {most} at once per GPU (batch_size)."]
     together, before = (count * min(most, recipe.batch // count) for count in (gpus, published))
     if recipe.task == SEGMENTATION and together != before:

@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import json
 import logging
 import math
 import os
@@ -22,9 +21,9 @@ import jinja2
 from beit.commands.recipes import Recipe, flat, read_recipe
 from beit.commands.settings import ReportConfig
 from beit.config import read_run_settings, recipe_names
-from beit.errors import InputError
+from beit.errors import InputError, counted
 from beit.outputs import check_outputs
-from beit.storage import atomic_write
+from beit.storage import atomic_write, read_json
 from beit.training.environment import ENVIRONMENT
 from beit.visualization.curves import FRACTIONS, overlaid, read_log
 from beit.visualization.plots import draw_curves
@@ -60,25 +59,15 @@ MAIN_CURVES = ("loss", "mlm_acc", "class_acc", "acc1", "mIoU", "pixel_acc", "per
 
 @dataclass(frozen=True)
 class Run:
-    """A training run, as read from its folder.
+    """A training run, as read from its folder."""
 
-    Args:
-        name: Its name on the page.
-        path: The folder.
-        entries: The log, one entry per epoch or evaluation.
-        settings: All settings; empty without a ``config.yaml``.
-        changed: Names of the settings that differ from their defaults; None if that is unknown.
-        environment: What the run recorded about versions, device and command.
-        recipe: The published run that it reproduces.
-    """
-
-    name: str
+    name: str  # on the page
     path: Path
-    entries: Sequence[Mapping[str, object]]
-    settings: Mapping[str, object] = field(default_factory=dict)
-    changed: set[str] | None = None
-    environment: Mapping[str, object] = field(default_factory=dict)
-    recipe: Recipe | None = None
+    entries: Sequence[Mapping[str, object]]  # of the log, one per epoch or evaluation
+    settings: Mapping[str, object] = field(default_factory=dict)  # empty without a config.yaml
+    changed: set[str] | None = None  # settings that differ from their defaults; None if that is unknown
+    environment: Mapping[str, object] = field(default_factory=dict)  # recorded versions, device and command
+    recipe: Recipe | None = None  # that it reproduces
 
     @property
     def kind(self) -> str:
@@ -95,9 +84,11 @@ class Run:
         """How far the run got, such as ``3 of 10 epochs``."""
         done = self.position(self.entries[-1])
         planned = self.settings.get("max_steps" if self.unit == "step" else "epochs")
-        text = f"{done:,}" + (f" of {planned:,}" if isinstance(planned, int) and planned > done else "")
+        text = counted(done, self.unit)
+        if isinstance(planned, int) and planned > done:
+            text = f"{done:,} of {counted(planned, self.unit)}"
         diverged = any(not math.isfinite(loss) for loss, _ in self.values("train_loss")[-1:])
-        return f"{text} {self.unit}{'s' * (text != '1')}{', diverged' * diverged}"
+        return f"{text}{', diverged' * diverged}"
 
     def position(self, entry: Mapping[str, object]) -> int:
         """Returns the epochs, or optimizer steps, done at an entry of the log."""
@@ -124,11 +115,7 @@ class Run:
 
 
 def main(config: ReportConfig) -> None:
-    """Writes the page.
-
-    Raises:
-        InputError: A folder or file is missing or unreadable, or ``--output`` is missing or is somebody else's file.
-    """
+    """Writes the page; raises InputError for a missing ``--output``, or what :func:`read_runs` and others refuse."""
     if not config.output:
         raise InputError("-o is missing: give the file to write, such as report.html")
     (output,) = check_outputs("-o", [config.output], config.overwrite)
@@ -136,20 +123,16 @@ def main(config: ReportConfig) -> None:
     page = text.encode(errors="backslashreplace")  # a title or name from the command line may be no UTF-8
     with atomic_write(output) as file:
         file.write(page)
-    logger.info("wrote %s: %d runs, %.1f MB", output, len(config.runs), len(page) / 1e6)
+    logger.info("wrote %s: %s, %.1f MB", output, counted(len(config.runs), "run"), len(page) / 1e6)
 
 
 def render(runs: Sequence[Run], title: str, pictures: Sequence[str] = (), results: Sequence[str] = ()) -> str:
-    """Returns the page about some runs, with further pictures and JSON files of results.
-
-    Raises:
-        InputError: A JSON file is missing or does not hold an object.
-    """
-    files = {path: _read_object(Path(path)) for path in results}
+    """Returns the page about some runs, with further pictures and JSON files of results."""
+    files = {path: read_json(Path(path)) for path in results}
     for run in runs:
         for file in sorted(run.path.glob("*.json")):
             with contextlib.suppress(InputError):  # not every JSON file holds results
-                files |= {} if file.name in NOT_RESULTS else {f"{run.name}/{file.name}": _read_object(file)}
+                files |= {} if file.name in NOT_RESULTS else {f"{run.name}/{file.name}": read_json(file)}
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"value": _text, "shell": shlex.join}
     template = environment.from_string((resources.files("beit.commands") / "report.html").read_text(encoding="utf-8"))
@@ -191,11 +174,7 @@ def _quoted(value: object, key: str) -> str:
 
 
 def read_runs(paths: Sequence[str], recipes: Sequence[str] = ()) -> list[Run]:
-    """Reads run folders, each named by its path below their common parent; see :func:`read_run` for ``recipes``.
-
-    Raises:
-        InputError: A folder is given twice or holds no run, or the numbers of recipes and folders differ.
-    """
+    """Reads run folders, each named by its path below their common parent; see :func:`read_run` for ``recipes``."""
     folders = [Path(os.path.abspath(path)) for path in paths]
     if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
         raise InputError(f"{twice} is given twice")
@@ -207,34 +186,18 @@ def read_runs(paths: Sequence[str], recipes: Sequence[str] = ()) -> list[Run]:
 
 
 def read_run(path: Path, name: str, recipe: str = "") -> Run:
-    """Reads a run folder.
+    """Reads a run folder under a ``name``; raises InputError if it has no log with a finished epoch.
 
-    Args:
-        path: The folder.
-        name: What to call the run.
-        recipe: The recipe to compare with; ``-`` for none, by default the one the run was started with.
-
-    Raises:
-        InputError: There is no such folder, it has no log with a finished epoch, or there is no such recipe.
+    ``recipe`` is the one to compare with: ``-`` for none, by default the one the run was started with.
     """
     if not (path / "log.txt").is_file():
         inside = sorted(str(file.parent) for file in path.glob("*/log.txt"))[:6]
         raise InputError(f"{path} has no log.txt" + (f"; runs inside it: {', '.join(inside)}" if inside else ""))
     config, recorded = path / "config.yaml", path / ENVIRONMENT
     settings, changed = read_run_settings(config) if config.is_file() else ({}, None)
-    environment = _read_object(recorded) if recorded.is_file() else {}
+    environment = read_json(recorded) if recorded.is_file() else {}
     run = Run(name, path, read_log(path), settings, changed, environment)
     return replace(run, recipe=None if recipe == "-" else read_recipe(recipe) if recipe else _recipe_of(run))
-
-
-def _read_object(path: Path) -> dict[str, object]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} does not hold a JSON object")
-    return content
 
 
 def _recipe_of(run: Run) -> Recipe | None:

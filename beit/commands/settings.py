@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from beit.config import Size, option
+from beit.config import ReadWhenMade, Size, option
 from beit.registry import FORMATS
 from beit.tasks.settings import AMP_CHOICES, ANY_MODEL, DATA_SETS
 
@@ -22,47 +22,66 @@ RECIPE_TASKS = (
 
 
 @dataclass(frozen=True)
-class OutputOptions:
+class CheckpointOptions(ReadWhenMade):
+    """A checkpoint, and which weights of it."""
+
+    checkpoint: str = option("", f"any BEiT: {ANY_MODEL}")
+    model_key: str = option("", "where it has its weights, such as model_ema; a usual key by default")
+    model_prefix: str = option("", "prefix of the names of its weights, if it has those of several models")
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """The keywords of :func:`beit.zoo.open_model` and others that say which weights to take."""
+        return {"model_key": self.model_key, "prefix": self.model_prefix}
+
+
+@dataclass(frozen=True)
+class OutputOptions(ReadWhenMade):
     """What may happen to a file of the name that a command is to write."""
 
     overwrite: bool = option(False, "replace a file that was not written by beit")
 
 
 @dataclass(frozen=True)
-class ConvertConfig:
+class ViewerOptions(CheckpointOptions, OutputOptions):
+    """A model to look into."""
+
+    input_size: Size | None = option(None, IMAGE_SIZE, aliases=("size",))
+
+
+@dataclass(frozen=True)
+class ConvertConfig(CheckpointOptions):
     """The settings of ``beit convert``."""
 
     checkpoint: str = option("", f"checkpoint to convert: {ANY_MODEL}", positional=True)
     output: str = option("", "file to write; a folder for huggingface, and optionally for timm", positional=True)
     to: str | None = option(None, "format to write", choices=FORMATS)
-    model_prefix: str = option("", "prefix of the names of its weights, if it has those of several models")
     features: bool = option(False, "onnx and torch_export: export the features before the head, not the logits")
 
 
 @dataclass(frozen=True)
-class DownloadTokenizerConfig:
+class DownloadTokenizerConfig(ReadWhenMade):
     """The settings of ``beit download tokenizer``."""
 
     output_dir: str = option("", "folder for the two files; files already there are kept", positional=True)
 
 
 @dataclass(frozen=True)
-class IndexConfig:
+class IndexConfig(ReadWhenMade):
     """The settings of ``beit index``."""
 
     data_path: str = option("", IMAGE_LIST, positional=True, must_exist=True)
 
 
 @dataclass(frozen=True)
-class InspectConfig:
+class InspectConfig(CheckpointOptions):
     """The settings of ``beit inspect``."""
 
     checkpoint: str = option("", f"checkpoint to describe: {ANY_MODEL}", positional=True)
-    model_prefix: str = option("", "prefix of the names of its weights, if it has those of several models")
 
 
 @dataclass(frozen=True)
-class KnnConfig(OutputOptions):
+class KnnConfig(CheckpointOptions, OutputOptions):
     """The settings of ``beit knn``."""
 
     checkpoint: str = option("", f"model to score: {ANY_MODEL}; empty for --model, untrained")
@@ -88,14 +107,14 @@ class KnnConfig(OutputOptions):
 
 
 @dataclass(frozen=True)
-class ModelsConfig:
+class ModelsConfig(ReadWhenMade):
     """The settings of ``beit models``."""
 
     pattern: str = option("*", "names to list, such as '*_8k_vocab'")
 
 
 @dataclass(frozen=True)
-class PredictConfig:
+class PredictConfig(CheckpointOptions):
     """The settings of ``beit predict``."""
 
     images: tuple[str, ...] = option((), "image files, and folders of images", positional=True, must_exist=True)
@@ -106,14 +125,14 @@ class PredictConfig:
 
 
 @dataclass(frozen=True)
-class ListConfig:
+class ListConfig(ReadWhenMade):
     """The settings of ``beit recipes list``."""
 
     task: str = option("", f"only recipes of this task: {', '.join(RECIPE_TASKS)}")
 
 
 @dataclass(frozen=True)
-class ShowConfig:
+class ShowConfig(ReadWhenMade):
     """The settings of ``beit recipes show``."""
 
     REMOVED: ClassVar[dict[str, tuple[object, str]]] = {
@@ -139,7 +158,7 @@ class ReportConfig(OutputOptions):
 
 
 @dataclass(frozen=True)
-class ShardsConfig:
+class ShardsConfig(ReadWhenMade):
     """The settings of ``beit shards``."""
 
     data_path: str = option("", IMAGE_LIST, positional=True, must_exist=True)
@@ -171,15 +190,13 @@ class ReconstructConfig(OutputOptions):
 
 
 @dataclass(frozen=True)
-class AttentionConfig(OutputOptions):
+class AttentionConfig(ViewerOptions):
     """The settings of ``beit visualize attention``."""
 
     images: tuple[str, ...] = option((), ANY_IMAGES, positional=True, must_exist=True)
-    checkpoint: str = option("", f"any BEiT: {ANY_MODEL}")
     block: int = option(-1, "block number, counted from 0, or from the end if negative")
     heads: tuple[str, ...] = option(("mean", "all"), "head numbers, counted from 0; all; or mean for their average")
     query: tuple[str, ...] = option((), "query patches as ROW,COLUMN, counted from 0; three by default")
-    input_size: Size | None = option(None, IMAGE_SIZE, aliases=("size",))
     mask_patches: int = option(0, "number of patches to mask for a pre-trained model, block-wise", within="[0, inf)")
     limit: int = option(4, "maximum number of images to draw", within="[1, inf)")
     seed: int = option(0, "seed of the masks")
@@ -188,36 +205,30 @@ class AttentionConfig(OutputOptions):
 
 
 @dataclass(frozen=True)
-class DistanceConfig(OutputOptions):
+class DistanceConfig(ViewerOptions):
     """The settings of ``beit visualize distance``."""
 
     images: tuple[str, ...] = option((), ANY_IMAGES, positional=True, must_exist=True)
-    checkpoint: str = option("", f"any BEiT: {ANY_MODEL}")
-    input_size: Size | None = option(None, IMAGE_SIZE, aliases=("size",))
     limit: int = option(32, "maximum number of images to average over", within="[1, inf)")
     output: str = option("distance.png", PICTURE, short="-o")
     device: str = option("cpu", DEVICE)
 
 
 @dataclass(frozen=True)
-class BiasConfig(OutputOptions):
+class BiasConfig(ViewerOptions):
     """The settings of ``beit visualize bias``."""
 
-    checkpoint: str = option("", f"any BEiT: {ANY_MODEL}")
-    input_size: Size | None = option(None, IMAGE_SIZE, aliases=("size",))
     output: str = option("bias.png", PICTURE, short="-o")
 
 
 @dataclass(frozen=True)
-class EmbeddingsConfig(OutputOptions):
+class EmbeddingsConfig(ViewerOptions):
     """The settings of ``beit visualize embeddings``."""
 
     data_path: str = option("", "one folder of images per class, or shards with classes", must_exist=True)
-    checkpoint: str = option("", f"any BEiT: {ANY_MODEL}")
     block: int = option(-1, "block to take features from, counted from 0, or from the end if negative")
     pool: str = option("mean", "how the block's tokens become a feature", choices=POOLS)
     method: str = option("pca", "projection to 2D", choices=PROJECTIONS)
-    input_size: Size | None = option(None, IMAGE_SIZE, aliases=("size",))
     limit: int = option(2000, "maximum number of images, spread evenly over the classes", within="[1, inf)")
     batch_size: int = option(64, "images per forward pass", within="[1, inf)")
     seed: int = option(0, "seed of t-SNE", within=f"[0, {2**32 - 1}]")

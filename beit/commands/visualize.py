@@ -14,11 +14,11 @@ from beit.commands.visualize_inputs import Shown, Viewer, image_files, open_view
 from beit.config import from_plain
 from beit.data.datasets import ImageIndex, UnreadableImageError, index_images, read_image, sample_randomness
 from beit.data.preprocessing import normalization
-from beit.errors import InputError
+from beit.errors import InputError, counted
 from beit.features import FrozenFeatures
 from beit.modeling import VisionTransformerForMaskedImageModeling
 from beit.registry import TARGETS
-from beit.storage import load_checkpoint
+from beit.storage import load_checkpoint, settings_in
 from beit.targets import VISUAL_TOKENS, MaskedPrediction, PredictionTarget
 from beit.tasks.pretraining import build_mask_generator, build_model, build_target, evaluation_transform
 from beit.tasks.settings import PretrainingConfig
@@ -46,11 +46,7 @@ def curves(config: CurvesConfig) -> None:
 
 
 def reconstruct(config: ReconstructConfig) -> None:
-    """Draws images, masked images and predictions; for a model of tokens also the tokenizer's own reconstructions.
-
-    Raises:
-        InputError: There is no such image, checkpoint or tokenizer.
-    """
+    """Draws images, masked images and predictions; for a model of tokens also the tokenizer's own reconstructions."""
     if not config.checkpoint or not config.images:
         raise InputError("--checkpoint and --images are needed: a pre-training checkpoint, and images to show")
     check_picture(config.output, config.overwrite)
@@ -63,21 +59,16 @@ def reconstruct(config: ReconstructConfig) -> None:
 def open_pretrained(
     checkpoint_path: str | Path, tokenizer_path: str, device: torch.device
 ) -> tuple[PretrainingConfig, VisionTransformerForMaskedImageModeling, PredictionTarget]:
-    """Rebuilds a pre-trained model from its checkpoint, which contains the run's settings, with its prediction target.
+    """Rebuilds a pre-trained model and its prediction target from its checkpoint, which has the run's settings.
 
-    ``tokenizer_path`` is the folder of the tokenizer; empty for the one the run used.
-
-    Raises:
-        InputError: It is not a pre-training checkpoint, or its target or tokenizer cannot be built.
+    ``tokenizer_path`` is the folder of the tokenizer; empty for the one the run used. Raises :class:`InputError` for
+    other checkpoints, or if target or tokenizer cannot be built.
     """
     checkpoint = load_checkpoint(Path(checkpoint_path))
-    settings = checkpoint.get("args") if isinstance(checkpoint, Mapping) else None
-    if settings is None or "model" not in checkpoint or "lm_head.weight" not in checkpoint["model"]:
-        raise InputError(
-            f"{checkpoint_path} is not a pre-training checkpoint with its settings under 'args', so there is nothing "
-            "to reconstruct; the other `beit visualize` commands take any BEiT"
-        )
-    settings = settings if isinstance(settings, dict) else vars(settings)
+    settings = settings_in(checkpoint) if isinstance(checkpoint, Mapping) else {}
+    if not settings or "lm_head.weight" not in checkpoint.get("model", ()):
+        needed = "of pre-training, with the run's settings (args); other commands of `beit visualize` take any BEiT"
+        raise InputError(f"{checkpoint_path} has nothing to reconstruct: needed is a checkpoint {needed}")
     chosen, learned = settings.get("target", "tokens"), checkpoint.get("target")
     if chosen not in TARGETS or (chosen == "tokens" and learned not in (None, VISUAL_TOKENS)):
         raise InputError(f"{checkpoint_path} was trained to predict {learned}, which this command cannot draw")
@@ -118,20 +109,14 @@ def reconstruct_files(
 
 
 def embeddings(config: EmbeddingsConfig) -> None:
-    """Draws the features of images as points in 2D, coloured by class.
-
-    Raises:
-        InputError: The folder has no classes, or there is no such checkpoint or block.
-    """
+    """Draws the features of images as points in 2D, coloured by class; raises InputError if there are no classes."""
     check_picture(config.output, config.overwrite)
     index = index_images(config.data_path)
     if not index.class_names:
-        raise InputError(
-            f"{config.data_path} has no classes: put the images of each class into a folder of its own (in shards "
-            "every image needs its class in a .cls)"
-        )
+        needed = "a folder for the images of each class (in shards, a .cls for each image)"
+        raise InputError(f"{config.data_path} has no classes: needed is {needed}")
     check_embedding(min(len(index), config.limit), config.method)
-    viewer = open_viewer(config.checkpoint, config.input_size, config.device)
+    viewer = open_viewer(config, config.device)
     precision = Precision(resolve_amp_dtype(config.amp_dtype, viewer.device), viewer.device)
     layers, pools = (config.block,), (config.pool,)
     frozen = FrozenFeatures(
@@ -142,8 +127,7 @@ def embeddings(config: EmbeddingsConfig) -> None:
     groups = [(name, points[where]) for name, where in group_by_class(labels, index.class_names)]
     others = None
     if not groups[-1][0]:
-        rest = len(labels.unique()) - len(groups) + 1
-        others = (f"{rest} other class{'es' if rest > 1 else ''}", groups.pop()[1])
+        others = (counted(len(labels.unique()) - len(groups) + 1, "other class"), groups.pop()[1])
     pool = {"mean": "mean of patch tokens", "cls": "class token"}.get(config.pool, config.pool)
     title = f"{len(labels)} images, block {frozen.layers[0]}, {pool}: {Path(config.checkpoint).name}"
     draw_points(config.output, groups, axes, title, others)
@@ -153,11 +137,7 @@ def embeddings(config: EmbeddingsConfig) -> None:
 def compute(
     index: ImageIndex, numbers: Sequence[int], viewer: Viewer, frozen: FrozenFeatures, batch_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Computes one feature, float32 ``(N, D)``, and the class ``(N,)`` of those images of an index that are readable.
-
-    Raises:
-        InputError: None of them can be read.
-    """
+    """Computes one feature, float32 ``(N, D)``, and the class ``(N,)`` of the readable ones of an index's images."""
     features, labels = [], []
     for start in range(0, len(numbers), batch_size):
         views = []

@@ -46,15 +46,11 @@ BIAS_NOTE = (
 
 @torch.no_grad()
 def attention(config: AttentionConfig) -> None:
-    """Draws the attention maps of chosen patches, head by head.
-
-    Raises:
-        InputError: There is no such block, head, patch, image or checkpoint.
-    """
+    """Draws the attention maps of chosen patches; raises InputError for what is missing: block, head, patch, image."""
     check_picture(config.output, config.overwrite)
     asked = [parse_query(text) for text in config.query]
     paths = image_files(config.images, config.limit)
-    viewer = open_viewer(config.checkpoint, config.input_size, config.device)
+    viewer = open_viewer(config, config.device)
     model, grid = viewer.model, viewer.model.patch_embed.grid_size
     block, heads = block_number(model, config.block), parse_heads(config.heads, model.num_heads)
     check_queries(asked, grid)
@@ -62,10 +58,9 @@ def attention(config: AttentionConfig) -> None:
     rows: list[list[Picture]] = []
     headings = {}
     for number, path in enumerate(paths):
-        view, mask = viewer.view(path), None
-        if masks is not None:
-            with sample_randomness(config.seed, 0, number) as rng:
-                mask = torch.from_numpy(masks(rng))[None].to(viewer.device)
+        view = viewer.view(path)
+        with sample_randomness(config.seed, 0, number) as rng:
+            mask = None if masks is None else torch.from_numpy(masks(rng))[None].to(viewer.device)
         probabilities = model.get_attention_maps(normalize(view, viewer.mean, viewer.std), block, mask)
         maps = query_maps(probabilities.float(), queries, grid)[0].cpu()  # (queries, heads, h, w)
         shown = to_unit_range(view)
@@ -108,50 +103,35 @@ def parse_query(text: str) -> Query:
     """Reads ``3,5`` as the patch in row 3 and column 5; raises InputError for any other form."""
     if not re.fullmatch(r"\d+,\d+", text):
         raise InputError(f"--query {text}: give patches as ROW,COLUMN, counted from 0, such as --query 3,5 7,7")
-    row, column = text.split(",")
-    return int(row), int(column)
+    row, column = map(int, text.split(","))
+    return row, column
 
 
 def parse_heads(words: Sequence[str], heads: int) -> list[int | None]:
     """Reads head numbers, ``all`` and ``mean`` (None); raises InputError if there is no such head."""
-    found: list[int | None] = []
-    for word in words:
-        if word == "all":
-            found += range(heads)
-        elif word == "mean":
-            found.append(None)
-        elif word.isdecimal() and int(word) < heads:
-            found.append(int(word))
-        else:
-            raise InputError(f"--heads {word}: the model has heads 0 to {heads - 1}; or give all or mean")
-    return list(dict.fromkeys(found))
+    known: dict[str, Sequence[int | None]] = {str(head): [head] for head in range(heads)}
+    known |= {"all": range(heads), "mean": [None]}
+    if unknown := next((word for word in words if word not in known), ""):
+        raise InputError(f"--heads {unknown}: the model has heads 0 to {heads - 1}; or give all or mean")
+    return list(dict.fromkeys(head for word in words for head in known[word]))
 
 
 def mask_generator(patches: int, model: Backbone) -> BlockwiseMaskGenerator | None:
-    """Returns a generator of masks with this number of patches for a model's images; None for no patches.
-
-    Raises:
-        InputError: The model has no mask token, or that number of patches cannot be masked.
-    """
-    if not patches:
-        return None
-    if not model.has_mask_token:
+    """Returns a generator of masks of so many patches, None for none; raises InputError where they cannot be masked."""
+    if patches and not model.has_mask_token:
         raise InputError("--mask_patches needs a pre-trained model: a classifier has no mask token")
     try:
-        return BlockwiseMaskGenerator(model.patch_embed.grid_size, patches, min(MIN_MASK_BLOCK, max(1, patches // 4)))
+        smallest = min(MIN_MASK_BLOCK, max(1, patches // 4))
+        return BlockwiseMaskGenerator(model.patch_embed.grid_size, patches, smallest) if patches else None
     except InputError as error:
         raise InputError(f"--mask_patches {patches}: {error}") from error
 
 
 def distance(config: DistanceConfig) -> None:
-    """Draws the mean attention distance of each head of each block, and writes the numbers to standard output.
-
-    Raises:
-        InputError: There is no such checkpoint or image.
-    """
+    """Draws the mean attention distance of each head of each block, and writes the numbers to standard output."""
     check_picture(config.output, config.overwrite)
     paths = image_files(config.images, config.limit)
-    viewer = open_viewer(config.checkpoint, config.input_size, config.device)
+    viewer = open_viewer(config, config.device)
     found = distances_of(viewer, paths)
     for number, heads in enumerate(found.tolist()):
         listed = " ".join(f"{head:6.1f}" for head in heads)
@@ -179,7 +159,7 @@ def distances_of(viewer: Viewer, images: Sequence[Shown]) -> Tensor:
 def bias(config: BiasConfig) -> None:
     """Draws the relative position bias of each head; raises InputError if the checkpoint has none, or is missing."""
     check_picture(config.output, config.overwrite)
-    tables = bias_images_of(open_viewer(config.checkpoint, config.input_size, "cpu").model)
+    tables = bias_images_of(open_viewer(config, "cpu").model)
     if not tables:
         raise InputError(f"{config.checkpoint} has no relative position bias, but absolute position embeddings")
     most = max(max(table.grids.abs().max().item() for table in tables), 1e-6)

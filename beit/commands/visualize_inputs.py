@@ -1,6 +1,5 @@
 """Inputs of the pictures: images from files, folders and shards, and a model of any checkpoint at any image size."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +8,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from beit.commands.settings import ViewerOptions
 from beit.data.classification import ClassificationEvalTransform
 from beit.data.datasets import ImageIndex, UnreadableImageError, index_images, read_image
 from beit.data.shards import names_shards
 from beit.errors import InputError
 from beit.inference import Preprocessing, decoded, preprocessing_of
-from beit.modeling import Backbone, Size
+from beit.modeling import Backbone
 from beit.training.distributed import select_device
 from beit.zoo import open_model
 
@@ -49,44 +49,20 @@ class Viewer(Preprocessing):
         return self.transform(read_shown(image))["image"][None].to(self.device)
 
 
-def open_viewer(checkpoint: str, size: Size | None, device: str) -> Viewer:
-    """Opens a checkpoint of any format, for images of a size in pixels; None is the model's own.
-
-    Raises:
-        InputError: There is no such checkpoint, it is not a BEiT, or the size is not a multiple of the patch size.
-    """
-    if not checkpoint:
-        raise InputError("--checkpoint is missing: a path, a released name, a URL or a hub id")
-    if _is_tokenizer(checkpoint):
-        raise InputError(
-            f"{checkpoint} holds no BEiT but a tokenizer: give a checkpoint of pre-training or fine-tuning, "
-            "such as checkpoint-last.pth of a run"
-        )
+def open_viewer(config: ViewerOptions, device: str) -> Viewer:
+    """Opens a checkpoint of any format; raises InputError if it is no BEiT, or for a size that patches do not fill."""
     place = select_device(device, 0)
-    model, metadata = open_model(checkpoint)
-    if size is not None:
-        model.set_input_size(size)
+    model, metadata = open_model(config.checkpoint, **config.weights)
+    if config.input_size is not None:
+        model.set_input_size(config.input_size)
     prepared = preprocessing_of(model, metadata)
     # The whole shorter side: a picture should show all of a photograph, where evaluation crops its border.
     transform = ClassificationEvalTransform(model.img_size, interpolation=prepared.transform.interpolation, crop_pct=1)
     return Viewer(transform, prepared.mean, prepared.std, model.requires_grad_(False).to(place))
 
 
-def _is_tokenizer(checkpoint: str) -> bool:
-    """Whether this is the folder of a tokenizer, which lies beside run folders and has weights of its own."""
-    try:
-        described = json.loads((Path(checkpoint) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(described, dict) and {"num_tokens", "codebook_dim"} <= set(described)
-
-
 def image_files(given: Sequence[str], limit: int) -> list[str | ShardImage]:
-    """Returns at most ``limit`` images; of folders and shards those at even distances, so that all classes appear.
-
-    Raises:
-        InputError: A folder or shard is missing or has no images.
-    """
+    """Returns at most ``limit`` images; of folders and shards those at even distances, so that all classes appear."""
     found: list[str | ShardImage] = []
     for path in given:
         if names_shards(path) or Path(path).is_dir():

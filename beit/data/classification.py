@@ -26,7 +26,7 @@ from beit.data.preprocessing import default_crop_pct
 from beit.data.transforms import (
     INTERPOLATIONS,
     Size,
-    crop_and_resize,
+    drawn_interpolation,
     known_interpolation,
     normalize,
     random_box,
@@ -36,7 +36,6 @@ from beit.errors import InputError, listed
 
 logger = logging.getLogger(__name__)
 
-DATA_SETS = ("CIFAR", "IMNET", "image_folder", "CIFAR10")  # the first three have their official names
 CIFAR = {"CIFAR": datasets.CIFAR100, "CIFAR10": datasets.CIFAR10}
 ERASING_MODES = ("pixel", "rand", "const")
 
@@ -47,19 +46,12 @@ LONGEST = 16  # times the shorter side: what is cut off is never shown
 
 @dataclass(frozen=True)
 class ArrayImages:
-    """Images held in memory, with the methods of an ``ImageIndex``.
+    """Images held in memory, with the methods of an ``ImageIndex``."""
 
-    Args:
-        images: uint8 ``(N, H, W, 3)``.
-        class_ids: int64 ``(N,)``, positions in ``class_names``.
-        class_names: The names of the classes.
-        root: Where the images are from, for messages.
-    """
-
-    images: NDArray[np.uint8]
-    class_ids: NDArray[np.int64]
+    images: NDArray[np.uint8]  # (N, H, W, 3)
+    class_ids: NDArray[np.int64]  # (N,), positions in class_names
     class_names: tuple[str, ...]
-    root: str
+    root: str  # where the images are from, for messages
 
     def __len__(self) -> int:
         return len(self.images)
@@ -95,13 +87,8 @@ def find_images(
 ) -> LabelledImages:
     """Finds the training or the validation images of a data set.
 
-    Args:
-        data_set: ``IMNET``: the folders ``train`` and ``val`` in ``data_path``; ``image_folder``: ``data_path`` and
-            ``eval_data_path`` themselves; ``CIFAR`` (which is CIFAR-100) and ``CIFAR10``: torchvision's archives.
-        data_path: The folder.
-        eval_data_path: The validation images of an ``image_folder``.
-        train: Training images, or else validation images.
-        download: Whether a missing CIFAR archive may be downloaded.
+    ``IMNET`` is the folders ``train`` and ``val`` in ``data_path``; ``image_folder`` is ``data_path`` and
+    ``eval_data_path`` themselves; ``CIFAR`` (which is CIFAR-100) and ``CIFAR10`` are torchvision's archives.
 
     Raises:
         InputError: The folder is missing, empty, not given, or has images outside class folders.
@@ -171,35 +158,22 @@ class ClassificationTransform:
     Source: the settings of BEiT (arXiv 2106.08254), appendix; RandAugment is arXiv 1909.13719, random erasing
     arXiv 1708.04896.
 
-    Args:
-        input_size: ``(H, W)`` or one number, in pixels.
-        mean: Per channel, for images in [0, 1]; also the policy's fill colour.
-        std: Per channel, for images in [0, 1].
-        interpolation: How the crop is resized: bicubic, bilinear, nearest, lanczos, or random.
-        auto_augment: timm's name of a policy, such as ``rand-m9-mstd0.5-inc1``; empty or ``none`` for none.
-        color_jitter: Without a policy, brightness, contrast and saturation change by a factor in ``1 ± color_jitter``.
-        erasing: Probability that parts of an image are erased.
-        erasing_mode: ``pixel``: with normal noise, ``rand``: with one random colour, ``const``: with the mean.
-        erasing_count: Most rectangles erased per image.
-        scale: Range of the crop's share of the image area.
-        ratio: Range of the crop's width over height.
-
     Raises:
         InputError: A setting is out of range or unknown.
     """
 
-    input_size: Size = 224
+    input_size: Size = 224  # (H, W) or one number, in pixels
     _: KW_ONLY
-    mean: Sequence[float]
+    mean: Sequence[float]  # per channel, for images in [0, 1], as std; also the policy's fill colour
     std: Sequence[float]
-    interpolation: str = "bicubic"
-    auto_augment: str = "rand-m9-mstd0.5-inc1"
-    color_jitter: float = 0.4
-    erasing: float = 0.25
-    erasing_mode: str = "pixel"
-    erasing_count: int = 1
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: str = "bicubic"  # or bilinear, nearest, lanczos, random
+    auto_augment: str = "rand-m9-mstd0.5-inc1"  # timm's name of a policy; empty or none for none
+    color_jitter: float = 0.4  # without a policy: brightness, contrast and saturation change by a factor in 1 ± this
+    erasing: float = 0.25  # probability
+    erasing_mode: str = "pixel"  # with normal noise; rand: with one random colour, const: with the mean
+    erasing_count: int = 1  # most rectangles of an image
+    scale: tuple[float, float] = (0.08, 1.0)  # range of the crop's share of the image area
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # range of the crop's width over height
 
     def __post_init__(self) -> None:
         self.size = size_pair(self.input_size)
@@ -227,7 +201,8 @@ class ClassificationTransform:
     def _crop(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         if not is_native(image, self.size):
             box = random_box(image.size, self.scale, self.ratio, rng)
-            return crop_and_resize(image, box, self.size, self.interpolation, rng)
+            how = INTERPOLATIONS[drawn_interpolation(self.interpolation, rng)]
+            return F.resized_crop(image, *box, list(self.size), how)
         top, left = rng.integers(2 * NATIVE_PADDING + 1, size=2).tolist()
         return F.crop(F.pad(image, [NATIVE_PADDING] * 4), top, left, *self.size)
 
@@ -235,11 +210,9 @@ class ClassificationTransform:
 class ClassificationEvalTransform:
     """Validation images: the shorter side resized, or each side by itself, then a centre crop.
 
-    Args:
-        input_size: ``(H, W)`` or one number, in pixels.
-        interpolation: How the image is resized.
-        crop_pct: Share of the resized shorter side that is shown; None is 0.875, and 1 from 384 pixels on.
-        crop_mode: ``center``; ``squash`` resizes to the input's aspect ratio, which shows all of the image distorted.
+    The input is ``(H, W)`` or one number, in pixels. ``crop_pct`` is the share of the resized shorter side that is
+    shown; None is 0.875, and 1 from 384 pixels on. The ``crop_mode`` is ``center``, or ``squash``, which resizes the
+    image to the input's aspect ratio: all of it is shown, distorted.
 
     Raises:
         InputError: A setting that cannot be used.
@@ -255,12 +228,9 @@ class ClassificationEvalTransform:
     ) -> None:
         if crop_mode not in ("center", "squash"):
             raise InputError(f"crop_mode {crop_mode!r}: must be center or squash")
-        self.crop_mode = crop_mode
-        self.size = size_pair(input_size)
-        if interpolation not in INTERPOLATIONS:
-            known_interpolation(interpolation)
+        if known_interpolation(interpolation) not in INTERPOLATIONS:
             raise InputError(f"evaluation cannot use a random interpolation: choose {', '.join(INTERPOLATIONS)}")
-        self.interpolation = interpolation
+        self.size, self.interpolation, self.crop_mode = size_pair(input_size), interpolation, crop_mode
         self.crop_pct = default_crop_pct(self.size) if crop_pct is None else crop_pct
         if not 0 < self.crop_pct <= 1:
             raise InputError(f"--crop_pct {self.crop_pct}: must be above 0 and at most 1")

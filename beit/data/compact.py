@@ -5,7 +5,7 @@ import os
 import tempfile
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,9 +35,6 @@ class Strings:
 
     def __len__(self) -> int:
         return len(self.ends)
-
-    def __iter__(self) -> Iterator[str]:
-        return (self[i] for i in range(len(self)))
 
     def __getitem__(self, i: int) -> str:
         start = self.ends[i - 1] if i else 0

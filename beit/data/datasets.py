@@ -65,23 +65,18 @@ class ImageDataset(Dataset[dict[str, Any]]):
     An image that cannot be read is replaced by another one, also chosen by ``(seed, epoch, index)``. The sample then
     has a key ``UNREADABLE`` for the loader to count: ``((index, reason), ...)``.
 
-    Args:
-        index: The images.
-        transform: Called with an RGB image and a NumPy generator; returns a dict of tensors. The image is Pillow's, or
-            uint8 ``(3, h, w)`` for a transform with a true attribute ``takes_pixels``.
-        seed: Of the run.
-        labels: Add a key ``LABEL``: the class of the image that is shown, int64 ``()``.
-        strict: Label the replacement of an unreadable image -1, so that an evaluation can leave it out.
-        fast_decode: Decode JPEG files at a half, a quarter or an eighth of their size if the transform shows no more
-            pixels than that: see :func:`read_pixels`. The transform must take pixels and have a method ``reduction``;
-            for a reduced image it gets a third argument, ``(width, height)`` of the file.
+    The transform is called with an RGB image and a NumPy generator, and returns a dict of tensors. The image is
+    Pillow's, or uint8 ``(3, h, w)`` for a transform with a true attribute ``takes_pixels``. With ``fast_decode``, JPEG
+    files are decoded at a half, a quarter or an eighth of their size if the transform shows no more pixels than that,
+    see :func:`read_pixels`; it must take pixels and have a method ``reduction``, and for a reduced image it gets a
+    third argument, ``(width, height)`` of the file.
     """
 
     index: Images
     transform: Transform
     seed: int = 0
-    labels: bool = False
-    strict: bool = False
+    labels: bool = False  # add a key LABEL: the class of the image that is shown, int64 ()
+    strict: bool = False  # label the replacement of an unreadable image -1, so that an evaluation can leave it out
     fast_decode: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -118,18 +113,16 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     def _readable(self, epoch: int, index: int) -> tuple[Read, int, tuple[tuple[int, str], ...]]:
         unreadable: list[tuple[int, str]] = []
-        for attempt in range(REPLACEMENT_TRIES + 1):
-            candidate = index
-            if attempt:
-                stream = random_stream(self.seed, epoch, index, attempt, purpose="replacement")
-                candidate = int(stream.integers(len(self)))
+        candidate = index
+        for attempt in range(1, REPLACEMENT_TRIES + 2):
             try:
                 return self._read(candidate, epoch, index), candidate, tuple(unreadable)
             except UnreadableImageError as error:
                 unreadable.append((candidate, str(error)))
-        first, reason = unreadable[0]
-        count = len(unreadable)
-        raise InputError(f"{count} images in a row cannot be read, the first: {self.index.path(first)} ({reason})")
+            stream = random_stream(self.seed, epoch, index, attempt, purpose="replacement")
+            candidate = int(stream.integers(len(self)))
+        reason = f"{self.name(index)} ({unreadable[0][1]})"
+        raise InputError(f"{len(unreadable)} images in a row cannot be read, the first: {reason}")
 
     def _read(self, number: int, epoch: int, index: int) -> Read:
         """Decodes image ``number`` for the sample ``(epoch, index)``."""
@@ -222,18 +215,11 @@ def read_pixels(
 ) -> tuple[Tensor, tuple[int, int] | None]:
     """Decodes an image file as :func:`read_image` does, a JPEG file at a smaller scale where that is enough.
 
-    The decoder then computes only the lower frequencies. The views differ slightly from those of the whole image: the
-    filter is another, and a region starts at a whole pixel of the reduced image, up to half a pixel of a view off.
+    ``reduction`` maps an image size ``(width, height)`` to the allowed downscale factor: 1, 2, 4 or 8. The decoder then
+    computes only the lower frequencies. The views differ slightly from those of the whole image: the filter is another,
+    and a region starts at a whole pixel of the reduced image, up to half a pixel of a view off.
 
-    Args:
-        path: The file, or one opened for reading.
-        reduction: Maps an image size ``(width, height)`` to the allowed downscale factor (1, 2, 4 or 8); None for 1.
-
-    Returns:
-        uint8 ``(3, h, w)``, channels last in memory; and ``(width, height)`` of the file if it was reduced.
-
-    Raises:
-        UnreadableImageError: See :func:`read_image`.
+    Returns uint8 ``(3, h, w)``, channels last in memory; and ``(width, height)`` of the file if it was reduced.
     """
     with opened_image(path) as image:
         full_size = None if reduction is None or image.format != "JPEG" else _reduce(image, reduction)
@@ -255,6 +241,8 @@ def opened_image(path: str | os.PathLike[str] | IO[bytes]) -> Iterator[ImageFile
             reason = error.strerror.lower()
         elif "cannot identify image file" in reason:
             reason = "not an image, or an empty file"
+        elif isinstance(error, Image.DecompressionBombError):
+            reason = f"over {2e-6 * (Image.MAX_IMAGE_PIXELS or 0):.0f} million pixels: save a smaller copy"
         raise UnreadableImageError(reason) from error
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from beit.data.compact import Strings, as_array, map_arrays, save_arrays
 from beit.data.shards import SUFFIX, Members, ShardReader, class_names, did_you_mean_file, expand, names_shards, scan
-from beit.errors import InputError, listed
+from beit.errors import InputError, counted, listed
 from beit.storage import beit_home
 
 logger = logging.getLogger(__name__)
@@ -42,22 +42,16 @@ Stamps = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class ImageIndex:
-    """The images in a folder, a list or shards, at about 50 bytes each; made by :func:`index_images`.
+    """The images in a folder, a list or shards, at about 50 bytes each; made by :func:`index_images`."""
 
-    Attributes:
-        root: Absolute path of the folder, or of the folder that has the list or the shards.
-        class_names: The folders directly below ``root`` if every image is in one, or the shards' classes; else empty.
-        left_out: What was found there and not taken, such as ``12 .txt``.
-    """
-
-    root: str
-    class_names: tuple[str, ...]
+    root: str  # absolute path of the folder, or of the folder that has the list or the shards
+    class_names: tuple[str, ...]  # the folders below root if every image is in one, or the shards' classes; else empty
     _folders: Strings = field(repr=False)  # relative to the root; the shards, if there are members
     _class_of_folder: NDArray[np.int32] = field(repr=False)
     _names: Strings = field(repr=False)
     _folder_of: NDArray[np.int32] = field(repr=False)
     _members: Members | None = field(repr=False, default=None)
-    left_out: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()  # what was found there and not taken, such as "12 .txt"
     _reader: ShardReader = field(repr=False, compare=False, default_factory=ShardReader)
 
     def __len__(self) -> int:
@@ -93,10 +87,6 @@ class ImageIndex:
         return digest.hexdigest()
 
 
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
-
-
 def image_files(given: Iterable[str]) -> list[str]:
     """Returns the given image files, with each folder replaced by the images in and below it.
 
@@ -128,13 +118,9 @@ def index_images(path: str | os.PathLike[str], cache_dir: str | os.PathLike[str]
     A path that ends in ``.tar`` names shards in WebDataset's format; it may have ranges, lists and wildcards, such as
     ``shards-{000000..000127}.tar``. Images come shard by shard, in the order of the files in each.
 
-    Each call logs the number of images and warns of what was left out. The list is kept in ``cache_dir`` and used again
-    until a folder in it (or the text file, or a shard) changes, unless something could not be read. It is
-    memory-mapped, so all processes of a machine share it.
-
-    Args:
-        path: The folder, the text file, or the shards.
-        cache_dir: Where to keep the list; ``None`` is ``index`` in ``$BEIT_HOME`` (or ``~/.cache/beit``).
+    Each call logs the number of images and warns of what was left out. The list is kept in ``cache_dir``, by default
+    ``index`` in ``$BEIT_HOME`` (or ``~/.cache/beit``), and used again until a folder in it (or the text file, or a
+    shard) changes, unless something could not be read. It is memory-mapped, so all processes of a machine share it.
 
     Raises:
         InputError: The path is empty, does not exist or cannot be read, or there is no image.
@@ -167,14 +153,15 @@ def _announce(index: ImageIndex, source: Path) -> None:
     labels = index._class_of_folder[index._folder_of] if index._members is None else index._members.labels
     counts, left_out = np.bincount(labels[labels >= 0], minlength=len(index.class_names)), list(index.left_out)
     if index.class_names:
-        places = f"{_counted(len(counts), 'class')}, {counts.min():,} to {counts.max():,} in each"
+        least, most = int(counts.min()), int(counts.max())
+        places = f"{counted(len(counts), 'class')}, {least:,} {f'to {most:,} ' * (least < most)}in each"
         if empty := [name for name, count in zip(index.class_names, counts, strict=True) if not count]:
-            left_out.append(f"{_counted(len(empty), 'class')} without images ({listed(empty)})")
+            left_out.append(f"{counted(len(empty), 'class')} without images ({listed(empty)})")
     else:
-        places = _counted(len(index._folders), "folder" if index._members is None else "shard")
+        places = counted(len(index._folders), "folder" if index._members is None else "shard")
         if counts.any():
             left_out.append(f"all classes, since {len(index) - counts.sum()} of {len(index)} images have none")
-    logger.info("%s: %s in %s", source, _counted(len(index), "image"), places)
+    logger.info("%s: %s in %s", source, counted(len(index), "image"), places)
     if left_out:
         logger.warning("%s: left out %s", source, listed(left_out, 8))
 
@@ -197,7 +184,7 @@ def _list_folder(root: Path) -> tuple[ImageIndex, Stamps]:
     classes = () if "" in images else classes
     ids = {name: i for i, name in enumerate(classes)}
     if empty := sorted(name for name in watched if classes and name and os.sep not in name and name not in ids):
-        left_out = (f"{_counted(len(empty), 'class folder')} without images ({listed(empty)})", *left_out)
+        left_out = (f"{counted(len(empty), 'class folder')} without images ({listed(empty)})", *left_out)
     counts = [images[folder].count(b"\0") + 1 for folder in folders]
     index = ImageIndex(
         str(root),
@@ -250,7 +237,7 @@ def _walk(root: str, skipped: list[str]) -> Iterator[tuple[str, tuple[int, ...],
 
 def _left_out(images: int, where: str, others: Counter[str], skipped: Sequence[str] = ()) -> tuple[str, ...]:
     """Returns in words what a listing left out; raises :class:`InputError` if that is all there is."""
-    words = [f"{_counted(len(skipped), 'path')} ({listed(skipped)})"] if skipped else []
+    words = [f"{counted(len(skipped), 'path')} ({listed(skipped)})"] if skipped else []
     words += [f"{count:,} {extension or 'no extension'}" for extension, count in others.most_common()]
     if not images:
         found = listed(words, 8) or "no files at all"
@@ -269,7 +256,8 @@ def _list_file(source: Path) -> tuple[ImageIndex, Stamps]:
         for line in map(str.strip, lines):
             if line and not line.startswith("#"):
                 folder, name = os.path.split(line)
-                if name in ("", ".", "..") or name.lower().endswith(SUFFIX):
+                is_image = name.lower().endswith(EXTENSIONS)
+                if not name or name.lower().endswith(SUFFIX) or (not is_image and (source.parent / line).is_dir()):
                     raise InputError(f"{source} lists {line}: give folders and tar shards themselves, not in a list")
                 folder_of.append(folders.setdefault(folder, len(folders)))
                 yield name
@@ -293,7 +281,7 @@ def _list_file(source: Path) -> tuple[ImageIndex, Stamps]:
 def _list_shards(root: str, shards: list[str]) -> tuple[ImageIndex, Stamps]:
     watched = {os.path.relpath(shard, root): _stamp(os.stat(shard)) for shard in shards}
     names, shard_of, members, others = scan(shards, EXTENSIONS)
-    left_out = _left_out(len(names), f"{shards[0]} (of {_counted(len(shards), 'shard')})", others)
+    left_out = _left_out(len(names), f"{shards[0]} (of {counted(len(shards), 'shard')})", others)
     relative = Strings.of(os.path.relpath(shard, root) for shard in shards)
     no_classes = np.full(len(shards), -1, dtype=np.int32)
     classes = class_names(root, members.labels)

@@ -25,10 +25,7 @@ class ViewJitter:
     three act on single pixels, so views are jittered after they are resized, all their pixels at once. But contrast
     pulls towards the mean grey of the image as the steps before left it; that is computed from the whole image, or
     from a regular grid of its pixels if it is large. The official order jitters and clips before resizing; the views
-    are the same within a level on average.
-
-    Args:
-        strength: Each factor is in ``1 ± strength``, and 0 or more.
+    are the same within a level on average. Each factor is in ``1 ± strength``, and 0 or more.
     """
 
     def __init__(self, strength: float) -> None:

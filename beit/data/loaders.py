@@ -11,9 +11,10 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from multiprocessing.process import BaseProcess
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -22,12 +23,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from beit.data.datasets import UNREADABLE, Key, random_stream
-from beit.errors import InputError
+from beit.errors import InputError, counted
 
 logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, Tensor]
 Unreadable = Sequence[tuple[int, str]]  # (index, reason) of each image that could not be read
+AnswerT = TypeVar("AnswerT")
 Loaded = tuple[Batch, Unreadable | InputError]  # an error is returned: raised, it would reach us as a traceback's text
 
 LOOK_EVERY, TELL_EVERY = 5, 60  # seconds of waiting for data
@@ -72,38 +74,26 @@ class EpochLoader:
 
     Unreadable files are replaced by the data set; the loader logs each once, and stops the run if there are too many.
 
-    Args:
-        dataset: Samples by ``(epoch, index)``.
-        batch_size: Images per rank and batch.
-        seed: Determines the order.
-        rank: This process.
-        world_size: Number of processes.
-        num_workers: Worker processes that load ahead, kept from epoch to epoch; 0 loads in this process.
-        pin_memory: Put batches into page-locked memory, for asynchronous copies to a GPU.
-        shuffle: A new order every epoch; False keeps the data set's order.
-        drop_last: Drop the incomplete global batch at the end. Otherwise every image is seen exactly once, and ranks
-            may get different numbers of batches.
-        max_unreadable: Number of unreadable files tolerated; ``None`` is 1 % of the data set, at least 10.
-        while_waiting: Called every few seconds while no batch comes; may raise, to end the wait.
-        multiprocessing_context: How workers start: fork, forkserver, spawn, or ``None`` for the platform's default.
+    With ``drop_last`` the incomplete global batch at the end is dropped; without, every image is seen exactly once, and
+    ranks may get different numbers of batches.
 
     Raises:
         InputError: The batch size is not positive, or (with ``drop_last``) exceeds the data set.
     """
 
     dataset: EpochDataset
-    batch_size: int
-    seed: int = 0
+    batch_size: int  # images per rank and batch
+    seed: int = 0  # of the order
     rank: int = 0
     world_size: int = 1
-    num_workers: int = 0
-    pin_memory: bool = False
-    shuffle: bool = True
+    num_workers: int = 0  # processes that load ahead, kept from epoch to epoch; 0 loads in this process
+    pin_memory: bool = False  # page-locked memory, for asynchronous copies to a GPU
+    shuffle: bool = True  # a new order every epoch, not the data set's
     drop_last: bool = True
     _: KW_ONLY
-    max_unreadable: int | None = None
-    while_waiting: Callable[[], None] | None = None
-    multiprocessing_context: str | None = None
+    max_unreadable: int | None = None  # files tolerated; None is 1 % of the data set, at least 10
+    while_waiting: Callable[[], None] | None = None  # called every few seconds without a batch; may raise
+    multiprocessing_context: str | None = None  # fork, forkserver or spawn; None for the platform's default
 
     def __post_init__(self) -> None:
         size, ranks = len(self.dataset), self.world_size
@@ -115,8 +105,8 @@ class EpochLoader:
             raise ValueError(f"rank {self.rank} is not below {ranks}, the number of ranks")
         if self.drop_last and size < self.batch_size * ranks:
             advice = f"lower --batch_size to at most {size // ranks}" if size >= ranks else "use fewer processes"
-            batch = f"batch size {self.batch_size} on {ranks} process{'es' * (ranks > 1)}"
-            raise InputError(f"{batch} exceeds the data set of {size} image{'s' * (size != 1)}: {advice}")
+            batch = f"batch size {self.batch_size} on {counted(ranks, 'process')}"
+            raise InputError(f"{batch} exceeds the data set of {counted(size, 'image')}: {advice}")
         if self.max_unreadable is None:
             self.max_unreadable = max(10, size // 100)
         self.unreadable: dict[int, str] = {}  # index -> reason, every bad file once
@@ -187,7 +177,7 @@ class EpochLoader:
     def _loaded(self) -> Iterator[Loaded]:
         try:
             self._begin()
-            while (loaded := self._next()) is not None:
+            while (loaded := self._answer(lambda: next(self._iterator, None))) is not None:
                 yield loaded
         except (RuntimeError, OSError, EOFError) as error:
             # A dead worker shows up as one of these, but so does an exception in a live one, which needs no comment.
@@ -203,41 +193,35 @@ class EpochLoader:
                 "(docker run --shm-size)"
             ) from error
 
-    def _next(self) -> Loaded | None:
-        """Returns the next batch, None after the last one; says now and then that none comes."""
-        start = time.monotonic()
-        told = TELL_EVERY
+    def _answer(self, ask: Callable[[], AnswerT]) -> AnswerT:
+        """Returns what the data loader answers, which its workers may be long in giving; see :meth:`_look`."""
+        self._asked, self._told = time.monotonic(), TELL_EVERY
         self._stalled = True  # until they answer, also if a signal ends the wait
-        while True:
-            try:
-                loaded = next(self._iterator, None)
-                self._stalled = False
-                return loaded
-            except RuntimeError as error:  # the time of the data loader is up, which changes nothing about it
-                if "timed out" not in str(error):
-                    raise
-            waited = time.monotonic() - start
-            if waited >= told:
-                logger.warning("no data for %.0f s: the data loading processes hang, or the storage does", waited)
-                told += TELL_EVERY
-            if self.while_waiting is not None:
-                self.while_waiting()
+        answer = ask()
+        self._stalled = False
+        return answer
+
+    def _look(self) -> None:
+        """Says now and then that no data come; called every few seconds of waiting."""
+        if (waited := time.monotonic() - self._asked) >= self._told:
+            logger.warning("no data for %.0f s: the data loading processes hang, or the storage does", waited)
+            self._told += TELL_EVERY
+        if self.while_waiting is not None:
+            self.while_waiting()
 
     def _begin(self) -> None:
         """Starts the iterator of an epoch and, the first time, the workers."""
         if self._loader is None:
             self._loader = self._data_loader()
         if self._workers:
-            # Workers that stay answer a reset, which must not time out: what has come by then would be lost.
-            iterator: Any = self._iterator
-            iterator._timeout, self._stalled = 0, True
-            self._iterator = iter(self._loader)
-            iterator._timeout, self._stalled = self._loader.timeout, False
+            self._iterator = self._answer(partial(iter, self._loader))  # once those that stay have been reset
             return
         before = set(multiprocessing.active_children())
         with _signals_undisturbed():
             self._iterator = iter(self._loader)
         self._workers = list(set(multiprocessing.active_children()) - before)
+        if self._workers:
+            _look_while_waiting(self._iterator, weakref.WeakMethod(self._look))
 
     def _require_turn(self, turn: int) -> None:
         if turn != self._turn:
@@ -256,7 +240,6 @@ class EpochLoader:
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             persistent_workers=workers,
-            timeout=LOOK_EVERY if workers else 0,
             multiprocessing_context=self.multiprocessing_context if workers else None,
             worker_init_fn=_start_worker,
             # Its own generator: otherwise each epoch would draw from the global one, and stopping in the middle of an
@@ -338,6 +321,19 @@ def _start_worker(_worker: int) -> None:
 
 def _ignore_once(_signal: int, _frame: FrameType | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _look_while_waiting(iterator: Any, look: "weakref.WeakMethod[Callable[[], None]]") -> None:
+    """Lets a data loader's iterator call ``look`` at intervals while it waits; its own timeout would lose what came."""
+    own, get = weakref.proxy(iterator), type(iterator)._try_get_data  # a cycle would leave the workers to the collector
+
+    def try_get_data(_timeout: float = 0) -> tuple[bool, Any]:
+        found: tuple[bool, Any] = get(own, LOOK_EVERY)
+        if not found[0] and (alive := look()) is not None:
+            alive()
+        return found
+
+    iterator._try_get_data = try_get_data
 
 
 def _close_at_exit(reference: "weakref.ref[EpochLoader]") -> None:

@@ -103,17 +103,11 @@ def did_you_mean_file(path: str | os.PathLike[str]) -> str:
 
 @dataclass(frozen=True)
 class Members:
-    """Where images are in their shards.
+    """Where images are in their shards, and their classes, ``(N,)`` each."""
 
-    Attributes:
-        offsets: Of the first byte, int64 ``(N,)``.
-        lengths: In bytes, int64 ``(N,)``.
-        labels: Class numbers, int32 ``(N,)``; -1 where there is none.
-    """
-
-    offsets: NDArray[np.int64]
-    lengths: NDArray[np.int64]
-    labels: NDArray[np.int32]
+    offsets: NDArray[np.int64]  # of the first byte
+    lengths: NDArray[np.int64]  # in bytes
+    labels: NDArray[np.int32]  # -1 for none
 
 
 def scan(paths: Sequence[str], extensions: Sequence[str]) -> tuple[Strings, NDArray[np.int32], Members, Counter[str]]:
@@ -239,36 +233,25 @@ def class_names(folder: str, labels: NDArray[np.int32]) -> tuple[str, ...]:
 
 
 class ShardReader:
-    """Reads pieces of files through at most ``limit`` descriptors that stay open; the least recently used is closed.
+    """Reads pieces of files through at most ``limit`` files that stay open; the least recently used is closed.
 
-    Reads are positional, so a descriptor may be shared with a parent or child process. A pickled reader opens its own.
+    Reads are positional, so a file may be shared with a parent or child process. A pickled reader opens its own.
     """
 
     def __init__(self, limit: int = 64) -> None:
         self._limit = limit
-        self._opened = functools.lru_cache(limit)(_Descriptor)
+        # Closed with the last reference: another thread may still be reading one that has been evicted.
+        self._opened = functools.lru_cache(limit)(functools.partial(open, mode="rb", buffering=0))
 
     def __reduce__(self) -> tuple[type["ShardReader"], tuple[int]]:
         return ShardReader, (self._limit,)
 
     def read(self, path: str, offset: int, length: int) -> bytes:
         """Returns ``length`` bytes of a file; raises OSError if it cannot be read, or is shorter."""
-        descriptor = self._opened(path)
-        content = os.pread(descriptor.number, length, offset)
+        content = os.pread(self._opened(path).fileno(), length, offset)
         if len(content) < length:
             raise OSError(errno.EIO, "the shard is cut short")
         return content
-
-
-class _Descriptor:
-    """An open file, closed with the last reference to it: another thread may still be reading an evicted one."""
-
-    def __init__(self, path: str) -> None:
-        self.number = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-
-    def __del__(self) -> None:
-        if hasattr(self, "number"):
-            os.close(self.number)
 
 
 def add_member(archive: tarfile.TarFile, name: str, content: bytes) -> None:

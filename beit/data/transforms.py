@@ -37,55 +37,68 @@ Box = tuple[int, int, int, int]  # top, left, height, width, in pixels
 
 
 @dataclass(eq=False)
-class RandomCropTransform:
-    """One random crop, flipped half of the time, at one size or two: for training a tokenizer.
-
-    Args:
-        input_size: Size in pixels, ``(H, W)`` or one number.
-        second_input_size: Size of a second view of the crop, ``(H2, W2)`` or one number; None for no such view.
-        interpolation: How the crop is resized: bicubic, bilinear, nearest, lanczos, or random.
-        second_interpolation: How the second view is resized.
-        color_jitter: Brightness, contrast and saturation change by a factor in ``1 ± color_jitter``.
-        scale: Range of the crop's share of the image area.
-        ratio: Range of the crop's width over height.
+class _Views:
+    """A region of an image at one size or two, so that token (i, j) belongs to patch (i, j), and a mask if asked.
 
     Raises:
-        InputError: An interpolation is unknown, or a size or the jitter is not usable.
+        InputError: An interpolation is unknown, or a size is not usable.
     """
 
     takes_pixels: ClassVar = True
 
-    input_size: Size
-    second_input_size: Size | None = None
+    input_size: Size  # in pixels, (H, W) or one number
+    second_input_size: Size | None = None  # (H2, W2) or one number; None for no second view of the region
     _: KW_ONLY
-    interpolation: str = "lanczos"
-    second_interpolation: str = "lanczos"
-    color_jitter: float = 0.0
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: str = "lanczos"  # or bicubic, bilinear, nearest, random
+    second_interpolation: str = "lanczos"  # of the second view
+    mask_generator: MaskGenerator | None = None  # draws the patches to mask
 
     def __post_init__(self) -> None:
+        self.sizes = {"image": size_pair(self.input_size)}
+        if self.second_input_size is not None:
+            self.sizes["token_image"] = size_pair(self.second_input_size)
+        self._how = known_interpolation(self.interpolation), known_interpolation(self.second_interpolation)
+
+    def _views(self, region: Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
+        sizes = zip(self.sizes.items(), self._how, strict=False)
+        return {name: resized(region, size, how, rng) for (name, size), how in sizes}
+
+    def _masked(self, views: dict[str, Tensor], rng: np.random.Generator) -> dict[str, Tensor]:
+        return views if self.mask_generator is None else {**views, "mask": torch.from_numpy(self.mask_generator(rng))}
+
+
+@dataclass(eq=False)
+class RandomCropTransform(_Views):
+    """One random crop with jittered colours, flipped half of the time: for training.
+
+    The jitter is that of the whole image, though only the views are computed: see :class:`beit.data.jitter.ViewJitter`.
+    """
+
+    _: KW_ONLY
+    color_jitter: float = 0.0  # brightness, contrast and saturation change by a factor in 1 ± this
+    scale: tuple[float, float] = (0.08, 1.0)  # range of the crop's share of the image area
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # range of the crop's width over height
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.color_jitter < 0:
             raise InputError(f"color_jitter must be 0 or more, got {self.color_jitter}")
         self._jitter = ViewJitter(self.color_jitter) if self.color_jitter else None
-        self._views = _Views(self.input_size, self.second_input_size, self.interpolation, self.second_interpolation)
 
     def __call__(
         self, image: Image.Image | Tensor, rng: np.random.Generator, full_size: tuple[int, int] | None = None
     ) -> dict[str, Tensor]:
-        """Returns ``image``, uint8 ``(3, H, W)``, and ``token_image``, uint8 ``(3, H2, W2)``, if it has a size.
+        """Returns ``image``, uint8 ``(3, H, W)``, and if asked ``token_image``, ``(3, H2, W2)``, and bool ``mask``.
 
-        Args:
-            image: RGB, Pillow's or uint8 ``(3, h, w)``.
-            rng: The sample's generator.
-            full_size: ``(width, height)`` of the image in its file, if it was decoded at a smaller scale.
+        The image is RGB, Pillow's or uint8 ``(3, h, w)``; ``full_size`` is ``(width, height)`` of it in its file, if it
+        was decoded at a smaller scale.
         """
         pixels, size = as_pixels(image)
         flipped, box = flip_and_box(full_size or size, self.scale, self.ratio, rng)
         views = self._views(cut_out(pixels, box, full_size), rng)
         if self._jitter is not None:
             views = self._jitter(views, pixels)
-        return {name: view.flip(-1) for name, view in views.items()} if flipped else views
+        return self._masked({name: view.flip(-1) for name, view in views.items()} if flipped else views, rng)
 
     def reduction(self, full_size: tuple[int, int], rng: np.random.Generator) -> int:
         """Returns how far an image of ``(width, height)`` may be reduced before this transform would enlarge it.
@@ -93,80 +106,40 @@ class RandomCropTransform:
         The generator is in the state of the one that the transform will be called with.
         """
         _, (_, _, height, width) = flip_and_box(full_size, self.scale, self.ratio, rng)
-        rows, columns = (max(sides) for sides in zip(*self._views.sizes.values(), strict=True))
+        rows, columns = (max(sides) for sides in zip(*self.sizes.values(), strict=True))
         return next((by for by in REDUCTIONS if height >= by * rows and width >= by * columns), 1)
 
 
 @dataclass(eq=False)
+class CenterCropTransform(_Views):
+    """The central crop, whose side is the share ``crop_fraction`` of the largest one that fits: for evaluation."""
+
+    _: KW_ONLY
+    crop_fraction: float = 1.0
+
+    def __call__(self, image: Image.Image | Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
+        """Returns ``image``, uint8 ``(3, H, W)``, and if asked ``token_image``, ``(3, H2, W2)``, and bool ``mask``."""
+        pixels, size = as_pixels(image)
+        box = central_box(size, self.sizes["image"], self.crop_fraction)
+        return self._masked(self._views(cut_out(pixels, box), rng), rng)
+
+
+@dataclass(eq=False)
 class MaskedImageModelingTransform(RandomCropTransform):
-    """Colour jitter, flip, one random crop seen by the model and by the tokenizer, and a mask.
-
-    Both views show the same region, so that token (i, j) belongs to patch (i, j). The jitter is that of the whole
-    image, though only the views are computed: see :class:`beit.data.jitter.ViewJitter`.
-
-    Source: section 3.1 of arXiv 2106.08254.
-
-    Args:
-        mask_generator: Draws the patches to mask; the rest is that of :class:`RandomCropTransform`.
-    """
+    """The training crop, with the defaults of pre-training. Source: section 3.1 of arXiv 2106.08254."""
 
     input_size: Size = 224
     second_input_size: Size | None = 112
     _: KW_ONLY
     interpolation: str = "bicubic"
     color_jitter: float = 0.4
-    mask_generator: MaskGenerator
-
-    def __call__(
-        self, image: Image.Image | Tensor, rng: np.random.Generator, full_size: tuple[int, int] | None = None
-    ) -> dict[str, Tensor]:
-        """Returns what :class:`RandomCropTransform` does, and ``mask`` bool ``(h, w)``."""
-        return {**super().__call__(image, rng, full_size), "mask": torch.from_numpy(self.mask_generator(rng))}
-
-
-@dataclass(eq=False)
-class CenterCropTransform:
-    """The central crop, at one size or two: for evaluating a tokenizer.
-
-    Args:
-        input_size: Size in pixels, ``(H, W)`` or one number.
-        second_input_size: Size of a second view of the crop, ``(H2, W2)`` or one number; None for no such view.
-        interpolation: How the crop is resized.
-        second_interpolation: How the second view is resized.
-        crop_fraction: Side of the crop, as a share of the largest one that fits.
-
-    Raises:
-        InputError: An interpolation is unknown or a size is not usable.
-    """
-
-    takes_pixels: ClassVar = True
-
-    input_size: Size
-    second_input_size: Size | None = None
-    _: KW_ONLY
-    interpolation: str = "lanczos"
-    second_interpolation: str = "lanczos"
-    crop_fraction: float = 1.0
-
-    def __post_init__(self) -> None:
-        self._views = _Views(self.input_size, self.second_input_size, self.interpolation, self.second_interpolation)
-
-    def __call__(self, image: Image.Image | Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Returns ``image``, uint8 ``(3, H, W)``, and ``token_image``, uint8 ``(3, H2, W2)``, if it has a size."""
-        pixels, size = as_pixels(image)
-        box = central_box(size, self._views.sizes["image"], self.crop_fraction)
-        return self._views(cut_out(pixels, box), rng)
 
 
 @dataclass(eq=False)
 class MaskedImageModelingEvalTransform(CenterCropTransform):
-    """The central crop, seen by the model and by the tokenizer, and a mask: for held-out images.
+    """The central crop of held-out images: 224 of 256 pixels.
 
     The mask is drawn from the sample's generator, so with the epoch fixed every evaluation asks the same questions.
-    By default 0.875 of the side is shown: 224 of 256 pixels.
-
-    Args:
-        mask_generator: Draws the patches to mask; the rest is that of :class:`CenterCropTransform`.
     """
 
     input_size: Size = 224
@@ -174,25 +147,6 @@ class MaskedImageModelingEvalTransform(CenterCropTransform):
     _: KW_ONLY
     interpolation: str = "bicubic"
     crop_fraction: float = 0.875
-    mask_generator: MaskGenerator
-
-    def __call__(self, image: Image.Image | Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Returns what :class:`CenterCropTransform` does, and ``mask`` bool ``(h, w)``."""
-        return {**super().__call__(image, rng), "mask": torch.from_numpy(self.mask_generator(rng))}
-
-
-class _Views:
-    """One region of an image at one size or two."""
-
-    def __init__(self, size: Size, second_size: Size | None, interpolation: str, second_interpolation: str) -> None:
-        self.sizes = {"image": size_pair(size)}
-        if second_size is not None:
-            self.sizes["token_image"] = size_pair(second_size)
-        self.interpolations = known_interpolation(interpolation), known_interpolation(second_interpolation)
-
-    def __call__(self, region: Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
-        views = zip(self.sizes.items(), self.interpolations, strict=False)
-        return {name: resized(region, size, how, rng) for (name, size), how in views}
 
 
 def as_pixels(image: Image.Image | Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -227,8 +181,7 @@ def resized(pixels: Tensor, size: tuple[int, int], interpolation: str, rng: np.r
     PyTorch resizes 8-bit channels-last images, as decoders give them, several times faster than Pillow, with the same
     filters up to the rounding of their weights.
     """
-    if interpolation == "random":
-        interpolation = RANDOM_CHOICES[rng.integers(len(RANDOM_CHOICES))]
+    interpolation = drawn_interpolation(interpolation, rng)
     if interpolation in ("bicubic", "bilinear") or (interpolation == "lanczos" and _torch_has_lanczos()):
         # Not torchvision's function, which returns channels last: batches are contiguous, as PyTorch's results are.
         return interpolate(pixels[None], size, mode=interpolation, antialias=True)[0].contiguous()
@@ -245,13 +198,9 @@ def _torch_has_lanczos() -> bool:
     return True
 
 
-def crop_and_resize(
-    image: Image.Image, box: Box, size: tuple[int, int], interpolation: str, rng: np.random.Generator
-) -> Image.Image:
-    """Returns the region ``box`` of an image at ``size`` = ``(H, W)``; ``random`` draws the interpolation."""
-    if interpolation == "random":
-        interpolation = RANDOM_CHOICES[rng.integers(len(RANDOM_CHOICES))]
-    return F.resized_crop(image, *box, list(size), INTERPOLATIONS[interpolation])
+def drawn_interpolation(name: str, rng: np.random.Generator) -> str:
+    """Returns an interpolation by name; of ``random``, one that is drawn."""
+    return RANDOM_CHOICES[rng.integers(len(RANDOM_CHOICES))] if name == "random" else name
 
 
 def flip_and_box(
@@ -268,14 +217,8 @@ def random_box(
 ) -> Box:
     """Draws the region of a random resized crop, as torchvision's ``RandomResizedCrop`` does.
 
-    Args:
-        image_size: ``(width, height)`` in pixels.
-        scale: Range of the region's share of the image area, uniform.
-        ratio: Range of its width over height, log-uniform.
-        rng: The sample's generator.
-
-    Returns:
-        ``(top, left, height, width)``; after 10 misfits, the central region with the nearest allowed ratio.
+    The image is ``(width, height)`` in pixels; the region's share of its area is uniform in ``scale``, its width over
+    height log-uniform in ``ratio``. After 10 misfits it is the central region with the nearest allowed ratio.
     """
     width, height = image_size
     for _ in range(CROP_TRIES):

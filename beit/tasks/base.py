@@ -8,14 +8,16 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
+from beit.checkpoints.released import resolve
 from beit.config import dump_yaml, read_settings, to_plain
 from beit.data.classification import LabelledImages, check_classes, find_images
 from beit.data.datasets import ImageIndex, index_images
 from beit.data.loaders import EpochDataset, EpochLoader
-from beit.errors import InputError
+from beit.errors import InputError, counted
 from beit.modeling import Backbone, VisionTransformerForMaskedImageModeling
 from beit.registry import locate
 from beit.tasks.settings import (
@@ -46,6 +48,7 @@ logger = logging.getLogger(__name__)
 ConfigT = TypeVar("ConfigT", bound=RunOptions)
 BatchT = TypeVar("BatchT", bound=BatchOptions)
 
+PREPARED_BY = {**dict.fromkeys(("mean", "std"), "--imagenet_default_mean_and_std"), "crop_pct": "--crop_pct"}
 EVALUATION_WORKERS = 2  # at most, beside those of the training loader
 Metrics = dict[str, float]
 Evaluation = Callable[[nn.Module, int], Metrics]
@@ -53,31 +56,19 @@ Schedule = Callable[[int], float]
 
 
 class Task(ABC, Generic[ConfigT]):
-    """A training job. :func:`run` calls the methods in the order below; a subclass overrides what differs.
+    """A training job. :func:`run` calls the methods in the order below; a subclass overrides what differs."""
 
-    Attributes:
-        config: The job's settings, each in its type; after :meth:`start` with ``--total_batch_size`` resolved.
-        batch_multiple: What the images of a batch must be a multiple of.
-        best_metric: Evaluation metric, higher is better, whose best checkpoint is kept; None for none.
-        evaluate_average: Whether the moving average of the weights is evaluated too.
-        prepare_batch: Applied to a batch on the host, before it goes to the device; None for nothing.
-        session: The processes, the device and the run folder.
-        precision: Number format of the step.
-        model: What :meth:`build_model` returned, on the device.
-        loader: What :meth:`build_loader` returned.
-    """
-
-    batch_multiple: int = 1
-    best_metric: ClassVar[str | None] = None
-    evaluate_average: ClassVar[bool] = False
-    prepare_batch: Callable[[Batch], Batch] | None = None
+    batch_multiple: int = 1  # what the images of a batch must be a multiple of
+    best_metric: ClassVar[str | None] = None  # of the evaluation, higher is better: its best checkpoint is kept
+    evaluate_average: ClassVar[bool] = False  # the moving average of the weights too
+    prepare_batch: Callable[[Batch], Batch] | None = None  # applied on the host, before a batch goes to the device
     session: Session
     precision: Precision
-    model: nn.Module
+    model: nn.Module  # on the device
     loader: EpochLoader
 
     def __init__(self, config: ConfigT) -> None:
-        self.config = read_settings(config)
+        self.config = read_settings(config)  # after start with --total_batch_size resolved
 
     def check(self) -> None:
         """Raises :class:`InputError` for settings that do not work together; each alone is checked already."""
@@ -131,21 +122,24 @@ class Task(ABC, Generic[ConfigT]):
 
     def loop_settings(self) -> LoopSettings:
         """Returns how long and how often, in optimizer steps; by default from epochs."""
-        config = self.config
-        assert isinstance(config, EpochOptions)
-        assert isinstance(config, BatchOptions)
-        steps = self.steps_per_epoch()
+        assert isinstance(self.config, EpochOptions)
+        return self.settings_for(self.config.epochs, Period("epoch", self.steps_per_epoch()))
+
+    def settings_for(self, periods: int, period: Period) -> LoopSettings:
+        """Returns the loop's settings for a number of periods, in which the other durations are given as well."""
+        config: Any = self.config
         return LoopSettings(
-            total_steps=config.epochs * steps,
-            period=Period("epoch", steps),
+            total_steps=periods * period.steps,
+            period=period,
             update_freq=config.update_freq,
-            clip_grad=config.clip_grad if isinstance(config, OptimizerOptions) else None,
+            clip_grad=getattr(config, "clip_grad", None),
             log_every=config.log_every,
-            save_every=config.save_ckpt_freq * steps,
+            save_every=config.save_ckpt_freq * period.steps,
             save_last_every=config.save_ckpt_steps,
-            evaluate_every=config.eval_freq * steps,
+            evaluate_every=config.eval_freq * period.steps,
             evaluate_average=self.evaluate_average,
             best_metric=self.best_metric,
+            save=getattr(config, "save_ckpt", True),
             seed=config.seed,
         )
 
@@ -173,10 +167,6 @@ class Task(ABC, Generic[ConfigT]):
     def extras(self) -> Mapping[str, object]:
         """Returns what checkpoints record besides the training state; see :data:`beit.training.meaning.FACTS`."""
         return {}
-
-    def resume_path(self) -> str:
-        """Returns the checkpoint that was named to resume from, if any."""
-        return self.config.resume
 
     def sharded_layers(self, model: nn.Module) -> Iterable[nn.Module]:
         """Returns the layers that ``--shard fsdp`` gathers one by one."""
@@ -215,8 +205,9 @@ class Task(ABC, Generic[ConfigT]):
             "world_size": self.session.world_size,
             "num_workers": config.num_workers,
             "pin_memory": config.pin_mem and self.device.type == "cuda",
+            "shuffle": training,
+            "drop_last": training,
             "max_unreadable": config.max_unreadable,
-            **({} if training else {"shuffle": False, "drop_last": False}),
         }
         return EpochLoader(dataset, **{**arguments, **options})
 
@@ -256,7 +247,8 @@ def run(task: Task[Any]) -> None:
         )
         task.loader.while_waiting = trainer.look_up
         start_epoch = task.config.start_epoch if isinstance(task.config, EpochOptions) else 0
-        session.resume(trainer, path=task.resume_path(), auto=task.config.auto_resume, start_epoch=start_epoch)
+        path = str(resolve(task.config.resume)) if task.config.resume else ""
+        session.resume(trainer, path=path, auto=task.config.auto_resume, start_epoch=start_epoch)
         for line in (*task.summary(), plan(task.config, trainer)):
             logger.info("%s", line)
         trainer.fit()
@@ -313,9 +305,11 @@ def resolve_batch(config: BatchT, world_size: int, multiple: int = 1) -> BatchT:
 def plan(config: BatchOptions, trainer: Trainer) -> str:
     """Returns a line about the batch and the length of the run."""
     total, period = trainer.settings.total_steps, trainer.settings.period
-    epochs = f"{total // period.steps} epochs of {period.steps} steps, " if period.name == "epoch" else ""
-    batch = f"{config.batch_size} images x {distributed.world_size()} processes x {config.update_freq} batches per step"
-    return f"batch {trainer.images_per_step} = {batch}; {epochs}{total} steps in all"
+    batches = f"{config.update_freq} batch{'es' * (config.update_freq > 1)}"
+    batch = f"{counted(config.batch_size, 'image')} x {counted(distributed.world_size(), 'process')} x {batches}"
+    epochs = f"{counted(total // period.steps, 'epoch')} of {counted(period.steps, 'step')}, "
+    length = epochs * (period.name == "epoch") + counted(total, "step")
+    return f"batch {trainer.images_per_step} = {batch} per step; {length} in all"
 
 
 def find_together(path: str) -> ImageIndex:
@@ -333,15 +327,8 @@ def find_labelled(
 ) -> tuple[LabelledImages | None, LabelledImages | None, tuple[str, ...]]:
     """Returns training images, validation images (each None if not wanted) and class names.
 
-    Args:
-        config: Where they are.
-        nb_classes: Number of classes that must be found; 0 takes what is there.
-        trains: Whether training images are wanted.
-        evaluates: Whether validation images are wanted.
-        download: Whether a missing CIFAR archive may be fetched.
-
-    Raises:
-        InputError: Images are missing, or their classes are not as they should be.
+    Raises :class:`InputError` if images are missing, or have not ``nb_classes`` classes (0 takes what is there).
+    With ``download``, a missing CIFAR archive is fetched.
     """
 
     def find(train: bool) -> LabelledImages:
@@ -359,14 +346,13 @@ def fingerprints(train: LabelledImages | None, val: LabelledImages | None) -> di
     return {key: images.fingerprint() for key, images in (("data", train), ("eval_data", val)) if images is not None}
 
 
-def warn_of_another_mean(source: str, metadata: Mapping[str, Any], mean: tuple[float, ...]) -> None:
-    """Warns where a checkpoint records another mean of its images than the run's."""
-    recorded = metadata.get("mean")
-    if recorded is not None and not torch.allclose(torch.tensor(recorded), torch.tensor(mean)):
-        logger.warning(
-            "%s was trained on images normalised with mean %s and gets mean %s: check --imagenet_default_mean_and_std",
-            *(source, list(recorded), list(mean)),
-        )
+def warn_of_preparation(source: str, metadata: Mapping[str, Any], **own: Any) -> None:
+    """Warns where a checkpoint records that its images were prepared otherwise than this run's: ``mean``, ``std``, …"""
+    for name, here in own.items():
+        there = metadata.get(name)
+        if there is not None and not (there == here if isinstance(here, str) else np.allclose(there, here)):
+            text = "%s was trained on images with %s %s, and gets %s: check %s"
+            logger.warning(text, source, name, there, here, PREPARED_BY.get(name, "whether its features suffer"))
 
 
 def named_model(config: ModelOptions, *, masked: bool = False, **arguments: object) -> Backbone:

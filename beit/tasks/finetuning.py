@@ -11,18 +11,16 @@ from typing import Any
 import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from beit.checkpoints.heads import match_classes
 from beit.checkpoints.load import load_pretrained, load_weights
 from beit.checkpoints.read import preparation_of, read_weights
-from beit.checkpoints.released import resolve
 from beit.data.classification import ClassificationEvalTransform, ClassificationTransform, labelled_dataset
 from beit.data.loaders import EpochLoader
 from beit.data.preprocessing import normalization
 from beit.data.transforms import normalize, size_pair
-from beit.errors import InputError, listed
+from beit.errors import InputError, counted, listed
 from beit.modeling import VisionTransformer
 from beit.tasks.base import (
     Evaluation,
@@ -33,7 +31,7 @@ from beit.tasks.base import (
     named_model,
     opened,
     run,
-    warn_of_another_mean,
+    warn_of_preparation,
 )
 from beit.tasks.settings import FinetuningConfig
 from beit.training import distributed
@@ -43,7 +41,7 @@ from beit.training.compilation import uncompiled
 from beit.training.loop import to_device
 from beit.training.optim import parameter_groups
 from beit.training.precision import Precision
-from beit.training.state import Average, Batch, LoopSettings, StepFunction
+from beit.training.state import Average, Batch, StepFunction
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +86,7 @@ class Finetuning(Task[FinetuningConfig]):
         if config.mixes and len(self.class_names) < 2:
             raise InputError(f"mixup and cutmix need two classes or more; {config.data_path} has one")
         self.mean, self.std = normalization(config.imagenet_default_mean_and_std)
-        self.eval_transform = build_eval_transform(config)
+        self.eval_transform = ClassificationEvalTransform(config.input_size, crop_pct=config.crop_pct)
 
     def build_model(self) -> VisionTransformer:
         """Creates the classifier and loads the backbone that it starts from."""
@@ -119,7 +117,7 @@ class Finetuning(Task[FinetuningConfig]):
     def build_objective(self) -> StepFunction:
         """Returns the loss, with mixup and cutmix where they are asked for."""
         config = self.config
-        mixup: Mixup | None = Mixup(
+        mixup = Mixup(
             mixup_alpha=config.mixup,
             cutmix_alpha=config.cutmix,
             cutmix_minmax=config.cutmix_minmax,
@@ -129,8 +127,7 @@ class Finetuning(Task[FinetuningConfig]):
             label_smoothing=config.smoothing,
             num_classes=len(self.class_names),
         )
-        mixup = mixup if config.mixes else None
-        return Classification(self.mean, self.std, smoothing=config.smoothing, mixup=mixup)
+        return Classification(self.mean, self.std, config.smoothing, mixup if config.mixes else None)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Returns the parameters with a learning rate of their own for each layer."""
@@ -148,20 +145,10 @@ class Finetuning(Task[FinetuningConfig]):
             layer_decay=config.layer_decay,
         )
 
-    def loop_settings(self) -> LoopSettings:
-        """Returns the loop's settings, which may be to write no checkpoints."""
-        return dataclasses.replace(super().loop_settings(), save=self.config.save_ckpt)
-
-    def resume_path(self) -> str:
-        """Returns ``--resume``, which may be a released name or an address."""
-        return str(resolve(self.config.resume)) if self.config.resume else ""
-
     def build_average(self) -> Average | None:
         """Returns the moving average of the weights, if there is one."""
-        if not self.config.model_ema:
-            return None
         device = torch.device("cpu") if self.config.model_ema_force_cpu else None
-        return ModelEmaV3(self.model, decay=self.config.model_ema_decay, device=device)
+        return Average(self.model, self.config.model_ema_decay, device=device) if self.config.model_ema else None
 
     def build_evaluation(self) -> Evaluation | None:
         """Returns the evaluation on the validation images, if there are any."""
@@ -189,7 +176,8 @@ class Finetuning(Task[FinetuningConfig]):
         if self.config.model_ema and (left := decay**steps) > 0.1:
             text = "--model_ema_decay %g: the average ends as %.0f %% weights of the start; for %d steps try %.4g"
             logger.warning(text, decay, 100 * left, steps, max(0.0, 1 - 10 / steps))
-        yield f"{len(self.class_names)} classes; lr {self.config.lr:g}, layer decay {self.config.layer_decay:g}"
+        classes = counted(len(self.class_names), "class")
+        yield f"{classes}; lr {self.config.lr:g}, layer decay {self.config.layer_decay:g}"
 
 
 def evaluate_checkpoint(config: FinetuningConfig) -> Metrics:
@@ -221,7 +209,7 @@ def recorded_transform(
     """Returns how images are evaluated: as a checkpoint for this input size records, unless ``--crop_pct`` differs."""
     size = size_pair(config.input_size)
     if metadata.get("image_size", size) != size:
-        return build_eval_transform(config)
+        return ClassificationEvalTransform(config.input_size, crop_pct=config.crop_pct)
     known = {key: value for key, value in preparation_of(dict(metadata), size).items() if key not in ("mean", "std")}
     if config.crop_pct is not None:
         if not math.isclose(config.crop_pct, metadata.get("crop_pct", config.crop_pct)):
@@ -250,18 +238,13 @@ def load_whole(model: VisionTransformer, source: str, model_key: str, task: Fine
     if unknown:
         raise InputError(f"{source} has not learnt {len(unknown)} of the data's classes: {listed(unknown)}")
     report = load_weights(model, weights, metadata)
-    logger.info("%s", report.summary())
-    warn_of_another_mean(source, metadata, task.mean)
-    if extra := report.unexpected:
-        what = f"{len(extra)} tensors without a place in this model, such as {extra[0]}"
-        raise InputError(f"{source} has {what}; check --model and its options")
-    if lacks := report.missing:
-        reasons = "".join(f" ({reason})" for reason in {report.dropped.get(name) for name in lacks} - {None})
-        what = f"it lacks {', '.join(lacks[:3])}{' …' if len(lacks) > 3 else ''}{reasons}"
+    if report.unexpected or report.missing:
         raise InputError(
-            f"{source} does not fill this model of {model.num_classes} classes, {what}; check the data, --model and "
-            "its options"
+            f"{source} does not fill this model of {model.num_classes} classes ({report.summary()}): check the data, "
+            "--model and its options"
         )
+    logger.info("%s", report.summary())
+    warn_of_preparation(source, metadata, mean=task.mean)
     return metadata
 
 
@@ -289,15 +272,11 @@ def build_model(config: FinetuningConfig, num_classes: int) -> VisionTransformer
 class Classification:
     """The objective: cross-entropy with smoothed or mixed labels.
 
-    Args:
-        mean: Mean of the model's input, per channel.
-        std: Standard deviation of the model's input, per channel.
-        smoothing: Label smoothing, the share of the target that is spread over all classes.
-        mixup: timm's mixup and cutmix, which also smooths; it draws from NumPy's global generator, seeded per step.
+    timm's mixup and cutmix, which also smooth, draw from NumPy's global generator, seeded per step.
     """
 
     def __init__(
-        self, mean: tuple[float, ...], std: tuple[float, ...], *, smoothing: float = 0.0, mixup: Mixup | None = None
+        self, mean: tuple[float, ...], std: tuple[float, ...], smoothing: float = 0.0, mixup: Mixup | None = None
     ) -> None:
         self._mean, self._std = mean, std
         self.mixup = mixup
@@ -323,11 +302,6 @@ def model_input(batch: Batch, mean: tuple[float, ...], std: tuple[float, ...]) -
     return images if images.is_floating_point() else normalize(images, mean, std)
 
 
-def build_eval_transform(config: FinetuningConfig) -> ClassificationEvalTransform:
-    """Creates the transform of validation images."""
-    return ClassificationEvalTransform(size_pair(config.input_size), crop_pct=config.crop_pct)
-
-
 @torch.no_grad()
 def evaluate(
     model: nn.Module, loader: EpochLoader, precision: Precision, *, mean: tuple[float, ...], std: tuple[float, ...]
@@ -343,6 +317,6 @@ def evaluate(
         counts += count_correct(logits, batch["label"])
     counts = distributed.sum_over_ranks(counts.to(precision.device))
     results = dict(rates(counts))
-    logger.info("%d images", counts[3].item())
+    logger.info("%s", counted(int(counts[3]), "image"))
     logger.info("* Acc@1 %.3f Acc@5 %.3f loss %.3f", results["acc1"], results["acc5"], results["loss"])
     return results

@@ -26,7 +26,7 @@ from beit.tasks.base import (
     fingerprints,
     named_model,
     run,
-    warn_of_another_mean,
+    warn_of_preparation,
 )
 from beit.tasks.settings import AUTO, OFFICIAL_NUM_LABELS, LinearProbeConfig
 from beit.training import distributed
@@ -161,7 +161,12 @@ def build_backbone(config: LinearProbeConfig) -> Backbone:
     report.log()
     if auto and config.input_size is not None:
         backbone.set_input_size(config.input_size)
-    warn_of_another_mean(source, metadata, normalization(config.imagenet_default_mean_and_std)[0])
+    own = vars(ClassificationEvalTransform(backbone.img_size, crop_pct=config.crop_pct))
+    if metadata.get("image_size", own["size"]) != own["size"]:  # for which another crop is usual
+        metadata = {**metadata, "crop_pct": None}
+    own = {name: own[name] for name in ("crop_pct", "crop_mode", "interpolation")}
+    own["mean"], own["std"] = normalization(config.imagenet_default_mean_and_std)
+    warn_of_preparation(source, metadata, **own)
     return backbone
 
 

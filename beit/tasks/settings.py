@@ -100,9 +100,7 @@ class OptimizerOptions:
 class CosineOptions(OptimizerOptions):
     """The schedules of jobs that count epochs."""
 
-    weight_decay_end: float | None = option(
-        None, "weight decay at its cosine's end; constant by default", within="[0, inf)"
-    )
+    weight_decay_end: float | None = option(None, "weight decay at the end; constant by default", within="[0, inf)")
     warmup_lr: float = option(1e-6, "unused", no_effect="the warm-up starts at 0, as in the official schedule")
     warmup_epochs: int = option(5, "epochs of linear warm-up", within="[0, inf)")
     warmup_steps: int = option(-1, "steps of linear warm-up; overrides --warmup_epochs when positive")

@@ -38,12 +38,8 @@ def numbered_file(number: int) -> str:
 class RunFolder:
     """A folder that one run at a time writes its checkpoints and logs into. Files appear whole or not at all.
 
-    ``checkpoint-<number>.pth`` counts epochs from 0 (or optimizer steps); ``checkpoint-last.pth`` is the rolling one.
-
-    Args:
-        path: The folder; created if missing.
-        keep: How many numbered checkpoints to keep, the newest; 0 keeps all.
-        patience: Seconds to wait for another run to leave the folder.
+    ``checkpoint-<number>.pth`` counts epochs from 0 (or optimizer steps), of which the newest ``keep`` stay (0: all);
+    ``checkpoint-last.pth`` is the rolling one. ``patience`` are seconds to wait for another run to leave the folder.
 
     Raises:
         InputError: The folder is not writable, or another run is writing into it.

@@ -1,11 +1,12 @@
 """One process or many: how they meet, the device of each, and the few collectives that the library needs."""
 
+import contextlib
 import datetime
 import importlib
 import logging
-import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -23,10 +24,7 @@ T = TypeVar("T")
 def select_device(name: str, local_rank: int, bound: bool = False) -> torch.device:
     """Returns the device of this process; without the accelerator asked for, the CPU, with a warning.
 
-    Args:
-        name: ``cuda``, ``cpu`` or ``mps``.
-        local_rank: Number of the process on its machine.
-        bound: Whether a scheduler may show each process only its own GPU.
+    ``bound`` is whether a scheduler may show each process only its own GPU.
 
     Raises:
         InputError: More processes than GPUs on this machine.
@@ -107,17 +105,11 @@ def disconnect() -> None:
 
 def threads_left() -> bool:
     """Whether threads of gloo are still there, as they are where something keeps a process group that was left."""
-    if dist.is_initialized() or not os.path.isdir("/proc/self/task"):
-        return False
-    return any("gloo" in _text(f"/proc/self/task/{task}/comm") for task in os.listdir("/proc/self/task"))
-
-
-def _text(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
-    except OSError:  # the thread has ended
-        return ""
+    for name in () if dist.is_initialized() else Path("/proc/self/task").glob("*/comm"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            if "gloo" in name.read_text(encoding="utf-8"):
+                return True
+    return False
 
 
 def rank() -> int:

@@ -17,20 +17,14 @@ def describe_environment(device: torch.device, processes: int) -> dict[str, obje
     content: dict[str, object] = {name: found for name in LIBRARIES if (found := _version_of(name))}
     content["torch"] = torch.__version__  # with the build, such as +cpu
     content |= {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
-    content["device"] = device_name(device)
+    content["device"] = f"CPU {_processor()}".strip() if device.type == "cpu" else device.type.upper()
     if device.type == "cuda":
+        content["device"] = f"GPU {torch.cuda.get_device_name(device)}"
         content["cuda"] = torch.version.cuda or f"ROCm {torch.version.hip}"
     content |= {"processes": processes, "threads": torch.get_num_threads()}
     if command := command_line(sys.argv):
         content["command"] = command
     return content
-
-
-def device_name(device: torch.device) -> str:
-    """Returns what a device is called by its maker, as far as it is known."""
-    if device.type == "cuda":
-        return f"GPU {torch.cuda.get_device_name(device)}"
-    return device.type.upper() + (f" {name}" if (name := _processor()) and device.type == "cpu" else "")
 
 
 def _processor() -> str:

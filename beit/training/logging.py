@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from beit.errors import InputError
+from beit.storage import atomic_write
 from beit.training.distributed import is_main
 
 logger = logging.getLogger(__name__)
@@ -44,11 +45,8 @@ class Averages:
 class EpochLog:
     """``log.txt``: one JSON object per period, each period once, also after a resume.
 
-    Args:
-        path: The file.
-        unit: The key that numbers the lines: ``epoch``, from 0, or the ``step`` that ends them.
-        done: Periods done before the run; lines of later ones are removed.
-        fresh: Whether the run starts over instead of resuming; lines to be removed are then set aside.
+    Lines are numbered by ``unit``: ``epoch``, from 0, or the ``step`` that ends them. Those after the ``done`` periods
+    are removed, and set aside if the run is ``fresh``: it starts over instead of resuming.
     """
 
     def __init__(self, path: Path, unit: str, done: int, fresh: bool) -> None:
@@ -63,9 +61,8 @@ class EpochLog:
             return
         if fresh:
             path.rename(path.with_name(f"log-until-{datetime.now():%Y%m%d-%H%M%S}.txt"))
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        temporary.replace(path)
+        with atomic_write(path) as file:
+            file.write("".join(f"{line}\n" for line in kept).encode())
 
     def write(self, entry: Mapping[str, float]) -> None:
         """Appends one epoch's entry, and sees it onto the disk; a number that is not finite becomes null."""

@@ -245,9 +245,7 @@ class Trainer(TrainingState):
         self, global_step: int, values: dict[str, float], loss_scale: float, scalars: ScalarWriter
     ) -> None:
         if not math.isfinite(values["loss"]):
-            raise NonFiniteLossError(
-                f"the loss is {values['loss']} at step {global_step} (counted from 0); {self._remedy(global_step)}"
-            )
+            self._give_up(global_step, f"the loss is {values['loss']}")
         rates = [self.lr(global_step) * group.get("lr_scale", 1.0) for group in self.optimizer.param_groups]
         decays = [group["weight_decay"] for group in self.optimizer.param_groups if group.get("decays")]
         settings = {
@@ -271,19 +269,15 @@ class Trainer(TrainingState):
         self._skipped_steps += 1
         self._overflows += 1
         if self.precision.dtype != torch.float16:
-            raise NonFiniteLossError(
-                f"the gradients are not finite at step {global_step} (counted from 0); {self._remedy(global_step)}"
-            )
+            self._give_up(global_step, "the gradients are not finite")
         if self._overflows == MOST_OVERFLOWS:
-            raise NonFiniteLossError(
-                f"the gradients overflowed {MOST_OVERFLOWS} times in a row, up to step {global_step}; "
-                f"{self._remedy(global_step)}"
-            )
+            self._give_up(global_step, f"the gradients overflowed {MOST_OVERFLOWS} times in a row, the last time")
 
-    def _remedy(self, global_step: int) -> str:
+    def _give_up(self, global_step: int, reason: str) -> NoReturn:
+        remedy = "the last checkpoint is from before it"
         if not self._fresh and global_step - self.first_step < SOON:
-            return f"the checkpoint that was resumed leads there: choose an older one with --resume. {REMEDY}"
-        return f"the last checkpoint is from before it. {REMEDY}"
+            remedy = "the checkpoint that was resumed leads there: choose an older one with --resume"
+        raise NonFiniteLossError(f"{reason} at step {global_step} (counted from 0); {remedy}. {REMEDY}")
 
     def _console_text(self, done: int, speed: Mapping[str, float]) -> str:
         means = self._averages.means()

@@ -32,16 +32,9 @@ def parameter_groups(
     1-D parameters, ``*.bias`` and the names in ``no_decay`` get no weight decay. With ``layer_id`` the learning rate of
     layer ``i`` is scaled by ``layer_decay ** (num_layers + 1 - i)``.
 
-    Args:
-        model: The module whose parameters are sorted.
-        weight_decay: Decay of the other parameters.
-        no_decay: Parameter names without decay.
-        layer_id: Maps a parameter name to its layer, from 0 (embeddings) to ``num_layers + 1`` (heads).
-        num_layers: Number of Transformer blocks.
-        layer_decay: Factor from one layer to the one below.
+    ``layer_id`` maps a parameter name to its layer, from 0 (embeddings) to ``num_layers + 1`` (heads).
 
-    Returns:
-        Groups with ``params``, ``lr_scale``, ``weight_decay`` and ``decays`` (whether a schedule changes the decay).
+    Returns groups with ``params``, ``lr_scale``, ``weight_decay`` and ``decays``: whether a schedule changes the decay.
 
     Source: BEiT (arXiv 2106.08254), section 3.1 and appendix; the official scripts' grouping.
     """
@@ -51,12 +44,7 @@ def parameter_groups(
             continue
         decays = parameter.ndim > 1 and not name.endswith(".bias") and name not in no_decay
         scale = layer_decay ** (num_layers + 1 - layer_id(name)) if layer_id else 1.0
-        fresh = {
-            "params": [],
-            "lr_scale": scale,
-            "weight_decay": weight_decay if decays else 0.0,
-            "decays": decays,
-        }
+        fresh = {"params": [], "lr_scale": scale, "weight_decay": weight_decay * decays, "decays": decays}
         groups.setdefault((scale, decays), fresh)["params"].append(parameter)
     return list(groups.values())
 
@@ -74,15 +62,10 @@ def create_optimizer(
 ) -> torch.optim.Optimizer:
     """Builds any optimizer that timm knows by name; ``fused*`` is NVIDIA apex, or torch's fused kernels without it.
 
-    Args:
-        name: ``adamw``, ``sgd``, ``lamb``, ``fusedadamw``, …
-        groups: What :func:`parameter_groups` returns.
-        lr: Peak learning rate, in force until a schedule sets another.
-        eps: Adam's epsilon; the optimizer's default if None.
-        betas: Adam's decay rates; the optimizer's default if None.
-        momentum: Momentum of SGD and its relatives.
-        fused: Whether torch's fused kernels may be used, on CUDA and the CPU (there 4 times faster than the loop).
-        in_parts: Whether parameters are sharded over processes, which neither apex nor torch's fused SGD supports.
+    The groups are those of :func:`parameter_groups`; ``lr`` is in force until a schedule sets another, ``eps`` and
+    ``betas`` are the optimizer's default if None. ``fused`` is whether torch's fused kernels may be used, on CUDA and
+    the CPU (there 4 times faster than the loop); ``in_parts`` whether parameters are sharded over processes, which
+    neither apex nor torch's fused SGD supports.
 
     Raises:
         InputError: No optimizer has that name, or it cannot be built here.
@@ -113,14 +96,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Checkpoint, class_na
     State is per parameter, and for some optimizers per group (LAMB's step count): a group's entry is a setting if it is
     an argument of the optimizer or set by :func:`parameter_groups`.
 
-    Args:
-        optimizer: Over the same parameters, in the same groups.
-        state: The ``state_dict`` of the checkpoint's optimizer.
-        class_name: The class of that optimizer; None if not recorded.
-        source: The checkpoint, for messages.
-
     Raises:
-        InputError: It was another optimizer, or over other parameters.
+        InputError: It was another optimizer (``class_name``; None if not recorded), or over other parameters.
     """
     own = type(optimizer).__name__
     if class_name not in (None, own):

@@ -13,21 +13,13 @@ PATIENCE = 30.0  # minutes that processes wait for one another, if nothing else 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a process stands among the processes of a run.
-
-    Args:
-        rank: Number of the process among all.
-        world_size: Number of processes.
-        local_rank: Number of the process on its machine, and of its GPU.
-        init_method: Where the processes meet: ``env://`` or ``tcp://host:port``.
-        bound: Whether a scheduler started it, which may show each process only its own GPU.
-    """
+    """Where a process stands among the processes of a run."""
 
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0
-    init_method: str = "env://"
-    bound: bool = False
+    local_rank: int = 0  # number of the process on its machine, and of its GPU
+    init_method: str = "env://"  # where the processes meet; else tcp://host:port
+    bound: bool = False  # a scheduler started it, which may show each process only its own GPU
 
 
 def find_placement(
@@ -41,11 +33,8 @@ def find_placement(
 
     torchrun and ``torch.distributed.launch`` set RANK, ``srun`` SLURM_PROCID, ``mpirun`` OMPI_COMM_WORLD_RANK.
 
-    Args:
-        environment: The environment variables; the process's own by default.
-        local_rank: The ``--local_rank`` that old launchers pass; LOCAL_RANK wins.
-        init_method: The ``--dist_url``.
-        use_open_mpi: Whether to read Open MPI's variables (``--dist_on_itp``).
+    ``local_rank`` is what old launchers pass, LOCAL_RANK wins; ``init_method`` is the ``--dist_url``. With
+    ``use_open_mpi`` Open MPI's variables are read (``--dist_on_itp``).
 
     Raises:
         InputError: A variable that the launcher should have set is missing, or is not what it should be.
@@ -63,8 +52,11 @@ def find_placement(
         # SLURM_STEP_NUM_TASKS is there under srun only, so `python run_….py` inside an allocation stays one process.
         if _number(env, "SLURM_STEP_NUM_TASKS", 1) > 1:
             return _slurm_placement(env)
+        if max(_number(env, "WORLD_SIZE", 1), 1 + _number(env, "RANK", 0)) > 1:
+            raise KeyError("RANK" if "WORLD_SIZE" in env else "WORLD_SIZE")
     except KeyError as missing:
-        raise InputError(f"the launcher did not set {missing.args[0]}; start the run with torchrun instead") from None
+        hint = "start the run with torchrun instead, or unset RANK and WORLD_SIZE for a single process"
+        raise InputError(f"the launcher did not set {missing.args[0]}; {hint}") from None
     return Placement()
 
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from beit.errors import InputError
+from beit.errors import InputError, counted
 
 logger = logging.getLogger(__name__)
 
@@ -18,12 +18,8 @@ class WarmupCosine:
 
     The warm-up includes both its ends, and the cosine starts again at ``base``, as in the official schedule.
 
-    Args:
-        base: The peak value.
-        final: The value that the cosine approaches; reached one step after the last.
-        total_steps: Length of the run, in optimizer steps.
-        warmup_steps: Length of the warm-up, in optimizer steps; may be that of the run or longer.
-        start: The value at step 0 of the warm-up.
+    ``final`` is reached one step after the last of ``total_steps`` optimizer steps; ``warmup_steps`` may be as many or
+    more.
     """
 
     base: float
@@ -44,16 +40,8 @@ class WarmupCosine:
 class WarmupPoly:
     """A polynomial from ``base`` down to ``final``, multiplied by a linear warm-up while that lasts.
 
-    At step ``t`` of ``T``, with ``W`` steps of warm-up from the share ``r``: the polynomial
+    At optimizer step ``t`` of ``T``, with ``W`` of warm-up from the share ``r`` (``warmup_ratio``): the polynomial
     ``(base - final) * (1 - t / T) ** power + final``, times ``1 - (1 - t / W) * (1 - r)`` for ``t < W``.
-
-    Args:
-        base: The value without warm-up at step 0.
-        final: The value after the last step.
-        total_steps: Length of the run, in optimizer steps.
-        warmup_steps: Length of the warm-up, in optimizer steps.
-        warmup_ratio: The share of the value that the warm-up begins with.
-        power: Exponent of the decay.
 
     Source: mmcv 1.x, ``PolyLrUpdaterHook`` with ``warmup="linear"``, which BEiT's segmentation recipes use.
     Deviation: a layer's scale multiplies ``final`` too; mmcv ends every group at the same ``min_lr``, 0 in the recipes.
@@ -95,29 +83,24 @@ def duration_in_steps(*, epochs: float, steps: int, steps_per_epoch: int) -> int
 def split_batch(total: int, world_size: int, most: int, multiple: int = 1) -> tuple[int, int]:
     """Splits the images of a step into as few batches as possible; returns images per process and batch, and batches.
 
-    Args:
-        total: Images per step, over all processes.
-        world_size: Number of processes.
-        most: Most images per process and batch.
-        multiple: What the images of a batch must be a multiple of, such as 2 where they are mixed in pairs.
+    A batch has at most ``most`` images, a multiple of ``multiple``, such as 2 where they are mixed in pairs.
 
     Raises:
-        InputError: The images cannot be split evenly.
+        InputError: The images cannot be split evenly over the processes.
     """
     unit = world_size * multiple
     if total % unit:
         near = [count for count in (total // unit * unit, (total // unit + 1) * unit) if count]
         pairs = f" in multiples of {multiple}" if multiple > 1 else ""
         raise InputError(
-            f"--total_batch_size {total} cannot be split evenly over {world_size} processes{pairs}; "
+            f"--total_batch_size {total} cannot be split evenly over {counted(world_size, 'process')}{pairs}; "
             f"{' or '.join(map(str, near))} can"
         )
     share = total // world_size
     images = max(size for size in range(multiple, min(share, most) + 1, multiple) if share % size == 0)
     if 2 * images < min(share, most):
         logger.warning(
-            "--total_batch_size %d over %d processes: %d images per batch, as %d has no larger divisor up to "
-            "--batch_size %d",
-            *(total, world_size, images, share, most),
+            "--total_batch_size %d over %s: %s per batch, as %d has no larger divisor up to --batch_size %d",
+            *(total, counted(world_size, "process"), counted(images, "image"), share, most),
         )
     return images, share // images

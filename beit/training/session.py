@@ -67,9 +67,10 @@ class Session:
             if not own:
                 next_end = trainer.first_step + trainer.settings.period.steps
                 self.folder.set_aside(trainer.checkpoint_number(next_end))
-            self.folder.record("config.yaml", self.settings.encode())
-            environment = describe_environment(self.device, self.world_size)
-            self.folder.record(ENVIRONMENT, json.dumps(environment, indent=2).encode() + b"\n")
+            environment = json.dumps(describe_environment(self.device, self.world_size), indent=2).encode() + b"\n"
+            records = {"config.yaml": self.settings.encode(), ENVIRONMENT: environment, **trainer.records}
+            for name, content in records.items():
+                self.folder.record(name, content)
 
     def _newest(self, path: str) -> str:
         """Returns the folder's newest checkpoint, or nothing if ``path`` has got as far."""
@@ -99,17 +100,8 @@ def open_session(
 ) -> Iterator[Session]:
     """Opens a run: finds its place among the processes, its device and its folder, and seeds the generators.
 
-    Args:
-        device: ``cuda``, ``cpu`` or ``mps``.
-        output_dir: The run folder; empty to write nothing, None for a job that has nothing to write.
-        settings: The run's settings, written there as ``config.yaml``.
-        seed: Seed of the initialisation, the same on all processes.
-        keep_checkpoints: Epoch checkpoints to keep; 0 keeps all.
-        deterministic: Whether to compute with deterministic kernels where there are any.
-        local_rank: What old launchers pass as ``--local_rank``.
-        dist_url: Where the processes meet.
-        use_open_mpi: Whether ``mpirun`` started the processes.
-        patience: Minutes that processes wait for one another.
+    Arguments are those of :class:`beit.tasks.settings.RunOptions`, and ``settings`` all of a run as YAML. Without
+    ``output_dir`` nothing is written, with a warning unless it is None, for a job that has nothing to write.
 
     Raises:
         InputError: The folder cannot be used, or the launcher's environment is incomplete.

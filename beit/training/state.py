@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from beit.errors import InputError
@@ -19,12 +20,14 @@ from beit.training.precision import Precision
 
 logger = logging.getLogger(__name__)
 
+Average = ModelEmaV3
 Batch = Mapping[str, Tensor]
 WITHOUT_EFFECT = {  # settings that do not change the training, or are compared by what they lead to
     *("output_dir", "log_dir", "device", "num_workers", "pin_mem", "resume", "auto_resume", "start_epoch", "log_every"),
     *("local_rank", "dist_url", "dist_on_itp", "dist_timeout", "world_size", "keep_checkpoints", "save_ckpt_steps"),
     *("batch_size", "update_freq", "total_batch_size", "data_path", "eval_data_path", "discrete_vae_weight_path"),
 }
+# (model, batch, optimizer step) -> (loss, metrics): scalars on the device, means over the batch.
 StepFunction = Callable[[nn.Module, Batch, int], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -41,15 +44,6 @@ class Loader(Protocol):
         """Returns this process's batches of an epoch, from batch ``first_batch`` on."""
 
 
-class Average(Protocol):
-    """A moving average of the weights, such as timm's ``ModelEmaV3``."""
-
-    module: nn.Module
-
-    def update(self, model: nn.Module, step: int | None = None) -> None:
-        """Takes the weights after an optimizer step in."""
-
-
 @dataclass(frozen=True)
 class Period:
     """The stretch of a run, ``steps`` optimizer steps long, by which log lines and checkpoints are numbered.
@@ -63,79 +57,50 @@ class Period:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopSettings:
-    """How long and how to train; every duration is in optimizer steps.
-
-    Args:
-        total_steps: Length of the run.
-        period: What log lines and checkpoints are numbered by. Periods of several steps each get a line.
-        update_freq: Batches whose gradients are accumulated for one optimizer step.
-        clip_grad: Largest gradient norm; None to measure it only.
-        log_every: Most steps between two reads of the metrics from the device.
-        save_every: Steps between two numbered checkpoints.
-        save_last_every: Steps between two rolling checkpoints; 0 for none.
-        evaluate_every: Steps between two evaluations.
-        evaluate_average: Whether the moving average is evaluated too.
-        save: Whether to write checkpoints; without them only ``log.txt`` is written.
-        best_metric: Evaluation metric, higher is better, whose best checkpoint is kept; None for none.
-        seed: Seed of everything random in a step (dropout, stochastic depth, mixup).
-    """
+    """How long and how to train; every duration is in optimizer steps."""
 
     total_steps: int
-    period: Period = Period()
-    update_freq: int = 1
-    clip_grad: float | None = None
-    log_every: int = 10
-    save_every: int = 20
-    save_last_every: int = 0
+    period: Period = Period()  # what log lines and checkpoints are numbered by; those of several steps each get a line
+    update_freq: int = 1  # batches whose gradients are accumulated for one optimizer step
+    clip_grad: float | None = None  # largest gradient norm; None to measure it only
+    log_every: int = 10  # most steps between two reads of the metrics from the device
+    save_every: int = 20  # steps between two numbered checkpoints
+    save_last_every: int = 0  # steps between two rolling checkpoints; 0 for none
     evaluate_every: int = 1
-    evaluate_average: bool = False
-    save: bool = True
-    best_metric: str | None = None
-    seed: int = 0
+    evaluate_average: bool = False  # the moving average too
+    save: bool = True  # without checkpoints only log.txt is written
+    best_metric: str | None = None  # of the evaluation, higher is better: its best checkpoint is kept
+    seed: int = 0  # of everything random in a step (dropout, stochastic depth, mixup)
 
 
 @dataclass(kw_only=True)
 class TrainingState:
     """Everything that a run trains with, and its position; :class:`beit.training.loop.Trainer` advances it.
 
-    Args:
-        model: The module, on its device.
-        step: ``(model, batch, global_step) -> (loss, metrics)``; scalars on the device, means over the batch.
-        loader: Gives each epoch's batches.
-        optimizer: Over groups as :func:`beit.training.optim.parameter_groups` makes them.
-        precision: Number format of the step.
-        settings: Durations and frequencies.
-        lr: Learning rate at an optimizer step.
-        weight_decay: Weight decay at an optimizer step, or None to leave the groups' own.
-        prepare: Applied to a batch on the host, before it goes to the device.
-        folder: Where checkpoints and ``log.txt`` go; None to write nothing (and on all but the main process).
-        log_dir: TensorBoard's folder.
-        config: The run's settings as plain values, stored in checkpoints under ``args``.
-        extras: Further entries of checkpoints; those in :data:`beit.training.meaning.FACTS` are compared at a resume.
-        ema: A moving average of the weights.
-        evaluate: ``(model, period) -> metrics``, logged as ``test_*``, the average as ``test_ema_*``; periods from 0.
-        on_epoch_end: Called on the main process after a period is saved, if the run writes anything.
+    ``evaluate`` is ``(model, period) -> metrics``, logged as ``test_*``, of the average as ``test_ema_*``; periods are
+    counted from 0. ``on_epoch_end`` is called on the main process after one is saved, if the run writes anything.
     """
 
-    model: nn.Module
+    model: nn.Module  # on its device
     step: StepFunction
     loader: Loader
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer  # over groups as beit.training.optim.parameter_groups makes them
     precision: Precision
     settings: LoopSettings
-    lr: Callable[[int], float]
-    weight_decay: Callable[[int], float] | None = None
-    prepare: Callable[[Batch], Batch] | None = None
-    folder: RunFolder | None = None
-    log_dir: str | None = None
-    config: Mapping[str, object] = field(default_factory=dict)
-    extras: Mapping[str, object] = field(default_factory=dict)
-    ema: Average | None = None
+    lr: Callable[[int], float]  # at an optimizer step
+    weight_decay: Callable[[int], float] | None = None  # at an optimizer step; None leaves the groups' own
+    prepare: Callable[[Batch], Batch] | None = None  # applied to a batch on the host, before it goes to the device
+    folder: RunFolder | None = None  # for checkpoints and log.txt; None on all but the main process
+    log_dir: str | None = None  # for TensorBoard
+    config: Mapping[str, object] = field(default_factory=dict)  # plain values, in checkpoints under args
+    extras: Mapping[str, object] = field(default_factory=dict)  # in checkpoints; see beit.training.meaning.FACTS
+    ema: Average | None = None  # a moving average of the weights
     evaluate: Callable[[nn.Module, int], dict[str, float]] | None = None
     on_epoch_end: Callable[[int, ScalarWriter], None] | None = None
 
     def __post_init__(self) -> None:
         self.images_per_step = self.loader.batch_size * self.settings.update_freq * distributed.world_size()
+        self.records: dict[str, bytes] = {}  # files that say how the run computes, besides the session's
         self.first_step = 0  # optimizer steps done
         self._period_open = False  # the last of these ended a period that is not evaluated and logged yet
         self._fresh = True

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from beit.errors import InputError
-from beit.storage import Checkpoint, atomic_write
+from beit.errors import InputError, counted
+from beit.storage import Checkpoint
 from beit.training import distributed
 from beit.training.checkpoint import BEST, folder_beside, load_exactly, numbered_file
 from beit.training.sharded import ShardedTrainer
@@ -50,9 +50,7 @@ class DeepSpeedTrainer(ShardedTrainer):
         deepspeed = _import_deepspeed(self._device.type)
         self._norm: Tensor | None = None  # of stage 0, which does not keep it
         settings = self.deepspeed_config()
-        if self.folder is not None:
-            with atomic_write(self.folder.path / CONFIG_FILE) as file:
-                file.write((json.dumps(settings, indent=2) + "\n").encode())
+        self.records[CONFIG_FILE] = (json.dumps(settings, indent=2) + "\n").encode()
         self._engine, self.optimizer, _, _ = deepspeed.initialize(
             model=self.model, optimizer=self.optimizer, config=settings, dist_init_required=False
         )
@@ -129,8 +127,8 @@ class DeepSpeedTrainer(ShardedTrainer):
         pieces = len(list(folder.glob("*_optim_states.pt")))
         if self.zero_stage > 0 and pieces != distributed.world_size():
             raise InputError(
-                f"{folder} was written by {pieces} processes with --zero_stage 1 or 2 and can be resumed by as many, "
-                f"not by {distributed.world_size()}"
+                f"{folder} was written by {counted(pieces, 'process')} with --zero_stage 1 or 2 and can be resumed by "
+                f"as many, not by {distributed.world_size()}"
             )
         for file in sorted(folder.glob("*.pt")):
             try:

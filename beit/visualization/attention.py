@@ -29,14 +29,10 @@ def attention_by_block(model: Backbone, images: Tensor, bool_masked_pos: Tensor 
 
 
 def query_maps(attention: Tensor, queries: Sequence[Query], grid: tuple[int, int]) -> Tensor:
-    """Selects the attention of some patches, arranged like the image: ``(B, queries, heads, h, w)``.
+    """Selects the attention ``(B, heads, N + 1, N + 1)`` of some patches, arranged like the image.
 
-    A map sums to 1 minus the probability of the class token, which has no place in the image.
-
-    Args:
-        attention: Probabilities ``(B, heads, N + 1, N + 1)``.
-        queries: The query patches, see :func:`check_queries`.
-        grid: The patch grid ``(h, w)``.
+    A map, of ``(B, queries, heads, h, w)``, sums to 1 minus the probability of the class token, which has no place in
+    the image.
 
     Source: BEiT (arXiv 2106.08254), figure 2.
     """
@@ -87,16 +83,12 @@ def mean_distances(attention: Tensor, distances: Tensor) -> Tensor:
 class BiasImages:
     """One table, as seen from a query patch in the centre.
 
-    Attributes:
-        name: Where the table is used: ``all blocks``, or ``block 3``.
-        grids: ``(heads, 2h - 1, 2w - 1)``; pixel ``(h - 1 + y, w - 1 + x)`` is the bias for a key ``y`` rows below and
-            ``x`` columns to the right of the query.
-        class_token: ``(heads, 3)``: class token to patch, patch to class token, class token to itself.
+    Pixel ``(h - 1 + y, w - 1 + x)`` is the bias for a key ``y`` rows below and ``x`` columns right of the query.
     """
 
-    name: str
-    grids: Tensor
-    class_token: Tensor
+    name: str  # where the table is used: all blocks, or block 3
+    grids: Tensor  # (heads, 2h - 1, 2w - 1)
+    class_token: Tensor  # (heads, 3): class token to patch, patch to class token, class token to itself
 
 
 def bias_images(table: Tensor, window: tuple[int, int], name: str = "") -> BiasImages:

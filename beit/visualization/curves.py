@@ -24,21 +24,13 @@ Entry = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a diagram.
+    """One line of a diagram."""
 
-    Attributes:
-        label: Its name in the legend.
-        epochs: Epoch numbers, from 1, or optimizer steps.
-        values: One number for each.
-        run: Number of the run, from 0; with several runs, the curves of a run share a colour.
-        unit: What ``epochs`` counts, ``epoch`` or ``step``.
-    """
-
-    label: str
-    epochs: list[int]
+    label: str  # in the legend
+    epochs: list[int]  # from 1, or optimizer steps
     values: list[float]
-    run: int = 0
-    unit: str = "epoch"
+    run: int = 0  # from 0; with several runs, the curves of a run share a colour
+    unit: str = "epoch"  # what epochs counts, or "step"
 
     @property
     def part(self) -> str:
@@ -81,10 +73,8 @@ def overlaid(runs: Mapping[str, Sequence[Entry]], only: Sequence[str] = ()) -> d
     """Groups the numbers of runs into diagrams: a metric with its unit -> training and test curves of every run.
 
     A baseline is drawn in its metric's diagram. The x axis counts optimizer steps if all runs of a diagram log them.
-
-    Args:
-        runs: Name of a run -> its entries; with several runs the name is part of the label.
-        only: Metrics to draw, without ``train_`` or ``test_``; all but bookkeeping by default.
+    With several runs their names are part of the labels. ``only`` are the metrics to draw, without ``train_`` or
+    ``test_``; all but bookkeeping by default.
 
     Raises:
         InputError: A requested metric is in none of the logs, or there is nothing to draw.

@@ -61,23 +61,14 @@ def check_picture(path: str, overwrite: bool) -> None:
 
 @dataclass(frozen=True)
 class Picture:
-    """One cell of a table of pictures.
+    """One cell of a table of pictures."""
 
-    Attributes:
-        image: ``(3, H, W)`` in [0, 1]; None for a heat map alone.
-        heat: ``(h, w)``, drawn over the whole image.
-        limits: Values of ``heat`` at the two ends of the colour map; from 0 to its maximum by default.
-        marks: Points to mark: ``(x, y)`` as fractions of width and height, and the number of a colour.
-        title: Text above.
-        caption: Text below.
-    """
-
-    image: Tensor | None = None
-    heat: Tensor | None = None
-    limits: tuple[float, float] | None = None
-    marks: tuple[tuple[float, float, int], ...] = ()
-    title: str = ""
-    caption: str = ""
+    image: Tensor | None = None  # (3, H, W) in [0, 1]; None for a heat map alone
+    heat: Tensor | None = None  # (h, w), drawn over the whole image
+    limits: tuple[float, float] | None = None  # of heat at the ends of the colour map; by default 0 and its maximum
+    marks: tuple[tuple[float, float, int], ...] = ()  # x and y as fractions of width and height, and a colour's number
+    title: str = ""  # above
+    caption: str = ""  # below
 
     @property
     def size(self) -> tuple[int, int]:
@@ -101,16 +92,9 @@ def pictures_figure(
 ) -> "Figure":
     """Draws pictures in a table, keeping their aspect ratios; the most elongated one fills its cell.
 
-    Args:
-        rows: The pictures, row by row; rows may differ in length.
-        title: Title of the figure.
-        note: Text at the bottom; not together with a legend.
-        row_names: A name to the left of each row.
-        headings: Row number -> a heading above it, for that row and those up to the next heading.
-        colours: Colour map of the heat maps, by matplotlib's name.
-        bar: Show a colour bar at the right; all heat maps must have the same limits.
-        legend: Names and colours to list at the bottom, column by column.
-        inches: Longer side of a picture.
+    Rows may differ in length. A heading is above the row of its number, for that row and those up to the next heading;
+    a ``note`` or a ``legend`` is at the bottom, a colour ``bar``, for heat maps of the same limits, at the right.
+    ``colours`` is matplotlib's name of a colour map, ``inches`` the longer side of a picture.
     """
     shape = max(high / wide for high, wide in (picture.size for row in rows for picture in row))  # the most elongated
     panel = inches * max(min(1, 1 / shape), NARROWEST), inches * max(min(1, shape), LOWEST)
@@ -120,7 +104,7 @@ def pictures_figure(
     if (wanted := 0.085 * len(title)) > width:
         margin, width = margin + (wanted - width) / 2, wanted
     tops, bottom = _row_places(rows, TITLE_INCHES if title else GAP_INCHES / 2, panel[1], headings or {})
-    lines = _balanced(note, int(width / NOTE_LETTER))
+    lines = textwrap.wrap(note, int(width / NOTE_LETTER))
     legend_columns, legend_inches = legend_size([name for name, _ in legend], width) if legend else (0, 0)
     height = bottom + GAP_INCHES / 2 + 0.15 * len(lines) + legend_inches
     figure = new_figure(width, height)
@@ -187,14 +171,6 @@ def _text_inches(texts: Sequence[str]) -> float:
     """Returns the height of the texts above or below the pictures of a row."""
     lines = max(text.count("\n") + 1 if text else 0 for text in texts)
     return LINE_INCHES + (lines - 1) * NEXT_LINE_INCHES if lines else GAP_INCHES / 2
-
-
-def _balanced(text: str, letters: int) -> list[str]:
-    """Wraps a text into as few lines as possible, all of about the same length."""
-    fewest = len(textwrap.wrap(text, letters))
-    while letters > 1 and len(textwrap.wrap(text, letters - 1)) == fewest > 1:
-        letters -= 1
-    return textwrap.wrap(text, letters)
 
 
 def _cell(figure: "Figure", left: float, top: float, size: tuple[float, float]) -> "Axes":

@@ -35,10 +35,7 @@ def reconstruction_picture(
 def montage(panels: Mapping[str, Tensor]) -> Tensor:
     """Arranges versions of images, ``(B, 3, H, W)`` each, as one picture: a column each, at the size of the first."""
     size = next(iter(panels.values())).shape[-2:]
-    columns = [
-        images if images.shape[-2:] == size else F.interpolate(images, size, mode="bilinear", antialias=True)
-        for images in panels.values()
-    ]
+    columns = [F.interpolate(images, size, mode="bilinear", antialias=True) for images in panels.values()]
     rows = torch.stack(columns, dim=1).flatten(0, 1)  # (B · columns, 3, H, W)
     return make_grid(rows.clamp(0, 1), nrow=len(columns), padding=GAP, pad_value=1.0)
 
@@ -53,8 +50,7 @@ def spread_samples(dataset: EpochDataset, count: int) -> dict[str, Tensor]:
 
 def side_by_side(images: Tensor, reconstructed: Tensor) -> Tensor:
     """Returns images, ``(B, 3, H, W)`` in [0, 1], in rows above their reconstructions, ``(3, H', W')`` on the CPU."""
-    rows: list[Tensor] = []
     columns = min(COLUMNS, len(images))
-    for start in range(0, min(MOST_IMAGES, len(images)) - columns + 1, columns):
-        rows += [images[start : start + columns], reconstructed[start : start + columns]]
-    return make_grid(torch.cat(rows).float().cpu(), nrow=columns, padding=2, pad_value=1.0)
+    starts = range(0, min(MOST_IMAGES, len(images)) - columns + 1, columns)
+    rows = [each[start : start + columns] for start in starts for each in (images, reconstructed)]
+    return make_grid(torch.cat(rows).float().cpu(), nrow=columns, padding=GAP, pad_value=1.0)

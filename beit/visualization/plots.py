@@ -115,12 +115,8 @@ def draw_heads(
 ) -> None:
     """Draws a number per head over the blocks: a point per head, and a line through the means of the blocks.
 
-    Args:
-        path: PNG or SVG file to write.
-        values: ``(blocks, heads)``.
-        label: What the numbers are, with their unit.
-        title: Title of the figure.
-        reference: Name and value of a horizontal line to compare with.
+    Values are ``(blocks, heads)``, the label says what they are, with their unit; ``reference`` is the name and value
+    of a horizontal line to compare with.
     """
     blocks = range(len(values))
     figure = new_figure(max(DIAGRAM_INCHES[0] * 1.25, 0.35 * len(values) + 1), DIAGRAM_INCHES[1] * 1.2, "constrained")
@@ -143,14 +139,9 @@ def draw_points(
     title: str = "",
     others: tuple[str, Tensor] | None = None,
 ) -> None:
-    """Draws groups of points, each with its own colour and marker, and a legend beside them.
+    """Draws groups of points ``(n, 2)``, each with its own colour and marker, and a legend beside them.
 
-    Args:
-        path: PNG or SVG file to write.
-        groups: Names and points ``(n, 2)``; the markers of every second seven groups are hollow.
-        axes_names: Labels of the axes.
-        title: Title of the figure.
-        others: Name and points of the remaining classes, in grey behind all.
+    The markers of every second seven groups are hollow; ``others``, of the remaining classes, are grey and behind all.
     """
     figure = new_figure(SCATTER_INCHES * 1.25, SCATTER_INCHES, "constrained")
     axes = figure.subplots()

@@ -9,7 +9,7 @@ import torch
 
 from beit import targets
 from beit.__main__ import main
-from beit.checkpoints.formats import UNKNOWN, dialects, from_official, recognise, relative, to_official
+from beit.checkpoints.formats import UNKNOWN, dialects, recognise, relative, to_official
 from beit.checkpoints.formats.dialect import Dialect
 from beit.checkpoints.formats.recorded import VISUAL_TOKENS
 from beit.checkpoints.read import read_weights
@@ -27,7 +27,7 @@ INDEX = relative_position_index((4, 4))
 def test_there_and_back_is_bit_identical(any_model, dialect):
     # Breaks when a table lacks a row, two rows collide, or query, key and value are joined in another order.
     weights = any_model.state_dict()
-    there = from_official(weights, dialect, position_index=INDEX)
+    there = dialects()[dialect].from_official(weights, INDEX)
     back = to_official(there, recognise(there))
     assert back.keys() == weights.keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in weights.items())
@@ -35,7 +35,7 @@ def test_there_and_back_is_bit_identical(any_model, dialect):
 
 def test_the_backbone_goes_to_mmsegmentation_and_back(small):
     weights = small("per-layer tables").state_dict()
-    there = from_official(weights, "mmsegmentation", position_index=INDEX)
+    there = dialects()["mmsegmentation"].from_official(weights, INDEX)
     back = to_official(there, recognise(there))
     assert weights.keys() - back.keys() == {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
     assert all(torch.equal(weights[name], tensor) for name, tensor in back.items())
@@ -47,7 +47,7 @@ def test_official_files_get_the_official_names_and_shapes(golden):
     for name in ("beit_base_patch16_224_8k_vocab", "beit_base_patch16_224"):
         with torch.device("meta"):
             weights = create_model(name).state_dict()
-        written = from_official(weights, "unilm", position_index=relative_position_index((14, 14)))
+        written = dialects()["unilm"].from_official(weights, relative_position_index((14, 14)))
         assert {key: list(tensor.shape) for key, tensor in written.items()} == published[name]["state_dict"]
 
 
@@ -81,7 +81,7 @@ OPENMMLAB_PRE_TRAINING = {
 def test_openmmlab_names_are_those_of_the_published_table(small, kind, names):
     # The reference is the documentation of these formats: neither library is installed here.
     weights = small(kind).state_dict()
-    translated = from_official(weights, "mmpretrain", position_index=INDEX)
+    translated = dialects()["mmpretrain"].from_official(weights, INDEX)
     assert all(torch.equal(translated[theirs], weights[ours]) for ours, theirs in names.items())
     tables = [name for name in translated if name.endswith("_bias_table")]
     assert all(torch.equal(translated[name.replace("bias_table", "index")], INDEX) for name in tables)
@@ -90,7 +90,7 @@ def test_openmmlab_names_are_those_of_the_published_table(small, kind, names):
 def test_mmsegmentation_gives_every_block_its_own_table_and_scale(small):
     # Breaks when a shared table is lost, or a backbone without LayerScale would start with the one of that library.
     masked = small("pre-training")
-    names = from_official(masked.state_dict(), "mmsegmentation", position_index=INDEX)
+    names = dialects()["mmsegmentation"].from_official(masked.state_dict(), INDEX)
     assert all(name.startswith("backbone.") for name in names)
     assert not any("mask_token" in name or name == "ln1.weight" for name in names)
     for block in range(2):
@@ -106,10 +106,10 @@ def test_mmsegmentation_gives_every_block_its_own_table_and_scale(small):
     ):
         torch.testing.assert_close(ours, theirs)
     unscaled = small("no LayerScale", use_abs_pos_emb=False)
-    names = from_official(unscaled.state_dict(), "mmsegmentation", position_index=INDEX)
+    names = dialects()["mmsegmentation"].from_official(unscaled.state_dict(), INDEX)
     assert torch.equal(names["backbone.layers.1.gamma_2"], torch.ones(32))
     with pytest.raises(InputError, match="no absolute positions"):
-        from_official(small("positions, class token").state_dict(), "mmsegmentation")
+        dialects()["mmsegmentation"].from_official(small("positions, class token").state_dict(), None)
 
 
 @pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod.", "backbone.", "model."])
@@ -198,4 +198,4 @@ def test_the_default_target_is_that_of_the_method():
 def test_what_is_unknown_is_called_so():
     assert recognise(keys("a", "b")) == UNKNOWN
     with pytest.raises(InputError, match="did you mean 'huggingface'"):
-        from_official({}, "huggingfase")
+        to_official({}, "huggingfase")

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoImageProcessor, BeitConfig, BeitForSemanticSegmentation
 
 from beit.checkpoints.export import convert
-from beit.checkpoints.formats import from_official, recognise, to_official
+from beit.checkpoints.formats import dialects, recognise, to_official
 from beit.checkpoints.formats.segmentation import heads_of, incomplete, taps_of
 from beit.checkpoints.read import read_weights
 from beit.errors import InputError
@@ -147,7 +147,7 @@ def test_documented_taps_of_transformers_are_two_blocks_earlier(tmp_path, caplog
     (tmp_path / "config.json").write_text(json.dumps(described | {"out_indices": [5, 7, 9, 13]}))
     assert read_weights(tmp_path)[1]["out_indices"] == (3, 5, 7, 11)
     (tmp_path / "config.json").write_text(json.dumps(described | {"out_indices": [1, 3, 5, 11]}))
-    with pytest.raises(InputError, match=r"out_indices \[1, 3, 5, 11\]: four different ones are needed"):
+    with pytest.raises(InputError, match=r"out_indices \[1, 3, 5, 11\]: needed are four different ones"):
         read_weights(tmp_path)
 
 
@@ -216,10 +216,10 @@ def test_transformers_is_told_to_prepare_images_and_label_maps_as_in_training(tm
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"channels": 48}, "the decode head has 48 channels and the backbone 32; in transformers' BEiT both are the"),
+        ({"channels": 48}, "have one width there, and here 48 and 32 channels"),
         ({"patch_size": 8}, "the one for patches of 16 pixels, and these are of 8"),
-        ({"decode_head": "setr_pup"}, "transformers only has UPerNet, and the decode head is setr_pup"),
-        ({"img_size": (64, 96)}, "it reads tables and positions as those of a square"),
+        ({"decode_head": "setr_pup"}, "its only decode head is UPerNet, and this one is setr_pup"),
+        ({"img_size": (64, 96)}, "takes tables and positions for a square"),
         ({"img_size": (64, 96), "use_rel_pos_bias": False}, r"only segments square images, not \[64, 96\] pixels"),
         ({"pool_scales": (1, 2)}, "the 2 scales at which UPerNet pools are not recorded"),
     ],
@@ -240,7 +240,7 @@ def test_there_and_back_is_bit_identical(dialect, patch_size):
     # Breaks when two names collide, or the one upsampling of patches of 8 pixels is taken for the other.
     model = segmentor(patch_size=patch_size).state_dict()
     weights = to_official(model, recognise(model))
-    there = from_official(weights, dialect, position_index=INDEX)
+    there = dialects()[dialect].from_official(weights, INDEX)
     assert recognise(there) == dialect
     back = to_official(there, dialect)
     assert back.keys() == weights.keys()
@@ -263,11 +263,11 @@ MMSEGMENTATION = {
 def test_names_of_mmsegmentation_are_those_of_its_modules():
     # The reference is its code (BEiT, Feature2Pyramid, UPerHead, FCNHead): the library is not installed here.
     model = segmentor().state_dict()
-    there = from_official(to_official(model, "unilm"), "mmsegmentation", position_index=INDEX)
+    there = dialects()["mmsegmentation"].from_official(to_official(model, "unilm"), INDEX)
     assert all(torch.equal(there[theirs], model[ours]) for ours, theirs in MMSEGMENTATION.items())
     assert len(there) == len(model) + SIZES["depth"]  # and an index buffer in every block
     small = segmentor(patch_size=8).state_dict()
-    there = from_official(to_official(small, "unilm"), "mmsegmentation", position_index=INDEX)
+    there = dialects()["mmsegmentation"].from_official(to_official(small, "unilm"), INDEX)
     assert torch.equal(there["neck.upsample_2x.0.weight"], small["backbone.fpn1.0.weight"])
 
 
@@ -318,13 +318,13 @@ def test_an_official_file_comes_back_from_transformers_bit_identical(tmp_path):
 
 
 def test_the_stored_model_is_too_narrow_for_transformers(official, tmp_path):
-    with pytest.raises(InputError, match="has 32 channels and the backbone 48"):
+    with pytest.raises(InputError, match="here 32 and 48 channels"):
         convert(official, tmp_path / "hf", "huggingface")
 
 
 def test_files_of_mmsegmentation_1_are_described_by_their_dataset_meta(tmp_path):
     weights = to_official(segmentor().state_dict(), "unilm")
-    there = from_official(weights, "mmsegmentation", position_index=INDEX)
+    there = dialects()["mmsegmentation"].from_official(weights, INDEX)
     meta = {"dataset_meta": {"classes": NAMES, "palette": COLOURS}, "cfg": "backbone=dict(out_indices=(0, 2, 3, 4))"}
     save_checkpoint(tmp_path / "mm.pth", {"state_dict": there, "meta": meta})
     _, metadata = read_weights(tmp_path / "mm.pth")

@@ -355,5 +355,5 @@ def test_settings_of_another_version_are_shown(pretraining):
 
 def test_a_json_file_that_is_asked_for_must_hold_an_object(pretraining, tmp_path):
     (tmp_path / "list.json").write_text("[1]")
-    with pytest.raises(InputError, match="does not hold a JSON object"):
+    with pytest.raises(InputError, match="is not a JSON object, but of type list"):
         page_of(pretraining, results=[str(tmp_path / "list.json")])

@@ -7,7 +7,7 @@ from PIL import Image
 
 from beit.__main__ import main as beit
 from beit.commands import visualize_attention
-from beit.commands.settings import AttentionConfig, BiasConfig
+from beit.commands.settings import AttentionConfig, BiasConfig, ViewerOptions
 from beit.commands.shards import write_shards
 from beit.commands.visualize_attention import (
     attention,
@@ -86,7 +86,7 @@ def test_the_pictures_are_the_models_attention(site, drawn, checkpoint, size):
             images=(image,), checkpoint=source, block=1, heads=("mean", "1"), query=("2,3", "0,1"), input_size=size
         )
     )
-    viewer = open_viewer(source, size, "cpu")
+    viewer = open_viewer(ViewerOptions(checkpoint=source, input_size=size), "cpu")
     height, width = viewer.model.patch_embed.grid_size
     pixels = viewer.view(image)[0].float() / 255
     maps = viewer.model.get_attention_maps((pixels[None] - 0.5) / 0.5, 1)[0]  # (heads, N+1, N+1)
@@ -164,7 +164,7 @@ def test_heads_and_patches_are_read():
         (["-o", "picture.jpeg"], "picture.jpeg: let its name end in .png or .svg"),
         (["--checkpoint", "{site}/other.pth"], "holds no BEiT"),
         (["--checkpoint", "{site}/nowhere.pth"], "nowhere.pth"),
-        (["--checkpoint", ""], "--checkpoint is missing"),
+        (["--checkpoint", ""], "no checkpoint is given"),
         (["{site}/text.png"], "cannot read the image"),
         (["{site}/nowhere.png"], "nowhere.png: no such file or folder"),
     ],
@@ -210,7 +210,7 @@ def test_of_a_segmentor_the_backbone_is_drawn(site, tmp_path, drawn):
 
 
 def test_the_distance_is_the_mean_over_images(site):
-    viewer = open_viewer(str(site / "classifier.pth"), (32, 48), "cpu")
+    viewer = open_viewer(ViewerOptions(checkpoint=str(site / "classifier.pth"), input_size=(32, 48)), "cpu")
     paths = [str(site / "images" / f"{number}.png") for number in range(3)]
     found = distances_of(viewer, paths)
     distances = patch_distances((4, 6), (8, 8))
@@ -232,7 +232,7 @@ def test_images_in_shards_are_looked_at_too(site, drawn, tmp_path):
         torch.equal(a.image, b.image) for pair in zip(files, members, strict=True) for a, b in zip(*pair, strict=True)
     )
     assert list(options["headings"].values()) == ["shards-000000.tar/00000000.png", "shards-000000.tar/00000001.png"]
-    viewer = open_viewer(checkpoint, None, "cpu")
+    viewer = open_viewer(ViewerOptions(checkpoint=checkpoint), "cpu")
     found = [distances_of(viewer, image_files([images], 9)) for images in (str(site / "images"), pattern)]
     assert torch.equal(*found)
 
@@ -258,7 +258,7 @@ def test_a_row_a_table_and_a_column_a_head(site, drawn, checkpoint, names):
     pictures = [picture for row in rows for picture in row]
     most = max(picture.heat.abs().max().item() for picture in pictures)
     assert all(picture.limits == (-most, most) for picture in pictures)  # of all rows alike: they share the bar
-    model = open_viewer(str(site / f"{checkpoint}.pth"), None, "cpu").model
+    model = open_viewer(ViewerOptions(checkpoint=str(site / f"{checkpoint}.pth")), "cpu").model
     table = (model.rel_pos_bias or model.blocks[0].attn).relative_position_bias_table
     named, numbers = pictures[1].caption.split("\n")
     assert named.split() == ["c→p", "p→c", "c→c"]
@@ -279,7 +279,7 @@ def test_a_model_without_tables_is_refused_in_one_line(site, capsys):
 
 def test_a_tokenizers_folder_is_named_for_what_it_is(tmp_path, capsys):
     save_dvae(tmp_path, DiscreteVAE(image_size=16, num_tokens=8, codebook_dim=8, num_layers=1, hidden_dim=8))
-    assert f"{tmp_path} holds no BEiT but a tokenizer" in fails(["bias", "--checkpoint", tmp_path], capsys)
+    assert f"{tmp_path} is a discrete VAE, not BEiT: a tokenizer" in fails(["bias", "--checkpoint", tmp_path], capsys)
 
 
 @pytest.mark.slow

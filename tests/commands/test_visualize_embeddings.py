@@ -120,7 +120,7 @@ def test_what_cannot_be_read_is_left_out_and_said(site, drawn, tmp_path, caplog)
         (["--limit", "3", "--checkpoint", "{site}/nowhere.pth"], "3 images make no picture"),
         (["--seed", "-1", "--checkpoint", "{site}/nowhere.pth"], "--seed -1: must be between 0 and"),
         (["--device", "tpux", "--checkpoint", "{site}/nowhere.pth"], "--device tpux"),
-        (["--checkpoint", ""], "--checkpoint is missing"),
+        (["--checkpoint", ""], "no checkpoint is given"),
         (["-o", "a.eps"], ".png or .svg"),
     ],
 )

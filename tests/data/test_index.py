@@ -417,7 +417,7 @@ def test_a_list_that_is_rewritten_with_its_old_time_stamp_is_read_again(tmp_path
 # Lists and paths that are something else
 
 
-@pytest.mark.parametrize("line", ["shards-000.tar", "/data/B.TAR", "images/", "/"])
+@pytest.mark.parametrize("line", ["shards-000.tar", "/data/B.TAR", "images/", "images", "missing/", "/"])
 def test_folders_and_shards_are_not_listed_in_a_list(tmp_path, line):
     touch(tmp_path, "images/1.jpg")
     (tmp_path / "list.txt").write_text(f"images/1.jpg\n{line}\n")

@@ -447,6 +447,27 @@ def test_workers_that_hang_are_told_and_do_not_outlive_a_wish_to_stop(caplog, mo
     assert worker.exitcode == -signal.SIGKILL
 
 
+def test_workers_that_are_stopped_between_two_epochs_are_told(caplog, monkeypatch):
+    # Breaks if the loader waits for what workers answer at the start of an epoch without a look at the clock.
+    class Wish(Exception):
+        pass
+
+    def stop():
+        if "no data for 1 s" in caplog.text:
+            raise Wish
+
+    monkeypatch.setattr(loaders, "LOOK_EVERY", 0.5)
+    monkeypatch.setattr(loaders, "TELL_EVERY", 0.6)
+    loader = EpochLoader(Numbers(8), 4, num_workers=1, while_waiting=stop)
+    assert len(keys(loader.epoch(0))) == 8
+    (worker,) = loader._workers
+    os.kill(worker.pid, signal.SIGSTOP)
+    with pytest.raises(Wish):
+        next(loader.epoch(1))
+    loader.close()
+    assert worker.exitcode == -signal.SIGKILL
+
+
 def test_an_epoch_begins_when_workers_are_done_with_the_one_before(monkeypatch):
     # Breaks if the reset of workers that stay times out: a batch that nobody waits for may take long.
     monkeypatch.setattr(loaders, "LOOK_EVERY", 1)

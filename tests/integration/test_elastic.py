@@ -16,8 +16,8 @@ def test_a_run_that_loses_an_agent_goes_on_with_the_other_and_the_same_losses(tm
         reference = undisturbed_run(tmp_path / "undisturbed", flags)
         assert survivor.wait(MOST_SECONDS) == 0, agents.log("survivor")
     said = agents.log("survivor") + agents.log("victim")
-    assert "batch 8 = 4 images x 2 processes x 1 batches per step" in said
-    assert "batch 8 = 4 images x 1 processes x 2 batches per step" in said
+    assert "batch 8 = 4 images x 2 processes x 1 batch per step" in said
+    assert "batch 8 = 4 images x 1 process x 2 batches per step" in said
     assert "error: another process ended or cannot be reached" in said
     assert "checkpoint-last.pth at epoch 1, step 1" in said  # 6 steps are done, 5 are an epoch
     assert_same_curve(tmp_path / "run", reference)

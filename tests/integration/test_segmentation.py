@@ -319,7 +319,7 @@ def test_two_processes_learn_what_one_learns(tmp_path, few_scenes, free_port):
     assert main(["train", TINY, *SMALL, *map(str, same), "--work-dir", str(tmp_path / "one")]) == 0
     shared = (*SMALL, "--samples_per_gpu", "2", *same, "--seed", "0", "--deterministic")
     done = shell("dist_train.sh", OFFICIAL_PATH, 2, "--work-dir", tmp_path / "two", *shared, port=free_port)
-    assert "batch 4 = 2 images x 2 processes x 1 batches per step" in done.stderr
+    assert "batch 4 = 2 images x 2 processes x 1 batch per step" in done.stderr
     for ours, theirs in zip(log_of(tmp_path / "two"), log_of(tmp_path / "one"), strict=True):
         # The processes' shares of right pixels are averaged, though they have different numbers of labelled ones.
         assert ours.pop("train_pixel_acc") == pytest.approx(theirs.pop("train_pixel_acc"), abs=0.05)

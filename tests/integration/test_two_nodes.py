@@ -73,7 +73,7 @@ def test_a_machine_that_vanishes_is_given_up_and_taken_back(tmp_path, pretrainin
         assert survivor.wait(MOST_SECONDS) == 0, agents.log("survivor")
         assert back.wait(MOST_SECONDS) == 0, agents.log("back")
     said = "".join(map(agents.log, ("survivor", "lost", "back")))
-    assert said.count("4 images x 2 processes x 1 batches") == 2
-    assert said.count("4 images x 1 processes x 2 batches") == 1
+    assert said.count("4 images x 2 processes x 1 batch") == 2
+    assert said.count("4 images x 1 process x 2 batches") == 1
     assert "stopped at epoch 2, step 3" in said  # 13 steps are done, 5 are an epoch
     assert_same_curve(tmp_path / "run", reference)

@@ -154,13 +154,15 @@ def test_classes_are_those_of_the_file_then_of_the_checkpoint(tmp_path):
         classes_of(segmentor_of(3, **recorded), file)
 
 
-def test_150_classes_without_names_are_ade20ks_and_others_numbers():
+def test_150_classes_without_names_are_ade20ks_and_others_numbers(caplog):
     assert classes_of(segmentor_of(150)) == ade20k_classes()
     numbered = classes_of(segmentor_of(3))
     assert numbered.names == ("class 0", "class 1", "class 2")
     assert len(set(numbered.colours)) == 3
     # names of another task, such as those of the ImageNet classes that the backbone was fine-tuned on
+    assert not caplog.text
     assert classes_of(segmentor_of(3, labels=("tench",) * 1000)).names == numbered.names
+    assert "1,000 names in the checkpoint, which has 3 classes: left out" in caplog.text
 
 
 @pytest.mark.parametrize(

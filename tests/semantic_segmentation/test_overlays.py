@@ -12,11 +12,11 @@ from beit.visualization.figures import save_figure
 from semantic_segmentation.data import SegmentationClasses, ade20k_classes
 from semantic_segmentation.overlays import (
     MOST_WAITING,
-    WritingThread,
     occurring,
     overlay,
     result_figure,
     save_label_map,
+    writing_thread,
 )
 
 COLOURS = ((255, 0, 0), (0, 200, 100), (10, 20, 30))
@@ -116,7 +116,7 @@ def test_a_class_that_does_not_fit_in_8_bits(tmp_path):
 
 def test_calls_are_made_in_their_order_by_another_thread():
     seen = []
-    with WritingThread() as write:
+    with writing_thread() as write:
         for number in range(50):
             write(lambda number: seen.append((number, threading.get_ident())), number)
     assert [number for number, _ in seen] == list(range(50))
@@ -128,7 +128,7 @@ def test_the_work_waits_for_a_thread_that_falls_behind():
     gate, made = threading.Event(), []
 
     def more():
-        with WritingThread() as write:
+        with writing_thread() as write:
             for number in range(MOST_WAITING + 5):
                 write(gate.wait)
                 made.append(number)
@@ -148,19 +148,19 @@ def test_an_error_of_the_thread_ends_the_work(tmp_path):
     # Broken by files that were never written and nobody was told of.
     (tmp_path / "file").write_text("no folder")
     wrong = (tmp_path / "file" / "a.png", torch.zeros(2, 2))
-    with pytest.raises(InputError, match="file"), WritingThread() as write:
+    with pytest.raises(InputError, match="file"), writing_thread() as write:
         write(save_label_map, *wrong)
     made, gate = [], threading.Event()
 
     def work():
-        with WritingThread() as write:
+        with writing_thread() as write:
             write(save_label_map, *wrong)
             for number in range(MOST_WAITING + 1):
                 write(lambda: None)
                 made.append(number)
 
     def interrupted():
-        with WritingThread() as write:
+        with writing_thread() as write:
             write(gate.wait)
             write(save_label_map, *wrong)
             try:

@@ -29,7 +29,7 @@ from semantic_segmentation.config import (
     segmentor_arguments,
 )
 from semantic_segmentation.modeling import build_segmentor
-from semantic_segmentation.official_keys import KEYS_WITHOUT_EFFECT, MODEL_KEYS
+from semantic_segmentation.official_keys import KEYS, KEYS_WITHOUT_EFFECT
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ROOT / "semantic_segmentation" / "tools"
@@ -338,8 +338,8 @@ def test_a_runs_own_settings_are_good_for_its_test_and_its_checkpoint(tmp_path):
 def test_every_official_key_means_a_setting():
     # Broken by a renamed field.
     fields = {field.name for field in dataclasses.fields(SegmentationConfig)}
-    assert {name.partition(".")[0] for name in MODEL_KEYS.values()} <= fields
-    assert not set(MODEL_KEYS) & set(KEYS_WITHOUT_EFFECT)
+    assert {name.partition(".")[0] for name in KEYS.values()} <= fields
+    assert not set(KEYS) & set(KEYS_WITHOUT_EFFECT)
 
 
 def test_settings_of_version_0_1_are_read_under_their_old_names(tmp_path):

@@ -413,6 +413,7 @@ def test_label_maps_that_cannot_be_used_are_refused_at_the_start(tmp_path, maps,
         ([[1, 1, 0]], "grass box", True, "1 is the only class in"),
         ([[0, 0, 1, 2]], "background box ball", False, ""),
         ([[1, 2, 255]], "grass box", True, ""),
+        ([[0, 0, 0, 1, 2]], "grass box", True, ""),  # much is unlabelled, and the names fit the numbers
         ([[0, 255]] * 20 + [[1, 0]], "grass box", False, ""),  # seen since more than the first are looked at
     ],
 )

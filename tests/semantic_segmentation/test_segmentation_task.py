@@ -1,6 +1,8 @@
 """Training of segmentors: what learns how fast, what the loss is the mean of, what a checkpoint says."""
 
+import logging
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +32,22 @@ LARGE_640 = "upernet_beit_large_24_640_slide_160k_ade20k_pt2ft"
 PUBLISHED = {BASE: (7e-4, 0.65, 12), LARGE: (2e-5, 0.95, 24)}
 TOLD_APART = ("model_kwargs", "out_indices", "crop_size")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def test_each_evaluation_logs_what_every_class_scores(monkeypatch, caplog):
+    # Broken by a table of other names, of another order, or at no level that a run shows.
+    task = Segmentation(read_train([BASE]))
+    task.session = task.precision = None
+    task.val, task.classes = ImagePairs((), (), Path()), named_classes(("wall", "sky"))
+    confusion = torch.tensor([[6, 2], [0, 8]])  # a row for each label
+    monkeypatch.setattr("semantic_segmentation.task.build_test", lambda *_: lambda _segmentor: confusion)
+    evaluation = task.build_evaluation()
+    with caplog.at_level(logging.INFO), torch.device("meta"):
+        results = evaluation(build_segmentor(**segmentor_arguments(task.config, 2)), 0)
+    assert results == pytest.approx({"mIoU": (6 / 8 + 8 / 10) / 2, "mAcc": (6 / 8 + 1) / 2, "aAcc": 14 / 16})
+    (table,) = [message for message in caplog.messages if message.startswith("per class, in percent:")]
+    rows = [line.split() for line in table.splitlines()[1:]]
+    assert rows[:3] == [["class", "IoU", "Acc"], ["wall", "75.00", "75.00"], ["sky", "80.00", "100.00"]]
 
 
 # Learning rates and weight decay

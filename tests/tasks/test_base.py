@@ -85,7 +85,7 @@ def test_small_batches_are_warned_of(caplog):
     resolve_batch(PretrainingConfig(batch_size=128, total_batch_size=2 * 127), 1)  # 254 = 2 x 127
     assert not caplog.text
     resolve_batch(PretrainingConfig(batch_size=64, total_batch_size=2 * 127), 1)
-    assert "254 over 1 processes: 2 images per batch" in caplog.text
+    assert "254 over 1 process: 2 images per batch" in caplog.text
 
 
 def fields(config_class):

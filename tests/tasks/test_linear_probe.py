@@ -159,6 +159,26 @@ def test_another_mean_than_the_checkpoints_is_said(checkpoints, tmp_path, caplog
         assert not caplog.text
 
 
+@pytest.mark.parametrize(
+    ("recorded", "flags", "told"),
+    [
+        ({"crop_mode": "squash"}, (), "crop_mode squash, and gets center"),
+        ({"interpolation": "bilinear"}, (), "interpolation bilinear, and gets bicubic"),
+        ({"crop_pct": 1.0}, (), "crop_pct 1.0, and gets 0.875: check --crop_pct"),
+        ({"crop_pct": 1.0}, ("--crop_pct", "1"), ""),
+        ({"crop_pct": 1.0, "image_size": (64, 64)}, (), ""),  # at another size another crop is usual
+    ],
+)
+def test_another_preparation_than_the_checkpoints_is_said(checkpoints, tmp_path, caplog, recorded, flags, told):
+    _, model = checkpoints["finetuned"]
+    content = {"model": model.state_dict(), "args": {"model_kwargs": TINY}, "image_size": model.img_size}
+    save_checkpoint(tmp_path / "m.pth", {**content, **recorded})
+    with caplog.at_level(logging.WARNING, "beit.tasks"):
+        build_backbone(parse("--model", "auto", "--pretrained_weights", tmp_path / "m.pth", *flags))
+    said = [record.getMessage() for record in caplog.records if record.name == "beit.tasks.base"]
+    assert [told in line for line in said] == [True] * bool(told)
+
+
 def test_features_are_the_class_token_and_the_mean_of_the_patches():
     model = create_model("beit_tiny_patch16_224", **TINY)
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)

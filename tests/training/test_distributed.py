@@ -80,6 +80,19 @@ def test_an_environment_that_makes_no_sense_names_the_variable(environment, name
 
 
 @pytest.mark.parametrize(
+    ("environment", "lacks"), [({"WORLD_SIZE": "2"}, "RANK"), ({"RANK": "1"}, "WORLD_SIZE"), ({"RANK": "0"}, ""),
+                               ({"WORLD_SIZE": "1"}, ""), ({"WORLD_SIZE": "2", **SRUN}, "")],
+)  # fmt: skip
+def test_half_of_a_launchers_variables_is_no_single_process(environment, lacks):
+    # Breaks if a process of several goes its own way without a word.
+    if not lacks:
+        assert find_placement(environment).rank == 0
+        return
+    with pytest.raises(InputError, match=f"the launcher did not set {lacks}; .* or unset RANK and WORLD_SIZE"):
+        find_placement(environment)
+
+
+@pytest.mark.parametrize(
     ("nodes", "first"),
     [("node1", "node1"), ("node1,node2", "node1"), ("gpu[03-07,11]", "gpu03"), ("a[1,2]-ib,b", "a1-ib")],
 )

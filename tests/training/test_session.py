@@ -19,9 +19,10 @@ from beit.training.session import open_session
 from tests.training.test_loop import make_trainer
 
 
-def begin(folder, *, path="", auto=True, start_epoch=0, settings="lr: 1\n"):
+def begin(folder, *, path="", auto=True, start_epoch=0, settings="lr: 1\n", records=()):
     with open_session(device="cpu", output_dir=str(folder), settings=settings, seed=0) as session:
         trainer = make_trainer(None)
+        trainer.records.update(records)
         session.resume(trainer, path=str(path), auto=auto, start_epoch=start_epoch)
         return divmod(trainer.first_step, trainer.settings.period.steps)
 
@@ -61,10 +62,11 @@ def test_a_start_that_fails_leaves_the_settings_of_the_run_alone(tmp_path):
 
 def test_settings_of_the_run_that_has_trained_are_kept(tmp_path):
     # Breaks if a start that trains nothing writes its own: a report would show them beside another run's numbers.
-    begin(tmp_path)
+    begin(tmp_path, records={"engine.json": b"1"})
     save(tmp_path / "checkpoint-2.pth", 3, 0)
-    assert begin(tmp_path, settings="lr: 9\n") == (3, 0)  # all is done
+    assert begin(tmp_path, settings="lr: 9\n", records={"engine.json": b"9"}) == (3, 0)  # all is done
     assert (tmp_path / "config.yaml").read_text() == "lr: 1\n"
+    assert (tmp_path / "engine.json").read_text() == "1"
     (tmp_path / "checkpoint-2.pth").unlink()
     begin(tmp_path, settings="lr: 9\n")
     assert (tmp_path / "config.yaml").read_text() == "lr: 9\n"

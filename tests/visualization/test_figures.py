@@ -1,7 +1,6 @@
 """The drawing itself: files that hold the right number of pictures, with their colours; nothing heavy when imported."""
 
 import re
-import textwrap
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ from beit.visualization.figures import (
     SEGMENTATION_INCHES,
     SIGNED,
     Picture,
-    _balanced,
     draw_panels,
     draw_pictures,
     save_figure,
@@ -119,17 +117,6 @@ def test_one_bar_says_what_the_colours_of_all_rows_mean(tmp_path):
     texts = re.findall(r"<!-- (.*?) -->", (tmp_path / "a.svg").read_text())
     assert texts.count("0.0") + texts.count("0") == 1
     assert texts.count("one") == texts.count("two") == 3
-
-
-@pytest.mark.parametrize("letters", [33, 50, 90, 200])
-def test_the_last_line_of_a_note_is_no_orphan(letters):
-    text = "The patch that looks is in the middle of each square. Below: class token to patch, class token to itself."
-    lines = _balanced(text, letters)
-    assert " ".join(lines) == text
-    assert len(lines) == len(textwrap.wrap(text, letters))
-    assert max(map(len, lines)) <= letters
-    assert min(map(len, lines)) > 0.6 * max(map(len, lines))
-    assert _balanced("", letters) == []
 
 
 def test_text_makes_room_for_itself(tmp_path):

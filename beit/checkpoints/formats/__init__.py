@@ -12,8 +12,6 @@ from beit.registry import FORMATS, locate, resolve
 
 UNKNOWN = "unknown"
 
-__all__ = ["UNKNOWN", "dialects", "from_official", "recognise", "relative", "to_official"]
-
 
 def dialects() -> dict[str, Dialect]:
     """Returns the formats that can also be read."""
@@ -39,19 +37,4 @@ def to_official(state_dict: Weights, dialect: str) -> dict[str, Tensor]:
     Raises :class:`InputError` if the dialect is unknown or of a model other than BEiT.
     """
     model = relative(dialect)
-    known = dialects()
-    return resolve(known, "unilm" if model and model.loads else dialect, "dialect").to_official(state_dict)
-
-
-def from_official(weights: Weights, dialect: str, *, position_index: Tensor | None = None) -> dict[str, Tensor]:
-    """Translates weights in official names to a dialect.
-
-    Args:
-        weights: The parameters.
-        dialect: One of :func:`dialects`.
-        position_index: Rows of the bias tables, int64 ``(N + 1, N + 1)``, for dialects whose files hold them.
-
-    Raises:
-        InputError: There is no such dialect, or the other library has no such model.
-    """
-    return resolve(dialects(), dialect, "dialect").from_official(weights, position_index)
+    return resolve(dialects(), "unilm" if model and model.loads else dialect, "dialect").to_official(state_dict)

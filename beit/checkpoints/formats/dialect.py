@@ -15,59 +15,34 @@ Weights = Mapping[str, Tensor]
 Content = dict[str, Any]  # of a checkpoint or a JSON file, or what they record
 Files = dict[str, Content]
 
+LAYER_NORM_EPS = 1e-6  # in our models and timm's
+
 
 @dataclass(frozen=True)
 class WholeModel:
-    """A complete model in official names, to be written in some format.
-
-    Args:
-        weights: In official names; nothing is missing.
-        arguments: Keywords of our constructor, with ``vocab_size`` (pre-training) or ``num_classes``.
-        metadata: What the checkpoint records; see :mod:`beit.checkpoints.read`.
-        images: ``mean``, ``std``, ``crop_pct`` and ``interpolation`` of the images.
-        labels: Names of the classes, if they are known.
-        position_index: Rows of the bias tables, int64 ``(N + 1, N + 1)``; None without tables.
-        heads: Of a segmentor.
-    """
+    """A complete model in official names, to be written in some format."""
 
     weights: dict[str, Tensor]
-    arguments: Content
-    metadata: Content
-    images: Content
-    labels: list[str] | None = None
-    position_index: Tensor | None = None
-    heads: Heads | None = None
-
-    @property
-    def layer_norm_eps(self) -> float:
-        """Of the model's layer norms; 1e-6 in ours and timm's."""
-        return self.metadata.get("layer_norm_eps", LAYER_NORM_EPS)
-
-
-LAYER_NORM_EPS = 1e-6
+    arguments: Content  # of our constructor, with vocab_size (pre-training) or num_classes
+    metadata: Content  # that the checkpoint records; see :mod:`beit.checkpoints.read`
+    images: Content  # their mean, std, crop_pct, crop_mode and interpolation
+    labels: list[str] | None = None  # names of the classes, if they are known
+    position_index: Tensor | None = None  # rows of the bias tables, int64 (N + 1, N + 1); None without tables
+    heads: Heads | None = None  # of a segmentor
+    layer_norm_eps: float = LAYER_NORM_EPS
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """A format of weights.
+    """A format of weights: a single file, a folder, or both."""
 
-    Args:
-        matches: Whether parameters with these names (without the prefixes of wrappers) are in this dialect.
-        to_official: Translates to official names, without index buffers.
-        from_official: Translates from official names, given the position index if the model has tables.
-        file: Content of the single file of a model, without what every file records; None if the format is a folder.
-        folder: The folder's files, each a dict of tensors (``.safetensors``) or JSON; None if the format is a file.
-        suffixes: Of the single file.
-        segmentors: Whether it has the heads of segmentation.
-    """
-
-    matches: Callable[[Names], bool]
-    to_official: Callable[[Weights], dict[str, Tensor]]
-    from_official: Callable[[Weights, Tensor | None], dict[str, Tensor]]
-    file: Callable[[WholeModel], Content] | None = None
-    folder: Callable[[WholeModel, Path], Files] | None = None
-    suffixes: Sequence[str] = (".pth", ".pt")
-    segmentors: bool = False
+    matches: Callable[[Names], bool]  # given names without the prefixes of wrappers
+    to_official: Callable[[Weights], dict[str, Tensor]]  # without index buffers
+    from_official: Callable[[Weights, Tensor | None], dict[str, Tensor]]  # given the position index if there are tables
+    file: Callable[[WholeModel], Content] | None = None  # its content, without what every file records
+    folder: Callable[[WholeModel, Path], Files] | None = None  # its files: tensors (.safetensors) or JSON
+    suffixes: Sequence[str] = (".pth", ".pt")  # of the single file
+    segmentors: bool = False  # whether it has the heads of segmentation
 
 
 @dataclass(frozen=True)
@@ -75,18 +50,12 @@ class NameTable:
     """Official names on one side, another library's on the other.
 
     A path stands for a parameter or for a module whose parameters follow it: ``norm1`` also renames ``norm1.weight``.
-
-    Args:
-        outside: Official paths outside the blocks, and the other library's.
-        inside: The same for paths inside a block.
-        blocks: The other library's name for ``blocks``.
-        heads: Prefixes of heads, which are replaced whatever follows them.
     """
 
-    outside: Mapping[str, str]
-    inside: Mapping[str, str]
-    blocks: str
-    heads: Mapping[str, str] = field(default_factory=dict)
+    outside: Mapping[str, str]  # paths outside the blocks
+    inside: Mapping[str, str]  # paths inside a block
+    blocks: str  # the other library's name for "blocks"
+    heads: Mapping[str, str] = field(default_factory=dict)  # prefixes, which are replaced whatever follows them
 
     def theirs(self, name: str) -> str | None:
         """Returns the other library's name for an official one, or None if it is not in the table."""

@@ -20,8 +20,8 @@ from torch import Tensor
 from beit.checkpoints.formats.dialect import Content, Dialect, Files, NameTable, Weights, WholeModel, replace_prefix
 from beit.checkpoints.formats.recorded import RECORDED, positive, readable, whole
 from beit.checkpoints.formats.segmentation import LEVELS, PARTS, POOL_SCALES, Heads, leaves_zero_out, taps_of
-from beit.checkpoints.formats.unilm import INDEX, TABLE, bare
-from beit.errors import InputError
+from beit.checkpoints.formats.unilm import INDEX, SHARED_TABLE, TABLE, bare
+from beit.errors import InputError, listed
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ _NAMES = NameTable(
         "mask_token": "embeddings.mask_token",
         "pos_embed": "embeddings.position_embeddings",
         "patch_embed.proj": "embeddings.patch_embeddings.projection",
-        f"rel_pos_bias.{TABLE}": f"encoder.relative_position_bias.{TABLE}",
+        SHARED_TABLE: f"encoder.relative_position_bias.{TABLE}",
         "norm": "layernorm",
         "fc_norm": "pooler.layernorm",
     },
@@ -62,7 +62,9 @@ _NAMES = NameTable(
 TAP_SHIFT = 2
 CONFIG_TAPS = (3, 5, 7, 11)  # of a config that has none
 AUXILIARY_INDEX = 2  # which of the taps the library's auxiliary head sees
-CONFIGS = "config.json or preprocessor_config.json"
+PREPROCESSOR = "preprocessor_config.json"
+_KEYS = {"num_heads": "num_attention_heads", "labels": "id2label", "mean": "image_mean", "std": "image_std"}
+_KEYS |= {"interpolation": "resample", "crop_pct": "size"}
 EPS = "layer_norm_eps"
 KEEP_THE_RATIO = ("Bit", "CLIP")  # processors for which one number is the shorter edge
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # Pillow's numbers
@@ -159,10 +161,8 @@ def _config(model: WholeModel, arguments: Content) -> Content:
     patch, other = arguments["patch_size"]
     tables = arguments["use_rel_pos_bias"] or arguments["use_shared_rel_pos_bias"]
     if patch != other or (height != width and (tables or arguments["use_abs_pos_emb"])):
-        raise InputError(
-            f"transformers computes other numbers for images of {height} x {width} pixels in patches of {patch} x "
-            f"{other}: it reads tables and positions as those of a square. Convert the model at a square size"
-        )
+        what = f"{height} x {width} pixels in patches of {patch} x {other}"
+        raise InputError(f"transformers takes tables and positions for a square's, not for {what}: use a square size")
     masked = "vocab_size" in arguments
     config = {
         "architectures": ["BeitForMaskedImageModeling" if masked else "BeitForImageClassification"],
@@ -223,24 +223,18 @@ def _segmentor(model: WholeModel, heads: Heads) -> tuple[Content, dict[str, Tens
 
 def _check_segmentor(config: Content, heads: Heads, taps: Sequence[int], scales: Sequence[int]) -> None:
     """Raises an :class:`InputError` if the library has no such segmentor."""
-    size, width = config["image_size"], config["hidden_size"]
-    why = ""
-    if heads.kind != "uper":
-        why = f"transformers only has UPerNet, and the decode head is {heads.kind or 'another one'}"
-    elif heads.channels != width:
-        both = "in transformers' BEiT both are the hidden size"
-        why = f"the decode head has {heads.channels} channels and the backbone {width}; {both}"
-    elif config["patch_size"] == 8:
-        why = "transformers' pyramid is the one for patches of 16 pixels, and these are of 8"
-    elif not isinstance(size, int):
-        why = f"transformers only segments square images, not {size} pixels"
-    elif len(taps) != LEVELS or list(taps) != sorted(set(taps)):
-        why = f"transformers taps four blocks in ascending order; this model taps {', '.join(map(str, taps))}"
-    elif len(scales) != heads.stages:
-        why = f"the {heads.stages} scales at which UPerNet pools are not recorded"
-    elif heads.auxiliary_channels > 0 and not heads.auxiliary_convs:
-        why = "the auxiliary head is not the one of transformers"
-    if why:
+    size, width, channels = config["image_size"], config["hidden_size"], heads.channels
+    needed = {
+        f"its only decode head is UPerNet, and this one is {heads.kind or 'another'}": heads.kind == "uper",
+        f"decode head and backbone have one width there, and here {channels} and {width} channels": channels == width,
+        "its pyramid is the one for patches of 16 pixels, and these are of 8": config["patch_size"] != 8,
+        f"it only segments square images, not {size} pixels": isinstance(size, int),
+        f"it taps four blocks in ascending order, and here they are {listed(taps, 9)}": len(taps) == LEVELS
+        and list(taps) == sorted(set(taps)),
+        f"the {heads.stages} scales at which UPerNet pools are not recorded": len(scales) == heads.stages,
+        "the auxiliary head is another": heads.auxiliary_convs > 0 or not heads.auxiliary_channels,
+    }
+    if why := next((why for why, fits in needed.items() if not fits), ""):
         raise InputError(f"transformers has no such segmentor: {why}; convert it to unilm or mmsegmentation")
 
 
@@ -271,14 +265,12 @@ def read_segmentation(config: Content, preprocessor: Content) -> Content:
     indices = RECORDED["out_indices"](given) or ()
     taps = tuple(sorted({index - TAP_SHIFT for index in indices}))
     if len(taps) != LEVELS or taps[0] < 0:
-        raise InputError(
-            f"the Hugging Face segmentor has out_indices {given!r:.40}: four different ones are needed, from "
-            f"{TAP_SHIFT} on, which taps the first layer"
-        )
+        needed = f"four different ones, from {TAP_SHIFT} on, which taps the first layer"
+        raise InputError(f"the Hugging Face segmentor has out_indices {given!r:.40}: needed are {needed}")
     found: Content = {"out_indices": taps, "auxiliary_index": AUXILIARY_INDEX}
     found |= {key: config.get(key) for key in ("pool_scales", "palette")}
     found["reduce_zero_label"] = preprocessor.get("do_reduce_labels", preprocessor.get("reduce_labels"))
-    return readable(found, CONFIGS)
+    return readable(found, "config.json or preprocessor_config.json", reduce_zero_label="do_reduce_labels")
 
 
 def read_config(config: Content, preprocessor: Content) -> Content:
@@ -296,7 +288,7 @@ def read_config(config: Content, preprocessor: Content) -> Content:
     found["labels"] = labels = RECORDED["labels"](config.get("id2label")) or config.get("id2label") or None
     if isinstance(labels, tuple) and labels == tuple(f"LABEL_{index}" for index in range(len(labels))):
         del found["labels"]
-    return readable(found | _read_images(preprocessor), CONFIGS)
+    return readable(found, "config.json", **_KEYS) | readable(_read_images(preprocessor), PREPROCESSOR, **_KEYS)
 
 
 def _read_images(preprocessor: Content) -> Content:

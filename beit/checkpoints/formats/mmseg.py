@@ -13,13 +13,12 @@ from torch import Tensor
 from beit.checkpoints.formats.dialect import Content, Dialect, Names, NameTable, Weights, WholeModel, replace_prefix
 from beit.checkpoints.formats.recorded import readable
 from beit.checkpoints.formats.segmentation import HEADS, PYRAMID, depth_of, is_segmentor
-from beit.checkpoints.formats.unilm import INDEX, TABLE, bare, with_index
+from beit.checkpoints.formats.unilm import INDEX, SHARED_TABLE, TABLE, bare, with_index
 from beit.errors import InputError
 
 PREFIX = "backbone."
-SHARED = f"rel_pos_bias.{TABLE}"
 
-_SAME = ("cls_token", "mask_token", "pos_embed", SHARED)
+_SAME = ("cls_token", "mask_token", "pos_embed", SHARED_TABLE)
 _SAME_IN_BLOCKS = ("attn.qkv", "attn.q_bias", "attn.v_bias", "attn.proj", f"attn.{TABLE}", "gamma_1", "gamma_2")
 _NAMES = NameTable(
     outside={name: name for name in _SAME}
@@ -68,12 +67,11 @@ def to_mmsegmentation(weights: Weights, position_index: Tensor | None = None) ->
     backbone = {name: t for name, t in weights.items() if name.startswith(("cls_token", "patch_embed.", "blocks."))}
     for block in range(depth_of(weights)):
         table = f"blocks.{block}.attn.{TABLE}"
-        if SHARED in weights:
-            backbone[table] = backbone[table] + weights[SHARED] if table in backbone else weights[SHARED].clone()
+        if SHARED_TABLE in weights:
+            shared = weights[SHARED_TABLE]
+            backbone[table] = backbone[table] + shared if table in backbone else shared.clone()
         if "pos_embed" in weights or table not in backbone:
-            raise InputError(
-                "mmsegmentation's BEiT has relative position tables and no absolute positions; this model has others"
-            )
+            raise InputError("mmsegmentation's BEiT has relative position tables and no absolute positions; not this")
         for gamma in ("gamma_1", "gamma_2"):
             backbone.setdefault(f"blocks.{block}.{gamma}", torch.ones_like(weights[f"blocks.{block}.norm1.weight"]))
     parts: dict[str, Tensor] = {}
@@ -113,7 +111,7 @@ def read_meta(content: Mapping) -> Content:
                 found[name] = [float(number) / 255 for number in re.findall(r"\d+\.?\d*", numbers)]
             if match := _ZERO.search(text):
                 found["reduce_zero_label"] = match[1] == "True"
-    return readable(found, "meta")
+    return readable(found, "meta", labels="classes")
 
 
 def _is_openmmlab(names: Names) -> bool:

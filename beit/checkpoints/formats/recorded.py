@@ -83,9 +83,12 @@ RECORDED: dict[str, Reader] = {
 }
 
 
-def readable(found: Mapping[str, object], where: str) -> dict[str, Any]:
-    """Returns the values that their readers accept; a warning names the others, None aside, as passed over."""
+def readable(found: Mapping[str, object], where: str, **theirs: str) -> dict[str, Any]:
+    """Returns the values that their readers accept; a warning names the others, None aside, as passed over.
+
+    ``theirs`` are the names that keys have in the file, where they are others.
+    """
     read = {key: RECORDED[key](value) for key, value in found.items() if value is not None}
-    if odd := [f"{key} ({found[key]!r:.40})" for key, value in read.items() if value is None]:
+    if odd := [f"{theirs.get(key, key)} ({found[key]!r:.40})" for key, value in read.items() if value is None]:
         logger.warning("%s: passed over, since not understood: %s", where, listed(odd))
     return {key: value for key, value in read.items() if value is not None}

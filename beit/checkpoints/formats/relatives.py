@@ -13,19 +13,12 @@ Names = frozenset[str]
 
 @dataclass(frozen=True)
 class Relative:
-    """A model that is not BEiT.
-
-    Args:
-        name: What it is.
-        matches: Whether parameters with these names (without the prefixes of wrappers) are its.
-        loads: Whether its backbone has BEiT's architecture and names.
-        remark: What to tell the user about it.
-    """
+    """A model that is not BEiT."""
 
     name: str
-    matches: Callable[[Names, Mapping[str, Tensor]], bool]
-    loads: bool
-    remark: str
+    matches: Callable[[Names, Mapping[str, Tensor]], bool]  # given names without the prefixes of wrappers
+    loads: bool  # whether its backbone has BEiT's architecture and names
+    remark: str  # for the user
 
 
 def _has(*patterns: str) -> Callable[[Names, Mapping[str, Tensor]], bool]:

@@ -25,25 +25,15 @@ ADE20K_CLASSES = 150
 
 @dataclass(frozen=True)
 class Heads:
-    """The heads of a segmentor.
+    """The heads of a segmentor."""
 
-    Args:
-        kind: The decode head: ``uper`` (UPerNet), ``setr_pup``, or empty for an unknown one.
-        num_classes: Number of classes.
-        channels: Width of the decode head.
-        stages: Scales that UPerNet pools at, or convolutions of SETR-PUP.
-        auxiliary_channels: Width of the auxiliary head; 0 without one.
-        auxiliary_convs: Its convolutions; 0 if the head is unknown.
-        auxiliary_concat: Its input is concatenated with the output of its convolutions.
-    """
-
-    kind: str
+    kind: str  # of the decode head: uper (UPerNet), setr_pup, or empty for an unknown one
     num_classes: int
-    channels: int
-    stages: int
-    auxiliary_channels: int
-    auxiliary_convs: int
-    auxiliary_concat: bool
+    channels: int  # of the decode head
+    stages: int  # scales that UPerNet pools at, or convolutions of SETR-PUP
+    auxiliary_channels: int  # 0 without an auxiliary head
+    auxiliary_convs: int  # 0 if the auxiliary head is unknown
+    auxiliary_concat: bool  # whether its input is concatenated with the output of its convolutions
 
 
 def is_segmentor(names: Iterable[str]) -> bool:
@@ -108,24 +98,22 @@ def incomplete(weights: Mapping[str, Tensor], patch_size: int) -> list[str]:
     heads = heads_of(weights)
     biased = [f"{DECODE}conv_seg"]  # modules with weight and bias
     convs: list[str] = []  # convolutions followed by a batch norm
-    norms: list[str] = []
     if heads.kind == "uper":
-        levels = range(LEVELS - 1)
-        convs += [f"psp_modules.{stage}.1" for stage in range(heads.stages)] + ["bottleneck", "fpn_bottleneck"]
-        convs += [f"{kind}_convs.{level}" for level in levels for kind in ("lateral", "fpn")]
+        convs += [f"{DECODE}psp_modules.{stage}.1" for stage in range(heads.stages)]
+        convs += [f"{DECODE}{kind}_convs.{level}" for level in range(LEVELS - 1) for kind in ("lateral", "fpn")]
+        convs += [f"{DECODE}bottleneck", f"{DECODE}fpn_bottleneck"]
     elif heads.kind == "setr_pup":
         biased.append(f"{DECODE}norm")
-        convs += [f"up_convs.{stage}.0" for stage in range(heads.stages)]
-    convs = [DECODE + name for name in convs]
+        convs += [f"{DECODE}up_convs.{stage}.0" for stage in range(heads.stages)]
     if heads.auxiliary_convs:
         biased.append(f"{AUXILIARY}conv_seg")
         convs += [f"{AUXILIARY}convs.{stage}" for stage in range(heads.auxiliary_convs)]
         convs += [f"{AUXILIARY}conv_cat"] if heads.auxiliary_concat else []
+    norms = [f"{name}.bn" for name in convs]
     if heads.kind == "uper" or any(name.startswith(PYRAMID) for name in weights):
         # With patches of 8 pixels, one upsampling gives the finest level and the second level needs none.
         biased += ["fpn1.0"] if patch_size == 8 else ["fpn1.0", "fpn1.3", "fpn2.0"]
         norms += [] if patch_size == 8 else ["fpn1.1"]
-    norms += [f"{name}.bn" for name in convs]
     needed = [f"{name}.{part}" for name in biased for part in ("weight", "bias")]
     needed += [f"{name}.conv.weight" for name in convs]
     needed += [f"{name}.{part}" for name in norms for part in ("weight", "bias", "running_mean", "running_var")]

@@ -4,20 +4,12 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
-
 from beit.checkpoints.formats import unilm
-from beit.checkpoints.formats.dialect import LAYER_NORM_EPS, Content, Dialect, Files, Weights, WholeModel
+from beit.checkpoints.formats.dialect import LAYER_NORM_EPS, Content, Dialect, Files, WholeModel
 from beit.checkpoints.formats.recorded import readable
 from beit.errors import InputError
 
 logger = logging.getLogger(__name__)
-
-_PARTS = ("pretrained_cfg", "model_args")  # of config.json
-
-
-def _from_official(weights: Weights, _position_index: Tensor | None = None) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in weights.items() if not name.endswith(unilm.INDEX)}
 
 
 def _file(model: WholeModel) -> Content:
@@ -25,17 +17,16 @@ def _file(model: WholeModel) -> Content:
         logger.warning("timm's layer norms have an eps of %g, this model's %g", LAYER_NORM_EPS, model.layer_norm_eps)
     if "vocab_size" in model.arguments:
         logger.info("timm has no mask token and no token head: load it with pretrained_strict=False, as features")
-    return {"state_dict": _from_official(model.weights)}
+    return {"state_dict": model.weights}
 
 
 def _folder(model: WholeModel, destination: Path) -> Files:
     """Returns the files with which ``timm.create_model("local-dir:FOLDER")`` builds the model."""
     height, width = model.arguments["img_size"]
     if height != width and model.position_index is not None:
-        raise InputError(
-            f"timm takes the tables in a folder for those of a square, and this model's images are {height} x {width} "
-            f"pixels: write a file, {destination.with_suffix('.safetensors')}, and load it with load_state_dict"
-        )
+        file = destination.with_suffix(".safetensors")
+        problem = f"timm takes tables in a folder for those of a square, not of {height} x {width} pixels"
+        raise InputError(f"{problem}: write a file, {file}, and load it with load_state_dict")
     return {"config.json": _config(model), "model.safetensors": _file(model)["state_dict"]}
 
 
@@ -67,18 +58,20 @@ def _config(model: WholeModel) -> Content:
 
 def read_config(config: Content) -> Content:
     """Returns what timm's ``config.json`` records about the images, the attention heads and the classes."""
-    recorded, arguments = (part if isinstance(part := config.get(key), Mapping) else {} for key in _PARTS)
+    parts = (config.get(key) for key in ("pretrained_cfg", "model_args"))
+    recorded, arguments = (part if isinstance(part, Mapping) else {} for part in parts)
     found = {key: recorded.get(key) for key in ("mean", "std", "crop_pct", "crop_mode", "interpolation")}
     size = recorded.get("input_size")
     found["image_size"] = size[1:] if isinstance(size, (list, tuple)) else size
     found["num_heads"] = arguments.get("num_heads")
-    return readable(found | {"labels": config.get("label_names") or recorded.get("label_names")}, "config.json")
+    found["labels"] = config.get("label_names") or recorded.get("label_names")
+    return readable(found, "config.json", image_size="input_size", labels="label_names")
 
 
 TIMM = Dialect(
     matches=lambda _names: False,  # the names are the official ones
     to_official=unilm.to_official,
-    from_official=_from_official,
+    from_official=lambda weights, _position_index: dict(weights),
     file=_file,
     folder=_folder,
     suffixes=(".pth", ".pt", ".bin", ".safetensors"),

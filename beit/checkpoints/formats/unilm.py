@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 INDEX = "relative_position_index"
 TABLE = "relative_position_bias_table"
+SHARED_TABLE = f"rel_pos_bias.{TABLE}"
 
 # What wrappers put before every name: DistributedDataParallel, torch.compile, a segmentor, a detector, Lightning.
 WRAPPERS = ("module.", "_orig_mod.", "backbone.", "bottom_up.", "model.")
