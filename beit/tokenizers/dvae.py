@@ -188,8 +188,9 @@ def relaxed_codes(logits: Tensor, temperature: float, generator: torch.Generator
         raise ValueError(f"the temperature must be above 0, not {temperature}")
     with torch.autocast(logits.device.type, enabled=False):
         # -log(Exponential(1)) is Gumbel noise; exponential_ never draws 0, so it is finite.
-        noise = -torch.empty_like(logits, dtype=torch.float32).exponential_(generator=generator).log()
-        return ((logits.float() + noise) / temperature).softmax(dim=1)
+        # In one layout whatever the logits', so that the same seed gives every cell and code the same noise.
+        noise = torch.empty(logits.shape, dtype=torch.float32, device=logits.device).exponential_(generator=generator)
+        return ((logits.float() - noise.log()) / temperature).softmax(dim=1)
 
 
 class Pass(NamedTuple):

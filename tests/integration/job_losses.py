@@ -63,6 +63,7 @@ def commands(folder):
         "dvae_training": (beit, (
             "dvae", "--data_path", classes / "train", "--input_size", PIXELS, "--num_tokens", 16, "--codebook_dim", 8,
             "--hidden_dim", 16, "--warmup_steps", 2, "--lr", 1e-3, "--eval_freq", STEPS, *batch, *run,
+            "--quantizer", "gumbel", "--opt", "adamw", "--amp_dtype", "fp32",
         )),
         "segmentation": (segmentation, (
             "train", "upernet_beit_tiny_64_slide_ade20k", "--model_kwargs", *TINY, "--crop_size", PIXELS,
