@@ -220,6 +220,7 @@ class HardTokenEvaluation:
         from torchmetrics.functional.image import structural_similarity_index_measure  # takes seconds
 
         if not self.average.has_codes():
+            logger.info("no tokenizer is written yet: the codes start at --quantize_from of the run")
             return {}
         vae, relaxed = self.average.tokenizer().eval(), isinstance(self.average, RelaxedAutoencoder)
         totals = torch.zeros(5, device=self.device)  # summed loss, squared error, SSIM and KL; images
@@ -253,7 +254,7 @@ class HardTokenEvaluation:
         tokens, statistics = int(counts.sum()), codebook_statistics(counts)
         return {
             "loss": loss / images,
-            "psnr": -10 * math.log10(squared_error / images),
+            "psnr": -10 * math.log10(max(squared_error / images, 1e-10)),
             "ssim": ssim / images,
             "perplexity": statistics.perplexity,
             "used_codes": statistics.used,

@@ -339,7 +339,9 @@ class DvaeConfig(DataOptions, BatchOptions, EpochOptions, CosineOptions, RunOpti
     data_path: str = option("", "folder of images, text file of paths, or shards-{000..127}.tar")
     eval_data_path: str | None = option(None, "held-out images to evaluate on; some training images by default")
     eval_images: int = option(512, "training images to evaluate on without --eval_data_path", within="[1, inf)")
-    input_size: Size = option(112, "size of the training crops, in pixels (HEIGHTxWIDTH or one number)")
+    input_size: Size = option(
+        112, "size of the training crops, in pixels (HEIGHTxWIDTH or one number)", within="[8, inf)"
+    )
     interpolation: str = option("lanczos", "interpolation of the crops, as of the tokenizer's view in pre-training")
     min_crop: float = option(0.08, "smallest crop, as a share of the image's area", within="(0, 1]")
 
