@@ -6,8 +6,8 @@
 
 The plain implementation has the same network and Gumbel-softmax in float32 and torch's own memory format, with Adam, as
 this library had it first. It also sets the time: each quantiser gets what the plain implementation takes for 18,720
-images (585 steps of 32, the demo's first tokenizer), or --minutes. Another row is the k-means of raw patches, no network at all. Scores are of
-held-out images: PSNR of the mean squared error over all of them.
+images (585 steps of 32, the demo's first tokenizer), or --minutes. Another row is the k-means of raw patches, no network
+at all. Scores are of held-out images: PSNR of the mean squared error over all of them.
 """
 
 import argparse
