@@ -4,10 +4,10 @@
     python benchmarks/tokenizer.py --images photographs --codes 1024 --minutes 10
     python benchmarks/tokenizer.py --quick                             small, to see that it runs
 
-The plain implementation has the same network and Gumbel-softmax in float32 and torch's own memory format, with Adam, as
-this library had it first. It also sets the time: each quantiser gets what the plain implementation takes for 18,720
-images (585 steps of 32, the demo's first tokenizer), or --minutes. Another row is the k-means of raw patches, no network
-at all. Scores are of held-out images: PSNR of the mean squared error over all of them.
+The plain implementation has the same network and Gumbel-softmax in float32 and torch's own memory format, with Adam,
+as this library had it first. It also sets the time: each quantiser gets what the plain implementation takes for 18,720
+images (585 steps of 32, the demo's first tokenizer), or --minutes. Another row is the k-means of raw patches, no
+network at all. Scores are of held-out images: PSNR of the mean squared error over all of them.
 """
 
 import argparse
