@@ -397,6 +397,11 @@ class Backbone(nn.Module):
                 kept.append(x)
         return x, kept
 
+    def patch_features(self, x: Tensor) -> Tensor:
+        """Returns the patch tokens of images ``(B, C, H, W)`` after the model's last norm, ``(B, N, D)``."""
+        norm: nn.Module = getattr(self, "fc_norm", None) or self.norm  # type: ignore[assignment]
+        return norm(self.forward_blocks(self.embed(x))[0][:, 1:])
+
     def position_biases(self) -> Biases:
         """Looks up the attention bias of every block, for many calls of :meth:`forward_blocks` without gradients.
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 EVERYBODY_MAY = ("beit.errors",)
 PARTS = (
     *("beit.modeling", "beit.zoo", "beit.inference", "beit.masking", "beit.targets", "beit.tokenizers.*"),
-    "beit.registry",
+    *("beit.registry", "beit.teachers"),
     *("beit.checkpoints.*", "beit.relative_position", "beit.storage", "beit.config", "beit.outputs", "beit.data.*"),
 )
 MAY_IMPORT = {
@@ -36,7 +36,10 @@ MAY_IMPORT = {
     "beit.launch": ("beit.config", "beit.registry", "beit.training.*"),
     # the parts of the method
     "beit.modeling": ("beit.relative_position", "beit.attention"),
-    "beit.tokenizers.*": ("beit.tokenizers.*", "dall_e.*", "beit.storage", "beit.registry"),
+    "beit.tokenizers.*": (
+        *("beit.tokenizers.*", "dall_e.*", "beit.storage", "beit.registry", "beit.modeling", "beit.checkpoints.*"),
+        "beit.data.preprocessing",
+    ),
     "beit.data.*": ("beit.data.*", "beit.masking", "beit.storage"),
     "beit.targets": ("beit.tokenizers.*", "beit.data.*"),
     # checkpoints of every dialect, and the models they are of
@@ -46,6 +49,7 @@ MAY_IMPORT = {
         "beit.data.preprocessing",
     ),
     "beit.zoo": ("beit.modeling", "beit.checkpoints.*", "beit.registry"),
+    "beit.teachers": ("beit.modeling", "beit.checkpoints.*", "beit.zoo", "beit.storage"),
     "beit.inference": ("beit.modeling", "beit.checkpoints.*", "beit.zoo", "beit.data.*"),
     "beit.features": ("beit.modeling", "beit.inference", "beit.data.*", "beit.training.precision"),
     # the jobs, their pictures, and the commands around them

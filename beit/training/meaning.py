@@ -46,6 +46,7 @@ FACTS: dict[str, Fact] = {
     "target": Fact("prediction target", WEIGHTS, "the same --target and --pixel_norm", unrecorded="visual tokens"),
     "tokenizer": Fact("tokenizer", WEIGHTS, "the same --discrete_vae_weight_path"),
     "quantizer": Fact("quantizer", WEIGHTS, "the same --quantizer", unrecorded="gumbel"),
+    "teacher": Fact("teacher", WEIGHTS, "the same --teacher"),
     "labels": Fact("classes", WEIGHTS, plural=True),
     "reduce_zero_label": Fact("reduce_zero_label", WEIGHTS, "the same reduce_zero_label"),
     "backbone": Fact("backbone", WEIGHTS, "the same --checkpoint and --input_size"),

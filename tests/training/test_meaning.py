@@ -11,6 +11,7 @@ VALUES = {  # of each fact: one, and another
     "target": ("visual tokens", "pixels"),
     "tokenizer": ("a" * 64, "b" * 64),
     "quantizer": ("gumbel", "vq"),
+    "teacher": ("a" * 64, "b" * 64),
     "labels": (["ant", "bee"], ["bee", "cat"]),
     "reduce_zero_label": (True, False),
     "backbone": ("a" * 64, "b" * 64),
