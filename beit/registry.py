@@ -29,6 +29,7 @@ TARGETS: Table = {  # subclasses of `beit.targets.PredictionTarget`; a run calls
 TOKENIZERS: Table = {  # (path, dtype, compiled) -> `beit.tokenizers.base.VisualTokenizer`
     "dall-e": "beit.tokenizers.dalle:open_dall_e",
     "customized": "beit.tokenizers.dvae:open_customized",
+    "vqkd": "beit.tokenizers.vqkd:open_vqkd",
 }
 FORMATS: Table = {  # what `beit convert` writes: dialects of `beit.checkpoints.formats`, graphs of `beit.checkpoints`
     "unilm": "beit.checkpoints.formats.unilm:UNILM",

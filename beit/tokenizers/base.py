@@ -153,32 +153,48 @@ class LogitTokenizer(VisualTokenizer):
 
 def load_tokenizer(
     path: str | os.PathLike[str],
-    kind: str = "dall-e",
+    kind: str | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     compiled: bool = False,
+    num_heads: int | None = None,
 ) -> VisualTokenizer:
     """Opens a tokenizer, frozen.
 
     Args:
         path: For ``dall-e`` a folder with ``encoder.pkl`` or ``encoder.safetensors``, and a decoder likewise if
             :meth:`VisualTokenizer.decode` is called. For ``customized`` a folder with ``pytorch_model.bin`` and
-            ``config.json``. In both cases the file itself works too.
-        kind: A key of :data:`beit.registry.TOKENIZERS`.
+            ``config.json``. In both cases the file itself works too. For ``vqkd`` a file, or a name in
+            :data:`beit.tokenizers.vqkd.DOWNLOADS`.
+        kind: A key of :data:`beit.registry.TOKENIZERS`; by default that of the file.
         device: Where to put it.
         dtype: Number format of the encoder up to its last layer; logits and decoder are always float32. float16 and
             bfloat16 are faster where supported and change a few ids, where two tokens are nearly equally likely.
         compiled: Compile the encoder up to its last layer, once for each shape of images.
+        num_heads: For ``vqkd``, attention heads per block where the file does not record them.
 
     Raises:
         InputError: There is no such kind or path, or the files are of another kind, damaged or something else.
     """
-    open_tokenizer = resolve(TOKENIZERS, kind, "tokenizer kind")
     if str(path).startswith(("http://", "https://")):
         raise InputError(f"{path} is an address: run `beit download tokenizer DIR` and give that folder")
     path = Path(os.path.expanduser(path))
-    if not path.exists():
+    opens_names = (kind or "vqkd").startswith("vqkd") and path.name.startswith("vqkd_") and not path.suffix
+    if not path.exists() and not opens_names:
         near = did_you_mean(path.name, os.listdir(path.parent)) if path.parent.is_dir() else ""
         raise InputError(f"no tokenizer at {path}{near}; `beit download tokenizer DIR` fetches the published one")
-    tokenizer: VisualTokenizer = open_tokenizer(path, dtype, compiled)
+    kind = kind or detect_kind(path)
+    open_tokenizer = resolve(TOKENIZERS, kind, "tokenizer kind")
+    if num_heads is not None and not kind.startswith("vqkd"):
+        raise InputError(f"{path} is a tokenizer of kind {kind}: only VQ-KD's files take num_heads")
+    options = {} if num_heads is None else {"num_heads": num_heads}
+    tokenizer: VisualTokenizer = open_tokenizer(path, dtype, compiled, **options)
     return tokenizer.to(device)
+
+
+def detect_kind(path: Path) -> str:
+    """Returns which of this library's kinds of tokenizer is in a file or a folder, going by the names of files."""
+    names = os.listdir(path) if path.is_dir() else [path.name]
+    if any(name.startswith(("encoder.", "decoder.")) for name in names):
+        return "dall-e"
+    return "customized" if "pytorch_model.bin" in names else "vqkd"
