@@ -3,7 +3,8 @@ r"""Trains a discrete VAE on a folder of images: the tokenizer that BEiT pre-tra
 One CPU, a small tokenizer for small images:
 
     python run_dvae_training.py --data_path images/ --output_dir output/dvae \
-        --input_size 64 --num_tokens 256 --codebook_dim 64 --hidden_dim 32 --batch_size 16 --epochs 20 --num_workers 2
+        --input_size 64 --codebook_size 256 --codebook_dim 64 --hidden_dim 32 \
+        --batch_size 16 --epochs 20 --num_workers 2
 
 One GPU, a vocabulary of 8192 tokens of 8 x 8 pixels, for pre-training with --second_input_size 112:
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "finetune": _job("FinetuningConfig", "finetuning:main", "fine-tune or evaluate a classifier"),
     "probe": _job("LinearProbeConfig", "linear_probe:main", "train linear heads on frozen features"),
     "dvae": _job("DvaeConfig", "dvae_training:main", "train a tokenizer on your images"),
+    "vqkd": _job("VqkdConfig", "vqkd_training:main", "train BEiT v2's tokenizer on your images"),
     "knn": _command("KnnConfig", "knn:main", "score frozen features by their nearest neighbours"),
     "predict": _command("PredictConfig", "predict:main", "classify images"),
     "models": _command("ModelsConfig", "models:main", "list models and released checkpoints"),

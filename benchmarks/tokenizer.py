@@ -109,7 +109,7 @@ def trained(
     folder: Path, epochs: int, args: argparse.Namespace, data: dict[str, Any], **settings: Any
 ) -> dict[str, float]:
     """Trains a tokenizer with the library's job and returns its scores."""
-    common = {"num_tokens": args.codes, "codebook_dim": CODE_DIM, "hidden_dim": args.hidden_dim, "min_crop": 0.3}
+    common = {"codebook_size": args.codes, "codebook_dim": CODE_DIM, "hidden_dim": args.hidden_dim, "min_crop": 0.3}
     rest = {"batch_size": args.batch_size, "warmup_steps": 20, "device": "cpu", "num_workers": 0, "pin_mem": False}
     run = {
         "epochs": epochs,

@@ -154,7 +154,7 @@ class Demo:
             eval_data_path=str(self.images / "held_out"),
             output_dir=str(self.folder / "dvae"),
             input_size=IMAGE_PIXELS,
-            num_tokens=NUM_TOKENS,
+            codebook_size=NUM_TOKENS,
             codebook_dim=128,
             num_layers=3,
             hidden_dim=32,

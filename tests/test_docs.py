@@ -10,7 +10,7 @@ import pytest
 from beit.__main__ import COMMANDS
 from beit.checkpoints.released import RELEASED
 from beit.config import read_command_line
-from beit.tasks.settings import DvaeConfig, FinetuningConfig, LinearProbeConfig, PretrainingConfig
+from beit.tasks.settings import DvaeConfig, FinetuningConfig, LinearProbeConfig, PretrainingConfig, VqkdConfig
 from semantic_segmentation.__main__ import COMMANDS as SEGMENTATION_COMMANDS
 from semantic_segmentation.config import TestConfig, TrainConfig
 
@@ -26,6 +26,7 @@ SCRIPTS = {
     "run_class_finetuning.py": FinetuningConfig,
     "run_dvae_training.py": DvaeConfig,
     "run_linear_eval.py": LinearProbeConfig,
+    "run_vqkd_training.py": VqkdConfig,
     "tools/train.py": TrainConfig,
     "tools/test.py": TestConfig,
 }

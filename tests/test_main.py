@@ -14,6 +14,7 @@ import beit
 from beit.__main__ import COMMANDS, main
 from beit.commands.settings import ModelsConfig
 from beit.launch import launch
+from beit.tokenizers.vqkd import DOWNLOADS
 from beit.zoo import create_model, list_models
 
 
@@ -110,6 +111,11 @@ def test_models_are_listed_with_their_cost_and_the_released_checkpoints(capsys):
     (base,) = (line for line in lines if line.startswith("beit_base_patch16_224 "))
     assert float(base.split()[-2]) == pytest.approx(17.58, abs=0.05)
     assert any(re.match(r"beit_base_patch16_224_pt22k_ft22k +21,841 classes, 224 px", line) for line in lines)
+
+
+def test_released_tokenizers_are_listed(capsys):
+    assert main(["models", "--pattern", "vqkd*"]) == 0
+    assert capsys.readouterr().out.split("\n")[2:-1] == list(DOWNLOADS)
 
 
 def test_curves_of_two_runs_become_a_picture(tmp_path):

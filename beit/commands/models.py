@@ -13,6 +13,7 @@ from beit.checkpoints.read import architecture_of, read_weights
 from beit.checkpoints.released import RELEASED
 from beit.commands.settings import InspectConfig, ModelsConfig
 from beit.errors import InputError, did_you_mean, listed
+from beit.tokenizers.vqkd import DOWNLOADS
 from beit.zoo import create_model, list_models
 
 
@@ -20,10 +21,11 @@ def main(config: ModelsConfig) -> None:
     """Lists models with their cost per image, then released checkpoints; raises InputError if no name matches."""
     names = list_models(config.pattern)
     released = [row for name, row in RELEASED.items() if fnmatchcase(name, config.pattern)]
-    if not names and not released:
-        known = [*list_models(), *RELEASED]
+    tokenizers = [name for name in DOWNLOADS if fnmatchcase(name, config.pattern)]
+    if not names and not released and not tokenizers:
+        known = [*list_models(), *RELEASED, *DOWNLOADS]
         raise InputError(f"no model matches {config.pattern!r}{did_you_mean(config.pattern, known)}")
-    width = max(len(name) for name in (*names, *(row.name for row in released)))
+    width = max(len(name) for name in (*names, *(row.name for row in released), *tokenizers))
     for name in names:
         parameters, flops = measure(name)
         sys.stdout.write(f"{name:<{width}}  {parameters:>13,} parameters  {flops / 1e9:6.1f} GFLOPs\n")
@@ -32,6 +34,9 @@ def main(config: ModelsConfig) -> None:
     for row in released:
         kind = "pre-trained" if row.num_classes is None else f"{row.num_classes:,} classes"
         sys.stdout.write(f"{row.name:<{width}}  {kind:>14}, {row.input_size} px, of {row.model}\n")
+    if tokenizers:
+        head = "\nreleased tokenizers (for --tokenizer_weight, load_tokenizer):"
+        sys.stdout.write("\n".join((head, *tokenizers, "")))
 
 
 def measure(name: str) -> tuple[int, int]:

@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 MAX_PICTURE_BYTES = 4_000_000  # of all pictures, so that the page can be sent by mail
 NOT_RESULTS = (ENVIRONMENT, "config.json", "made_with.json")
 # A setting that only one kind of run has -> that kind; the first match counts.
-KINDS = {"decode_head": "segmentation", "num_mask_patches": "pre-training", "num_tokens": "tokenizer"}
-KINDS |= {"avgpool_patchtokens": "linear probe", "layer_decay": "fine-tuning"}
+KINDS = {"decode_head": "segmentation", "num_mask_patches": "pre-training", "codebook_size": "tokenizer"}
+KINDS |= {"num_tokens": "tokenizer", "avgpool_patchtokens": "linear probe", "layer_decay": "fine-tuning"}
 # Metrics in the table of results, the most important first; what recipes quote of them has the name without "test_".
 METRICS = {
     "test_acc1": "top-1 accuracy",
@@ -47,6 +47,7 @@ METRICS = {
     "train_mlm_acc": "masked-token accuracy, training",
     "test_perplexity": "codebook perplexity",
     "test_used_codes": "tokens in use",
+    "test_rec_loss": "distance from the teacher",
     "test_loss": "validation loss",
     "train_loss": "training loss",
     "train_grad_norm": "gradient norm",

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -33,6 +34,7 @@ from beit.tasks.settings import (
     check_job,
 )
 from beit.training import distributed
+from beit.training.checkpoint import newest_checkpoint
 from beit.training.compilation import compile_for_training
 from beit.training.logging import ScalarWriter
 from beit.training.loop import Trainer
@@ -107,13 +109,18 @@ class Task(ABC, Generic[ConfigT]):
         return create_optimizer(
             config.opt,
             self.parameter_groups(),
-            lr=config.lr,
+            lr=self.peak_lr(),
             eps=config.opt_eps,
             betas=config.opt_betas,
             momentum=config.momentum,
             fused=self.device.type in ("cuda", "cpu"),
             in_parts=isinstance(config, ShardingOptions) and config.shard != "none",
         )
+
+    def peak_lr(self) -> float:
+        """Returns the learning rate after the warm-up."""
+        assert isinstance(self.config, OptimizerOptions)
+        return self.config.lr
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Returns the parameters in groups with their weight decay and learning-rate scale."""
@@ -150,7 +157,7 @@ class Task(ABC, Generic[ConfigT]):
         total, warmup = settings.total_steps, config.warmup_steps
         warmup = duration_in_steps(epochs=config.warmup_epochs, steps=warmup, steps_per_epoch=settings.period.steps)
         end = config.weight_decay if config.weight_decay_end is None else config.weight_decay_end
-        return WarmupCosine(config.lr, config.min_lr, total, warmup), WarmupCosine(config.weight_decay, end, total)
+        return WarmupCosine(self.peak_lr(), config.min_lr, total, warmup), WarmupCosine(config.weight_decay, end, total)
 
     def build_average(self) -> Average | None:
         """Returns the moving average of the weights, if there is one."""
@@ -344,6 +351,16 @@ def find_labelled(
 def fingerprints(train: LabelledImages | None, val: LabelledImages | None) -> dict[str, str]:
     """Returns what identifies the images that a run trains and is evaluated on."""
     return {key: images.fingerprint() for key, images in (("data", train), ("eval_data", val)) if images is not None}
+
+
+def checkpoint_to_evaluate(config: RunOptions, otherwise: str = "") -> str:
+    """Returns the checkpoint to evaluate with ``--eval``; :class:`InputError` if there is none."""
+    found = config.resume
+    if not found and config.auto_resume and config.output_dir:
+        found = distributed.on_main(lambda: str(newest_checkpoint(Path(config.output_dir)) or ""))
+    if not (found or otherwise):
+        raise InputError("--eval needs a checkpoint: give it as --resume, or its folder as --output_dir")
+    return found or otherwise
 
 
 def warn_of_preparation(source: str, metadata: Mapping[str, Any], **own: Any) -> None:

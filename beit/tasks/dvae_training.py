@@ -79,7 +79,7 @@ class DvaeTraining(Task[DvaeConfig]):
     def build_model(self) -> Autoencoder:
         """Creates the dVAE with its quantiser, in the memory format that is the fastest for convolutions."""
         config = self.config
-        sizes = (config.num_tokens, config.codebook_dim, config.num_layers, config.hidden_dim)
+        sizes = (config.codebook_size, config.codebook_dim, config.num_layers, config.hidden_dim)
         vae = DiscreteVAE(config.input_size, *sizes).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if config.quantizer == "gumbel":
             return RelaxedAutoencoder(vae)
@@ -141,7 +141,7 @@ class DvaeTraining(Task[DvaeConfig]):
         """Yields the sizes of model and tokens."""
         yield from super().summary()
         side = 2**self.config.num_layers
-        yield f"{self.config.num_tokens} tokens, each of {side} x {side} pixels; lr {self.config.lr:g}"
+        yield f"{self.config.codebook_size} tokens, each of {side} x {side} pixels; lr {self.config.lr:g}"
 
     def finish(self) -> None:
         """Writes the tokenizer; at the end of a run once more, after a kill between checkpoint and tokenizer."""

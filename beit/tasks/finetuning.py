@@ -26,6 +26,7 @@ from beit.tasks.base import (
     Evaluation,
     Metrics,
     Task,
+    checkpoint_to_evaluate,
     find_labelled,
     fingerprints,
     named_model,
@@ -36,7 +37,7 @@ from beit.tasks.base import (
 from beit.tasks.settings import FinetuningConfig
 from beit.training import distributed
 from beit.training.accuracy import count_correct, rates, zero_counts
-from beit.training.checkpoint import BEST_EMA, newest_checkpoint
+from beit.training.checkpoint import BEST_EMA
 from beit.training.compilation import uncompiled
 from beit.training.loop import to_device
 from beit.training.optim import parameter_groups
@@ -189,7 +190,7 @@ def evaluate_checkpoint(config: FinetuningConfig) -> Metrics:
     task = Finetuning(dataclasses.replace(config, eval=True))
     with opened(task, writes=False) as session:
         model = build_model(config, len(task.class_names)).to(session.device)
-        source = checkpoint_to_evaluate(config)
+        source = checkpoint_to_evaluate(config, config.init_from)
         averaged = config.model_ema and Path(source).name != BEST_EMA  # there the model is the average
         results: Metrics = {}
         for model_key in (*(("model_ema",) if averaged else ()), config.model_key):
@@ -216,16 +217,6 @@ def recorded_transform(
             logger.warning("--crop_pct %g, where %s records %g", config.crop_pct, source, metadata["crop_pct"])
         known |= {"crop_pct": config.crop_pct, "crop_mode": "center"}
     return ClassificationEvalTransform(size, **known)
-
-
-def checkpoint_to_evaluate(config: FinetuningConfig) -> str:
-    """Returns the checkpoint to evaluate with ``--eval``; :class:`InputError` if there is none."""
-    found = config.resume
-    if not found and config.auto_resume and config.output_dir:
-        found = distributed.on_main(lambda: str(newest_checkpoint(Path(config.output_dir)) or ""))
-    if not (found or config.init_from):
-        raise InputError("--eval needs a checkpoint: give it as --resume, or its folder as --output_dir")
-    return found or config.init_from
 
 
 def load_whole(model: VisionTransformer, source: str, model_key: str, task: Finetuning) -> Mapping[str, Any]:

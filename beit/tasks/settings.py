@@ -345,8 +345,10 @@ class DvaeConfig(DataOptions, BatchOptions, EpochOptions, CosineOptions, RunOpti
     interpolation: str = option("lanczos", "interpolation of the crops, as of the tokenizer's view in pre-training")
     min_crop: float = option(0.08, "smallest crop, as a share of the image's area", within="(0, 1]")
 
-    num_tokens: int = option(8192, "size of the vocabulary", within="[1, inf)")
-    codebook_dim: int = option(512, "length of a code's vector", within="[1, inf)")
+    codebook_size: int = option(
+        8192, "size of the vocabulary", within="[1, inf)", aliases=("num_tokens", "codebook_n_emd")
+    )
+    codebook_dim: int = option(512, "length of a code's vector", within="[1, inf)", aliases=("codebook_emd_dim",))
     num_layers: int = option(3, "times the resolution is halved: 3 makes tokens of 8 x 8 pixels", within="[1, inf)")
     hidden_dim: int = option(256, "channels of the encoder and the decoder", within="[1, inf)")
 
@@ -374,3 +376,46 @@ class DvaeConfig(DataOptions, BatchOptions, EpochOptions, CosineOptions, RunOpti
     weight_decay: float = option(1e-4, "weight decay", within="[0, inf)")
     clip_grad: float | None = option(1.0, "largest gradient norm", within="(0, inf)")
     opt_betas: tuple[float, ...] | None = option((0.9, 0.999), "decay rates of Adam", within="[0, 1)")
+
+
+@dataclass(frozen=True)
+class VqkdConfig(DataOptions, BatchOptions, EpochOptions, CosineOptions, RunOptions):
+    """The settings of ``run_vqkd_training.py``: every official flag, with its official default."""
+
+    GROUP: ClassVar[str] = "tokenizer"
+    model: str = option("vqkd_encoder_base_decoder_3x768x12_clip", "model name; its end names the teacher")
+    model_kwargs: dict[str, Any] | None = option(None, "more of its arguments, such as embed_dim=384 decoder_depth=1")
+    codebook_size: int = option(8192, "number of codes", within="[2, inf)", aliases=("codebook_n_emd",))
+    codebook_dim: int = option(32, "length of a code's vector", within="[1, inf)", aliases=("codebook_emd_dim",))
+    quantize_kmeans_init: bool = option(False, "start from the k-means of the first batch's vectors")
+    ema_decay: float = option(0.99, "share of a code that stays at a step", within="[0, 1)")
+    revive_codes: int = option(0, "steps until an unused code becomes a random vector; 0 never", within="[0, inf)")
+    rec_loss_type: str = option("cosine", "distance from the teacher's features", choices=("cosine",))
+    process_type: str = option(
+        "default", "scale of the images: -1 to 1, ImageNet's or 0 to 1", choices=("default", "imagenet_norm", "dall-e")
+    )
+
+    teacher: str = option("", f"teacher instead of the model's: a name of timm's, {ANY_MODEL}")
+    teacher_model_type: str = option("clip", "unused", choices=("clip", "dino", "None"))
+    teacher_input_size: int = option(224, "unused", no_effect="the teacher sees images at its own size")
+
+    input_size: Size = option(224, "size of the images, in pixels (HEIGHTxWIDTH or one number)")
+    train_interpolation: str = option("bicubic", "interpolation of the crops")
+    min_crop: float = option(
+        0.08, "smallest crop, as a share of the image's area", within="(0, 1]", aliases=("min_crop_scale",)
+    )
+    color_jitter: float = option(0.0, "strength of brightness, contrast and saturation jitter", within="[0, inf)")
+    data_set: str = option("image_folder", "kind of data set", choices=("image_folder",))
+    imagenet_default_mean_and_std: bool = option(False, "unused", no_effect="--process_type says how images are scaled")
+    eval_data_path: str | None = option(None, "held-out images to evaluate on; some training images by default")
+    eval_images: int = option(512, "training images to evaluate on without --eval_data_path", within="[1, inf)")
+    disable_eval: bool = option(False, "evaluate on no images")
+    dist_eval: bool = option(True, "unused", no_effect="evaluation is always distributed; each image counts once")
+    eval: bool = option(False, "evaluate only: --resume, else the newest checkpoint in --output_dir")
+    calculate_codebook_usage: bool = option(False, "the same: an evaluation counts the codes in use")
+
+    pixels_of: str = option("", "a tokenizer: train a decoder of its codes into pixels instead, for pictures")
+
+    epochs: int = option(100, "passes over the data", within="[1, inf)")
+    weight_decay: float = option(1e-4, "weight decay", within="[0, inf)")
+    lr: float = option(5e-5, "peak learning rate for 128 images per step; scaled to their number", within="[0, inf)")

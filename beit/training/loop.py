@@ -297,7 +297,7 @@ class Trainer(TrainingState):
             if self.ema is not None and self.settings.evaluate_average:
                 average = self._evaluate(self.ema.module, number)
                 results = {**results, **{f"ema_{name}": value for name, value in average.items()}}
-            results = {f"test_{name}": value for name, value in results.items()}
+            results = {name if name.startswith("train_") else f"test_{name}": value for name, value in results.items()}
             scalars.write("perf", results, number)
             entry |= results
         entry |= {"epoch": number, "n_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad)}

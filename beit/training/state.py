@@ -77,8 +77,9 @@ class LoopSettings:
 class TrainingState:
     """Everything that a run trains with, and its position; :class:`beit.training.loop.Trainer` advances it.
 
-    ``evaluate`` is ``(model, period) -> metrics``, logged as ``test_*``, of the average as ``test_ema_*``; periods are
-    counted from 0. ``on_epoch_end`` is called on the main process after one is saved, if the run writes anything.
+    ``evaluate`` is ``(model, period) -> metrics``, logged as ``test_*``, of the average as ``test_ema_*``; names that
+    begin with ``train_`` stay. Periods are counted from 0. ``on_epoch_end`` is called on the main process after one is
+    saved, if the run writes anything.
     """
 
     model: nn.Module  # on its device

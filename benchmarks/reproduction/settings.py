@@ -95,7 +95,7 @@ CPU = Preset(
     images=Images(),
     model=MODEL,
     dvae={
-        "num_tokens": 256, "codebook_dim": 64, "num_layers": 3, "hidden_dim": 32, "min_crop": 0.3, "epochs": 8,
+        "codebook_size": 256, "codebook_dim": 64, "num_layers": 3, "hidden_dim": 32, "min_crop": 0.3, "epochs": 8,
         "batch_size": 16, "warmup_steps": 20,
     },
     pretraining={
@@ -133,7 +133,7 @@ H200 = Preset(
     images=Images(scenes=6000, crops=2000, labelled_scenes=1000, held_out_scenes=400, stored=96, pixels=64),
     model={"patch_size": 8, "embed_dim": 256, "depth": 8, "num_heads": 4},
     dvae={
-        "num_tokens": 1024, "codebook_dim": 128, "num_layers": 3, "hidden_dim": 64, "min_crop": 0.3, "epochs": 6,
+        "codebook_size": 1024, "codebook_dim": 128, "num_layers": 3, "hidden_dim": 64, "min_crop": 0.3, "epochs": 6,
         "batch_size": 128, "warmup_steps": 50,
     },
     pretraining={**CPU.pretraining, "epochs": 25, "batch_size": 128, "lr": 1.5e-3, "warmup_steps": 200},

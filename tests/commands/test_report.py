@@ -16,7 +16,7 @@ from beit.commands.report import main, read_run, read_runs, render
 from beit.commands.settings import ReportConfig
 from beit.config import dump_yaml
 from beit.errors import InputError
-from beit.tasks.settings import DvaeConfig, FinetuningConfig, LinearProbeConfig, PretrainingConfig
+from beit.tasks.settings import DvaeConfig, FinetuningConfig, LinearProbeConfig, PretrainingConfig, VqkdConfig
 from beit.visualization.plots import draw_curves
 
 ENVIRONMENT = {"torch": "2.9.9+test", "device": "GPU of the test", "processes": 8}
@@ -176,6 +176,7 @@ def test_a_single_epoch_has_results_and_no_curve(tmp_path):
     [
         (PretrainingConfig(), "pre-training"),
         (DvaeConfig(), "tokenizer"),
+        (VqkdConfig(), "tokenizer"),
         (FinetuningConfig(), "fine-tuning"),
         (LinearProbeConfig(), "linear probe"),
     ],

@@ -31,6 +31,7 @@ from tests.shell import run
 
 CPU = torch.device("cpu")
 SMALL = {"num_tokens": 16, "codebook_dim": 8, "num_layers": 2, "hidden_dim": 8}
+SETTINGS = {"codebook_size" if name == "num_tokens" else name: size for name, size in SMALL.items()}
 
 
 def small_vae() -> DiscreteVAE:
@@ -236,7 +237,7 @@ def write_images(folder: Path, count: int = 24) -> None:
 def run_config(images: Path, output: Path, **changes) -> DvaeConfig:
     settings = {
         "data_path": str(images), "output_dir": str(output), "device": "cpu", "num_workers": 0, "input_size": 16,
-        "batch_size": 8, "epochs": 2, "warmup_steps": 2, "eval_images": 10, "save_ckpt_steps": 1, **SMALL,
+        "batch_size": 8, "epochs": 2, "warmup_steps": 2, "eval_images": 10, "save_ckpt_steps": 1, **SETTINGS,
     }  # fmt: skip
     return DvaeConfig(**{**settings, **changes})
 
