@@ -54,7 +54,7 @@ def test_what_was_not_recorded_refuses_nothing_and_is_said_once(caplog):
     with caplog.at_level(logging.WARNING):
         assert compare({"args": {"reduce_zero_label": True}}, own, "official.pth") == frozenset()
     (message,) = caplog.messages
-    assert "official.pth does not record its tokenizer, classes, backbone" in message
+    assert "official.pth does not record its tokenizer, teacher, classes, backbone" in message
     assert "target" not in message  # all official files predict visual tokens
     assert "reduce_zero_label" not in message  # version 0.1 had it among its settings
     with pytest.raises(InputError, match="another prediction target"):
