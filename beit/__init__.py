@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
     beit_base_patch16_224: Model[VisionTransformer]
     beit_base_patch16_224_8k_vocab: Model[VisionTransformerForMaskedImageModeling]
+    beit_base_patch16_224_8k_vocab_cls_pt: Model[VisionTransformerForMaskedImageModeling]
     beit_base_patch16_384: Model[VisionTransformer]
     beit_large_patch16_224: Model[VisionTransformer]
     beit_large_patch16_224_8k_vocab: Model[VisionTransformerForMaskedImageModeling]
+    beit_large_patch16_224_8k_vocab_cls_pt: Model[VisionTransformerForMaskedImageModeling]
     beit_large_patch16_384: Model[VisionTransformer]
     beit_large_patch16_512: Model[VisionTransformer]
     beit_small_patch16_224: Model[VisionTransformer]
@@ -34,11 +36,11 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockwiseMaskGenerator", "DiscreteVAE", "InputError", "KeyReport", "RandomMaskGenerator", "VisionTransformer",
     "VisionTransformerForMaskedImageModeling", "VisualTokenizer", "beit_base_patch16_224",
-    "beit_base_patch16_224_8k_vocab", "beit_base_patch16_384", "beit_large_patch16_224",
-    "beit_large_patch16_224_8k_vocab", "beit_large_patch16_384", "beit_large_patch16_512", "beit_small_patch16_224",
-    "beit_small_patch16_224_8k_vocab", "beit_tiny_patch16_224", "beit_tiny_patch16_224_8k_vocab", "create_model",
-    "download_tokenizer", "extract_feat", "get_model", "inference_model", "list_models", "load_pretrained",
-    "load_tokenizer",
+    "beit_base_patch16_224_8k_vocab", "beit_base_patch16_224_8k_vocab_cls_pt", "beit_base_patch16_384",
+    "beit_large_patch16_224", "beit_large_patch16_224_8k_vocab", "beit_large_patch16_224_8k_vocab_cls_pt",
+    "beit_large_patch16_384", "beit_large_patch16_512", "beit_small_patch16_224", "beit_small_patch16_224_8k_vocab",
+    "beit_tiny_patch16_224", "beit_tiny_patch16_224_8k_vocab", "create_model", "download_tokenizer", "extract_feat",
+    "get_model", "inference_model", "list_models", "load_pretrained", "load_tokenizer",
 ]  # fmt: skip
 
 _HOMES = {

@@ -17,6 +17,7 @@ def _job(settings: str, main: str, help: str) -> Command:
 
 COMMANDS = {
     "pretrain": _job("PretrainingConfig", "pretraining:main", "pre-train BEiT on images"),
+    "pretrain-v2": _job("PretrainingV2Config", "pretraining:main", "pre-train BEiT v2 on images"),
     "finetune": _job("FinetuningConfig", "finetuning:main", "fine-tune or evaluate a classifier"),
     "probe": _job("LinearProbeConfig", "linear_probe:main", "train linear heads on frozen features"),
     "dvae": _job("DvaeConfig", "dvae_training:main", "train a tokenizer on your images"),

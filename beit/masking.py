@@ -1,4 +1,4 @@
-"""Masks of patches: blockwise (the method's) and random with an exact count.
+"""Masks of patches: blockwise (the method's), blockwise with an exact count (BEiT v2's), and random.
 
 :data:`beit.registry.MASK_STRATEGIES` lists them by name. A strategy is called with the arguments of
 :class:`BlockwiseMaskGenerator` up to ``max_num_patches`` and gives a :class:`MaskGenerator`.
@@ -151,6 +151,21 @@ class BlockwiseMaskGenerator:
             if len(self._fitting_blocks(smaller)):
                 return f"{what}; min_num_patches {smaller} works"
         return f"{what}; widen the aspect ratios (0.3 to 3.33 is usual) or use random masks"
+
+
+class ExactBlockwiseMaskGenerator(BlockwiseMaskGenerator):
+    """Masks exactly ``num_mask_patches`` patches: blocks, and where they leave some over, single patches at random.
+
+    Source: the authors' code for BEiT v2 (arXiv 2208.06366).
+    """
+
+    def __call__(self, rng: np.random.Generator) -> NDArray[np.bool_]:
+        """Returns a bool array ``(H, W)``, True at ``num_mask_patches`` masked patches."""
+        mask = super().__call__(rng)
+        left = np.flatnonzero(~mask)
+        missing = self.num_mask_patches - (mask.size - len(left))
+        mask.flat[rng.choice(left, missing, replace=False)] = True
+        return mask
 
 
 class RandomMaskGenerator:

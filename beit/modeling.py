@@ -244,6 +244,12 @@ class Block(nn.Module):
         x = x + self._branch(self.attn(self.norm1(x), index, bias), self.gamma_1)
         return x + self._branch(self.mlp(self.norm2(x)), self.gamma_2)
 
+    @torch.no_grad()
+    def damp(self, layer: int) -> None:
+        """Divides the weights of ``proj`` and ``fc2`` by sqrt(2 layer), where ``layer`` counts the blocks from 1."""
+        for linear in (self.attn.proj, self.mlp.fc2):
+            linear.weight.div_(math.sqrt(2.0 * layer))
+
     def _branch(self, x: Tensor, gamma: Tensor | None) -> Tensor:
         return self.drop_path(x if gamma is None else gamma * x)
 
@@ -323,26 +329,28 @@ class Backbone(nn.Module):
         self.patch_embed = patch_embed
         self.pos_drop = nn.Dropout(drop_rate)
         self.rel_pos_bias = RelativePositionBias(window, num_heads) if use_shared_rel_pos_bias else None
-        blocks = nn.ModuleList(
-            Block(
-                embed_dim,
-                num_heads=num_heads,
-                mlp_ratio=mlp_ratio,
-                qkv_bias=qkv_bias,
-                drop=drop_rate,
-                attn_drop=attn_drop_rate,
-                drop_path=drop_path_rate * layer / max(depth - 1, 1),
-                init_values=init_values,
-                norm_layer=self.norm_layer,
-                window_size=window if use_rel_pos_bias else None,
-            )
-            for layer in range(depth)
+        self._new_block = partial(
+            Block,
+            embed_dim,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            qkv_bias=qkv_bias,
+            drop=drop_rate,
+            attn_drop=attn_drop_rate,
+            init_values=init_values,
+            norm_layer=self.norm_layer,
+            window_size=window if use_rel_pos_bias else None,
         )
-        self.blocks = cast("Sequence[Block]", blocks)
+        self.blocks = self.new_blocks(0, depth, drop_path_rate, depth)
         # One index for all tables. It follows from the window, so our checkpoints leave it out.
         index = relative_position_index(window) if use_rel_pos_bias or use_shared_rel_pos_bias else None
         self.register_buffer("relative_position_index", index, persistent=False)
         self.register_load_state_dict_pre_hook(_drop_relative_position_index)
+
+    def new_blocks(self, start: int, stop: int, drop_path_rate: float, depth: int) -> Sequence[Block]:
+        """Builds blocks ``start`` to ``stop - 1`` of a stack of ``depth``, whose drop rate grows from 0 linearly."""
+        rates = (drop_path_rate * layer / max(depth - 1, 1) for layer in range(start, stop))
+        return cast("Sequence[Block]", nn.ModuleList(self._new_block(drop_path=rate) for rate in rates))
 
     def _refuse(self, official: Mapping[str, object], sizes: Mapping[str, float | Size]) -> None:
         for keyword, value in official.items():
@@ -377,7 +385,13 @@ class Backbone(nn.Module):
         return self.pos_drop(tokens)
 
     def forward_blocks(
-        self, x: Tensor, *, stop: int | None = None, keep: Collection[int] = (), biases: Biases | None = None
+        self,
+        x: Tensor,
+        *,
+        stop: int | None = None,
+        keep: Collection[int] = (),
+        biases: Biases | None = None,
+        blocks: Sequence[Block] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Runs tokens through the blocks; returns the last output and those of ``keep``, before any norm.
 
@@ -386,10 +400,11 @@ class Backbone(nn.Module):
             stop: Number of blocks to run; None for all.
             keep: Blocks, counted from 0, to return the outputs of, in the order of the blocks.
             biases: From :meth:`position_biases`, to look up no table here.
+            blocks: Other blocks than the model's stack.
         """
         index, shared = self.relative_position_index, None if biases else self._shared_bias()
         kept = []
-        for layer, block in enumerate(islice(self.blocks, stop)):
+        for layer, block in enumerate(islice(blocks or self.blocks, stop)):
             inputs = (x, None, biases[layer]) if biases else (x, index, shared)
             recompute = self.grad_checkpointing and self.training
             x = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
@@ -478,8 +493,9 @@ class Backbone(nn.Module):
         """Selects ``"sdpa"`` (fused, the default) or ``"eager"`` attention; raises InputError for other names."""
         if implementation not in ("sdpa", "eager"):
             raise InputError(f"unknown attention {implementation!r}: choose 'sdpa' or 'eager'")
-        for block in self.blocks:
-            block.attn.fused = implementation == "sdpa"
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.fused = implementation == "sdpa"
 
     @torch.no_grad()
     def set_input_size(self, img_size: Size) -> None:
@@ -522,8 +538,7 @@ class Backbone(nn.Module):
         if self.relative_position_index is not None:  # for a model that comes from the meta device
             self.relative_position_index.copy_(relative_position_index(self.patch_embed.grid_size))
         for layer, block in enumerate(self.blocks, start=1):
-            block.attn.proj.weight.div_(math.sqrt(2.0 * layer))
-            block.mlp.fc2.weight.div_(math.sqrt(2.0 * layer))
+            block.damp(layer)
 
     def draw_(self, parameter: Tensor) -> None:
         """Samples a matrix or a token in place from N(0, init_std²), truncated at ±init_limit."""
@@ -606,26 +621,62 @@ class VisionTransformer(Backbone):
 class VisionTransformerForMaskedImageModeling(Backbone):
     """Predicts the visual tokens of masked patches, or any other target of ``vocab_size`` numbers per patch.
 
+    With ``head_layers`` it predicts them twice, as BEiT v2 does: the second time from the patches as an early block
+    leaves them and the class token of the last, mixed by further blocks. What the second prediction needs to know of
+    the last blocks passes through the class token, which so learns to describe the image. Those blocks share the
+    relative position bias and are thrown away after pre-training.
+
+    Source: section 2.3 of BEiT v2 (arXiv 2208.06366), there called patch aggregation.
+
     Args:
         vocab_size: Number of visual tokens, or of regressed values per patch.
         init_std: Standard deviation of the initial weights before truncation.
+        head_layers: Number of blocks for the second prediction; 0 for none.
+        early_layers: The block, from 1, whose patches they see; by default the last but three, as published.
+        shared_lm_head: Use the same norm and linear layer for both predictions.
+        drop_path_rate: See :class:`Backbone`; the further blocks go on where ``early_layers`` is.
         **backbone: Keywords of :class:`Backbone`.
+
+    Raises:
+        InputError: There is no block ``early_layers``.
     """
 
     has_mask_token = True
 
-    def __init__(self, *, vocab_size: int = 8192, init_std: float = 0.02, **backbone: Any) -> None:
-        super().__init__(**backbone)
+    def __init__(
+        self,
+        *,
+        vocab_size: int = 8192,
+        init_std: float = 0.02,
+        head_layers: int = 0,
+        early_layers: int | None = None,
+        shared_lm_head: bool = True,
+        drop_path_rate: float = 0.0,
+        **backbone: Any,
+    ) -> None:
+        super().__init__(drop_path_rate=drop_path_rate, **backbone)
         self.vocab_size = vocab_size
         self.init_std = self.init_limit = init_std  # truncated at one standard deviation
         self.norm = self.norm_layer(self.embed_dim)
         self.lm_head = nn.Linear(self.embed_dim, vocab_size)
+        depth = self.get_num_layers()
+        self.early_layers = early = max(1, depth - 3) if early_layers is None else early_layers
+        if head_layers < 0 or not 1 <= early <= depth:
+            raise InputError(f"early_layers {early}, head_layers {head_layers}: they are 1 to {depth}, and 0 or more")
+        stop = early + head_layers
+        further = self.new_blocks(early, stop, drop_path_rate, max(depth, stop)) if head_layers else None
+        self.cls_pt_layers = further
+        own = head_layers and not shared_lm_head
+        self.cls_pt_norm = self.norm_layer(self.embed_dim) if own else None
+        self.cls_pt_lm_head = nn.Linear(self.embed_dim, vocab_size) if own else None
         self.init_weights()
 
     def forward(
         self, x: Tensor, bool_masked_pos: Tensor, return_all_tokens: bool = False, masked_index: Tensor | None = None
-    ) -> Tensor:
+    ) -> Tensor | list[Tensor]:
         """Returns logits ``(M, vocab_size)`` for the ``M`` masked patches, image by image and row by row.
+
+        With ``head_layers`` they are the first of a list; the second are those predicted through the class token.
 
         Args:
             x: Normalised images ``(B, C, H, W)``.
@@ -637,17 +688,36 @@ class VisionTransformerForMaskedImageModeling(Backbone):
         Raises:
             InputError: Images or mask do not have the model's size.
         """
-        tokens, _ = self.forward_blocks(self.embed(x, bool_masked_pos))
-        patches = tokens[:, 1:]
-        if not return_all_tokens:
-            if masked_index is None:
-                masked_index = self._flat_mask(bool_masked_pos, len(x)).flatten().nonzero().flatten()
-            patches = patches.flatten(0, 1).index_select(0, masked_index)  # (M, D)
-        return self.lm_head(self.norm(patches))
+        if masked_index is None and not return_all_tokens:
+            masked_index = self._flat_mask(bool_masked_pos, len(x)).flatten().nonzero().flatten()
+        index = None if return_all_tokens else masked_index
+        tokens, kept = self.forward_blocks(self.embed(x, bool_masked_pos), keep=(self.early_layers - 1,))
+        logits = self.lm_head(self.norm(_patches_of(tokens, index)))
+        if self.cls_pt_layers is None:
+            return logits
+        mixed = torch.cat((tokens[:, :1], kept[0][:, 1:]), dim=1)  # (B, N+1, D)
+        mixed, _ = self.forward_blocks(mixed, blocks=self.cls_pt_layers)
+        norm, head = self.cls_pt_norm or self.norm, self.cls_pt_lm_head or self.lm_head
+        return [logits, head(norm(_patches_of(mixed, index)))]
 
     def forward_features(self, x: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
         """Returns all tokens after the final norm, ``(B, N + 1, D)``; without a mask nothing is hidden."""
         return self.norm(self.forward_blocks(self.embed(x, bool_masked_pos))[0])
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Reinitialises every parameter; linear layers of the further blocks get torch's default, as official."""
+        super().init_weights()
+        for layer, block in enumerate(self.cls_pt_layers or (), start=self.early_layers + 1):
+            for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+                linear.reset_parameters()
+            block.damp(layer)
+
+
+def _patches_of(tokens: Tensor, index: Tensor | None) -> Tensor:
+    """Returns the patches ``index`` ``(M,)`` of all in tokens ``(B, N + 1, D)``: ``(M, D)``; None for ``(B, N, D)``."""
+    patches = tokens[:, 1:]
+    return patches if index is None else patches.flatten(0, 1).index_select(0, index)
 
 
 def resize_position_embedding(pos_embed: Tensor, source_grid: tuple[int, int], target_grid: tuple[int, int]) -> Tensor:

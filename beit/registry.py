@@ -20,6 +20,7 @@ Table = dict[str, str | Factory]
 
 MASK_STRATEGIES: Table = {  # called like `beit.masking.BlockwiseMaskGenerator`
     "block": "beit.masking:BlockwiseMaskGenerator",
+    "block_exact": "beit.masking:ExactBlockwiseMaskGenerator",
     "random": "beit.masking:RandomMaskGenerator",
 }
 TARGETS: Table = {  # subclasses of `beit.targets.PredictionTarget`; a run calls their `build`

@@ -1,14 +1,15 @@
 """What pre-training predicts for a patch: its visual token, its pixels, or whatever a subclass defines.
 
 A target reads a batch on the device: ``image``, the model's view, uint8 ``(B, 3, H, W)``; ``mask``, bool
-``(B, h, w)``; and, if ``second_view``, ``token_image``, the same regions at another size, uint8 ``(B, 3, H2, W2)``.
+``(B, h, w)``; and, if ``second_view``, ``token_image``, the same regions at another size, uint8 ``(B, 3, H2, W2)``,
+unless that would be the same pixels.
 Patch ``i`` is element ``i`` of the flattened ``(B, h, w)``. A line in :data:`beit.registry.TARGETS` adds a choice.
 """
 
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,8 @@ from beit.errors import InputError
 from beit.tokenizers.base import VisualTokenizer
 
 VISUAL_TOKENS = "visual tokens"  # what a checkpoint that records no target was trained to predict
+
+ResultT = TypeVar("ResultT")
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +123,7 @@ class TokenTarget(PredictionTarget):
 
     def compute(self, batch: Batch, index: Tensor) -> Tensor:
         """Returns the tokens of patches, int64 ``(M,)``; warns if those of a first batch are nearly all the same."""
-        tokens = self.tokenizer.encode(to_unit_range(batch["token_image"]), index=index)
+        tokens = self.tokenizer.encode(self._view(batch), index=index)
         if self._batches_to_check and len(tokens):
             most = int(torch.bincount(tokens).max())
             self._batches_to_check = 0 if most > 0.9 * len(tokens) else self._batches_to_check - 1
@@ -164,12 +167,17 @@ class TokenTarget(PredictionTarget):
 
     def pictures(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Returns the decoded true tokens, and the same with predicted tokens at masked patches."""
-        tokens = self.tokenizer.encode(to_unit_range(batch["token_image"]))  # (B, h, w)
+        tokens = self.tokenizer.encode(self._view(batch))  # (B, h, w)
         filled = torch.where(batch["mask"], outputs.argmax(dim=-1).view_as(tokens), tokens)
         return {
             "dVAE reconstruction": self.tokenizer.decode(tokens),
             "predicted tokens decoded": self.tokenizer.decode(filled),
         }
+
+    @staticmethod
+    def _view(batch: Batch) -> Tensor:
+        """Returns what the tokenizer sees, float32 ``(B, 3, H2, W2)`` in [0, 1]."""
+        return to_unit_range(batch.get("token_image", batch["image"]))
 
 
 class PixelTarget(PredictionTarget):
@@ -281,27 +289,46 @@ def with_patch_index(batch: Batch, predict: str = "masked", room: int = 0) -> di
 
 
 class MaskedPrediction:
-    """The objective: the target's loss on masked images, normalised with ``mean`` and ``std`` per channel."""
+    """The objective: the target's loss on masked images, normalised with ``mean`` and ``std`` per channel.
+
+    The losses of a model that predicts the target several times are added up; theirs and their metrics are numbered.
+    """
 
     def __init__(self, target: PredictionTarget, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         self.target = target
         self._mean, self._std = mean, std
 
-    def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Returns outputs ``(M, output_size)`` and targets ``(M, …)`` of the chosen patches of a batch."""
+    def predict(self, model: nn.Module, batch: Batch) -> tuple[list[Tensor], Tensor]:
+        """Returns each prediction's outputs ``(M, output_size)``, and targets ``(M, …)``, of the chosen patches."""
         index = batch["patch_index"]
         targets = self.target.compute(batch, index)
         images = normalize(batch["image"], self._mean, self._std)
-        outputs = model(images, batch["mask"], masked_index=batch.get("padded_index", index))
-        return outputs[: len(index)], targets  # without the predictions for padding
+        outputs = _listed(model(images, batch["mask"], masked_index=batch.get("padded_index", index)))
+        return [each[: len(index)] for each in outputs], targets  # without the predictions for padding
 
     def outputs_of_all(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Returns the outputs of all patches, ``(B, N, output_size)``, masked or not."""
-        return model(normalize(batch["image"], self._mean, self._std), batch["mask"], return_all_tokens=True)
+        """Returns the first prediction's outputs of all patches, ``(B, N, output_size)``, masked or not."""
+        images = normalize(batch["image"], self._mean, self._std)
+        return _listed(model(images, batch["mask"], return_all_tokens=True))[0]
 
     def __call__(self, model: nn.Module, batch: Batch, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss of a batch and the target's metrics."""
         outputs, targets = self.predict(model, batch)
         with torch.no_grad():
-            metrics = self.target.metrics(outputs.detach(), targets)
-        return self.target.loss(outputs, targets), metrics
+            metrics = [self.target.metrics(each.detach(), targets) for each in outputs]
+        losses = [self.target.loss(each, targets) for each in outputs]
+        if len(losses) == 1:
+            return losses[0], metrics[0]
+        parts = [{"loss": loss.detach(), **more} for loss, more in zip(losses, metrics, strict=True)]
+        return torch.stack(losses).sum(), numbered(parts)
+
+
+def numbered(results: Sequence[Mapping[str, ResultT]]) -> dict[str, ResultT]:
+    """Returns the results of several predictions as one mapping, numbered from 1: ``loss_1``; of one as they are."""
+    if len(results) == 1:
+        return dict(results[0])
+    return {f"{name}_{number}": value for number, one in enumerate(results, 1) for name, value in one.items()}
+
+
+def _listed(outputs: Tensor | list[Tensor]) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else outputs

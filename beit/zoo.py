@@ -43,6 +43,9 @@ _BASE = {"embed_dim": 768, "depth": 12, "num_heads": 12, "init_values": 0.1}
 _LARGE = {"embed_dim": 1024, "depth": 24, "num_heads": 16, "init_values": 1e-5}
 
 
+_CLS_PT = {"head_layers": 2}  # pre-training of the class token, BEiT v2's
+
+
 def _pretraining(**size: float) -> "Model[VisionTransformerForMaskedImageModeling]":
     shared = {"img_size": 224, "use_abs_pos_emb": False, "use_shared_rel_pos_bias": True}
     return Model("beit.modeling:VisionTransformerForMaskedImageModeling", {**shared, **size})
@@ -58,6 +61,8 @@ MODELS: dict[str, "Model[Backbone]"] = {
     "beit_small_patch16_224_8k_vocab": _pretraining(**_SMALL),
     "beit_base_patch16_224_8k_vocab": _pretraining(**_BASE),
     "beit_large_patch16_224_8k_vocab": _pretraining(**_LARGE),
+    "beit_base_patch16_224_8k_vocab_cls_pt": _pretraining(**_BASE, **_CLS_PT),
+    "beit_large_patch16_224_8k_vocab_cls_pt": _pretraining(**_LARGE, **_CLS_PT),
     "beit_tiny_patch16_224": _classifier(224, **_TINY),
     "beit_small_patch16_224": _classifier(224, **_SMALL),
     "beit_base_patch16_224": _classifier(224, **_BASE),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy import ndimage, stats
 
 from beit.errors import InputError
-from beit.masking import BlockwiseMaskGenerator, RandomMaskGenerator
+from beit.masking import BlockwiseMaskGenerator, ExactBlockwiseMaskGenerator, RandomMaskGenerator
 
 CROSS = ndimage.generate_binary_structure(2, 1)  # 4-connected
 
@@ -82,6 +82,35 @@ def test_neighbour_agreement_matches_the_official_generator(masks, reference, na
     assert abs(agreement.std() / std - 1) < 0.05
 
 
+def test_exact_masks_match_the_official_generator_of_beit_v2(golden):
+    # Two samples of 20,000 masks, as above. Breaks if patches are added beside the blocks rather than anywhere.
+    with np.load(golden / "masks_exact.npz") as file:
+        reference = dict(file)
+    generator, rng = ExactBlockwiseMaskGenerator(14, 75, 16), np.random.default_rng(2024)
+    masks = np.stack([generator(rng) for _ in range(20_000)])
+    assert set(masks.sum((1, 2))) == {75}
+    components = [ndimage.label(mask, CROSS)[1] for mask in masks]
+    theirs = reference["stat_comp_hist"]
+    assert two_sample_p(np.bincount(components, minlength=len(theirs)), theirs) > 1e-3
+    mean = reference["stat_mean_mask"]
+    z = (masks.mean(0) - mean) / np.sqrt(2 * mean * (1 - mean) / len(masks))
+    assert np.abs(z).max() < 4.5
+    for name, axis in (("stat_h_agree", 2), ("stat_v_agree", 1)):
+        agreement = 1 - np.diff(masks.view(np.int8), axis=axis).astype(bool).mean((1, 2))
+        assert abs(agreement.mean() - reference[name][0]) < 4 * reference[name][1] * np.sqrt(2 / len(masks))
+        assert abs(agreement.std() / reference[name][1] - 1) < 0.05
+
+
+def test_exact_masks_add_patches_to_those_of_the_first_version():
+    added = []
+    for seed in range(500):
+        blocks = BlockwiseMaskGenerator(14)(np.random.default_rng(seed))
+        exact = ExactBlockwiseMaskGenerator(14)(np.random.default_rng(seed))
+        assert (exact | blocks).sum() == exact.sum() == 75
+        added.append(75 - blocks.sum())
+    assert 0.2 < np.mean(np.array(added) > 0) < 0.5  # a third of the official ones
+
+
 @st.composite
 def blockwise_arguments(draw):
     rows, columns = draw(st.integers(1, 23)), draw(st.integers(1, 23))
@@ -150,7 +179,7 @@ def test_the_advice_works():
         BlockwiseMaskGenerator(3, 8, min_num_patches=7)
 
 
-@pytest.mark.parametrize("generator", [BlockwiseMaskGenerator, RandomMaskGenerator])
+@pytest.mark.parametrize("generator", [BlockwiseMaskGenerator, ExactBlockwiseMaskGenerator, RandomMaskGenerator])
 @pytest.mark.parametrize("count", [0, -3, 197])
 def test_impossible_counts_are_refused(generator, count):
     with pytest.raises(InputError, match="num_mask_patches"):
@@ -174,6 +203,14 @@ def test_a_next_to_impossible_block_still_ends():
     # 1 x 1 is proposed only for areas below 2.25 of 1 … 5,000,000: the redraws run out and a block is placed.
     generator = BlockwiseMaskGenerator(14, num_mask_patches=1, min_num_patches=5_000_000)
     assert generator(np.random.default_rng(0)).sum() == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(2, 23), columns=st.integers(2, 23), seed=st.integers(0, 2**32), data=st.data())
+def test_exact_masks_have_the_exact_count_on_any_grid(rows, columns, seed, data):
+    count = data.draw(st.integers(1, rows * columns))
+    mask = ExactBlockwiseMaskGenerator((rows, columns), count, min_num_patches=1)(np.random.default_rng(seed))
+    assert (mask.dtype, mask.shape, mask.sum()) == (np.bool_, (rows, columns), count)
 
 
 @settings(max_examples=60, deadline=None)

@@ -208,7 +208,8 @@ class TestFromOutside:
             assert loss.isfinite()
             assert loss > 0
             assert target.compute(batch, torch.arange(72)).shape == (72, target.output_size)
-            total = target.loss(*objective.predict(model, with_patch_index(batch)), "sum")
+            (outputs,), targets = objective.predict(model, with_patch_index(batch))
+            total = target.loss(outputs, targets, "sum")
             assert total.item() == pytest.approx(32 * loss.item(), rel=1e-4)
 
 

@@ -16,6 +16,7 @@ CLASSIFIERS = [f"beit_{size}_patch16_224" for size in SIZES] + [
     "beit_large_patch16_512",
 ]
 MASKED_IMAGE_MODELS = [f"beit_{size}_patch16_224_8k_vocab" for size in SIZES]
+CLASS_TOKEN_MODELS = [f"beit_{size}_patch16_224_8k_vocab_cls_pt" for size in ("base", "large")]  # test_class_token.py
 
 # Quoted in the published tables, besides those in official_state_dicts.json; tiny and small are ours.
 PARAMETERS = {"beit_large_patch16_384": 304_998_888}
@@ -28,7 +29,7 @@ def build(name, **overrides):
 
 def test_the_registry_holds_the_named_models():
     # Breaks when a factory is lost or not registered, or is registered under another name than it is imported by.
-    assert list_models() == sorted(CLASSIFIERS + MASKED_IMAGE_MODELS)
+    assert list_models() == sorted(CLASSIFIERS + MASKED_IMAGE_MODELS + CLASS_TOKEN_MODELS)
     assert list_models("*_8k_vocab") == sorted(MASKED_IMAGE_MODELS)
     assert list_models("beit_huge*") == []
     assert all(getattr(beit, name) is MODELS[name] for name in list_models())

@@ -19,7 +19,7 @@ from beit.data.classification import LabelledImages, check_classes, find_images
 from beit.data.datasets import ImageIndex, index_images
 from beit.data.loaders import EpochDataset, EpochLoader
 from beit.errors import InputError, counted
-from beit.modeling import Backbone, VisionTransformerForMaskedImageModeling
+from beit.modeling import Backbone, Block, VisionTransformerForMaskedImageModeling
 from beit.registry import locate
 from beit.tasks.settings import (
     BatchOptions,
@@ -177,7 +177,7 @@ class Task(ABC, Generic[ConfigT]):
 
     def sharded_layers(self, model: nn.Module) -> Iterable[nn.Module]:
         """Returns the layers that ``--shard fsdp`` gathers one by one."""
-        return model.blocks  # type: ignore[return-value]
+        return [module for module in model.modules() if isinstance(module, Block)]
 
     def summary(self) -> Iterator[str]:
         """Yields lines about what is about to run; the batch and the schedule are logged after them."""
@@ -381,7 +381,7 @@ def named_model(config: ModelOptions, *, masked: bool = False, **arguments: obje
     name, builds = config.model, locate(MODELS[config.model].builds) if config.model in MODELS else None
     if isinstance(builds, type) and issubclass(builds, VisionTransformerForMaskedImageModeling) != masked:
         kind = "classifier" if masked else "pre-training model"
-        other = f"{name}_8k_vocab" if masked else name.removesuffix("_8k_vocab")
+        other = f"{name}_8k_vocab" if masked else name.partition("_8k_vocab")[0]
         raise InputError(f"--model {name} is a {kind}; this job needs {other}")
     shared = {"init_values": config.layer_scale_init_value, "use_abs_pos_emb": config.abs_pos_emb}
     try:

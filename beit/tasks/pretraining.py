@@ -15,12 +15,12 @@ from beit.checkpoints.read import read_weights
 from beit.data.datasets import ImageDataset, sample_randomness
 from beit.data.loaders import EpochLoader
 from beit.data.preprocessing import normalization
-from beit.data.transforms import MaskedImageModelingEvalTransform, MaskedImageModelingTransform, size_pair
+from beit.data.transforms import MaskedImageModelingEvalTransform, MaskedImageModelingTransform, Size, size_pair
 from beit.errors import InputError
 from beit.masking import PUBLISHED_SHARE, MaskGenerator
 from beit.modeling import VisionTransformerForMaskedImageModeling
 from beit.registry import MASK_STRATEGIES, TARGETS, resolve
-from beit.targets import VISUAL_TOKENS, MaskedPrediction, PredictionTarget, TokenTarget, with_patch_index
+from beit.targets import VISUAL_TOKENS, MaskedPrediction, PredictionTarget, TokenTarget, numbered, with_patch_index
 from beit.tasks.base import Evaluation, Metrics, Task, find_together, fingerprints, named_model, run
 from beit.tasks.settings import PretrainingConfig
 from beit.tokenizers.base import VisualTokenizer, load_tokenizer
@@ -33,11 +33,17 @@ from beit.training.optim import parameter_groups
 from beit.training.precision import AMP_DTYPES, Precision, resolve_amp_dtype
 from beit.training.state import Batch, StepFunction
 from beit.visualization.image_log import reconstruction_picture, spread_samples
+from beit.zoo import MODELS
 
 logger = logging.getLogger(__name__)
 
 PUBLISHED_LR, PUBLISHED_MIN_LR, PUBLISHED_BATCH = 1.5e-3, 1e-5, 2048
 MASK_DRAWS = 1000
+CLS_PT = (
+    "early_layers",
+    "head_layers",
+    "shared_lm_head",
+)  # settings of models that also predict through the class token
 
 
 def main(config: PretrainingConfig) -> None:
@@ -73,10 +79,11 @@ class Pretraining(Task[PretrainingConfig]):
         config = self.config
         transform = MaskedImageModelingTransform(
             config.input_size,
-            config.second_input_size if self.target.second_view else None,
+            second_view_size(config, self.target),
             interpolation=config.train_interpolation,
             second_interpolation=config.second_interpolation,
             color_jitter=config.color_jitter,
+            scale=(config.min_crop, 1.0),
             mask_generator=self.masks,
         )
         return self.loader_of(ImageDataset(self.index, transform, config.seed, fast_decode=config.fast_decode))
@@ -173,7 +180,12 @@ def build_tokenizer(config: PretrainingConfig, device: torch.device) -> VisualTo
             "pixels needs none"
         )
     dtype = tokenizer_dtype(config, device)
-    return load_tokenizer(path, config.discrete_vae_type, device, dtype, config.tokenizer_compile)
+    tokenizer = load_tokenizer(path, config.discrete_vae_type, device, dtype, config.tokenizer_compile)
+    sizes = {"codebook_size": tokenizer.vocab_size, "codebook_dim": getattr(tokenizer, "codebook_dim", None)}
+    for name, size in sizes.items():
+        if size is not None and (wanted := getattr(config, name)) not in (None, size):
+            raise InputError(f"--{name} {wanted}: the tokenizer {path} has {size}; leave the flag out, or give another")
+    return tokenizer
 
 
 def tokenizer_dtype(config: PretrainingConfig, device: torch.device) -> torch.dtype:
@@ -197,10 +209,16 @@ def build_model(config: PretrainingConfig, output_size: int) -> VisionTransforme
         vocab_size=output_size,
         drop_path_rate=config.drop_path,
         use_shared_rel_pos_bias=config.rel_pos_bias,
+        **({name: getattr(config, name) for name in CLS_PT} if predicts_twice(config) else {}),
     )
     assert isinstance(model, VisionTransformerForMaskedImageModeling)
     model.set_grad_checkpointing(config.grad_checkpointing)
     return model
+
+
+def predicts_twice(config: PretrainingConfig) -> bool:
+    """Whether the model's name says that it also predicts through the class token, as BEiT v2's do."""
+    return config.model in MODELS and "head_layers" in MODELS[config.model].arguments
 
 
 def build_mask_generator(config: PretrainingConfig, grid_size: tuple[int, int]) -> MaskGenerator:
@@ -226,13 +244,20 @@ def describe_masks(masks: MaskGenerator) -> str:
     return line
 
 
+def second_view_size(config: PretrainingConfig, target: PredictionTarget) -> Size | None:
+    """Returns the size of the tokenizer's view, where there is one and its pixels are not those of the model's."""
+    first = size_pair(config.input_size), config.train_interpolation
+    second = size_pair(config.second_input_size), config.second_interpolation
+    return config.second_input_size if target.second_view and (first != second or "random" in first) else None
+
+
 def evaluation_transform(
     config: PretrainingConfig, target: PredictionTarget, masks: MaskGenerator
 ) -> MaskedImageModelingEvalTransform:
     """Creates the views of images that are not trained on."""
     return MaskedImageModelingEvalTransform(
         config.input_size,
-        config.second_input_size if target.second_view else None,
+        second_view_size(config, target),
         interpolation=config.train_interpolation,
         second_interpolation=config.second_interpolation,
         mask_generator=masks,
@@ -286,19 +311,25 @@ def evaluate(model: nn.Module, objective: MaskedPrediction, loader: EpochLoader,
     """
     model.eval()
     target, device = objective.target, precision.device
-    totals = {"loss": torch.zeros((), device=device), "patches": torch.zeros((), dtype=torch.int64, device=device)}
+    totals: dict[tuple[int, str], Tensor] = {}  # (number of the prediction, what is added up)
     for host_batch in loader.epoch(0):
         batch = to_device(with_patch_index(host_batch), device)
         with precision.autocast(), uncompiled():
-            outputs, targets = objective.predict(model, batch)
-        totals["patches"] += len(outputs)
-        for name, value in {"loss": target.loss(outputs, targets, "sum"), **target.tally(outputs, targets)}.items():
-            totals[name] = totals[name] + value if name in totals else value
+            predictions, targets = objective.predict(model, batch)
+        for number, outputs in enumerate(predictions):
+            tally = {"loss": target.loss(outputs, targets, "sum"), **target.tally(outputs, targets)}
+            tally["patches"] = torch.full((), len(targets), device=device)
+            for name, value in tally.items():
+                totals[number, name] = totals[number, name] + value if (number, name) in totals else value
     # A process may have had no images; the main one always has some, so it names what there is to add up.
     zeros = distributed.on_main(lambda: {name: torch.zeros_like(value, device="cpu") for name, value in totals.items()})
     totals = {name: distributed.sum_over_ranks(totals.get(name, zero.to(device))) for name, zero in zeros.items()}
-    loss, patches = totals.pop("loss").item(), int(totals.pop("patches").item())
-    return {"loss": loss / patches, **target.scores(totals, patches)}
+    results = []
+    for number in dict.fromkeys(number for number, _ in totals):
+        tally = {name: value for (of, name), value in totals.items() if of == number}
+        patches, loss = int(tally.pop("patches").item()), tally.pop("loss").item()
+        results.append({"loss": loss / patches, **target.scores(tally, patches)})
+    return {"loss": sum(one["loss"] for one in results), **numbered(results)}
 
 
 def log_flags_without_effect(config: PretrainingConfig) -> None:
@@ -309,7 +340,9 @@ def log_flags_without_effect(config: PretrainingConfig) -> None:
         ("target", "tokens"): ("pixel_norm",),
         ("target", "pixels"): (*tokenizer, "second_input_size", "second_interpolation"),
     }
-    default = PretrainingConfig()
+    if not predicts_twice(config):
+        unused["model", config.model] = CLS_PT
+    default = type(config)()
     for (because, value), names in unused.items():
         given = [f"--{name}" for name in names if getattr(config, name) != getattr(default, name)]
         if given and getattr(config, because) == value:

@@ -205,7 +205,9 @@ class MaskingOptions:
 
     GROUP: ClassVar[str] = "masking"
     mask_strategy: str = option("block", "how patches to mask are chosen", choices=MASK_STRATEGIES)
-    num_mask_patches: int = option(75, "most patches masked per image; exactly as many with random", within="[1, inf)")
+    num_mask_patches: int = option(
+        75, "most patches masked per image; exactly as many with random and block_exact", within="[1, inf)"
+    )
     max_mask_patches_per_block: int | None = option(None, "most patches of a block; no limit", within="[1, inf)")
     min_mask_patches_per_block: int = option(16, "smallest masked block, in patches", within="[0, inf)")
 
@@ -218,12 +220,32 @@ class TargetOptions:
     target: str = option("tokens", "what is predicted of a patch", choices=TARGETS)
     pixel_norm: bool = option(True, "pixels: predict them normalised by their patch's mean and standard deviation")
     predict: str = option("masked", "which patches are predicted in training", choices=("masked", "all"))
-    discrete_vae_weight_path: str | None = option(None, "folder of the tokenizer")
-    discrete_vae_type: str = option("dall-e", "kind of tokenizer", choices=TOKENIZERS)
+    discrete_vae_weight_path: str | None = option(
+        None, "folder or file of the tokenizer", aliases=("tokenizer_weight",)
+    )
+    discrete_vae_type: str = option("dall-e", "kind of tokenizer", choices=TOKENIZERS, aliases=("tokenizer_model",))
+    codebook_size: int | None = option(
+        None, "tokens that it must have; by default what it has", within="[1, inf)", aliases=("codebook_n_emd",)
+    )
+    codebook_dim: int | None = option(
+        None, "length of a code that it must have, likewise", within="[1, inf)", aliases=("codebook_emd_dim",)
+    )
     second_input_size: Size = option(112, "size of the tokenizer's view, in pixels (HEIGHTxWIDTH or one number)")
     second_interpolation: str = option("lanczos", "interpolation of the tokenizer's view")
     tokenizer_dtype: str = option("auto", "number format of the tokenizer's encoder", choices=AMP_CHOICES)
     tokenizer_compile: bool = option(False, "compile the tokenizer's encoder; takes a minute at the start")
+
+
+@dataclass(frozen=True)
+class ClassTokenOptions:
+    """A second prediction through the class token."""
+
+    GROUP: ClassVar[str] = "models called ..._cls_pt"
+    early_layers: int | None = option(
+        None, "block, from 1, whose patches the further blocks see; 9 of 12 and 21 of 24 by default", within="[1, inf)"
+    )
+    head_layers: int = option(2, "further blocks", within="[1, inf)")
+    shared_lm_head: bool = option(True, "one norm and linear layer for both predictions")
 
 
 @dataclass(frozen=True)
@@ -232,7 +254,7 @@ class TrainedOptions(TrainedModelOptions, BatchOptions, EpochOptions, CosineOpti
 
 
 @dataclass(frozen=True)
-class PretrainingConfig(DataOptions, MaskingOptions, TargetOptions, TrainedOptions):
+class PretrainingConfig(DataOptions, MaskingOptions, TargetOptions, ClassTokenOptions, TrainedOptions):
     """The settings of ``run_beit_pretraining.py``: every official flag, with its official default."""
 
     GROUP: ClassVar[str] = "pre-training"
@@ -246,9 +268,23 @@ class PretrainingConfig(DataOptions, MaskingOptions, TargetOptions, TrainedOptio
     input_size: Size = option(224, "size of the model's view, in pixels (HEIGHTxWIDTH or one number)")
     train_interpolation: str = option("bicubic", "interpolation of the model's view")
     color_jitter: float = option(0.4, "strength of brightness, contrast and saturation jitter", within="[0, inf)")
+    min_crop: float = option(
+        0.08, "smallest crop, as a share of the image's area", within="(0, 1]", aliases=("min_crop_scale",)
+    )
+    data_set: str = option("image_folder", "unused", no_effect="--data_path says what the images are in")
+    decoupling_aug: bool = option(False, "unused", no_effect="the tokenizer sees the model's crop, as in official runs")
     imagenet_default_mean_and_std: bool = option(False, "normalise with ImageNet's mean and std instead of 0.5")
     fast_decode: bool = option(False, "decode JPEG files at a reduced scale where that is enough; changes pixels")
     log_images: int = option(0, "reconstructions in --log_dir per epoch, of held-out images if any", within="[0, inf)")
+
+
+@dataclass(frozen=True)
+class PretrainingV2Config(PretrainingConfig):
+    """The settings of ``run_beitv2_pretraining.py``: the same job, with the official defaults of BEiT v2."""
+
+    mask_strategy: str = option("block_exact", "how patches to mask are chosen", choices=MASK_STRATEGIES)
+    discrete_vae_type: str = option("vqkd", "kind of tokenizer", choices=TOKENIZERS, aliases=("tokenizer_model",))
+    second_input_size: Size = option(224, "size of the tokenizer's view, in pixels (HEIGHTxWIDTH or one number)")
 
 
 @dataclass(frozen=True)

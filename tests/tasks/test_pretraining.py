@@ -133,7 +133,7 @@ def test_evaluation_equals_a_naive_count(setting):
     right, losses, seen = [], [], []
     for index in range(20):
         sample = {name: value[None] for name, value in dataset[(0, index)].items() if torch.is_tensor(value)}
-        logits, tokens = objective.predict(model.eval(), with_patch_index(sample))
+        (logits,), tokens = objective.predict(model.eval(), with_patch_index(sample))
         right += (logits.argmax(1) == tokens).tolist()
         losses += F.cross_entropy(logits, tokens, reduction="none").tolist()
         seen += tokens.tolist()
@@ -424,7 +424,7 @@ class TestOtherTargets:
         for index in range(20):
             sample = {name: value[None] for name, value in dataset[(0, index)].items() if torch.is_tensor(value)}
             with torch.no_grad():
-                output, targets = objective.predict(model, with_patch_index(sample))
+                (output,), targets = objective.predict(model, with_patch_index(sample))
             outputs += output.numpy().tolist()
             truth += targets.numpy().tolist()
         errors = (np.array(outputs) - np.array(truth)) ** 2
