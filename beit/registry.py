@@ -32,6 +32,10 @@ TOKENIZERS: Table = {  # (path, dtype, compiled) -> `beit.tokenizers.base.Visual
     "customized": "beit.tokenizers.dvae:open_customized",
     "vqkd": "beit.tokenizers.vqkd:open_vqkd",
 }
+TOKENIZERS |= {  # --tokenizer_model of official commands
+    f"vqkd_encoder_base_decoder_{decoder}": TOKENIZERS["vqkd"]
+    for decoder in ("3x768x12_clip", "1x768x12_clip", "1x768x12_dino")
+}
 FORMATS: Table = {  # what `beit convert` writes: dialects of `beit.checkpoints.formats`, graphs of `beit.checkpoints`
     "unilm": "beit.checkpoints.formats.unilm:UNILM",
     "huggingface": "beit.checkpoints.formats.huggingface:HUGGINGFACE",

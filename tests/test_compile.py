@@ -68,12 +68,12 @@ def test_padding_changes_no_number(objective):
         torch.testing.assert_close(actual, expected)
 
 
-# Recomputed or not, in float32 or not: each of the four is met once, in two graphs.
-@pytest.mark.parametrize(("autocast", "checkpointing"), [(False, True), (True, False)])
-def test_training_is_one_graph_that_is_compiled_once(objective, autocast, checkpointing):
+# Recomputed or not, in float32 or not, one prediction or two: each of the six is met once, in two graphs.
+@pytest.mark.parametrize(("autocast", "checkpointing", "head_layers"), [(False, True, 2), (True, False, 0)])
+def test_training_is_one_graph_that_is_compiled_once(objective, autocast, checkpointing, head_layers):
     # Masks of several sizes; fullgraph refuses a break. Breaks if a shape depends on the mask, such as an index
     # without padding, or the host looks at a number on the device.
-    plain = model()
+    plain = model(head_layers=head_layers)
     compiled = copy.deepcopy(plain)
     for one in (plain, compiled):
         one.set_grad_checkpointing(checkpointing)

@@ -22,7 +22,7 @@ from beit.modeling import VisionTransformerForMaskedImageModeling
 from beit.registry import MASK_STRATEGIES, TARGETS, resolve
 from beit.targets import VISUAL_TOKENS, MaskedPrediction, PredictionTarget, TokenTarget, numbered, with_patch_index
 from beit.tasks.base import Evaluation, Metrics, Task, find_together, fingerprints, named_model, run
-from beit.tasks.settings import PretrainingConfig
+from beit.tasks.settings import PretrainingConfig, PretrainingV2Config
 from beit.tokenizers.base import VisualTokenizer, load_tokenizer
 from beit.training import distributed
 from beit.training.compilation import uncompiled
@@ -143,6 +143,8 @@ class Pretraining(Task[PretrainingConfig]):
             yield f"tokenizer {config.discrete_vae_weight_path}: {self.target.output_size} tokens"
         else:
             yield f"predicting {self.target.name}: {self.target.output_size} numbers per patch"
+        if isinstance(config, PretrainingV2Config) and not predicts_twice(config):
+            logger.warning("--model %s has no blocks for the class token: BEiT v2's is %s_cls_pt", *[config.model] * 2)
         yield describe_masks(self.masks)
         batch = config.batch_size * config.update_freq * self.session.world_size
         ratio = (config.lr / batch) / (PUBLISHED_LR / PUBLISHED_BATCH)
@@ -176,8 +178,8 @@ def build_tokenizer(config: PretrainingConfig, device: torch.device) -> VisualTo
     if not path:
         raise InputError(
             "--discrete_vae_weight_path is missing: give the tokenizer's folder. `beit download tokenizer DIR` fetches "
-            "OpenAI's, run_dvae_training.py trains one on your images (--discrete_vae_type customized); --target "
-            "pixels needs none"
+            "OpenAI's, run_dvae_training.py trains one on your images (--discrete_vae_type customized), and so does "
+            "run_vqkd_training.py (vqkd); --target pixels needs none"
         )
     dtype = tokenizer_dtype(config, device)
     tokenizer = load_tokenizer(path, config.discrete_vae_type, device, dtype, config.tokenizer_compile)

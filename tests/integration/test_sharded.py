@@ -83,6 +83,24 @@ def test_an_index_that_would_run_code_ends_in_one_line(tmp_path, flags, whole):
     assert len(re.findall(r"^error: .*builtins.exec.*never run$", refused.stderr, re.MULTILINE)) == 1
 
 
+def test_two_losses_in_parts_equal_those_alone(tmp_path, flags, free_port):
+    # Breaks if the blocks for the class token are not gathered, or not saved.
+    script, v2 = (
+        "run_beitv2_pretraining.py",
+        ("--model", "beit_base_patch16_224_8k_vocab_cls_pt", "--early_layers", "1"),
+    )
+    run(script, *flags, *v2, "--total_batch_size", "8", "--output_dir", tmp_path / "alone")
+    run(*TORCHRUN, free_port, script, *flags, *v2, *SHARDED, "--output_dir", tmp_path / "two")
+    ours, theirs = (log_of(tmp_path / name)[-1] for name in ("two", "alone"))
+    for name in ("train_loss_1", "train_loss_2", "train_grad_norm"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
+    shutil.copytree(tmp_path / "two", tmp_path / "on", ignore=shutil.ignore_patterns(".lock"), dirs_exist_ok=True)
+    run(script, *flags, *v2, "--total_batch_size", "8", "--epochs", "4", "--output_dir", tmp_path / "on")
+    assert (
+        "cls_pt_layers.1.mlp.fc2.weight" in torch.load(tmp_path / "on" / "checkpoint-3.pth", weights_only=True)["model"]
+    )
+
+
 def test_finetuning_in_parts_equals_finetuning_alone(tmp_path, free_port):
     # 30 validation images do not come out even: one process has a batch more than the other.
     data = write_data(tmp_path / "data", classes=10, train=4, val=3)
