@@ -53,6 +53,10 @@ def convert(source: str | Path, destination: Path, to: str, model_key: str = "",
     check_segmentors(to, dialect.segmentors, metadata)
     if (target := metadata.get("target", VISUAL_TOKENS)) != VISUAL_TOKENS and to != "unilm":
         logger.warning("the head of %s predicts %s, which %s takes for a vocabulary", source, target, to)
+    further = [name for name in weights if name.startswith("cls_pt_")]
+    if further and to != "unilm":
+        logger.warning("left out, as only BEiT v2's pre-training needs it: %s", listed(further))
+        weights = {name: tensor for name, tensor in weights.items() if name not in further}
     model = whole_model(weights, metadata)
     if dialect.folder is not None and destination.suffix not in dialect.suffixes:
         # A dialect that is only a folder has a place of its own for everything.

@@ -32,14 +32,14 @@ OTHER_TASKS = {
     "norm.": "the final norm of another task",
     "fc_norm.": "of classification",
     "head.": "of classification",
-    "cls_pt_layers.": "of BEiT v2's pre-training",
+    "cls_pt_": "of BEiT v2's pre-training",
     "decode_head.": "of segmentation",
     "auxiliary_head.": "of segmentation",
     "fpn": "of segmentation",
     "roi_heads.": "of detection",
     "proposal_generator.": "of detection",
 }
-HEADS = ("head.", "lm_head.")
+HEADS = ("head.", "lm_head.", "cls_pt_lm_head.")
 
 
 @dataclass(frozen=True)
@@ -240,6 +240,7 @@ def _drop(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Drops heads that do not fit or are not wanted, and parts of other tasks."""
     dropped: dict[str, str] = {}
+    predicts_twice = any(name.startswith("cls_pt_") for name in own)
     if "fc_norm.weight" in own and "fc_norm.weight" not in given and "norm.weight" in given and "head.weight" in given:
         pooled = "its head was trained on the class token: build the model with use_mean_pooling=False to keep it"
         dropped |= {name: pooled for name in given if name.startswith("head.")}
@@ -251,7 +252,7 @@ def _drop(
         elif different:
             sizes = len(given[different[0]]), len(own[different[0]])
             dropped |= dict.fromkeys(names, f"the head has {sizes[0]} outputs, the model {sizes[1]}")
-        elif head == "lm_head." and metadata.get("dialect") in ("BEiT v2", "EVA"):
+        elif head == "lm_head." and metadata.get("dialect") in ("BEiT v2", "EVA") and not predicts_twice:
             dropped |= dict.fromkeys(names, f"{metadata['dialect']} predicts something else")
     for name in given:
         if name not in own and name not in dropped:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from beit.checkpoints.formats import UNKNOWN, huggingface, mmseg, recognise, relative, timm, to_official
 from beit.checkpoints.formats.dialect import Content, Weights
-from beit.checkpoints.formats.recorded import RECORDED
+from beit.checkpoints.formats.recorded import RECORDED, whole
 from beit.checkpoints.formats.relatives import EVA_WIDTH
 from beit.checkpoints.formats.segmentation import PARTS, PUBLISHED_TAPS, depth_of, is_segmentor
 from beit.checkpoints.formats.unilm import INDEX, SHARED_TABLE, TABLE, one_model
@@ -50,7 +50,7 @@ AXES = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}
 MATRICES = (TABLE, "head.weight", "mlp.fc1.weight")
 MODEL_PARTS = (  # beginnings of its names
     *("cls_token", "mask_token", "pos_embed", "patch_embed.", "rel_pos_bias.", "blocks.", "norm.", "fc_norm.", "head."),
-    *("lm_head.", *PARTS),
+    *("lm_head.", "cls_pt_", *PARTS),
 )
 RECORDED_BY_A_RUN = (  # also among its settings; the second row by segmentation
     *("labels", "mean", "std", "crop_pct", "crop_mode", "interpolation"),
@@ -365,9 +365,20 @@ def architecture_of(weights: Weights, metadata: Metadata, *, images: bool = Fals
     }
     if masked:
         head = weights.get("lm_head.weight")
-        return Architecture(True, arguments | {"vocab_size": 8192 if head is None else len(head)})
+        further = _further_blocks(weights, metadata)
+        return Architecture(True, {**arguments, **further, "vocab_size": 8192 if head is None else len(head)})
     mean_pooling = segmentor or "fc_norm.weight" in weights or "norm.weight" not in weights
     return Architecture(False, arguments | {"num_classes": classes, "use_mean_pooling": mean_pooling})
+
+
+def _further_blocks(weights: Weights, metadata: Metadata) -> Content:
+    """Returns what a model was built with to predict through the class token too, as in BEiT v2's pre-training."""
+    if not (blocks := {name.split(".")[1] for name in weights if name.startswith("cls_pt_layers.")}):
+        return {}
+    early = whole(metadata.get("args", {}).get("early_layers"))  # None where the run took the model's own
+    if early is None and depth_of(weights) not in (12, 24) and "args" not in metadata:
+        guess(metadata, "that the last blocks but three feed the second prediction (early_layers= settles it)")
+    return {"head_layers": len(blocks), "early_layers": early, "shared_lm_head": "cls_pt_lm_head.weight" not in weights}
 
 
 def preparation_of(metadata: Metadata, img_size: tuple[int, int]) -> Content:

@@ -13,7 +13,7 @@ from beit.data.preprocessing import default_crop_pct, normalization
 from beit.errors import InputError, did_you_mean
 from beit.storage import beit_home, check_form, download, offline, read_json
 
-RELEASES = "https://github.com/addf400/files/releases/download/v1.0"
+RELEASES = "https://github.com/addf400/files/releases/download"
 # Where the files used to be: many command lines still have these addresses, with or without an access token.
 DEAD_HOSTS = ("unilm.blob.core.windows.net", "conversationhub.blob.core.windows.net")
 
@@ -45,11 +45,12 @@ class ReleasedCheckpoint:
 
 
 def _released(
-    name: str, model: str, num_classes: int | None, hub: str | None = None, imagenet: bool = False, **overrides: object
+    name: str, model: str, num_classes: int | None, hub: str | None = None, imagenet: bool = False, **overrides: Any
 ) -> ReleasedCheckpoint:
     mirror = [f"https://huggingface.co/microsoft/{hub}/resolve/main/pytorch_model.bin"] if hub else []
-    size, (mean, std) = int(re.findall(r"_(\d{3})", name)[0]), normalization(imagenet)
-    urls, crop_pct = (f"{RELEASES}/{name}.pth", *mirror), default_crop_pct((size, size))
+    size, (mean, std) = overrides.get("img_size") or int(re.findall(r"_(\d{3})", name)[0]), normalization(imagenet)
+    folder = "BEiT-v2" if name.startswith("beitv2_") else "v1.0"
+    urls, crop_pct = (f"{RELEASES}/{folder}/{name}.pth", *mirror), default_crop_pct((size, size))
     return ReleasedCheckpoint(name, model, urls, num_classes, size, mean, std, crop_pct, overrides=overrides)
 
 
@@ -66,6 +67,14 @@ def _table() -> dict[str, ReleasedCheckpoint]:
         # A segmentor. The hub's copy taps other blocks, so it is no mirror.
         name = f"beit_{size}_patch16_640_pt22k_ft22ktoade20k"
         rows.append(_released(name, f"beit_{size}_patch16_224", 150, imagenet=True, img_size=640))
+        name, model = f"beitv2_{size}_patch16_224_pt1k", f"beit_{size}_patch16_224"
+        for epochs in ("_300e", ""):  # 300 and 1600
+            rows.append(_released(f"{name}{epochs}", f"{model}_8k_vocab_cls_pt", None, imagenet=True))
+            rows.append(_released(f"{name}{epochs}_ft1k", model, 1000, imagenet=True))
+        rows.append(_released(f"{name}_ft21k", model, 21841, imagenet=True))
+        rows.append(_released(f"{name}_ft21kto1k", model, 1000, imagenet=True))
+        for start in ("ft", "ft21kto"):
+            rows.append(_released(f"{name}_{start}ade20k", model, 150, imagenet=True, img_size=512))
     name, model = "beit_base_patch16_224_pt1k_800ep", "beit_base_patch16_224_8k_vocab"
     other = _released(
         name, model, None, imagenet=True, use_shared_rel_pos_bias=False, use_abs_pos_emb=True, init_values=0.0
@@ -78,8 +87,8 @@ RELEASED: dict[str, ReleasedCheckpoint] = _table()
 
 def released_for(model: str) -> ReleasedCheckpoint:
     """Returns the checkpoint for ``create_model(model, pretrained=True)``, or raises :class:`InputError`."""
-    for suffix in ("_ft22kto1k", ""):
-        name = f"{model.removesuffix('_8k_vocab')}_pt22k{suffix}"
+    stem = model.partition("_8k_vocab")[0]
+    for name in (f"{stem}_pt22k_ft22kto1k", f"{stem}_pt22k", f"{stem.replace('beit', 'beitv2')}_pt1k"):
         if name in RELEASED and RELEASED[name].model == model:
             return RELEASED[name]
     known = sorted({row.model for row in RELEASED.values()})
@@ -131,7 +140,8 @@ def _fetch(url: str) -> Path:
         raise InputError(f"{url!r} names no file")
     row = RELEASED.get(name.removesuffix(".pth"))
     if parts.hostname in DEAD_HOSTS or url.startswith(RELEASES):
-        urls = row.urls if row else (f"{RELEASES}/{name}",)
+        moved = f"{RELEASES}/{'BEiT-v2' if '/beitv2/' in parts.path else 'v1.0'}/{name}"
+        urls = row.urls if row else (url if url.startswith(RELEASES) else moved,)
         return download(urls, beit_home() / "checkpoints" / name, verify=check_form)
     # Files of one name are at many addresses, and "?id=2" is another file than "?id=1".
     query = [pair for pair in parse_qsl(parts.query, keep_blank_values=True) if not ACCESS_TOKEN.fullmatch(pair[0])]
