@@ -4,7 +4,8 @@ import dataclasses
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,8 @@ class Finetuning(Task[FinetuningConfig]):
         shares = self.config.cutmix_minmax
         if shares is not None and not (len(shares) == 2 and shares[0] <= shares[1]):
             raise InputError("--cutmix_minmax takes two shares of a side, the smallest first")
+        if self.config.robust_test and not self.config.eval:
+            raise InputError(f"--robust_test {self.config.robust_test}: is a way to evaluate; give --eval too")
         if self.config.mixes and self.config.batch_size % 2:
             raise InputError(f"--batch_size {self.config.batch_size}: must be even, as mixup and cutmix pair images")
 
@@ -86,6 +89,8 @@ class Finetuning(Task[FinetuningConfig]):
         )
         if config.mixes and len(self.class_names) < 2:
             raise InputError(f"mixup and cutmix need two classes or more; {config.data_path} has one")
+        if config.robust_test:
+            check_variant(config.robust_test, self.class_names)
         self.mean, self.std = normalization(config.imagenet_default_mean_and_std)
         self.eval_transform = ClassificationEvalTransform(config.input_size, crop_pct=config.crop_pct)
 
@@ -202,6 +207,16 @@ def evaluate_checkpoint(config: FinetuningConfig) -> Metrics:
             assert evaluation is not None
             results = evaluation(model, 0)
         return results
+
+
+def check_variant(name: str, class_names: Sequence[str]) -> None:
+    """Raises :class:`InputError` unless the classes are those of ImageNet-R or -A, WordNet ids as timm lists them."""
+    theirs = resources.files("timm.data").joinpath(f"_info/{name}_synsets.txt").read_text(encoding="utf-8").split()
+    if odd := sorted({*theirs} ^ {*class_names}):
+        raise InputError(
+            f"--robust_test {name}: needs its {len(theirs)} classes, each a folder named by its WordNet id; {len(odd)} "
+            f"are missing or others: {listed(odd)}"
+        )
 
 
 def recorded_transform(

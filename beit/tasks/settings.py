@@ -10,6 +10,7 @@ from beit.training.placement import PATIENCE
 
 AMP_CHOICES = ("auto", "bf16", "fp16", "fp32")
 DATA_SETS = ("CIFAR", "IMNET", "image_folder", "CIFAR10")  # the first three have their official names
+VARIANTS = ("imagenet_r", "imagenet_a")  # as timm names the lists of their classes
 IMAGENET_FOLDER = "/datasets01/imagenet_full_size/061417/"  # the official default
 AUTO = "auto"
 ANY_MODEL = "file, folder, released name, URL or hub id"
@@ -327,6 +328,9 @@ class FinetuningConfig(LabelledDataOptions, TrainedOptions):
 
     disable_eval_during_finetuning: bool = option(False, "do not evaluate, and need no validation images")
     eval: bool = option(False, "evaluate only: --resume, else the newest checkpoint in --output_dir")
+    robust_test: str = option(
+        "", "with --eval: the images are those of ImageNet-R or -A, whose 200 classes alone compete", choices=VARIANTS
+    )
     dist_eval: bool = option(False, "unused", no_effect="evaluation is always distributed; each image counts once")
 
     @property

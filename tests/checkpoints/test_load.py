@@ -552,9 +552,10 @@ def test_a_hub_id_without_the_library_or_the_network_is_one_line(monkeypatch):
 
 
 def test_every_released_checkpoint_has_a_model_and_an_address():
-    assert len(RELEASED) == 14
+    assert len(RELEASED) == 14 + 16
     for name, row in RELEASED.items():
-        assert row.urls[0] == f"https://github.com/addf400/files/releases/download/v1.0/{name}.pth"
+        folder = "BEiT-v2" if name.startswith("beitv2_") else "v1.0"
+        assert row.urls[0] == f"https://github.com/addf400/files/releases/download/{folder}/{name}.pth"
         with torch.device("meta"):
             classes = {} if row.num_classes is None else {"num_classes": row.num_classes}
             model = create_model(row.model, **classes, **row.overrides)

@@ -5,6 +5,7 @@ import logging
 import math
 import re
 import shutil
+from importlib import resources
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.data import ImageNetInfo
 
 from beit.config import read_command_line
 from beit.data.classification import CIFAR, ClassificationEvalTransform, find_images, labelled_dataset
@@ -32,6 +34,7 @@ from beit.tasks.finetuning import (
 from beit.tasks.settings import FinetuningConfig
 from beit.training.loop import seed_step
 from beit.training.precision import Precision
+from beit.zoo import create_model
 from tests.data.test_classification import write_cifar
 
 CPU = torch.device("cpu")
@@ -615,3 +618,37 @@ def test_an_evaluation_crops_as_recorded(good_flags, tmp_path, caplog):
     )
     assert plain == other != recorded == asked
     assert "--crop_pct 0.875, where" in caplog.text
+
+
+@pytest.mark.parametrize("variant", ["imagenet_r", "imagenet_a"])
+def test_a_robustness_test_lets_the_200_classes_of_its_images_compete(variant, tmp_path, capsys):
+    # Breaks if the other 800 classes compete, or rows of the head are taken in the order of the folders.
+    every = ImageNetInfo("imagenet-1k").label_names()
+    theirs = (resources.files("timm.data") / f"_info/{variant}_synsets.txt").read_text().split()
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 16, 16, 3), dtype=np.uint8)
+    for name, image in zip(theirs, pixels, strict=True):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        Image.fromarray(image).save(tmp_path / "val" / name / "0.png")
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    torch.manual_seed(0)
+    model = create_model("beit_base_patch16_224", **sizes, num_classes=1000, init_scale=30.0).eval()
+    save_checkpoint(tmp_path / "beit.pth", {"model": model.state_dict()})  # which names no classes, as released ones
+    flags = ("--robust_test", variant, "--data_set", "image_folder", "--data_path", tmp_path / "val", "--device", "cpu")
+    flags += ("--eval_data_path", tmp_path / "val", "--nb_classes", 200, "--num_workers", 0, "--crop_pct", 1)
+    flags += ("--input_size", 16, "--model_kwargs", "patch_size=8", "embed_dim=16", "depth=1", "num_heads=2")
+    results = evaluate_checkpoint(parse("--eval", "--finetune", tmp_path / "beit.pth", *flags))
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 * 2 - 1
+    with torch.no_grad():
+        logits = model(images)[:, [every.index(name) for name in theirs]]
+    assert results["loss"] == pytest.approx(F.cross_entropy(logits, torch.arange(200)).item(), rel=1e-4)
+    assert results["acc1"] == pytest.approx(100 * (logits.argmax(1) == torch.arange(200)).float().mean().item())
+
+    assert launch(FinetuningConfig, main, "", list(map(str, flags)), "prog") == 2
+    assert f"--robust_test {variant}: is a way to evaluate; give --eval too" in capsys.readouterr().err
+    (tmp_path / "val" / theirs[3]).rename(tmp_path / "val" / "cat")
+    resume = ("--eval", "--finetune", tmp_path / "beit.pth")
+    assert launch(FinetuningConfig, main, "", list(map(str, (*resume, *flags))), "prog") == 2
+    line = (
+        f"error: --robust_test {variant}: needs its 200 classes, each a folder named by its WordNet id; 2 are missing"
+    )
+    assert line in capsys.readouterr().err
