@@ -11,6 +11,7 @@ from beit.config import recipe_names
 PAGE = Path(__file__).with_name("reproducing.md")
 EXAMPLES = {  # the command that stands for all of a task
     "pre-training": "pretrain_base_1k_800ep",
+    "BEiT v2 pre-training": "pretrain_v2_base_1600ep",
     "intermediate fine-tuning": "finetune_base_22k",
     "fine-tuning": "finetune_base_pt22k_224",
     "linear probe": "linear_probe_base",
@@ -113,11 +114,14 @@ def _section(recipes: Sequence[Recipe]) -> str:
     if not example.trains:
         head = ("recipe", "of", "quoted result")
         rows = [(f"`{r.name}`", r.fact("start"), r.expected()) for r in recipes]
-    about = [f"- `{r.name}`: {r.fact('source')}.{_sentence(r.fact('note'))}" for r in recipes]
+    about: dict[str, list[str]] = {}
+    for r in recipes:
+        about.setdefault(f"{r.fact('source')}.{_sentence(r.fact('note'))}", []).append(f"`{r.name}`")
+    title = task[0].upper() + task[1:]
     return (
-        f"## {task.capitalize()}\n\n{_table(head, rows)}\n{_data(recipes)}. The command of `{example.name}`; others "
+        f"## {title}\n\n{_table(head, rows)}\n{_data(recipes)}. The command of `{example.name}`; others "
         f"differ in the name, the data and what they start from:\n\n```bash\n{command(example, example.gpus)}\n```\n\n"
-        "Sources and notes:\n\n" + "\n".join(about) + "\n"
+        "Sources and notes:\n\n" + "".join(f"- {', '.join(names)}: {text}\n" for text, names in about.items())
     )
 
 

@@ -13,7 +13,7 @@ import yaml
 from beit.commands.recipes import command, read_recipe
 from beit.config import read_command_line, read_facts, read_yaml, recipe_names
 from beit.tasks.base import resolve_batch
-from beit.tasks.settings import FinetuningConfig, LinearProbeConfig, PretrainingConfig
+from beit.tasks.settings import FinetuningConfig, LinearProbeConfig, PretrainingConfig, PretrainingV2Config
 from semantic_segmentation.config import SETTINGS, check, read_test, read_train
 
 ROOT = Path(__file__).parents[1]
@@ -91,7 +91,24 @@ PUBLISHED = {
     "pretrain_base_1k_300ep_mmpretrain": {**ROW_1K, "epochs": 300, "batch_size": 256},
     "pretrain_large_1k_800ep": LARGE,
 }
+V2 = {
+    **{"model": "beit_base_patch16_224_8k_vocab_cls_pt", "epochs": 1600, "batch_size": 128, "early_layers": None},
+    **{"head_layers": 2, "shared_lm_head": True, "num_mask_patches": 75, "mask_strategy": "block_exact"},
+    **{"input_size": 224, "second_input_size": 224, "train_interpolation": "bicubic", "min_crop": 0.2},
+    **{"second_interpolation": "bicubic", "discrete_vae_type": "vqkd", "imagenet_default_mean_and_std": True},
+    **{"lr": 1.5e-3, "min_lr": 1e-5, "warmup_epochs": 10, "clip_grad": 3.0, "weight_decay": 0.05, "drop_path": 0.1},
+    **{"layer_scale_init_value": 0.1, "opt": "adamw", "opt_eps": 1e-8, "opt_betas": (0.9, 0.999)},
+}
+V2_SHORT = {"epochs": 300, "drop_path": 0.0, "opt_betas": (0.9, 0.98)}
+V2_LARGE = {"model": "beit_large_patch16_224_8k_vocab_cls_pt", "batch_size": 32, "layer_scale_init_value": 1e-5}
+PUBLISHED |= {
+    "pretrain_v2_base_1600ep": V2,
+    "pretrain_v2_base_300ep": V2 | V2_SHORT,
+    "pretrain_v2_large_1600ep": V2 | V2_LARGE,
+    "pretrain_v2_large_300ep": V2 | V2_SHORT | V2_LARGE,
+}
 GPUS = {**dict.fromkeys(PUBLISHED, 16), "pretrain_base_1k_300ep_mmpretrain": 8}
+GPUS |= dict.fromkeys(("pretrain_v2_large_1600ep", "pretrain_v2_large_300ep"), 64)
 PROBE = {
     "model": "beit_base_patch16_224",
     "batch_size": 128,
@@ -130,15 +147,28 @@ segment_base_512_pt2ft  base_12   512 2 1 3e-5 0.9  0.1 0.1  3-5-7-11   768  341
 segment_base_640_pt2ft  base_12   640 2 1 3e-5 0.9  0.1 0.1  3-5-7-11   768  426
 segment_large_512_pt2ft large_24 512 2 1 2e-5 0.95 0.2 1e-6 7-11-15-23 1024 341
 segment_large_640_pt2ft large_24 640 1 2 2e-5 0.95 0.2 1e-6 7-11-15-23 1024 426
+segment_v2_base_512        base_12   512 2 1 5e-5 0.75 0.15 0.1  3-5-7-11   768  341
+segment_v2_base_512_ft21k  base_12   512 2 1 5e-5 0.85 0.15 0.1  3-5-7-11   768  341
+segment_v2_large_512       large_24 512 2 1 4e-5 0.9 0.2 1e-6 7-11-15-23 1024 341
+segment_v2_large_512_ft21k large_24 512 2 1 3e-5 0.9 0.2 1e-6 7-11-15-23 1024 341
 """
 SEGMENTATION_ROWS = {line.split()[0]: line.split()[1:] for line in SEGMENTATION_TABLE.strip().splitlines()}
 CONFIGS = {
     name: f"upernet_beit_{row[0]}_{row[1]}_slide_160k_ade20k_{name.rpartition('_')[2]}"
     for name, row in SEGMENTATION_ROWS.items()
 }
+CONFIGS |= {  # with the names of BEiT v2's
+    f"segment_v2_{size}_512{start}": f"upernet_beit_{size}_{depth}_512_slide_160k_{data}"
+    for size, depth in (("base", 12), ("large", 24))
+    for start, data in (("", "ade20k"), ("_ft21k", "21ktoade20k"))
+}
 MULTI_SCALE = ("segment_base_512_ms", "segment_base_640_ms", "segment_large_512_ms", "segment_large_640_ms")
 QUOTED_MIOU = {
     "segment_base_640_pt2ft": 53.61,
+    "segment_v2_base_512": 53.1,
+    "segment_v2_base_512_ft21k": 53.5,
+    "segment_v2_large_512": 56.7,
+    "segment_v2_large_512_ft21k": 57.54,
     "segment_base_640_ms": 54.26,
     "segment_large_640_pt2ft": 56.7,
     "segment_large_640_ms": 57.0,
@@ -158,7 +188,7 @@ def settings_of(recipe):
 
 
 def config_class(recipe):
-    return CONFIG_OF[recipe.partition("_")[0]]
+    return PretrainingV2Config if recipe.startswith("pretrain_v2") else CONFIG_OF[recipe.partition("_")[0]]
 
 
 def paths_of(recipe):
@@ -315,7 +345,7 @@ class TestSegmentation:
         expected = vars(read_train([CONFIGS[name]]))
         given = {"data_path", "init_from", "output_dir", "deterministic", "launcher", "update_freq"}
         assert {key for key in settings if settings[key] != expected[key]} <= given
-        assert settings["init_from"].startswith("beit_")
+        assert settings["init_from"].startswith("beitv2_" if "_v2_" in name else "beit_")
         facts = read_facts(name)
         for key in ("model", "batch_size", "total_batch_size", "max_steps"):
             assert facts[key] == expected[key]

@@ -16,7 +16,7 @@ PICTURE = "picture to write, .png or .svg"
 POOLS = ("mean", "cls", "cls_mean")
 PROJECTIONS = ("pca", "tsne")
 RECIPE_TASKS = (
-    *("pre-training", "intermediate fine-tuning", "fine-tuning", "linear probe"),
+    *("pre-training", "BEiT v2 pre-training", "intermediate fine-tuning", "fine-tuning", "linear probe"),
     *("segmentation", "segmentation test"),
 )
 

@@ -117,12 +117,28 @@ PUBLISHED = dict(published_row(line) for line in TABLE.strip().splitlines())
 PUBLISHED |= {
     name.replace("_pt2ft", "_ms"): {**row, **SIX_SCALES} for name, row in PUBLISHED.items() if name.endswith("_pt2ft")
 }
+# BEiT v2's: lr, layer decay and stochastic depth differ from BEiT's at 512 pixels.
+V2 = {
+    "base_12_512_slide_160k_ade20k": ("_pt", 5e-5, 0.75, 0.15),
+    "base_12_512_slide_160k_21ktoade20k": ("_pt", 5e-5, 0.85, 0.15),
+    "large_24_512_slide_160k_ade20k": ("_pt2ft", 4e-5, 0.9, 0.2),
+    "large_24_512_slide_160k_21ktoade20k": ("_pt2ft", 3e-5, 0.9, 0.2),
+}
+PUBLISHED |= {
+    f"upernet_beit_{name}": PUBLISHED[f"upernet_beit_{name.replace('21kto', '')}{like}"]
+    | {"lr": lr, "layer_decay": decay, "drop_path": drop}
+    for name, (like, lr, decay, drop) in V2.items()
+}
 # What is quoted, from the official README where nothing else is said.
 QUOTED = {
     "upernet_beit_base_12_640_slide_160k_ade20k_pt2ft": {"mIoU": 53.61, "mAcc": 64.82, "aAcc": 84.62},
     "upernet_beit_base_12_640_slide_160k_ade20k_ms": {"mIoU": 54.26, "mAcc": 65.28, "aAcc": 84.9},
     "upernet_beit_large_24_640_slide_160k_ade20k_pt2ft": {"mIoU": 56.7},
     "upernet_beit_large_24_640_slide_160k_ade20k_ms": {"mIoU": 57.0},
+    "upernet_beit_base_12_512_slide_160k_ade20k": {"mIoU": 53.1},
+    "upernet_beit_base_12_512_slide_160k_21ktoade20k": {"mIoU": 53.5},
+    "upernet_beit_large_24_512_slide_160k_ade20k": {"mIoU": 56.7},
+    "upernet_beit_large_24_512_slide_160k_21ktoade20k": {"mIoU": 57.54, "mAcc": 68.78, "aAcc": 86.22},
     SETR: {"mIoU": 45.6, "after intermediate fine-tuning on ImageNet-1k": {"mIoU": 47.7}},  # the paper, table 3
 }
 
@@ -133,7 +149,7 @@ def facts_of(name):
 
 def test_every_official_config_is_there():
     assert set(NAMES) == {*PUBLISHED, TINY, SETR}
-    assert len(PUBLISHED) == 9
+    assert len(PUBLISHED) == 13
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -184,7 +200,10 @@ class TestEveryConfig:
         assert ("8" in words) == (facts_of(name)["gpus"] == 8)
         if name in PUBLISHED and not name.endswith("_ms"):
             start = "pt22k_ft22k" if name.endswith("_pt2ft") else "pt22k"
-            assert config.init_from == f"{config.model}_{start}"
+            backbone = f"{config.model}_{start}"
+            if name.removeprefix("upernet_beit_") in V2:
+                backbone = f"{config.model.replace('beit', 'beitv2')}_pt1k{'_ft21k' if '21k' in name else ''}"
+            assert config.init_from == backbone
 
 
 def test_setr_pup_is_the_papers_run():
