@@ -10,7 +10,14 @@ import pytest
 from beit.__main__ import COMMANDS
 from beit.checkpoints.released import RELEASED
 from beit.config import read_command_line
-from beit.tasks.settings import DvaeConfig, FinetuningConfig, LinearProbeConfig, PretrainingConfig, VqkdConfig
+from beit.tasks.settings import (
+    DvaeConfig,
+    FinetuningConfig,
+    LinearProbeConfig,
+    PretrainingConfig,
+    PretrainingV2Config,
+    VqkdConfig,
+)
 from semantic_segmentation.__main__ import COMMANDS as SEGMENTATION_COMMANDS
 from semantic_segmentation.config import TestConfig, TrainConfig
 
@@ -23,6 +30,7 @@ PAGES = [
 LAUNCHERS = [*sorted(ROOT.glob("run_*.py")), *sorted((ROOT / "semantic_segmentation" / "tools").glob("*.py"))]
 SCRIPTS = {
     "run_beit_pretraining.py": PretrainingConfig,
+    "run_beitv2_pretraining.py": PretrainingV2Config,
     "run_class_finetuning.py": FinetuningConfig,
     "run_dvae_training.py": DvaeConfig,
     "run_linear_eval.py": LinearProbeConfig,
