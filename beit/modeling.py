@@ -21,7 +21,13 @@ from torch.utils.checkpoint import checkpoint
 
 from beit.attention import attend, attention_probabilities, ready_for_kernels
 from beit.errors import InputError
-from beit.relative_position import num_table_rows, relative_position_bias, relative_position_index, resize_table
+from beit.relative_position import (
+    num_table_rows,
+    relative_position_bias,
+    relative_position_index,
+    resize_position_embedding,
+    resize_table,
+)
 
 Size = int | tuple[int, int]
 NormLayer = Callable[[int], nn.Module]
@@ -621,12 +627,9 @@ class VisionTransformer(Backbone):
 class VisionTransformerForMaskedImageModeling(Backbone):
     """Predicts the visual tokens of masked patches, or any other target of ``vocab_size`` numbers per patch.
 
-    With ``head_layers`` it predicts them twice, as BEiT v2 does: the second time from the patches as an early block
-    leaves them and the class token of the last, mixed by further blocks. What the second prediction needs to know of
-    the last blocks passes through the class token, which so learns to describe the image. Those blocks share the
-    relative position bias and are thrown away after pre-training.
-
-    Source: section 2.3 of BEiT v2 (arXiv 2208.06366), there called patch aggregation.
+    With ``head_layers`` it predicts them twice, as BEiT v2 does (arXiv 2208.06366, patch aggregation): further blocks
+    mix the patches as an early block leaves them with the class token of the last. What the second prediction needs to
+    know of the last blocks passes through the class token, which so learns to describe the image.
 
     Args:
         vocab_size: Number of visual tokens, or of regressed values per patch.
@@ -663,10 +666,9 @@ class VisionTransformerForMaskedImageModeling(Backbone):
         self.early_layers = early = max(1, depth - 3) if early_layers is None else early_layers
         if head_layers < 0 or not 1 <= early <= depth:
             raise InputError(f"early_layers {early}, head_layers {head_layers}: they are 1 to {depth}, and 0 or more")
-        stop = early + head_layers
-        further = self.new_blocks(early, stop, drop_path_rate, max(depth, stop)) if head_layers else None
+        end, own = early + head_layers, head_layers and not shared_lm_head
+        further = self.new_blocks(early, end, drop_path_rate, max(depth, end)) if head_layers else None
         self.cls_pt_layers = further
-        own = head_layers and not shared_lm_head
         self.cls_pt_norm = self.norm_layer(self.embed_dim) if own else None
         self.cls_pt_lm_head = nn.Linear(self.embed_dim, vocab_size) if own else None
         self.init_weights()
@@ -718,28 +720,6 @@ def _patches_of(tokens: Tensor, index: Tensor | None) -> Tensor:
     """Returns the patches ``index`` ``(M,)`` of all in tokens ``(B, N + 1, D)``: ``(M, D)``; None for ``(B, N, D)``."""
     patches = tokens[:, 1:]
     return patches if index is None else patches.flatten(0, 1).index_select(0, index)
-
-
-def resize_position_embedding(pos_embed: Tensor, source_grid: tuple[int, int], target_grid: tuple[int, int]) -> Tensor:
-    """Returns a position embedding for another patch grid, ``(1, 1 + h' * w', D)``: bicubic, the class token's kept.
-
-    Args:
-        pos_embed: ``(1, 1 + h * w, D)``.
-        source_grid: ``(h, w)``, that it was trained with.
-        target_grid: ``(h', w')``.
-
-    Raises:
-        InputError: The embedding does not have the shape of ``source_grid``.
-    """
-    height, width = source_grid
-    if pos_embed.ndim != 3 or pos_embed.shape[1] != 1 + height * width:
-        raise InputError(
-            f"a position embedding for {height} x {width} patches has shape (1, {1 + height * width}, channels), "
-            f"not {tuple(pos_embed.shape)}"
-        )
-    patches = rearrange(pos_embed[:, 1:], "one (h w) d -> one d h w", h=height)
-    resized = F.interpolate(patches, size=target_grid, mode="bicubic", align_corners=False)
-    return torch.cat((pos_embed[:, :1], rearrange(resized, "one d h w -> one (h w) d")), dim=1)
 
 
 def _pair(size: Size) -> tuple[int, int]:

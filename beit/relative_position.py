@@ -1,4 +1,4 @@
-"""Relative position bias: its index, its gathering, and resizing a table to another window.
+"""Relative position bias: its index, its gathering, and resizing a table, or absolute positions, to another window.
 
 A window is the patch grid ``(h, w)`` of an image; its ``N = h * w`` patch tokens follow one class token. A table has
 one row per offset between two patches, ``(2h - 1) * (2w - 1)`` in all, row-major over (vertical, horizontal) offsets
@@ -13,6 +13,8 @@ from itertools import accumulate
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from beit.errors import InputError
@@ -115,6 +117,28 @@ def resize_table(table: Tensor, source_window: tuple[int, int], target_window: t
     resized = np.stack([_resize_grid(grid, target_window) for grid in grids.cpu().double().numpy()])
     rows = torch.from_numpy(resized).to(table).flatten(1).t()  # (H, 2h'-1, 2w'-1) -> (rows', H)
     return torch.cat((rows, class_token)).contiguous()
+
+
+def resize_position_embedding(pos_embed: Tensor, source_grid: tuple[int, int], target_grid: tuple[int, int]) -> Tensor:
+    """Returns a position embedding for another patch grid, ``(1, 1 + h' * w', D)``: bicubic, the class token's kept.
+
+    Args:
+        pos_embed: ``(1, 1 + h * w, D)``.
+        source_grid: ``(h, w)``, that it was trained with.
+        target_grid: ``(h', w')``.
+
+    Raises:
+        InputError: The embedding does not have the shape of ``source_grid``.
+    """
+    height, width = source_grid
+    if pos_embed.ndim != 3 or pos_embed.shape[1] != 1 + height * width:
+        raise InputError(
+            f"a position embedding for {height} x {width} patches has shape (1, {1 + height * width}, channels), "
+            f"not {tuple(pos_embed.shape)}"
+        )
+    patches = rearrange(pos_embed[:, 1:], "one (h w) d -> one d h w", h=height)
+    resized = F.interpolate(patches, size=target_grid, mode="bicubic", align_corners=False)
+    return torch.cat((pos_embed[:, :1], rearrange(resized, "one d h w -> one (h w) d")), dim=1)
 
 
 def source_positions(source: int, target: int) -> FloatArray:

@@ -19,8 +19,8 @@ from beit.checkpoints.formats.unilm import SHARED_TABLE, TABLE
 from beit.checkpoints.heads import match_classes
 from beit.checkpoints.read import Metadata, architecture_of, read_weights, window_of
 from beit.errors import InputError, counted, listed
-from beit.modeling import Backbone, resize_position_embedding
-from beit.relative_position import resize_table
+from beit.modeling import Backbone
+from beit.relative_position import resize_position_embedding, resize_table
 from beit.storage import differences
 
 logger = logging.getLogger(__name__)
