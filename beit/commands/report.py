@@ -43,8 +43,12 @@ METRICS = {
     "test_mAcc": "mean class accuracy",
     "test_aAcc": "pixel accuracy",
     "test_mlm_acc": "masked-token accuracy, validation",
+    "test_mlm_acc_1": "masked-token accuracy, validation",
+    "test_mlm_acc_2": "masked-token accuracy through the class token, validation",
     "test_most_frequent_acc": "share of the most frequent token",
     "train_mlm_acc": "masked-token accuracy, training",
+    "train_mlm_acc_1": "masked-token accuracy, training",
+    "train_mlm_acc_2": "masked-token accuracy through the class token, training",
     "test_perplexity": "codebook perplexity",
     "test_used_codes": "tokens in use",
     "test_rec_loss": "distance from the teacher",
@@ -55,7 +59,7 @@ METRICS = {
 }
 PERCENTAGES, SHARES = {"acc1", "acc5"}, {"acc", "mIoU", "mAcc", "aAcc", "accuracy", "share"}  # words of their names
 WITHOUT_BEST = ("test_most_frequent_acc", "train_grad_norm", "n_parameters")
-MAIN_CURVES = ("loss", "mlm_acc", "class_acc", "acc1", "mIoU", "pixel_acc", "perplexity")
+MAIN_CURVES = ("loss", "mlm_acc", "mlm_acc_1", "mlm_acc_2", "class_acc", "acc1", "mIoU", "pixel_acc", "perplexity")
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,8 @@ def test_what_has_to_be_cleared_stands_beside_what_clears_it():
         ("a most frequent token", 0),
         ("b most frequent token", 1),
     ]
+    numbered = [{"epoch": 0, "train_mlm_acc_2": 0.1, "test_mlm_acc_2": 0.2, "test_most_frequent_acc_2": 0.05}]
+    assert overlaid({"run": numbered}) == {"mlm_acc_2 (%)": own}
     alone = overlaid({"run": entries}, ["most_frequent_acc"])
     assert alone == {"most_frequent_acc (%)": [Curve("test", [1], [5.0])]}
 
