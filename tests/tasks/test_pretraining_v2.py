@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from beit.commands.visualize import open_pretrained
 from beit.config import read_command_line
 from beit.data.datasets import ImageDataset, index_images
 from beit.data.loaders import EpochLoader
 from beit.launch import launch
+from beit.storage import save_checkpoint
 from beit.targets import MaskedPrediction, TokenTarget, with_patch_index
-from beit.tasks.pretraining import build_model, evaluate, evaluation_transform, main, second_view_size
+from beit.tasks.pretraining import build_model, evaluate, evaluation_transform, initialize_from, main, second_view_size
 from beit.tasks.settings import PretrainingConfig, PretrainingV2Config
 from beit.tokenizers.base import load_tokenizer
 from beit.tokenizers.dvae import DiscreteVAE, save_dvae
@@ -241,6 +243,20 @@ def test_a_run_logs_both_losses_and_goes_on_with_the_same_bits(flags, setting, t
     one, two = (torch.load(tmp_path / name / "checkpoint-1.pth", weights_only=True) for name in ("whole", "run"))
     assert one["model"].keys() == two["model"].keys() >= {"cls_pt_layers.1.mlp.fc2.weight"}
     assert all(torch.equal(value, two["model"][name]) for name, value in one["model"].items())
+    _, model, _ = open_pretrained(tmp_path / "run" / "checkpoint-1.pth", "", torch.device("cpu"))  # to be drawn
+    assert torch.equal(model.cls_pt_layers[1].mlp.fc2.weight, two["model"]["cls_pt_layers.1.mlp.fc2.weight"])
+
+
+def test_weights_to_start_from_keep_both_heads_for_the_same_tokens_only(tmp_path):
+    source = model_of(shared_lm_head=False)
+    save_checkpoint(tmp_path / "a.pth", {"model": source.state_dict(), "target": "visual tokens", "tokenizer": "one"})
+    for tokenizer in ("one", "another"):
+        model = model_of(shared_lm_head=False)
+        initialize_from(model, str(tmp_path / "a.pth"), {"target": "visual tokens", "tokenizer": tokenizer})
+        assert torch.equal(model.cls_pt_layers[1].mlp.fc2.weight, source.cls_pt_layers[1].mlp.fc2.weight)
+        for head in (model.lm_head, model.cls_pt_lm_head):
+            own = source.lm_head if head is model.lm_head else source.cls_pt_lm_head
+            assert torch.equal(head.weight, own.weight) is (tokenizer == "one")
 
 
 MISTAKES = {
