@@ -667,8 +667,8 @@ class VisionTransformerForMaskedImageModeling(Backbone):
         if head_layers < 0 or not 1 <= early <= depth:
             raise InputError(f"early_layers {early}, head_layers {head_layers}: they are 1 to {depth}, and 0 or more")
         end, own = early + head_layers, head_layers and not shared_lm_head
-        further = self.new_blocks(early, end, drop_path_rate, max(depth, end)) if head_layers else None
-        self.cls_pt_layers = further
+        layers = self.new_blocks(early, end, drop_path_rate, max(depth, end)) if head_layers else None
+        self.cls_pt_layers = layers  # for the second prediction
         self.cls_pt_norm = self.norm_layer(self.embed_dim) if own else None
         self.cls_pt_lm_head = nn.Linear(self.embed_dim, vocab_size) if own else None
         self.init_weights()
@@ -690,17 +690,18 @@ class VisionTransformerForMaskedImageModeling(Backbone):
         Raises:
             InputError: Images or mask do not have the model's size.
         """
-        if masked_index is None and not return_all_tokens:
+        if return_all_tokens:
+            masked_index = None
+        elif masked_index is None:
             masked_index = self._flat_mask(bool_masked_pos, len(x)).flatten().nonzero().flatten()
-        index = None if return_all_tokens else masked_index
         tokens, kept = self.forward_blocks(self.embed(x, bool_masked_pos), keep=(self.early_layers - 1,))
-        logits = self.lm_head(self.norm(_patches_of(tokens, index)))
+        logits = self.lm_head(self.norm(_patches_of(tokens, masked_index)))
         if self.cls_pt_layers is None:
             return logits
         mixed = torch.cat((tokens[:, :1], kept[0][:, 1:]), dim=1)  # (B, N+1, D)
         mixed, _ = self.forward_blocks(mixed, blocks=self.cls_pt_layers)
         norm, head = self.cls_pt_norm or self.norm, self.cls_pt_lm_head or self.lm_head
-        return [logits, head(norm(_patches_of(mixed, index)))]
+        return [logits, head(norm(_patches_of(mixed, masked_index)))]
 
     def forward_features(self, x: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
         """Returns all tokens after the final norm, ``(B, N + 1, D)``; without a mask nothing is hidden."""

@@ -2,8 +2,8 @@
 
 A target reads a batch on the device: ``image``, the model's view, uint8 ``(B, 3, H, W)``; ``mask``, bool
 ``(B, h, w)``; and, if ``second_view``, ``token_image``, the same regions at another size, uint8 ``(B, 3, H2, W2)``,
-unless that would be the same pixels.
-Patch ``i`` is element ``i`` of the flattened ``(B, h, w)``. A line in :data:`beit.registry.TARGETS` adds a choice.
+unless its pixels would be those of ``image``. Patch ``i`` is element ``i`` of the flattened ``(B, h, w)``. A line in
+:data:`beit.registry.TARGETS` adds a choice.
 """
 
 import logging

@@ -39,11 +39,7 @@ logger = logging.getLogger(__name__)
 
 PUBLISHED_LR, PUBLISHED_MIN_LR, PUBLISHED_BATCH = 1.5e-3, 1e-5, 2048
 MASK_DRAWS = 1000
-CLS_PT = (
-    "early_layers",
-    "head_layers",
-    "shared_lm_head",
-)  # settings of models that also predict through the class token
+CLS_PT = ("early_layers", "head_layers", "shared_lm_head")  # of models that predict through the class token too
 
 
 def main(config: PretrainingConfig) -> None:
@@ -144,7 +140,7 @@ class Pretraining(Task[PretrainingConfig]):
         else:
             yield f"predicting {self.target.name}: {self.target.output_size} numbers per patch"
         if isinstance(config, PretrainingV2Config) and not predicts_twice(config):
-            logger.warning("--model %s has no blocks for the class token: BEiT v2's is %s_cls_pt", *[config.model] * 2)
+            logger.warning("--model %s does not train the class token: BEiT v2's is %s_cls_pt", *[config.model] * 2)
         yield describe_masks(self.masks)
         batch = config.batch_size * config.update_freq * self.session.world_size
         ratio = (config.lr / batch) / (PUBLISHED_LR / PUBLISHED_BATCH)
