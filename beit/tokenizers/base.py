@@ -176,14 +176,19 @@ def load_tokenizer(
     Raises:
         InputError: There is no such kind or path, or the files are of another kind, damaged or something else.
     """
+    opens_names, name = (kind or "vqkd").startswith("vqkd"), Path(path).name.partition("-")[0]
     if str(path).startswith(("http://", "https://")):
-        raise InputError(f"{path} is an address: run `beit download tokenizer DIR` and give that folder")
+        if not (opens_names and name.startswith("vqkd_")):
+            raise InputError(f"{path} is an address: run `beit download tokenizer DIR` and give that folder")
+        path = name  # of the official address …/NAME-HASH.pth
     path = Path(os.path.expanduser(path))
-    opens_names = (kind or "vqkd").startswith("vqkd") and path.name.startswith("vqkd_") and not path.suffix
+    opens_names &= path.name.startswith("vqkd_") and not path.suffix
     if not path.exists() and not opens_names:
         near = did_you_mean(path.name, os.listdir(path.parent)) if path.parent.is_dir() else ""
         raise InputError(f"no tokenizer at {path}{near}; `beit download tokenizer DIR` fetches the published one")
     kind = kind or detect_kind(path)
+    if kind.startswith("vqkd") and (found := detect_kind(path)) != "vqkd":
+        raise InputError(f"{path} is a tokenizer of kind {found}, not VQ-KD: name that kind, or give another file")
     open_tokenizer = resolve(TOKENIZERS, kind, "tokenizer kind")
     if num_heads is not None and not kind.startswith("vqkd"):
         raise InputError(f"{path} is a tokenizer of kind {kind}: only VQ-KD's files take num_heads")

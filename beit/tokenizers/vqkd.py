@@ -285,7 +285,8 @@ def open_vqkd(path: Path, dtype: torch.dtype, compiled: bool, num_heads: int | N
     """Opens VQ-KD's file, or downloads one of :data:`DOWNLOADS`, as a tokenizer; see :func:`beit.load_tokenizer`."""
     if not path.exists():
         if path.name not in DOWNLOADS:
-            raise InputError(f"there is no released tokenizer {path.name}{did_you_mean(path.name, DOWNLOADS)}")
+            hint = did_you_mean(path.name, DOWNLOADS) or f": give a file, or one of {', '.join(DOWNLOADS)}"
+            raise InputError(f"there is no released tokenizer {path.name}{hint}")
         url, place = DOWNLOADS[path.name], beit_home() / "tokenizers" / f"{path.name}.pth"
         path = download(url, place, verify=partial(_check_digest, url))
     return VqkdTokenizer(load_vqkd(path, num_heads), path, dtype, compiled)

@@ -1,8 +1,10 @@
 """BEiT v2's pre-training: the same job with other defaults, two losses, one view; and what it says about mistakes."""
 
+import dataclasses
 import json
 import logging
 import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,13 +16,23 @@ from beit.commands.visualize import open_pretrained
 from beit.config import read_command_line
 from beit.data.datasets import ImageDataset, index_images
 from beit.data.loaders import EpochLoader
+from beit.errors import InputError
 from beit.launch import launch
 from beit.storage import save_checkpoint
 from beit.targets import MaskedPrediction, TokenTarget, with_patch_index
-from beit.tasks.pretraining import build_model, evaluate, evaluation_transform, initialize_from, main, second_view_size
+from beit.tasks.pretraining import (
+    build_model,
+    build_tokenizer,
+    evaluate,
+    evaluation_transform,
+    initialize_from,
+    main,
+    second_view_size,
+)
 from beit.tasks.settings import PretrainingConfig, PretrainingV2Config
 from beit.tokenizers.base import load_tokenizer
 from beit.tokenizers.dvae import DiscreteVAE, save_dvae
+from beit.tokenizers.vqkd import VQKD
 from beit.training.precision import Precision
 from tests.tasks.test_pretraining import HALF, TINY, overrides, random_batch
 
@@ -259,7 +271,47 @@ def test_weights_to_start_from_keep_both_heads_for_the_same_tokens_only(tmp_path
             assert torch.equal(head.weight, own.weight) is (tokenizer == "one")
 
 
+@pytest.fixture(scope="module")
+def vqkd(setting):
+    """A random VQ-KD of 16 codes, each of 8 x 8 pixels, as an official file."""
+    torch.manual_seed(0)
+    model = VQKD(codebook_size=16, codebook_dim=4, img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)
+    save_checkpoint(setting / "vqkd.pth", {"model": model.state_dict(), "num_heads": 2})
+    return setting / "vqkd.pth"
+
+
+def test_vqkd_is_the_tokenizer_unless_another_is_named(flags, vqkd):
+    with_vqkd = {**flags, "--tokenizer_weight": vqkd, "--codebook_size": 16, "--codebook_dim": 4}
+    for kind in ("vqkd", "vqkd_encoder_base_decoder_3x768x12_clip"):
+        assert call({**with_vqkd, "--tokenizer_model": kind, "--output_dir": flags["--output_dir"] / kind}) == 0
+    del with_vqkd["--tokenizer_model"]
+    assert call(with_vqkd) == 0
+    state = torch.load(flags["--output_dir"] / "checkpoint-0.pth", weights_only=True)
+    assert state["tokenizer"] == load_tokenizer(vqkd).fingerprint()
+
+
+def test_the_official_address_is_downloaded(monkeypatch):
+    asked = []
+    monkeypatch.setattr("beit.tokenizers.vqkd.download", lambda url, *_args, **_options: asked.append(url) or Path())
+    config = parse(*shlex.split(OFFICIAL), "--device", "cpu")
+    cpu = torch.device("cpu")
+    with pytest.raises(InputError):
+        build_tokenizer(config, cpu)
+    assert asked == [config.discrete_vae_weight_path]
+    with pytest.raises(InputError, match="there is no released tokenizer vqkd_mine: give a file, or one of vqkd_"):
+        build_tokenizer(dataclasses.replace(config, discrete_vae_weight_path="https://x.org/vqkd_mine-1.pth"), cpu)
+
+
 MISTAKES = {
+    "VQ-KD of another dimension": (
+        {"--tokenizer_weight": "VQKD", "--codebook_dim": 32},
+        ["--codebook_dim 32", "has 4"],
+    ),
+    "VQ-KD where the first version's was named": (
+        {"--tokenizer_weight": "VQKD", "--tokenizer_model": "dall-e"},
+        ["vqkd.pth"],
+    ),
+    "the first version's where VQ-KD was named": ({"--tokenizer_model": "vqkd"}, ["dvae is", "customized"]),
     "another codebook": ({"--codebook_size": 8192}, ["--codebook_size 8192", "has 16"]),
     "a tokenizer of the first version": ({"--second_input_size": 64}, ["64×64", "second_input_size to 32"]),
     "no such block": ({"--early_layers": 3}, ["early_layers 3", "1 to 2"]),
@@ -270,9 +322,12 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_clear_line_and_exit_status_2(mistake, flags, capsys):
+def test_a_mistake_is_one_clear_line_and_exit_status_2(mistake, flags, vqkd, capsys):
     changes, parts = MISTAKES[mistake]
-    assert call({**flags, **changes}) == 2
+    changed = {**flags, **changes}
+    if changed["--tokenizer_weight"] == "VQKD":
+        changed = {**changed, "--tokenizer_weight": vqkd, "--tokenizer_model": changes.get("--tokenizer_model", "vqkd")}
+    assert call(changed) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert all(part in errors[0] for part in parts), errors[0]
