@@ -4,7 +4,7 @@ The job of run_beit_pretraining.py with the defaults of BEiT v2. One CPU or GPU,
 run_vqkd_training.py:
 
     python run_beitv2_pretraining.py --data_path images/ --output_dir output/pretrain_v2 \
-        --tokenizer_weight output/vqkd/checkpoint-last.pth --second_interpolation bicubic \
+        --tokenizer_weight output/vqkd/checkpoint-99.pth --second_interpolation bicubic \
         --model beit_base_patch16_224_8k_vocab_cls_pt --batch_size 64 --lr 4.7e-5 --epochs 100
 
 Any number of GPUs, the published 2048 images per step on ImageNet-1k, at most 128 at once per GPU:

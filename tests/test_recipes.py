@@ -13,7 +13,7 @@ import yaml
 from beit.commands.recipes import command, read_recipe
 from beit.config import read_command_line, read_facts, read_yaml, recipe_names
 from beit.tasks.base import resolve_batch
-from beit.tasks.settings import FinetuningConfig, LinearProbeConfig, PretrainingConfig, PretrainingV2Config
+from beit.tasks.settings import FinetuningConfig, LinearProbeConfig, PretrainingConfig, PretrainingV2Config, VqkdConfig
 from semantic_segmentation.config import SETTINGS, check, read_test, read_train
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +22,7 @@ CONFIG_OF = {
     "pretrain": PretrainingConfig,
     "finetune": FinetuningConfig,
     "linear": LinearProbeConfig,
+    "vqkd": VqkdConfig,
 }  # the part of a recipe's name before the first "_" -> whose settings
 WITH_SETTINGS = [path for path in RECIPES if path.stem.partition("_")[0] in CONFIG_OF]
 SEGMENTATION = [path for path in RECIPES if path.stem.startswith("segment")]
@@ -132,6 +133,17 @@ LARGE_PROBE = {
     "pool": ("mean",),
     "imagenet_default_mean_and_std": True,
 }
+# The command of TOKENIZER.md, for each of the three released tokenizers.
+TOKENIZER = {
+    **{"process_type": "default", "train_interpolation": "bicubic", "min_crop": 0.08, "input_size": 224},
+    **{"codebook_size": 8192, "codebook_dim": 32, "quantize_kmeans_init": True, "rec_loss_type": "cosine"},
+    **{"batch_size": 64, "opt": "adamw", "opt_betas": (0.9, 0.99), "weight_decay": 1e-4, "warmup_epochs": 10},
+    **{"epochs": 100, "lr": 5e-5, "min_lr": 1e-5, "ema_decay": 0.99, "clip_grad": None},
+}
+TOKENIZERS = {
+    f"vqkd_{form}": TOKENIZER | {"model": f"vqkd_encoder_base_decoder_{form}"}
+    for form in ("3x768x12_clip", "1x768x12_clip", "1x768x12_dino")
+}
 # Results in the paper, tables 1 and 9, by what stands in front of them in our files.
 PAPER = {
     "pretrain_base_1k_800ep": {"after fine-tuning, 224": 83.2, "after 10 more epochs of it, 384": 84.6},
@@ -179,6 +191,7 @@ PATHS_OF = {
     "pretrain": PATHS,
     "finetune": ("data_path", "output_dir", "init_from"),
     "linear": ("data_path", "output_dir", "checkpoint"),
+    "vqkd": ("data_path", "output_dir", "teacher"),
 }
 
 
@@ -226,7 +239,14 @@ def segmentation_commanded(words):
 
 def test_every_published_row_has_its_recipe():
     ours = {name for name in recipe_names() if "ablation" not in name and not name.startswith("finetune")}
-    assert ours == {*PUBLISHED, "linear_probe_base", "linear_probe_large", *SEGMENTATION_ROWS, *MULTI_SCALE}
+    assert ours == {
+        *PUBLISHED,
+        *TOKENIZERS,
+        "linear_probe_base",
+        "linear_probe_large",
+        *SEGMENTATION_ROWS,
+        *MULTI_SCALE,
+    }
     assert recipe_names() == [path.stem for path in RECIPES]
 
 
@@ -293,6 +313,13 @@ def test_the_official_command_means_what_the_recipe_says(name):
     assert [given[path] for path in PATHS] == ["${DATA_PATH}", "${OUTPUT_DIR}", "${TOKENIZER_PATH}"]
     _, recipe = commanded(name, GPUS[name])
     assert {key for key in given if given[key] != recipe[key]} == {*PATHS, "total_batch_size"}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_tokenizer_is_the_published_row(name):
+    processes, settings = commanded(name, 8)
+    assert processes * settings["batch_size"] * settings["update_freq"] == 512
+    assert {key: settings[key] for key in TOKENIZERS[name]} == TOKENIZERS[name]
 
 
 @pytest.mark.parametrize(("name", "row"), [("linear_probe_base", PROBE), ("linear_probe_large", LARGE_PROBE)])

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from beit.commands.settings import RECIPE_TASKS, ListConfig, ShowConfig
 from beit.config import Values, read_facts, read_yaml, recipe_names
 from beit.errors import InputError, counted, did_you_mean
-from beit.tasks.settings import FinetuningConfig, LinearProbeConfig, PretrainingConfig, PretrainingV2Config
+from beit.tasks.settings import FinetuningConfig, LinearProbeConfig, PretrainingConfig, PretrainingV2Config, VqkdConfig
 
 RUN = "/path/to/run"
 TOOLS = "semantic_segmentation/tools"
@@ -37,6 +37,7 @@ class Job(NamedTuple):
 _FINETUNING = Job("run_class_finetuning.py", FinetuningConfig, "init_from")
 JOBS = {
     "pre-training": Job("run_beit_pretraining.py", PretrainingConfig, "discrete_vae_weight_path"),
+    "tokenizer training": Job("run_vqkd_training.py", VqkdConfig, "teacher"),
     "BEiT v2 pre-training": Job("run_beitv2_pretraining.py", PretrainingV2Config, "discrete_vae_weight_path"),
     "intermediate fine-tuning": _FINETUNING,
     "fine-tuning": _FINETUNING,

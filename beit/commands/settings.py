@@ -16,7 +16,14 @@ PICTURE = "picture to write, .png or .svg"
 POOLS = ("mean", "cls", "cls_mean")
 PROJECTIONS = ("pca", "tsne")
 RECIPE_TASKS = (
-    *("pre-training", "BEiT v2 pre-training", "intermediate fine-tuning", "fine-tuning", "linear probe"),
+    *(
+        "pre-training",
+        "tokenizer training",
+        "BEiT v2 pre-training",
+        "intermediate fine-tuning",
+        "fine-tuning",
+        "linear probe",
+    ),
     *("segmentation", "segmentation test"),
 )
 
