@@ -33,6 +33,7 @@ OTHER_TASKS = {
     "fc_norm.": "of classification",
     "head.": "of classification",
     "cls_pt_": "of BEiT v2's pre-training",
+    "neck.": "of pre-training",
     "decode_head.": "of segmentation",
     "auxiliary_head.": "of segmentation",
     "fpn": "of segmentation",
