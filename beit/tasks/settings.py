@@ -383,7 +383,9 @@ class DvaeConfig(DataOptions, BatchOptions, EpochOptions, CosineOptions, RunOpti
         112, "size of the training crops, in pixels (HEIGHTxWIDTH or one number)", within="[8, inf)"
     )
     interpolation: str = option("lanczos", "interpolation of the crops, as of the tokenizer's view in pre-training")
-    min_crop: float = option(0.08, "smallest crop, as a share of the image's area", within="(0, 1]")
+    min_crop: float = option(
+        0.08, "smallest crop, as a share of the image's area", within="(0, 1]", aliases=("min_crop_scale",)
+    )
 
     codebook_size: int = option(
         8192, "size of the vocabulary", within="[1, inf)", aliases=("num_tokens", "codebook_n_emd")
