@@ -8,7 +8,7 @@ import torch
 
 from beit.checkpoints import released
 from beit.checkpoints.export import convert
-from beit.checkpoints.formats import from_official
+from beit.checkpoints.formats.mmseg import to_mmpretrain
 from beit.checkpoints.load import load_pretrained
 from beit.checkpoints.read import architecture_of, read_weights
 from beit.checkpoints.released import RELEASED, released_for, resolve
@@ -108,9 +108,7 @@ def test_other_formats_leave_the_further_blocks_out(two_losses, tmp_path, to, na
 
 
 def test_mmpretrains_neck_is_named_as_what_it_is(two_losses, small, tmp_path):
-    names = from_official(
-        {name: tensor for name, tensor in two_losses().state_dict().items() if "cls_pt" not in name}, "mmpretrain"
-    )
+    names = to_mmpretrain({name: tensor for name, tensor in two_losses().state_dict().items() if "cls_pt" not in name})
     neck = {"neck.patch_aggregation.0.ln1.weight": torch.ones(32), "neck.norm.weight": torch.ones(32)}
     save_checkpoint(tmp_path / "mm.pth", {"state_dict": names | neck})
     report = load_pretrained(small("per-layer tables", depth=4), tmp_path / "mm.pth")
