@@ -329,6 +329,27 @@ def test_attention_is_what_was_chosen(monkeypatch):
     assert len(calls) == 6
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_torchs_fused_attention_still_returns_the_gradient_of_a_learned_bias(device):
+    # A canary: pytorch#171707 asks for no such gradient at all. If it fails, tables no longer learn with `sdpa`.
+    generator = torch.Generator().manual_seed(0)
+    drawn = (torch.randn(shape, generator=generator).to(device) for shape in ((2, 3, 17, 8),) * 4 + ((1, 3, 17, 17),))
+    query, key, value, weights, bias = drawn
+    results = []
+    for fused in (True, False):
+        inputs = [tensor.clone().requires_grad_() for tensor in (query, key, value, bias)]
+        q, k, v, learned = inputs
+        if fused:
+            with kernels_with_bias_gradient(device):
+                output = F.scaled_dot_product_attention(q, k, v, attn_mask=learned)
+        else:
+            output = (q @ k.transpose(-2, -1) / math.sqrt(8) + learned).softmax(-1) @ v
+        results.append((output, *torch.autograd.grad((output * weights).sum(), inputs)))
+    assert all(gradient.norm() > 0.1 for gradient in results[1])
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
 def test_attention_keeps_to_kernels_with_a_bias_gradient():
     # Breaks when cuDNN's kernel, whose backward knows no bias, is allowed on CUDA again.
     with kernels_with_bias_gradient("cuda"):
