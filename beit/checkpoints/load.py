@@ -5,17 +5,18 @@ print(report.summary())
 """
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from timm.layers import resample_patch_embed
+from torch import Tensor, nn
 
 from beit.checkpoints.formats.dialect import Weights
 from beit.checkpoints.formats.segmentation import is_segmentor
 from beit.checkpoints.formats.unilm import SHARED_TABLE, TABLE
+from beit.checkpoints.formats.vit import PLAIN_VIT
 from beit.checkpoints.heads import match_classes
 from beit.checkpoints.read import Metadata, architecture_of, read_weights, window_of
 from beit.errors import InputError, counted, listed
@@ -25,8 +26,9 @@ from beit.storage import differences
 
 logger = logging.getLogger(__name__)
 
-# Parts of other tasks, left out of models that do not have them.
-OTHER_TASKS = {
+# What is left out of models that do not have it, by the beginning or the end of its names.
+LEFT_OUT = {
+    "decoder": "of MAE's pre-training",
     "mask_token": "of pre-training",
     "lm_head.": "of pre-training",
     "norm.": "the final norm of another task",
@@ -34,6 +36,8 @@ OTHER_TASKS = {
     "head.": "of classification",
     "cls_pt_": "of BEiT v2's pre-training",
     "neck.": "of pre-training",
+    "pooler.": "of a pooling that BEiT does not have",
+    "attn.k_bias": "a bias of the keys cancels in the softmax",
     "decode_head.": "of segmentation",
     "auxiliary_head.": "of segmentation",
     "fpn": "of segmentation",
@@ -41,6 +45,7 @@ OTHER_TASKS = {
     "proposal_generator.": "of detection",
 }
 HEADS = ("head.", "lm_head.", "cls_pt_lm_head.")
+PATCHES = "patch_embed.proj.weight"
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class KeyReport:
 
     source: str  # the checkpoint
     loaded: tuple[str, ...]  # tensors of the model, including resized ones
-    resized: dict[str, str]  # tables and position embeddings -> between which patch grids
+    resized: dict[str, str]  # tables, position embeddings and patch embeddings -> from which size to which
     expanded: int  # blocks that got a copy of the shared bias table; 0 without one, or if it stayed shared
     dropped: dict[str, str]  # tensors of the checkpoint that were left out on purpose -> why
     missing: tuple[str, ...]  # tensors of the model that are not in the checkpoint; they keep their initial values
@@ -169,6 +174,14 @@ def _check_backbone(given: Weights, own: Weights, source: str, metadata: Metadat
     backbone = (name for name in own if name.startswith(("cls_token", "patch_embed.", "blocks.")))
     needed = [name for name in backbone if not name.endswith(TABLE)]
     odd = [name for name in needed if name not in given or given[name].shape != own[name].shape]
+    if metadata.get("dialect") == PLAIN_VIT:
+        if "pos_embed" not in own:
+            raise InputError(
+                f"{source} is {PLAIN_VIT}, with absolute positions and no bias tables: build the model with "
+                "use_abs_pos_emb=True, use_rel_pos_bias=False (--abs_pos_emb --disable_rel_pos_bias)"
+            )
+        if PATCHES in given and given[PATCHES].shape[:2] == own[PATCHES].shape[:2]:
+            odd = [name for name in odd if name != PATCHES]  # of another size, to be resized
     if 2 * len(odd) > len(needed):
         fit = f"{len(needed) - len(odd)} of {len(needed)} tensors of the backbone fit"
         raise InputError(f"{source} is of another model: {fit}; it looks like {describe(given, metadata)}")
@@ -177,20 +190,19 @@ def _check_backbone(given: Weights, own: Weights, source: str, metadata: Metadat
         has, other, value = ("no", "one", 0) if any(name in own for name in scales) else ("a", "none", 0.1)
         settled = f"init_values={value} (--layer_scale_init_value {value})"
         raise InputError(f"{source} has {has} LayerScale and the model has {other}: build it with {settled}")
-    odd += [name for name in given if name.startswith("blocks.") and name not in own and not name.endswith(TABLE)]
+    odd += [n for n in given if n.startswith("blocks.") and n not in own and not n.endswith((TABLE, "k_bias"))]
     if odd:
         raise _another_model(source, odd, given, own)
 
 
 def _check_recorded(model: Backbone, given: Weights, source: str, metadata: Metadata) -> None:
-    """Compares what shapes do not show, if it is recorded: attention heads (columns of bias tables) and eps."""
+    """Compares the attention heads (columns of bias tables) and takes over eps: no shape shows them."""
     heads = metadata.get("num_heads", model.num_heads)
     if heads != model.num_heads and not any(name.endswith(TABLE) for name in given):
         problem = f"{source} is of another model, of {heads} heads and not {model.num_heads}"
         raise InputError(f"{problem}: build it with num_heads={heads}")
-    eps = float(getattr(model.norm_layer(1), "eps", 0.0))
-    if eps and not math.isclose(recorded := metadata.get("layer_norm_eps", eps), eps):
-        logger.warning("%s was trained with a layer_norm_eps of %g, the model has %g", source, recorded, eps)
+    for norm in (module for module in model.modules() if isinstance(module, nn.LayerNorm)):
+        norm.eps = metadata.get("layer_norm_eps", norm.eps)
 
 
 def _another_model(source: str, odd: list[str], given: Weights, own: Weights) -> InputError:
@@ -217,13 +229,15 @@ def describe(weights: Weights, metadata: Metadata) -> str:
 def _resize(
     given: dict[str, Tensor], own: Weights, target: tuple[int, int], metadata: Metadata
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Resizes tables and position embeddings to the model's patch grid; copies of a shared table stay one tensor."""
+    """Resizes tables and positions to the model's patch grid, copies of a shared table as one, and a ViT's patches."""
     resizable = [name for name in given if name in own and (name.endswith(TABLE) or name == "pos_embed")]
-    if not resizable:
-        return given, {}
-    window = window_of({name: given[name] for name in (*resizable, "patch_embed.proj.weight")}, metadata, target)
+    window = window_of({name: given[name] for name in (*resizable, PATCHES)}, metadata, target)
+    resized: dict[str, str] = {}
+    if (size := given[PATCHES].shape[2:]) != (wanted := own[PATCHES].shape[2:]):
+        given[PATCHES] = resample_patch_embed(given[PATCHES], list(wanted))
+        resized[PATCHES] = f"patches of {size[0]} x {size[1]} to {wanted[0]} x {wanted[1]} pixels"
     if window is None or window == target:
-        return given, {}
+        return given, resized
     cache: dict[int, Tensor] = {}
     for name in resizable:
         tensor = given[name]
@@ -233,7 +247,7 @@ def _resize(
             cache[id(tensor)] = resize(tensor.float() if half else tensor, window, target)
         given[name] = cache[id(tensor)]
     note = f"{window[0]} x {window[1]} to {target[0]} x {target[1]} patches"
-    return given, dict.fromkeys(resizable, note)
+    return given, resized | dict.fromkeys(resizable, note)
 
 
 def _drop(
@@ -257,7 +271,9 @@ def _drop(
             dropped |= dict.fromkeys(names, f"{metadata['dialect']} predicts something else")
     for name in given:
         if name not in own and name not in dropped:
-            reason = next((reason for part, reason in OTHER_TASKS.items() if name.startswith(part)), None)
+            reason = next(
+                (reason for part, reason in LEFT_OUT.items() if name.startswith(part) or name.endswith(part)), None
+            )
             if reason == "of pre-training" and "target" in metadata:
                 reason = f"of pre-training on {metadata['target']}"
             if reason:

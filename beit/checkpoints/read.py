@@ -32,6 +32,7 @@ from beit.checkpoints.formats.recorded import RECORDED, whole
 from beit.checkpoints.formats.relatives import EVA_WIDTH
 from beit.checkpoints.formats.segmentation import PARTS, PUBLISHED_TAPS, depth_of, is_segmentor
 from beit.checkpoints.formats.unilm import INDEX, SHARED_TABLE, TABLE, one_model
+from beit.checkpoints.formats.vit import PLAIN_VIT
 from beit.checkpoints.released import CONFIG, FOLDER_WEIGHTS, PREPROCESSOR, released_at, resolve, shards_of
 from beit.data.preprocessing import default_crop_pct, normalization
 from beit.errors import InputError, listed
@@ -43,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 STATE_KEYS = ("model", "module", "state_dict", "model_ema")
 HEAD_WIDTH = 64  # channels of an attention head in every published model but EVA
-PUBLISHED_HEADS = {width: width // HEAD_WIDTH for width in (192, 384, 768, 1024)} | {EVA_WIDTH: 16}  # by width
+PUBLISHED_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, EVA_WIDTH: 16}  # by width
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # EVA's too
 IMAGENET_CLASSES = (1000, 21841, 21843)
 AXES = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}
@@ -111,7 +112,7 @@ def read_weights(source: str | Path, model_key: str = "", prefix: str = "") -> t
 
 
 def _refuse_relative(dialect: str, source: str | Path) -> None:
-    if (other := relative(dialect)) is not None and not other.loads:
+    if (other := relative(dialect)) is not None and not other.to_official:
         raise InputError(f"{source} is {other.name}, not BEiT: {other.remark}")
 
 
@@ -326,9 +327,9 @@ def architecture_of(weights: Weights, metadata: Metadata, *, images: bool = Fals
     for name in ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"):
         if name not in weights:
             raise InputError(f"{source} is not a whole model: it lacks {name}")
-    # A classifier or segmentor of Hugging Face may keep the mask token of its pre-training.
+    # A classifier or segmentor of Hugging Face may keep the mask token of its pre-training, and DINOv2 always does.
     segmentor = is_segmentor(weights)
-    classifier = segmentor or "head.weight" in weights or "fc_norm.weight" in weights
+    classifier = segmentor or {"head.weight", "fc_norm.weight"} & weights.keys() or metadata.get("dialect") == PLAIN_VIT
     masked = "lm_head.weight" in weights or ("mask_token" in weights and not classifier)
     embed_dim, in_chans, *patch = weights["patch_embed.proj.weight"].shape
     table = next((tensor for name, tensor in weights.items() if name.endswith(TABLE)), None)

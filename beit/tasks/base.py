@@ -13,6 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from beit.checkpoints.formats.dialect import LAYER_NORM_EPS
+from beit.checkpoints.formats.vit import PLAIN_VIT
+from beit.checkpoints.read import read_weights
 from beit.checkpoints.released import resolve
 from beit.config import dump_yaml, read_settings, to_plain
 from beit.data.classification import LabelledImages, check_classes, find_images
@@ -51,6 +54,7 @@ ConfigT = TypeVar("ConfigT", bound=RunOptions)
 BatchT = TypeVar("BatchT", bound=BatchOptions)
 
 PREPARED_BY = {**dict.fromkeys(("mean", "std"), "--imagenet_default_mean_and_std"), "crop_pct": "--crop_pct"}
+READING = {"model_key": "model|module", "model_prefix": ""}  # settings of how weights are read, where a job has them
 EVALUATION_WORKERS = 2  # at most, beside those of the training loader
 Metrics = dict[str, float]
 Evaluation = Callable[[nn.Module, int], Metrics]
@@ -78,6 +82,7 @@ class Task(ABC, Generic[ConfigT]):
     def start(self, session: Session) -> None:
         """Takes the session up, before anything is built."""
         self.session, self.device = session, session.device
+        self.config = adopt_positions(self.config)
         if isinstance(self.config, BatchOptions):
             self.config = resolve_batch(self.config, session.world_size, self.batch_multiple)
         self.precision = self.build_precision()
@@ -247,7 +252,7 @@ def run(task: Task[Any]) -> None:
             folder=session.folder,
             log_dir=task.config.log_dir,
             config=to_plain(task.config),
-            extras=task.extras(),
+            extras={**recorded_eps(task.model), **task.extras()},
             ema=task.build_average(),
             evaluate=task.build_evaluation(),
             on_epoch_end=task.build_epoch_end(),
@@ -260,6 +265,12 @@ def run(task: Task[Any]) -> None:
             logger.info("%s", line)
         trainer.fit()
         task.finish()
+
+
+def recorded_eps(model: nn.Module) -> dict[str, float]:
+    """Returns the eps of a model's layer norms for its checkpoints, if it came with weights that had another."""
+    found = {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)} - {LAYER_NORM_EPS}
+    return {"layer_norm_eps": found.pop()} if found else {}
 
 
 @contextmanager
@@ -307,6 +318,23 @@ def resolve_batch(config: BatchT, world_size: int, multiple: int = 1) -> BatchT:
         return config
     images, batches = split_batch(config.total_batch_size, world_size, config.batch_size, multiple)
     return dataclasses.replace(config, batch_size=images, update_freq=batches)
+
+
+def adopt_positions(config: ConfigT) -> ConfigT:
+    """Returns the settings with the kind of positions and LayerScale of the plain ViT that is started from, if any."""
+    source = getattr(config, "init_from", "") or getattr(config, "checkpoint", "")
+    if not source:
+        return config
+    weights, metadata = read_weights(source, *(getattr(config, name, default) for name, default in READING.items()))
+    if metadata["dialect"] != PLAIN_VIT:
+        return config
+    scale = 0.1 if "blocks.0.gamma_1" in weights else 0.0
+    form: dict[str, Any] = {"abs_pos_emb": True, "rel_pos_bias": False, "layer_scale_init_value": scale}
+    logger.info(
+        "%s is %s, so the model is built as with --abs_pos_emb --disable_rel_pos_bias --layer_scale_init_value %g",
+        *(source, PLAIN_VIT, scale),
+    )
+    return dataclasses.replace(config, **form)
 
 
 def plan(config: BatchOptions, trainer: Trainer) -> str:

@@ -194,6 +194,7 @@ def evaluate_checkpoint(config: FinetuningConfig) -> Metrics:
     """
     task = Finetuning(dataclasses.replace(config, eval=True))
     with opened(task, writes=False) as session:
+        config = task.config
         model = build_model(config, len(task.class_names)).to(session.device)
         source = checkpoint_to_evaluate(config, config.init_from)
         averaged = config.model_ema and Path(source).name != BEST_EMA  # there the model is the average

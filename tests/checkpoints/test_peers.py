@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import timm
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import load_file
+from timm.layers import resample_patch_embed
 from timm.models.beit import Beit
 from transformers import (
     AutoImageProcessor,
@@ -262,8 +264,8 @@ def test_what_no_shape_tells_survives_a_conversion(to, tmp_path, caplog):
     sizes = {"img_size": 64, "embed_dim": 32, "depth": 2, "num_classes": 5, "use_rel_pos_bias": False}
     with pytest.raises(InputError, match="of 4 heads and not 2: build it with num_heads=4"):
         create_model("beit_tiny_patch16_224", pretrained=path, **sizes, num_heads=2)
-    create_model("beit_tiny_patch16_224", pretrained=path, **sizes, num_heads=4)
-    assert "was trained with a layer_norm_eps of 0.01, the model has 1e-06" in caplog.text
+    started = create_model("beit_tiny_patch16_224", pretrained=path, **sizes, num_heads=4)
+    torch.testing.assert_close(outputs(started), outputs(peer).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_the_crop_comes_back_from_transformers_as_it_was(small, tmp_path):
@@ -366,13 +368,119 @@ def test_tables_that_transformers_reads_otherwise_are_refused(table, tmp_path):
         get_model(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "name", ["vit_small_patch16_dinov3", "vit_small_patch16_dinov3_qkvb", "vit_small_patch14_reg4_dinov2"]
-)
-def test_timms_transformers_with_registers_are_refused(name, tmp_path):
-    torch.save(timm.create_model(name, depth=1, img_size=112).state_dict(), tmp_path / "a.pth")
-    with pytest.raises(InputError, match="not BEiT"):
-        get_model(tmp_path / "a.pth")
+TIMM_VITS = {  # name -> arguments; all but their registered class tokens and LayerScale are made small
+    "vit_tiny_patch16_224": {"num_classes": 5},
+    "vit_base_patch16_224.mae": {"global_pool": "avg", "num_classes": 5},
+    "vit_small_patch8_224.dino": {},
+    "vit_small_patch14_dinov2": {"patch_size": 16},
+    "deit3_small_patch16_224": {"num_classes": 5},
+}
+
+
+@pytest.mark.parametrize(("name", "options"), TIMM_VITS.items(), ids=TIMM_VITS)
+def test_a_vit_of_timm_opens_with_equal_features(name, options, tmp_path):
+    # Breaks when a bias of the keys is taken for another, LayerScale is lost, or positions are shifted by a token.
+    sizes = {"img_size": 64, "embed_dim": 64, "depth": 2, "num_heads": 1}
+    peer = randomise(timm.create_model(name, pretrained=False, **{**sizes, **options}))
+    torch.save(peer.state_dict(), tmp_path / "vit.pth")
+    ours = get_model(tmp_path / "vit.pth")
+    with torch.no_grad():
+        theirs = list(peer.forward_intermediates(IMAGES, norm=False, return_prefix_tokens=True, output_fmt="NLC")[1])
+    for (patches, cls), tokens in zip(theirs, ours.get_intermediate_layers(IMAGES), strict=True):
+        torch.testing.assert_close(tokens, torch.cat((cls, patches), dim=1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(outputs(ours), outputs(peer), rtol=1e-5, atol=1e-5)
+
+
+VIT_SIZES = HF_SIZES | {"image_size": 64}
+DECODER = {
+    "decoder_hidden_size": 16,
+    "decoder_num_hidden_layers": 1,
+    "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 16,
+    "mask_ratio": 0.0,
+}
+HF_VITS = {
+    "ViTModel": VIT_SIZES | {"layer_norm_eps": 0.1},
+    "ViTForImageClassification": VIT_SIZES,
+    "ViTMAEModel": VIT_SIZES | DECODER,
+    "ViTMAEForPreTraining": VIT_SIZES | DECODER,
+    "Dinov2Model": VIT_SIZES,
+    "Dinov2ForImageClassification": VIT_SIZES,
+}
+
+
+def hf_vit(kind, options):
+    torch.manual_seed(0)
+    model_class = getattr(transformers, kind)
+    return randomise(model_class(model_class.config_class(**options)))
+
+
+@pytest.mark.parametrize(("kind", "options"), HF_VITS.items(), ids=HF_VITS)
+def test_a_vit_of_transformers_opens_with_equal_features(kind, options, tmp_path, caplog):
+    # Breaks with another eps than the config's, or with names that only the installed version has in memory.
+    peer = hf_vit(kind, options)
+    peer.save_pretrained(tmp_path)
+    with caplog.at_level("INFO"):
+        ours = get_model(tmp_path)
+    in_order = {"noise": torch.arange(16.0).expand(2, -1)} if "MAE" in kind else {}  # MAE shuffles the patches
+    with torch.no_grad():
+        theirs = (peer if kind.endswith("Model") else peer.base_model)(IMAGES, **in_order).last_hidden_state
+    tokens, _ = ours.forward_blocks(ours.embed(IMAGES))
+    torch.testing.assert_close(ours.norm(tokens), theirs, rtol=1e-5, atol=1e-5)
+    if kind == "ViTForImageClassification":
+        torch.testing.assert_close(outputs(ours), outputs(peer).logits, rtol=1e-5, atol=1e-5)
+    report = next(message for message in caplog.messages if "tensors loaded" in message)
+    assert "dropped (a bias of the keys cancels in the softmax): blocks.0.attn.k_bias, blocks.1.attn.k_bias" in report
+    assert "no place" not in report
+    assert "not in the checkpoint" not in report
+
+
+REFUSED_VITS = {
+    "DINOv3": ("vit_small_patch16_dinov3", "vit_small_patch16_dinov3_qkvb", "DINOv3ViTModel"),
+    "DINOv2 with registers": ("vit_small_patch14_reg4_dinov2", "Dinov2WithRegistersModel"),
+    "a CLIP tower": ("vit_base_patch16_clip_quickgelu_224", "CLIPVisionModel"),
+    "DeiT with a distillation token": ("deit_tiny_distilled_patch16_224", "DeiTModel"),
+    "a ViT without a class token": ("vit_base_patch16_siglip_224", "IJepaModel"),
+    "a ViT with rotary or no positions": ("vit_small_patch16_rope_224",),
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, kinds in REFUSED_VITS.items() for kind in kinds])
+def test_other_vits_are_refused_by_name(name, kind, tmp_path):
+    # Breaks when a model that computes something else is opened as if its other tensors were not there.
+    if "_" in kind:
+        source = tmp_path / "a.pth"
+        torch.save(timm.create_model(kind, depth=1, img_size=112, embed_dim=96, num_heads=2).state_dict(), source)
+    else:
+        source = tmp_path
+        hf_vit(kind, VIT_SIZES).save_pretrained(source)
+    with pytest.raises(InputError, match=f"is {name}.*, not BEiT: ") as refused:
+        get_model(source)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_vit_with_other_patches_and_another_grid_starts_a_model(tmp_path, caplog):
+    # Breaks when the kernel is resized like a picture: features at the same content would change by its area.
+    peer = hf_vit("Dinov2Model", VIT_SIZES | {"patch_size": 8})
+    peer.save_pretrained(tmp_path)
+    sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2, "init_values": 0.1, "num_classes": 0, "patch_size": 16}
+    with pytest.raises(InputError, match=r"bias tables: build the model with .*--abs_pos_emb --disable_rel_pos_bias"):
+        create_model("beit_tiny_patch16_224", pretrained=tmp_path, **sizes, img_size=64)
+    sizes |= {"use_abs_pos_emb": True, "use_rel_pos_bias": False}
+    with caplog.at_level("INFO"):
+        ours = create_model("beit_tiny_patch16_224", pretrained=tmp_path, **sizes, img_size=128)
+        create_model("beit_tiny_patch16_224", pretrained=tmp_path, **sizes, img_size=64)
+    resized = caplog.messages[0], caplog.messages[1]
+    assert "patches of 8 x 8 to 16 x 16 pixels" in resized[0]
+    assert "8 x 8 to 4 x 4 patches" in resized[1]
+    kernel = peer.embeddings.patch_embeddings.projection.weight.detach()
+    assert torch.equal(ours.patch_embed.proj.weight, resample_patch_embed(kernel, [16, 16]))
+    smooth = torch.nn.functional.interpolate(torch.randn(1, 3, 4, 4), 64, mode="bicubic")
+    enlarged = torch.nn.functional.interpolate(smooth, 128, mode="bicubic")
+    with torch.no_grad():
+        theirs = peer.embeddings(smooth)[:, 1:]
+        difference = (ours.embed(enlarged)[:, 1:] - theirs).norm() / theirs.norm()
+    assert difference < 0.05
 
 
 def test_timms_eva_giant_opens_with_its_heads(tmp_path):

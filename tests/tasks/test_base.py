@@ -11,7 +11,8 @@ import torch
 
 from beit.config import dump_yaml, read_command_line
 from beit.errors import InputError
-from beit.tasks.base import resolve_batch, run, trainer_class
+from beit.storage import save_checkpoint
+from beit.tasks.base import adopt_positions, resolve_batch, run, trainer_class
 from beit.tasks.dvae_training import DvaeTraining
 from beit.tasks.finetuning import Finetuning
 from beit.tasks.linear_probe import LinearProbe
@@ -40,6 +41,15 @@ JOBS = {
 }
 SHARDED_JOBS = [Pretraining, Finetuning]
 WRONG = {"enable_deepspeed": True, "compile": True, "log_images": 2, "model_ema_force_cpu": True}
+
+
+@pytest.mark.parametrize("task", [task for task in JOBS if task is not DvaeTraining])
+def test_every_job_takes_over_the_form_of_a_vit(task, tmp_path):
+    vit = {"cls_token": (1, 1, 8), "pos_embed": (1, 5, 8), "blocks.0.attn.qkv.bias": (24,), "blocks.0.ls1.gamma": (8,)}
+    save_checkpoint(tmp_path / "vit.pth", {"model": {name: torch.ones(shape) for name, shape in vit.items()}})
+    start = {"checkpoint" if task is LinearProbe else "init_from": str(tmp_path / "vit.pth")}
+    config = adopt_positions(JOBS[task](**start, layer_scale_init_value=0.0))
+    assert (config.abs_pos_emb, config.rel_pos_bias, config.layer_scale_init_value) == (True, False, 0.1)
 
 
 @pytest.mark.parametrize(

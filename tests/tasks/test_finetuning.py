@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.data import ImageNetInfo
+from transformers import ViTConfig, ViTModel
 
 from beit.config import read_command_line
 from beit.data.classification import CIFAR, ClassificationEvalTransform, find_images, labelled_dataset
@@ -34,7 +35,7 @@ from beit.tasks.finetuning import (
 from beit.tasks.settings import FinetuningConfig
 from beit.training.loop import seed_step
 from beit.training.precision import Precision
-from beit.zoo import create_model
+from beit.zoo import create_model, get_model
 from tests.data.test_classification import write_cifar
 
 CPU = torch.device("cpu")
@@ -426,6 +427,27 @@ def test_a_non_square_run_from_pretraining(good_flags, tmp_path, caplog):
     assert torch.equal(*tables)
     assert tables[0].std() > 0.5
     assert len(tables[0]) == (2 * 5 - 1) * (2 * 8 - 1) + 3
+
+
+def test_a_run_starts_from_a_vit_and_is_evaluated_like_any_other(good_flags, tmp_path, caplog):
+    # Breaks when the run's model has tables instead of the ViT's positions, or its checkpoints forget the ViT's eps.
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    torch.manual_seed(0)
+    vit = ViTModel(ViTConfig(**sizes, image_size=40, patch_size=8, layer_norm_eps=1e-12)).eval()
+    vit.save_pretrained(tmp_path / "vit")
+    with caplog.at_level(logging.INFO):
+        assert call(good_flags, finetune=tmp_path / "vit", lr=0, min_lr=0, epochs=1) == 0
+    assert "built as with --abs_pos_emb --disable_rel_pos_bias --layer_scale_init_value 0" in caplog.text
+    source = good_flags["--output_dir"] / "checkpoint-0.pth"
+    assert load_checkpoint(source)["args"]["abs_pos_emb"] is True
+    trained = get_model(source)
+    images = torch.randn(2, 3, 40, 40)
+    with torch.no_grad():
+        tokens = vit.layernorm(trained.forward_blocks(trained.embed(images))[0])
+        torch.testing.assert_close(tokens, vit(images).last_hidden_state, rtol=1e-5, atol=1e-5)
+    assert call(good_flags, finetune=tmp_path / "vit", eval=True) == 0
+    form = {"abs_pos_emb": True, "disable_rel_pos_bias": True, "layer_scale_init_value": 0}
+    assert call(good_flags, eval=True, resume=source, **form) == 0
 
 
 def test_a_head_of_other_classes_is_dropped_to_finetune_and_refused_to_evaluate_or_resume(

@@ -10,6 +10,7 @@ import re
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -247,6 +248,18 @@ def test_a_mistake_is_one_clear_line_and_exit_status_2(mistake, good_flags, tmp_
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert all(part in errors[0] for part in parts), errors[0]
+
+
+def test_a_run_starts_from_a_vit_with_its_mask_token(good_flags, tmp_path):
+    sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+    vit = timm.create_model("vit_small_patch14_dinov2", img_size=32, patch_size=8, **sizes).state_dict()
+    save_checkpoint(tmp_path / "vit.pth", {**vit, "mask_token": torch.full((1, 32), 2.0)})
+    assert call({**good_flags, "--init_from": tmp_path / "vit.pth", "--lr": 0, "--min_lr": 0, "--epochs": 1}) == 0
+    weights = torch.load(good_flags["--output_dir"] / "checkpoint-0.pth", weights_only=True)["model"]
+    assert torch.equal(weights["pos_embed"], vit["pos_embed"])
+    assert torch.equal(weights["blocks.1.gamma_2"], vit["blocks.1.ls2.gamma"])
+    assert torch.equal(weights["mask_token"], torch.full((1, 1, 32), 2.0))
+    assert not [name for name in weights if "relative" in name]
 
 
 def test_out_of_memory_says_what_to_lower(good_flags, monkeypatch, capsys):

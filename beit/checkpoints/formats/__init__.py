@@ -36,5 +36,6 @@ def to_official(state_dict: Weights, dialect: str) -> dict[str, Tensor]:
 
     Raises :class:`InputError` if the dialect is unknown or of a model other than BEiT.
     """
-    model = relative(dialect)
-    return resolve(dialects(), "unilm" if model and model.loads else dialect, "dialect").to_official(state_dict)
+    if (model := relative(dialect)) and model.to_official:
+        return model.to_official(state_dict)
+    return resolve(dialects(), dialect, "dialect").to_official(state_dict)

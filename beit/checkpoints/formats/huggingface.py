@@ -43,6 +43,7 @@ _NAMES = NameTable(
         "norm1": "layernorm_before",
         "norm2": "layernorm_after",
         "attn.q_bias": "attention.attention.query.bias",
+        "attn.k_bias": "attention.attention.key.bias",  # of plain ViTs
         "attn.v_bias": "attention.attention.value.bias",
         f"attn.{TABLE}": f"attention.attention.relative_position_bias.{TABLE}",
         "attn.proj": "attention.output.dense",

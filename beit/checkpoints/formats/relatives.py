@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from beit.checkpoints.formats import unilm, vit
+from beit.checkpoints.formats.dialect import Weights
+
 EVA_WIDTH, EVA02_ENORMOUS_WIDTH = 1408, 1792
 
 Names = frozenset[str]
@@ -17,7 +20,7 @@ class Relative:
 
     name: str
     matches: Callable[[Names, Mapping[str, Tensor]], bool]  # given names without the prefixes of wrappers
-    loads: bool  # whether its backbone has BEiT's architecture and names
+    to_official: Callable[[Weights], dict[str, Tensor]] | None  # None unless its backbone has BEiT's architecture
     remark: str  # for the user
 
 
@@ -43,44 +46,72 @@ def _is_gated(_names: Names, tensors: Mapping[str, Tensor]) -> bool:
     return first is not None and second is not None and len(first) == 2 * second.shape[-1]
 
 
+def _all(*matchers: Callable[[Names, Mapping[str, Tensor]], bool]) -> Callable[[Names, Mapping[str, Tensor]], bool]:
+    return lambda names, tensors: all(matches(names, tensors) for matches in matchers)
+
+
+def _lacks(pattern: str) -> Callable[[Names, Mapping[str, Tensor]], bool]:
+    """Matches if the pattern occurs in no name."""
+    return lambda names, tensors: not _has(pattern)(names, tensors)
+
+
 _OTHER = "another architecture"
+_POSITIONS = r"(^|\.)pos(_embed|ition_embeddings)$"
+_REGISTERS = r"(^|\.)(reg_token|register_tokens|storage_tokens)$"
+_BIASED_KEYS = r"(^blocks\.0\.attn\.qkv\.bias|attention\.attention\.key\.bias)$"
 
 RELATIVES = (
-    Relative("BEiT-3", _has(r"(^beit3\.|\.self_attn\.k_proj\.A\.)"), False, "a multiway transformer, " + _OTHER),
-    Relative("BEiT v2's tokenizer (VQ-KD)", _has(r"^quantize\.", r"^encoder\."), False, "a tokenizer, not a backbone"),
-    Relative("BEiT v2", _has(r"^cls_pt_layers\."), True, "the backbone is the same, its head predicts other tokens"),
+    Relative("BEiT-3", _has(r"(^beit3\.|\.self_attn\.k_proj\.A\.)"), None, "a multiway transformer, " + _OTHER),
+    Relative("BEiT v2's tokenizer (VQ-KD)", _has(r"^quantize\.", r"^encoder\."), None, "a tokenizer, not a backbone"),
+    Relative(
+        "BEiT v2",
+        _has(r"^cls_pt_layers\."),
+        unilm.to_official,
+        "the backbone is the same, its head predicts other tokens",
+    ),
     Relative(
         "EVA-02",
         _has(r"^blocks\.\d+\.(attn\.q_proj\.|mlp\.w1\.|mlp\.fc1_g\.)"),
-        False,
+        None,
         "a gated MLP or split projections, " + _OTHER,
     ),
-    Relative("EVA-02 or another model with a gated MLP", _is_gated, False, _OTHER),
-    Relative("EVA-02 enormous", _is_wide(EVA02_ENORMOUS_WIDTH), False, "its norms come last in a block, " + _OTHER),
-    Relative("EVA", _is_wide(EVA_WIDTH), True, "the backbone is the same, its head predicts CLIP features"),
+    Relative("EVA-02 or another model with a gated MLP", _is_gated, None, _OTHER),
+    Relative("EVA-02 enormous", _is_wide(EVA02_ENORMOUS_WIDTH), None, "its norms come last in a block, " + _OTHER),
     Relative(
-        "DINOv3 or another model with register tokens or rotary positions",
-        _has(r"^(reg_token|register_tokens|storage_tokens|norm_pre\.|rope(_embed)?\.)"),
-        False,
+        "EVA", _is_wide(EVA_WIDTH), unilm.to_official, "the backbone is the same, its head predicts CLIP features"
+    ),
+    Relative(
+        "a CLIP tower or another model with a norm before its blocks",
+        _has(r"(^|\.)(norm_pre|ln_pre|pre_layrnorm)\."),
+        None,
+        _OTHER + ", which can only teach (--teacher)",
+    ),
+    Relative("DINOv3 or another model with rotary positions", _has(r"^rope(_embed)?\."), None, _OTHER),
+    Relative("DINOv3 or another model with rotary positions", _all(_has(_REGISTERS), _lacks(_POSITIONS)), None, _OTHER),
+    Relative("DINOv2 with registers or another model with register tokens", _has(_REGISTERS), None, _OTHER),
+    Relative("DeiT with a distillation token", _has(r"(^|\.)dist(illation)?_token$"), None, _OTHER),
+    Relative("DiT", _has(r"^roi_heads\.", r"^blocks\.0\.attn\.q_bias"), unilm.to_official, "the backbone is BEiT's"),
+    Relative("data2vec-vision", _has(r"^data2vec_vision\."), None, "another model of the same shape"),
+    Relative(
+        "a ViT without a class token (SigLIP, I-JEPA)",
+        _all(_has(_BIASED_KEYS), _lacks(r"(^|\.)cls_token$")),
+        None,
         _OTHER,
     ),
-    Relative("DiT", _has(r"^roi_heads\.", r"^blocks\.0\.attn\.q_bias"), True, "the detector's backbone is BEiT's"),
-    Relative("data2vec-vision", _has(r"^data2vec_vision\."), False, "another model of the same shape"),
+    Relative("a ViT with rotary or no positions", _all(_has(_BIASED_KEYS), _lacks(_POSITIONS)), None, _OTHER),
+    Relative(vit.PLAIN_VIT, _has(_BIASED_KEYS), vit.to_official, "positions are absolute, and keys have no bias"),
     Relative(
-        "a plain vision transformer (ViT, DeiT, MAE, DINO)",
-        _has(r"(^blocks\.0\.attn\.qkv\.bias$|attention\.attention\.key\.bias$|^encoder\.layers\.encoder_layer_0\.)"),
-        False,
-        "it has a bias of the keys and no relative positions",
+        "torchvision's ViT", _has(r"^encoder\.layers\.encoder_layer_0\."), None, "take timm's of the same weights"
     ),
-    Relative("a CLIP model", _has(r"^visual\.", r"^logit_scale$"), False, _OTHER),
-    Relative("a Swin transformer", _has(r"^layers\.0\.blocks\.0\.attn\."), False, _OTHER),
-    Relative("a ResNet", _has(r"^layer1\.0\.conv1\.weight$"), False, _OTHER),
-    Relative("a DALL-E tokenizer", _has(r"^blocks\.group_1\."), False, "a tokenizer, not a backbone"),
-    Relative("a discrete VAE", _has(r"^codebook\.weight$"), False, "a tokenizer, not a backbone"),
+    Relative("a CLIP model", _has(r"^visual\.", r"^logit_scale$"), None, _OTHER),
+    Relative("a Swin transformer", _has(r"^layers\.0\.blocks\.0\.attn\."), None, _OTHER),
+    Relative("a ResNet", _has(r"^layer1\.0\.conv1\.weight$"), None, _OTHER),
+    Relative("a DALL-E tokenizer", _has(r"^blocks\.group_1\."), None, "a tokenizer, not a backbone"),
+    Relative("a discrete VAE", _has(r"^codebook\.weight$"), None, "a tokenizer, not a backbone"),
     Relative(
         "a Hugging Face model under the names that transformers 5 has in memory",
         _has(r"(^|\.)layers\.\d+\.attention\.q_proj\."),
-        False,
+        None,
         "write it with save_pretrained(folder) and give the folder",
     ),
 )
