@@ -1,16 +1,21 @@
 """Features of a frozen backbone: what linear probes and nearest neighbours work on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from beit.data.loaders import Batch, EpochLoader
 from beit.data.transforms import normalize
 from beit.errors import InputError
 from beit.inference import block_number, known_pool, pool_tokens
 from beit.modeling import Backbone
+from beit.training import distributed
 from beit.training.precision import Precision
+
+CHUNK = 2048  # queries, and candidates, per block of similarities: 16 MB
 
 
 @dataclass(frozen=True)
@@ -75,3 +80,74 @@ class FrozenFeatures:
         grid = self.model.patch_embed.grid_size
         # Pooled in float32: a mean over many patches loses digits in a shorter format.
         return {f.name: pool_tokens(tokens[f.layer].float(), f.pool, grid) for f in self.features}
+
+
+@dataclass(frozen=True)
+class Share:
+    """This process's part of a data set's features."""
+
+    features: dict[str, Tensor]  # by name, float32 (n, D), of length 1, in host memory
+    labels: Tensor  # int64 (n,); -1 for unreadable images
+    positions: Tensor  # of the images in the data set, int64 (n,)
+    images: int  # in the whole data set
+
+
+def share_of(loader: EpochLoader, sizes: Mapping[str, int], compute: Callable[[Batch], Mapping[str, Tensor]]) -> Share:
+    """Computes the features of this process's part of a labelled data set, each image once over all processes.
+
+    Args:
+        loader: Loads the data set in its order and in full, on the host.
+        sizes: Names of the features, and their lengths.
+        compute: Returns the features ``(B, size)`` of a batch by name.
+    """
+    found: dict[str, list[Tensor]] = {name: [torch.empty(0, size)] for name, size in sizes.items()}
+    labels, positions = [torch.empty(0, dtype=torch.long)], [torch.empty(0, dtype=torch.long)]
+    for number, batch in enumerate(loader.epoch(0)):
+        for name, output in compute(batch).items():
+            found[name].append(F.normalize(output, dim=-1).cpu())
+        labels.append(batch["label"])
+        start = (number * loader.world_size + loader.rank) * loader.batch_size
+        positions.append(torch.arange(start, start + len(batch["label"])))
+    loader.close()
+    joined = {name: torch.cat(parts) for name, parts in found.items()}
+    return Share(joined, torch.cat(labels), torch.cat(positions), len(loader.dataset))
+
+
+def whole(share: Share, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Joins all processes' parts on the device, in order: features ``(images, D)`` and labels ``(images,)``."""
+    own, positions = share.features[name], share.positions.to(device)
+    rows = torch.zeros(share.images, own.shape[1], device=device)
+    labels = torch.zeros(share.images, dtype=torch.long, device=device)
+    rows[positions], labels[positions] = own.to(device), share.labels.to(device)
+    return distributed.sum_over_ranks(rows), distributed.sum_over_ranks(labels)
+
+
+def nearest(queries: Tensor, candidates: Tensor, k: int, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
+    """Finds the most similar candidates of each query, exactly, keeping one block of similarities in memory.
+
+    Args:
+        queries: ``(M, D)``, of length 1.
+        candidates: ``(N, D)``, of length 1.
+        k: Number of candidates to find, at most ``N``.
+        chunk: Queries, and candidates, per block.
+
+    Returns cosine similarities in descending order, and indices of candidates, both ``(M, k)``.
+    """
+    found = []
+    for part in queries.split(chunk):
+        best, where = part.new_empty(len(part), 0), torch.empty(len(part), 0, dtype=torch.long, device=part.device)
+        for start in range(0, len(candidates), chunk):
+            similarities = part @ candidates[start : start + chunk].T  # (m, n)
+            numbers = torch.arange(start, start + similarities.shape[1], device=part.device).expand_as(similarities)
+            best, where = torch.cat([best, similarities], dim=1), torch.cat([where, numbers], dim=1)
+            best, order = best.topk(min(k, best.shape[1]), dim=1)
+            where = where.gather(1, order)
+        found.append((best, where))
+    return torch.cat([best for best, _ in found]), torch.cat([where for _, where in found])
+
+
+def vote(similarities: Tensor, labels: Tensor, temperature: float, num_classes: int) -> Tensor:
+    """Returns the votes ``(M, num_classes)`` of neighbours with these similarities and labels, both ``(M, k)``."""
+    # Relative to the nearest, whose vote is 1: exp(1 / temperature) would overflow float32 below 0.0113.
+    weights = ((similarities - similarities[:, :1]) / temperature).exp()
+    return weights.new_zeros(len(weights), num_classes).scatter_add_(1, labels, weights)

@@ -140,21 +140,26 @@ class TokenTarget(PredictionTarget):
         return {"mlm_acc": (outputs.argmax(dim=-1) == targets).float().mean()}
 
     def tally(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Returns the number of right predictions, and of each token's occurrences, int64 ``(vocab,)``."""
-        frequencies = torch.bincount(targets, minlength=self.output_size)
-        return {"right": (outputs.argmax(dim=-1) == targets).sum(), "frequencies": frequencies}
+        """Returns the number of right predictions, and how often each token occurs and is predicted, ``(vocab,)``."""
+        predicted = outputs.argmax(dim=-1)
+        counts = {"frequencies": targets, "predicted": predicted}
+        counts = {name: torch.bincount(tokens, minlength=self.output_size) for name, tokens in counts.items()}
+        return {"right": (predicted == targets).sum(), **counts}
 
     def scores(self, tally: Mapping[str, Tensor], patches: int) -> dict[str, float]:
-        """Returns the token accuracy ``mlm_acc`` and what guessing without looking gives.
+        """Returns the token accuracy ``mlm_acc``, what guessing without looking gives, and how varied tokens are.
 
         ``most_frequent_acc`` is the accuracy of always predicting the most frequent token, ``unigram_entropy`` the loss
-        of predicting the tokens' frequencies, in nats.
+        of predicting the tokens' frequencies, in nats, and ``codebook_perplexity`` its exponential: how many tokens are
+        in use, in effect. ``token_entropy`` is that of the predicted tokens: 0 if they are all the same.
         """
-        shares = tally["frequencies"].cpu().double() / patches
+        shares, predicted = (tally[name].cpu().double() / patches for name in ("frequencies", "predicted"))
         return {
             "mlm_acc": tally["right"].item() / patches,
             "most_frequent_acc": shares.max().item(),
-            "unigram_entropy": torch.special.entr(shares).sum().item(),
+            "unigram_entropy": entropy(shares).item(),
+            "codebook_perplexity": entropy(shares).exp().item(),
+            "token_entropy": entropy(predicted).item(),
         }
 
     def confidence(self, outputs: Tensor) -> Tensor:
@@ -260,6 +265,12 @@ class PixelTarget(PredictionTarget):
     def _statistics(self, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Returns mean and standard deviation of each patch, ``(…, 1)``; the variance is the unbiased one."""
         return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + self.EPS).sqrt()
+
+
+def entropy(frequencies: Tensor) -> Tensor:
+    """Returns the entropy, in nats, of frequencies or other numbers that are not negative, ``(n,)``."""
+    shares = frequencies / frequencies.sum()
+    return -torch.special.xlogy(shares, shares).sum()
 
 
 def _explained(tally: Mapping[str, Tensor]) -> Tensor:

@@ -51,7 +51,9 @@ MAY_IMPORT = {
     "beit.zoo": ("beit.modeling", "beit.checkpoints.*", "beit.registry"),
     "beit.teachers": ("beit.modeling", "beit.checkpoints.*", "beit.zoo", "beit.storage"),
     "beit.inference": ("beit.modeling", "beit.checkpoints.*", "beit.zoo", "beit.data.*"),
-    "beit.features": ("beit.modeling", "beit.inference", "beit.data.*", "beit.training.precision"),
+    "beit.features": (
+        *("beit.modeling", "beit.inference", "beit.data.*", "beit.training.precision", "beit.training.distributed"),
+    ),
     # the jobs, their pictures, and the commands around them
     "beit.visualization.*": ("beit.visualization.*", *PARTS),
     "beit.tasks.*": ("beit.tasks.*", "beit.visualization.*", *PARTS, "beit.features", "beit.training.*"),

@@ -9,8 +9,6 @@ import sys
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from beit.checkpoints.read import Metadata, architecture_of, read_weights
 from beit.commands.settings import KnnConfig
@@ -18,7 +16,7 @@ from beit.data.classification import LabelledImages, check_classes, find_images,
 from beit.data.datasets import Transform
 from beit.data.loaders import EpochLoader
 from beit.errors import InputError
-from beit.features import Feature, FrozenFeatures
+from beit.features import Feature, FrozenFeatures, Share, nearest, share_of, vote, whole
 from beit.inference import Preprocessing, preprocessing_of
 from beit.modeling import Backbone
 from beit.outputs import JSON_MARK, check_outputs
@@ -30,7 +28,6 @@ from beit.zoo import create_model, open_model
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 2048  # queries, and candidates, per block of similarities: 16 MB
 LARGE_BANK = 16e9  # bytes of host memory from which to warn
 
 
@@ -115,16 +112,6 @@ def build_model(config: KnnConfig) -> tuple[Backbone, Preprocessing]:
     return model, preprocessing_of(model, metadata)
 
 
-@dataclass(frozen=True)
-class Share:
-    """This process's part of a data set's features."""
-
-    features: dict[str, Tensor]  # by name, float32 (n, D), of length 1, in host memory
-    labels: Tensor  # int64 (n,); -1 for unreadable images
-    positions: Tensor  # of the images in the data set, int64 (n,)
-    images: int  # in the whole data set
-
-
 def compute(
     config: KnnConfig,
     images: LabelledImages,
@@ -133,10 +120,7 @@ def compute(
     session: Session,
     strict: bool,
 ) -> Share:
-    """Computes the features of this process's part of a data set, each image once over all processes.
-
-    An unreadable image is replaced by another one; with ``strict`` its label is -1.
-    """
+    """Computes the features of this process's part of a data set; with ``strict`` unreadable images have label -1."""
     loader = EpochLoader(
         labelled_dataset(images, transform, config.seed, strict),
         config.batch_size,
@@ -147,18 +131,8 @@ def compute(
         shuffle=False,
         drop_last=False,
     )
-    found: dict[str, list[Tensor]] = {f.name: [torch.empty(0, f.size)] for f in features.features}
-    labels, positions = [torch.empty(0, dtype=torch.long)], [torch.empty(0, dtype=torch.long)]
-    for number, batch in enumerate(loader.epoch(0)):
-        outputs = features(batch["image"].to(session.device, non_blocking=True))
-        for name, output in outputs.items():
-            found[name].append(F.normalize(output, dim=-1).cpu())
-        labels.append(batch["label"])
-        start = (number * session.world_size + session.rank) * config.batch_size
-        positions.append(torch.arange(start, start + len(batch["label"])))
-    loader.close()
-    joined = {name: torch.cat(parts) for name, parts in found.items()}
-    return Share(joined, torch.cat(labels), torch.cat(positions), len(images))
+    sizes = {f.name: f.size for f in features.features}
+    return share_of(loader, sizes, lambda batch: features(batch["image"].to(session.device, non_blocking=True)))
 
 
 def score(
@@ -176,43 +150,3 @@ def score(
         results.append(Result(feature.layer, feature.pool, k, 100 * right.item() / readable))
         logger.info("layer %d, %s, k %d: Acc@1 %.2f", feature.layer, feature.pool, k, results[-1].acc1)
     return results
-
-
-def whole(share: Share, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Joins all processes' parts on the device, in order: features ``(images, D)`` and labels ``(images,)``."""
-    own, positions = share.features[name], share.positions.to(device)
-    rows = torch.zeros(share.images, own.shape[1], device=device)
-    labels = torch.zeros(share.images, dtype=torch.long, device=device)
-    rows[positions], labels[positions] = own.to(device), share.labels.to(device)
-    return distributed.sum_over_ranks(rows), distributed.sum_over_ranks(labels)
-
-
-def nearest(queries: Tensor, candidates: Tensor, k: int, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
-    """Finds the most similar candidates of each query, exactly, keeping one block of similarities in memory.
-
-    Args:
-        queries: ``(M, D)``, of length 1.
-        candidates: ``(N, D)``, of length 1.
-        k: Number of candidates to find, at most ``N``.
-        chunk: Queries, and candidates, per block.
-
-    Returns cosine similarities in descending order, and indices of candidates, both ``(M, k)``.
-    """
-    found = []
-    for part in queries.split(chunk):
-        best, where = part.new_empty(len(part), 0), torch.empty(len(part), 0, dtype=torch.long, device=part.device)
-        for start in range(0, len(candidates), chunk):
-            similarities = part @ candidates[start : start + chunk].T  # (m, n)
-            numbers = torch.arange(start, start + similarities.shape[1], device=part.device).expand_as(similarities)
-            best, where = torch.cat([best, similarities], dim=1), torch.cat([where, numbers], dim=1)
-            best, order = best.topk(min(k, best.shape[1]), dim=1)
-            where = where.gather(1, order)
-        found.append((best, where))
-    return torch.cat([best for best, _ in found]), torch.cat([where for _, where in found])
-
-
-def vote(similarities: Tensor, labels: Tensor, temperature: float, num_classes: int) -> Tensor:
-    """Returns the votes ``(M, num_classes)`` of neighbours with these similarities and labels, both ``(M, k)``."""
-    # Relative to the nearest, whose vote is 1: exp(1 / temperature) would overflow float32 below 0.0113.
-    weights = ((similarities - similarities[:, :1]) / temperature).exp()
-    return weights.new_zeros(len(weights), num_classes).scatter_add_(1, labels, weights)

@@ -1,5 +1,6 @@
 """BEiT pre-training: predict the visual tokens of masked patches (arXiv 2106.08254, section 2), or another target."""
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,7 @@ from beit.modeling import VisionTransformerForMaskedImageModeling
 from beit.registry import MASK_STRATEGIES, TARGETS, resolve
 from beit.targets import VISUAL_TOKENS, MaskedPrediction, PredictionTarget, TokenTarget, numbered, with_patch_index
 from beit.tasks.base import Evaluation, Metrics, Task, find_together, fingerprints, named_model, run
+from beit.tasks.representation import RepresentationProbe
 from beit.tasks.settings import PretrainingConfig, PretrainingV2Config
 from beit.tokenizers.base import VisualTokenizer, load_tokenizer
 from beit.training import distributed
@@ -31,7 +33,7 @@ from beit.training.loop import to_device
 from beit.training.meaning import FACTS, difference
 from beit.training.optim import parameter_groups
 from beit.training.precision import AMP_DTYPES, Precision, resolve_amp_dtype
-from beit.training.state import Batch, StepFunction
+from beit.training.state import Batch, LoopSettings, StepFunction
 from beit.visualization.image_log import reconstruction_picture, spread_samples
 from beit.zoo import MODELS
 
@@ -40,6 +42,7 @@ logger = logging.getLogger(__name__)
 PUBLISHED_LR, PUBLISHED_MIN_LR, PUBLISHED_BATCH = 1.5e-3, 1e-5, 2048
 MASK_DRAWS = 1000
 CLS_PT = ("early_layers", "head_layers", "shared_lm_head")  # of models that predict through the class token too
+VARIETY = ("codebook_perplexity", "token_entropy")  # scores that show whether tokens collapse
 
 
 def main(config: PretrainingConfig) -> None:
@@ -102,14 +105,37 @@ class Pretraining(Task[PretrainingConfig]):
         }
 
     def build_evaluation(self) -> Evaluation | None:
-        """Returns the evaluation on held-out images, if there are any."""
-        config = self.config
-        if self.eval_index is None:
-            return None
+        """Returns the evaluation on held-out images and the scores on labelled ones, as far as there are any."""
+        config, due = self.config, []
         transform = evaluation_transform(config, self.target, self.masks)
-        dataset = ImageDataset(self.eval_index, transform, config.seed)
-        loader = self.loader_of(dataset, training=False, num_workers=self.few_workers())
-        return lambda model, _epoch: evaluate(model, self.objective, loader, self.precision)
+        loader_of = partial(self.loader_of, training=False, num_workers=self.few_workers())
+        if self.eval_index is not None:
+            loader = loader_of(ImageDataset(self.eval_index, transform, config.seed))
+            due.append((config.eval_freq, lambda model: evaluate(model, self.objective, loader, self.precision)))
+        if config.probe_data_path:
+            look = (self.mean, self.std, self.precision)
+            probe = RepresentationProbe(config.probe_data_path, transform, loader_of, *look)
+
+            def watched(model: nn.Module) -> Metrics:
+                tokens = evaluate(model, self.objective, probe.loaders[-1], self.precision)
+                return probe.watch({**probe(model), **{key: tokens[key] for key in VARIETY if key in tokens}})
+
+            due.append((config.probe_freq, watched))
+
+        def evaluation(model: nn.Module, epoch: int) -> Metrics:
+            last = epoch + 1 == config.epochs
+            found = [score(model) for frequency, score in due if last or (epoch + 1) % frequency == 0]
+            return {name: value for scores in found for name, value in scores.items()}
+
+        return evaluation if due else None
+
+    def loop_settings(self) -> LoopSettings:
+        """Returns the loop's settings, with an evaluation in each epoch in which anything is to be scored."""
+        config, settings = self.config, super().loop_settings()
+        frequencies = [config.eval_freq] if config.eval_data_path else []
+        frequencies += [config.probe_freq] if config.probe_data_path else []
+        every = (math.gcd(*frequencies) or 1) * settings.period.steps
+        return dataclasses.replace(settings, evaluate_every=every)
 
     def build_epoch_end(self) -> Callable[[int, ScalarWriter], None] | None:
         """Returns what writes reconstructions to TensorBoard, if they are wanted."""

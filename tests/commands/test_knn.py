@@ -12,11 +12,11 @@ from PIL import Image
 
 from beit.__main__ import main as beit
 from beit.commands import knn
-from beit.commands.knn import nearest, vote
 from beit.commands.settings import KnnConfig
 from beit.data.classification import ClassificationEvalTransform
 from beit.data.datasets import read_image
 from beit.errors import InputError
+from beit.features import nearest, vote
 from beit.storage import save_checkpoint
 from beit.zoo import create_model
 from tests.shell import run
