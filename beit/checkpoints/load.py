@@ -271,9 +271,7 @@ def _drop(
             dropped |= dict.fromkeys(names, f"{metadata['dialect']} predicts something else")
     for name in given:
         if name not in own and name not in dropped:
-            reason = next(
-                (reason for part, reason in LEFT_OUT.items() if name.startswith(part) or name.endswith(part)), None
-            )
+            reason = next((why for part, why in LEFT_OUT.items() if name.startswith(part) or name.endswith(part)), None)
             if reason == "of pre-training" and "target" in metadata:
                 reason = f"of pre-training on {metadata['target']}"
             if reason:

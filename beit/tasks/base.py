@@ -21,6 +21,7 @@ from beit.config import dump_yaml, read_settings, to_plain
 from beit.data.classification import LabelledImages, check_classes, find_images
 from beit.data.datasets import ImageIndex, index_images
 from beit.data.loaders import EpochDataset, EpochLoader
+from beit.data.preprocessing import normalization
 from beit.errors import InputError, counted
 from beit.modeling import Backbone, Block, VisionTransformerForMaskedImageModeling
 from beit.registry import locate
@@ -34,6 +35,7 @@ from beit.tasks.settings import (
     OptimizerOptions,
     RunOptions,
     ShardingOptions,
+    TrainedModelOptions,
     check_job,
 )
 from beit.training import distributed
@@ -334,6 +336,8 @@ def adopt_positions(config: ConfigT) -> ConfigT:
         "%s is %s, so the model is built as with --abs_pos_emb --disable_rel_pos_bias --layer_scale_init_value %g",
         *(source, PLAIN_VIT, scale),
     )
+    if isinstance(config, TrainedModelOptions) and hasattr(config, "imagenet_default_mean_and_std"):
+        warn_of_preparation(source, metadata, mean=normalization(config.imagenet_default_mean_and_std)[0])
     return dataclasses.replace(config, **form)
 
 

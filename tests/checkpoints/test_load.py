@@ -267,7 +267,7 @@ def test_relatives_are_loaded_or_refused_by_name(tmp_path):
     for name, key in (
         ("BEiT-3", "beit3.vision_embed.proj.weight"),
         ("EVA-02", "blocks.0.attn.q_proj.weight"),
-        ("a ViT without a class token", "blocks.0.attn.qkv.bias"),
+        ("a ViT without class token or positions", "blocks.0.attn.qkv.bias"),
     ):
         save_checkpoint(tmp_path / "other.pth", {"model": {key: torch.zeros(2)}})
         with pytest.raises(InputError, match=f"other.pth is {name}.*not BEiT"):
@@ -808,7 +808,9 @@ def test_models_with_registers_or_rotary_positions_are_refused(name, shape, tmp_
     for prefix in ("", "student."):
         names = {prefix + key: t for key, t in (WHOLE | {name: torch.zeros(shape)}).items()}
         save_checkpoint(tmp_path / "a.pth", {"model": names})
-        with pytest.raises(InputError, match=r"is (DINOv3|a CLIP tower) or another model .*not BEiT"):
+        with pytest.raises(
+            InputError, match=r"is (DINOv2 with registers, DINOv3|a CLIP tower) or another model .*not BEiT"
+        ):
             get_model(tmp_path / "a.pth")
 
 

@@ -436,12 +436,15 @@ def test_a_vit_of_transformers_opens_with_equal_features(kind, options, tmp_path
 
 
 REFUSED_VITS = {
-    "DINOv3": ("vit_small_patch16_dinov3", "vit_small_patch16_dinov3_qkvb", "DINOv3ViTModel"),
-    "DINOv2 with registers": ("vit_small_patch14_reg4_dinov2", "Dinov2WithRegistersModel"),
+    "DINOv2 with registers, DINOv3": (
+        *("vit_small_patch16_dinov3", "vit_small_patch16_dinov3_qkvb", "DINOv3ViTModel"),
+        *("vit_small_patch14_reg4_dinov2", "Dinov2WithRegistersModel"),
+    ),
     "a CLIP tower": ("vit_base_patch16_clip_quickgelu_224", "CLIPVisionModel"),
-    "DeiT with a distillation token": ("deit_tiny_distilled_patch16_224", "DeiTModel"),
-    "a ViT without a class token": ("vit_base_patch16_siglip_224", "IJepaModel"),
-    "a ViT with rotary or no positions": ("vit_small_patch16_rope_224",),
+    "a ViT without class token or positions": (
+        *("vit_base_patch16_siglip_224", "IJepaModel", "vit_small_patch16_rope_224"),
+        *("deit_tiny_distilled_patch16_224", "DeiTModel"),
+    ),
 }
 
 
@@ -457,6 +460,15 @@ def test_other_vits_are_refused_by_name(name, kind, tmp_path):
     with pytest.raises(InputError, match=f"is {name}.*, not BEiT: ") as refused:
         get_model(source)
     assert "\n" not in str(refused.value)
+
+
+def test_dinov2_giant_is_refused_by_its_gated_mlp(tmp_path):
+    hf_vit("Dinov2Model", VIT_SIZES | {"use_swiglu_ffn": True}).save_pretrained(tmp_path)
+    giant = timm.create_model("vit_giant_patch14_dinov2", depth=1, img_size=56, embed_dim=96, num_heads=2)
+    torch.save(giant.state_dict(), tmp_path / "giant.pth")
+    for source in (tmp_path, tmp_path / "giant.pth"):
+        with pytest.raises(InputError, match="another model with a gated MLP, not BEiT"):
+            get_model(source)
 
 
 def test_a_vit_with_other_patches_and_another_grid_starts_a_model(tmp_path, caplog):

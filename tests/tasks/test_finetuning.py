@@ -435,9 +435,11 @@ def test_a_run_starts_from_a_vit_and_is_evaluated_like_any_other(good_flags, tmp
     torch.manual_seed(0)
     vit = ViTModel(ViTConfig(**sizes, image_size=40, patch_size=8, layer_norm_eps=1e-12)).eval()
     vit.save_pretrained(tmp_path / "vit")
+    (tmp_path / "vit/preprocessor_config.json").write_text('{"image_mean": [0.485, 0.456, 0.406]}')
     with caplog.at_level(logging.INFO):
         assert call(good_flags, finetune=tmp_path / "vit", lr=0, min_lr=0, epochs=1) == 0
     assert "built as with --abs_pos_emb --disable_rel_pos_bias --layer_scale_init_value 0" in caplog.text
+    assert "gets (0.5, 0.5, 0.5): check --imagenet_default_mean_and_std" in caplog.text
     source = good_flags["--output_dir"] / "checkpoint-0.pth"
     assert load_checkpoint(source)["args"]["abs_pos_emb"] is True
     trained = get_model(source)

@@ -37,8 +37,10 @@ def _is_wide(width: int) -> Callable[[Names, Mapping[str, Tensor]], bool]:
     )
 
 
-def _is_gated(_names: Names, tensors: Mapping[str, Tensor]) -> bool:
+def _is_gated(names: Names, tensors: Mapping[str, Tensor]) -> bool:
     """Matches an MLP whose first layer has gates beside the hidden units."""
+    if any(".mlp.w12." in name or ".mlp.weights_in." in name for name in names):
+        return True
     first, second = (
         next((tensor for name, tensor in tensors.items() if name.endswith(f"blocks.0.mlp.{layer}.weight")), None)
         for layer in ("fc1", "fc2")
@@ -46,19 +48,14 @@ def _is_gated(_names: Names, tensors: Mapping[str, Tensor]) -> bool:
     return first is not None and second is not None and len(first) == 2 * second.shape[-1]
 
 
-def _all(*matchers: Callable[[Names, Mapping[str, Tensor]], bool]) -> Callable[[Names, Mapping[str, Tensor]], bool]:
-    return lambda names, tensors: all(matches(names, tensors) for matches in matchers)
+def _is_odd_vit(names: Names, tensors: Mapping[str, Tensor]) -> bool:
+    """Matches a plain ViT with more tokens than BEiT has, or without what it has."""
+    whole = _has(r"(^|\.)cls_token$", r"(^|\.)pos(_embed|ition_embeddings)$")(names, tensors)
+    return _is_vit(names, tensors) and (not whole or _has(r"(^|\.)dist(illation)?_token$")(names, tensors))
 
 
-def _lacks(pattern: str) -> Callable[[Names, Mapping[str, Tensor]], bool]:
-    """Matches if the pattern occurs in no name."""
-    return lambda names, tensors: not _has(pattern)(names, tensors)
-
-
+_is_vit = _has(r"(^blocks\.0\.attn\.qkv\.bias|attention\.attention\.key\.bias)$")
 _OTHER = "another architecture"
-_POSITIONS = r"(^|\.)pos(_embed|ition_embeddings)$"
-_REGISTERS = r"(^|\.)(reg_token|register_tokens|storage_tokens)$"
-_BIASED_KEYS = r"(^blocks\.0\.attn\.qkv\.bias|attention\.attention\.key\.bias)$"
 
 RELATIVES = (
     Relative("BEiT-3", _has(r"(^beit3\.|\.self_attn\.k_proj\.A\.)"), None, "a multiway transformer, " + _OTHER),
@@ -86,20 +83,16 @@ RELATIVES = (
         None,
         _OTHER + ", which can only teach (--teacher)",
     ),
-    Relative("DINOv3 or another model with rotary positions", _has(r"^rope(_embed)?\."), None, _OTHER),
-    Relative("DINOv3 or another model with rotary positions", _all(_has(_REGISTERS), _lacks(_POSITIONS)), None, _OTHER),
-    Relative("DINOv2 with registers or another model with register tokens", _has(_REGISTERS), None, _OTHER),
-    Relative("DeiT with a distillation token", _has(r"(^|\.)dist(illation)?_token$"), None, _OTHER),
-    Relative("DiT", _has(r"^roi_heads\.", r"^blocks\.0\.attn\.q_bias"), unilm.to_official, "the backbone is BEiT's"),
-    Relative("data2vec-vision", _has(r"^data2vec_vision\."), None, "another model of the same shape"),
     Relative(
-        "a ViT without a class token (SigLIP, I-JEPA)",
-        _all(_has(_BIASED_KEYS), _lacks(r"(^|\.)cls_token$")),
+        "DINOv2 with registers, DINOv3 or another model with register tokens or rotary positions",
+        _has(r"(^|\.)(reg_token|register_tokens|storage_tokens)$|^rope(_embed)?\."),
         None,
         _OTHER,
     ),
-    Relative("a ViT with rotary or no positions", _all(_has(_BIASED_KEYS), _lacks(_POSITIONS)), None, _OTHER),
-    Relative(vit.PLAIN_VIT, _has(_BIASED_KEYS), vit.to_official, "positions are absolute, and keys have no bias"),
+    Relative("DiT", _has(r"^roi_heads\.", r"^blocks\.0\.attn\.q_bias"), unilm.to_official, "the backbone is BEiT's"),
+    Relative("data2vec-vision", _has(r"^data2vec_vision\."), None, "another model of the same shape"),
+    Relative("a ViT without class token or positions, or with a distillation token", _is_odd_vit, None, _OTHER),
+    Relative(vit.PLAIN_VIT, _is_vit, vit.to_official, "positions are absolute, and keys have no bias"),
     Relative(
         "torchvision's ViT", _has(r"^encoder\.layers\.encoder_layer_0\."), None, "take timm's of the same weights"
     ),
