@@ -6,6 +6,7 @@ Source: instance discrimination (arXiv 1805.01978), section 3.4; the setting of 
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +49,7 @@ def main(config: KnnConfig) -> None:
     results = evaluate(config)
     if not results:  # on all but the main process
         return
-    best = max(results, key=lambda result: result.acc1)  # the first one if several are equal
+    best = best_of(results)
     for result in results:
         mark = "  <- best" if result is best else ""
         sys.stdout.write(f"layer {result.layer:2}  {result.pool:<8}  k {result.k:3}  acc1 {result.acc1:6.2f}{mark}\n")
@@ -57,6 +58,11 @@ def main(config: KnnConfig) -> None:
         content |= {"best": vars(best), "results": [vars(result) for result in results]}
         with atomic_write(config.output) as file:
             file.write(json.dumps(content, indent=2).encode() + b"\n")
+
+
+def best_of(results: Sequence[Result]) -> Result:
+    """Returns the result with the highest accuracy, the first one if several are equal."""
+    return max(results, key=lambda result: result.acc1)
 
 
 def evaluate(config: KnnConfig) -> list[Result]:
