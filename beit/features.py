@@ -93,12 +93,9 @@ class Share:
 
 
 def share_of(loader: EpochLoader, sizes: Mapping[str, int], compute: Callable[[Batch], Mapping[str, Tensor]]) -> Share:
-    """Computes the features of this process's part of a labelled data set, each image once over all processes.
+    """Computes features of this process's part of a labelled data set, which ``loader`` reads in order and in full.
 
-    Args:
-        loader: Loads the data set in its order and in full, on the host.
-        sizes: Names of the features, and their lengths.
-        compute: Returns the features ``(B, size)`` of a batch by name.
+    ``sizes`` are their lengths by name; ``compute`` returns those of a batch on the host, ``(B, size)`` each.
     """
     found: dict[str, list[Tensor]] = {name: [torch.empty(0, size)] for name, size in sizes.items()}
     labels, positions = [torch.empty(0, dtype=torch.long)], [torch.empty(0, dtype=torch.long)]

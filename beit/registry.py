@@ -26,6 +26,8 @@ MASK_STRATEGIES: Table = {  # called like `beit.masking.BlockwiseMaskGenerator`
 TARGETS: Table = {  # subclasses of `beit.targets.PredictionTarget`; a run calls their `build`
     "tokens": "beit.targets:TokenTarget",
     "pixels": "beit.targets:PixelTarget",
+    "hog": "beit.targets:HogTarget",
+    "features": "beit.targets:FeatureTarget",
 }
 TOKENIZERS: Table = {  # (path, dtype, compiled) -> `beit.tokenizers.base.VisualTokenizer`
     "dall-e": "beit.tokenizers.dalle:open_dall_e",

@@ -1,4 +1,4 @@
-"""What pre-training predicts for a patch: its visual token, its pixels, or whatever a subclass defines.
+"""What pre-training predicts for a patch: its visual token, its pixels, a teacher's features, or what a subclass says.
 
 A target reads a batch on the device: ``image``, the model's view, uint8 ``(B, 3, H, W)``; ``mask``, bool
 ``(B, h, w)``; and, if ``second_view``, ``token_image``, the same regions at another size, uint8 ``(B, 3, H2, W2)``,
@@ -13,12 +13,13 @@ from typing import ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from beit.data.loaders import Batch
 from beit.data.transforms import normalize, to_unit_range
 from beit.errors import InputError
+from beit.teachers import Teacher
 from beit.tokenizers.base import VisualTokenizer
 
 VISUAL_TOKENS = "visual tokens"  # what a checkpoint that records no target was trained to predict
@@ -48,6 +49,7 @@ class PredictionTarget(ABC):
         cls,
         *,
         tokenizer: Callable[[], VisualTokenizer],  # noqa: ARG003
+        teacher: Callable[[], Teacher],  # noqa: ARG003
         patch_size: tuple[int, int],  # noqa: ARG003
         mean: Sequence[float],  # noqa: ARG003
         std: Sequence[float],  # noqa: ARG003
@@ -57,6 +59,7 @@ class PredictionTarget(ABC):
 
         Args:
             tokenizer: Loads the run's tokenizer; called only by a target that needs one.
+            teacher: Opens the run's teacher; called only by a target that needs one.
             patch_size: Height and width of the model's patches, in pixels.
             mean: Mean of the model's input, per channel.
             std: Standard deviation of the model's input, per channel.
@@ -150,8 +153,7 @@ class TokenTarget(PredictionTarget):
         """Returns the token accuracy ``mlm_acc``, what guessing without looking gives, and how varied tokens are.
 
         ``most_frequent_acc`` is the accuracy of always predicting the most frequent token, ``unigram_entropy`` the loss
-        of predicting the tokens' frequencies, in nats, and ``codebook_perplexity`` its exponential: how many tokens are
-        in use, in effect. ``token_entropy`` is that of the predicted tokens: 0 if they are all the same.
+        of predicting the tokens' frequencies (nats), ``token_entropy`` the entropy of those that are predicted.
         """
         shares, predicted = (tally[name].cpu().double() / patches for name in ("frequencies", "predicted"))
         return {
@@ -185,7 +187,35 @@ class TokenTarget(PredictionTarget):
         return to_unit_range(batch.get("token_image", batch["image"]))
 
 
-class PixelTarget(PredictionTarget):
+class RegressionTarget(PredictionTarget):
+    """Numbers of a patch, ``(M, output_size)``; a subclass defines what they are, and may choose another ``error``."""
+
+    error: Callable[..., Tensor] = staticmethod(F.mse_loss)
+
+    def loss(self, outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        """Returns the mean error over the numbers of a patch."""
+        per_patch = self.error(outputs.float(), targets, reduction="none").mean(dim=-1)  # (M,)
+        return per_patch.mean() if reduction == "mean" else per_patch.sum()
+
+    def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Returns ``r2``, the explained share of the variance: 1 if perfect, 0 for always predicting the mean."""
+        return {"r2": _explained(self.tally(outputs, targets))}
+
+    def tally(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Returns the sums from which :meth:`scores` computes ``r2``."""
+        return {
+            "error": (outputs.float() - targets).square().sum(),
+            "sum": targets.sum(),
+            "squares": targets.square().sum(),
+            "numbers": targets.new_full((), targets.numel()),
+        }
+
+    def scores(self, tally: Mapping[str, Tensor], patches: int) -> dict[str, float]:  # noqa: ARG002
+        """Returns ``r2`` over all patches."""
+        return {"r2": _explained(tally).item()}
+
+
+class PixelTarget(RegressionTarget):
     """The normalised pixels of a patch in the order ``(p1 p2 c)``: row by row, with the channels of a pixel together.
 
     Args:
@@ -222,28 +252,6 @@ class PixelTarget(PredictionTarget):
             pixels = (pixels - mean) / deviation
         return pixels
 
-    def loss(self, outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-        """Returns the mean squared error over the values of a patch."""
-        per_patch = F.mse_loss(outputs.float(), targets, reduction="none").mean(dim=-1)  # (M,)
-        return per_patch.mean() if reduction == "mean" else per_patch.sum()
-
-    def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Returns ``r2``, the explained share of the variance: 1 if perfect, 0 for always predicting the mean."""
-        return {"r2": _explained(self.tally(outputs, targets))}
-
-    def tally(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Returns the sums from which :meth:`scores` computes ``r2``."""
-        return {
-            "error": (outputs.float() - targets).square().sum(),
-            "sum": targets.sum(),
-            "squares": targets.square().sum(),
-            "numbers": targets.new_full((), targets.numel()),
-        }
-
-    def scores(self, tally: Mapping[str, Tensor], patches: int) -> dict[str, float]:  # noqa: ARG002
-        """Returns ``r2`` over all patches."""
-        return {"r2": _explained(tally).item()}
-
     def pictures(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Returns the images with masked patches as predicted, scaled back by the true patches' mean and deviation."""
         truth = self._patches(batch)  # (B, N, p1 p2 c)
@@ -267,10 +275,75 @@ class PixelTarget(PredictionTarget):
         return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + self.EPS).sqrt()
 
 
+class HogTarget(RegressionTarget):
+    """Histograms of oriented gradients: 9 directions in cells of 8 x 8 pixels, each colour's of length 1.
+
+    A patch whose side is no multiple of 8 pixels is one cell along it.
+
+    Args:
+        patch_size: Height and width of a patch, in pixels.
+
+    Source: MaskFeat, arXiv 2112.09133, section 3.
+    """
+
+    CELL, DIRECTIONS = 8, 9
+    name = "HOG of 9 directions in cells of 8 x 8 pixels"
+
+    def __init__(self, patch_size: tuple[int, int]) -> None:
+        self.cells = tuple(side // self.CELL if side % self.CELL == 0 else 1 for side in patch_size)
+        self.output_size = 3 * self.DIRECTIONS * self.cells[0] * self.cells[1]
+
+    @classmethod
+    def build(cls, *, patch_size: tuple[int, int], **_: object) -> "HogTarget":
+        """Takes the patch size from the run."""
+        return cls(patch_size)
+
+    def compute(self, batch: Batch, index: Tensor) -> Tensor:
+        """Returns the histograms of patches, float32 ``(M, output_size)``, in the order ``(c1 c2 colour bin)``."""
+        images, (h, w), (c1, c2) = batch["image"].float(), batch["mask"].shape[1:], self.cells
+        padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+        columns = padded[..., :-2, :] + 2 * padded[..., 1:-1, :] + padded[..., 2:, :]  # Sobel's filters
+        rows = padded[..., :-2] + 2 * padded[..., 1:-1] + padded[..., 2:]
+        dx, dy = columns[..., :-2] - columns[..., 2:], rows[..., :-2, :] - rows[..., 2:, :]
+        direction = (torch.atan2(dx, dy) / torch.pi * self.DIRECTIONS).floor() % self.DIRECTIONS
+        length, pattern = torch.hypot(dx, dy), "b c (h c1 p1) (w c2 p2) -> (b h w) c1 c2 c"
+        cells = [
+            reduce(length * (direction == number), pattern, "sum", h=h, w=w, c1=c1, c2=c2)
+            for number in range(self.DIRECTIONS)
+        ]
+        return F.normalize(torch.stack(cells, dim=-1), dim=-1).flatten(1).index_select(0, index)
+
+
+class FeatureTarget(RegressionTarget):
+    """The features that a frozen teacher has of a patch when it sees all of the image, each normalised over channels.
+
+    Args:
+        teacher: The teacher; its features are interpolated if its grid is another than the model's.
+
+    Source: MaskDistill, arXiv 2210.10615, as reproduced in arXiv 2603.29009: the loss is the smooth L1 with beta 1.
+    """
+
+    name = "features of a teacher"
+    error = staticmethod(F.smooth_l1_loss)
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.teacher, self.output_size = teacher, teacher.dim
+
+    @classmethod
+    def build(cls, *, teacher: Callable[[], Teacher], **_: object) -> "FeatureTarget":
+        """Opens the run's teacher."""
+        return cls(teacher())
+
+    def compute(self, batch: Batch, index: Tensor) -> Tensor:
+        """Returns the normalised features of patches, float32 ``(M, D)``."""
+        h, w = batch["mask"].shape[1:]
+        features = self.teacher(to_unit_range(batch["image"]), grid=(h, w)).flatten(0, 2)  # (B · h · w, D)
+        return F.layer_norm(features.index_select(0, index), (self.output_size,))
+
+
 def entropy(frequencies: Tensor) -> Tensor:
     """Returns the entropy, in nats, of frequencies or other numbers that are not negative, ``(n,)``."""
-    shares = frequencies / frequencies.sum()
-    return -torch.special.xlogy(shares, shares).sum()
+    return torch.special.entr(frequencies / frequencies.sum()).sum()
 
 
 def _explained(tally: Mapping[str, Tensor]) -> Tensor:

@@ -41,7 +41,7 @@ MAY_IMPORT = {
         "beit.data.preprocessing",
     ),
     "beit.data.*": ("beit.data.*", "beit.masking", "beit.storage"),
-    "beit.targets": ("beit.tokenizers.*", "beit.data.*"),
+    "beit.targets": ("beit.tokenizers.*", "beit.data.*", "beit.teachers"),
     # checkpoints of every dialect, and the models they are of
     "beit.checkpoints.formats.*": ("beit.checkpoints.formats.*", "beit.registry"),
     "beit.checkpoints.*": (

@@ -21,10 +21,20 @@ from beit.errors import InputError
 from beit.masking import PUBLISHED_SHARE, MaskGenerator
 from beit.modeling import VisionTransformerForMaskedImageModeling
 from beit.registry import MASK_STRATEGIES, TARGETS, resolve
-from beit.targets import VISUAL_TOKENS, MaskedPrediction, PredictionTarget, TokenTarget, numbered, with_patch_index
+from beit.storage import weights_fingerprint
+from beit.targets import (
+    VISUAL_TOKENS,
+    FeatureTarget,
+    MaskedPrediction,
+    PredictionTarget,
+    TokenTarget,
+    numbered,
+    with_patch_index,
+)
 from beit.tasks.base import Evaluation, Metrics, Task, find_together, fingerprints, named_model, run
 from beit.tasks.representation import RepresentationProbe
 from beit.tasks.settings import PretrainingConfig, PretrainingV2Config
+from beit.teachers import Teacher, load_teacher
 from beit.tokenizers.base import VisualTokenizer, load_tokenizer
 from beit.training import distributed
 from beit.training.compilation import uncompiled
@@ -117,8 +127,11 @@ class Pretraining(Task[PretrainingConfig]):
             probe = RepresentationProbe(config.probe_data_path, transform, loader_of, *look)
 
             def watched(model: nn.Module) -> Metrics:
-                tokens = evaluate(model, self.objective, probe.loaders[-1], self.precision)
-                return probe.watch({**probe(model), **{key: tokens[key] for key in VARIETY if key in tokens}})
+                scores = probe(model)
+                if isinstance(self.target, TokenTarget):
+                    found = evaluate(model, self.objective, probe.loaders[-1], self.precision)
+                    scores |= {name: score for name, score in found.items() if name.startswith(VARIETY)}
+                return probe.watch(scores)
 
             due.append((config.probe_freq, watched))
 
@@ -134,8 +147,7 @@ class Pretraining(Task[PretrainingConfig]):
         config, settings = self.config, super().loop_settings()
         frequencies = [config.eval_freq] if config.eval_data_path else []
         frequencies += [config.probe_freq] if config.probe_data_path else []
-        every = (math.gcd(*frequencies) or 1) * settings.period.steps
-        return dataclasses.replace(settings, evaluate_every=every)
+        return dataclasses.replace(settings, evaluate_every=(math.gcd(*frequencies) or 1) * settings.period.steps)
 
     def build_epoch_end(self) -> Callable[[int, ScalarWriter], None] | None:
         """Returns what writes reconstructions to TensorBoard, if they are wanted."""
@@ -186,6 +198,7 @@ def build_target(config: PretrainingConfig, device: torch.device) -> PredictionT
     mean, std = normalization(config.imagenet_default_mean_and_std)
     target: PredictionTarget = resolve(TARGETS, config.target, "target").build(
         tokenizer=partial(build_tokenizer, config, device),
+        teacher=partial(build_teacher, config, device),
         patch_size=patch_size,
         mean=mean,
         std=std,
@@ -210,6 +223,13 @@ def build_tokenizer(config: PretrainingConfig, device: torch.device) -> VisualTo
         if size is not None and (wanted := getattr(config, name)) not in (None, size):
             raise InputError(f"--{name} {wanted}: the tokenizer {path} has {size}; leave the flag out, or give another")
     return tokenizer
+
+
+def build_teacher(config: PretrainingConfig, device: torch.device) -> Teacher:
+    """Opens the frozen teacher; :class:`InputError` if none was given or it cannot teach."""
+    if not config.teacher:
+        raise InputError("--teacher is missing: give a model of timm's, a folder, a checkpoint or a hub id")
+    return load_teacher(config.teacher).to(device)
 
 
 def tokenizer_dtype(config: PretrainingConfig, device: torch.device) -> torch.dtype:
@@ -291,7 +311,8 @@ def evaluation_transform(
 def meaning_of(target: PredictionTarget) -> dict[str, str]:
     """Returns what a head that predicts a target depends on."""
     tokens = {"tokenizer": target.tokenizer.fingerprint()} if isinstance(target, TokenTarget) else {}
-    return {"target": target.name, **tokens}
+    teacher = {"teacher": weights_fingerprint(target.teacher)} if isinstance(target, FeatureTarget) else {}
+    return {"target": target.name, **tokens, **teacher}
 
 
 def initialize_from(
@@ -359,10 +380,11 @@ def evaluate(model: nn.Module, objective: MaskedPrediction, loader: EpochLoader,
 def log_flags_without_effect(config: PretrainingConfig) -> None:
     """Warns of flags that have no effect together with the others."""
     tokenizer = ("discrete_vae_weight_path", "discrete_vae_type", "tokenizer_dtype", "tokenizer_compile")
+    views = ("second_input_size", "second_interpolation")
     unused = {
         ("mask_strategy", "random"): ("min_mask_patches_per_block", "max_mask_patches_per_block"),
         ("target", "tokens"): ("pixel_norm",),
-        ("target", "pixels"): (*tokenizer, "second_input_size", "second_interpolation"),
+        **{("target", name): (*tokenizer, *views) for name in ("pixels", "hog", "features")},
     }
     if not predicts_twice(config):
         unused["model", config.model] = CLS_PT

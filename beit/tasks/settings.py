@@ -220,6 +220,7 @@ class TargetOptions:
     GROUP: ClassVar[str] = "target"
     target: str = option("tokens", "what is predicted of a patch", choices=TARGETS)
     pixel_norm: bool = option(True, "pixels: predict them normalised by their patch's mean and standard deviation")
+    teacher: str = option("", f"features: whose; a name of timm's, {ANY_MODEL}")
     predict: str = option("masked", "which patches are predicted in training", choices=("masked", "all"))
     discrete_vae_weight_path: str | None = option(
         None, "folder or file of the tokenizer", aliases=("tokenizer_weight",)
@@ -276,9 +277,7 @@ class PretrainingConfig(DataOptions, MaskingOptions, TargetOptions, ClassTokenOp
     decoupling_aug: bool = option(False, "unused", no_effect="the tokenizer sees the model's crop, as in official runs")
     imagenet_default_mean_and_std: bool = option(False, "normalise with ImageNet's mean and std instead of 0.5")
     fast_decode: bool = option(False, "decode JPEG files at a reduced scale where that is enough; changes pixels")
-    probe_data_path: str = option(
-        "", "small labelled images to score features on: train and val, or folders of classes"
-    )
+    probe_data_path: str = option("", "small labelled set to score features on: train and val, or class folders")
     probe_freq: int = option(1, "epochs between these scores", within="[1, inf)")
     log_images: int = option(0, "reconstructions in --log_dir per epoch, of held-out images if any", within="[0, inf)")
 

@@ -77,21 +77,21 @@ def test_a_size_that_is_not_square_is_refused():
 
 
 def test_a_target_and_masks_are_registered_from_outside(images, tmp_path, monkeypatch):
-    for table, name in ((MASK_STRATEGIES, "stripes"), (TARGETS, "hog")):
+    for table, name in ((MASK_STRATEGIES, "stripes"), (TARGETS, "thumbnails")):
         monkeypatch.setitem(table, name, "taken away again at the end")
     monkeypatch.setattr(beit.launch, "launch", partial(launch, owns_process=False))
     paths = ["--data_path", images, "--output_dir", tmp_path, "--model", "beit_tiny_patch16_224_8k_vocab"]
-    chosen = ["--mask_strategy", "stripes", "--target", "hog", "--num_mask_patches", "8", "--epochs", "1"]
+    chosen = ["--mask_strategy", "stripes", "--target", "thumbnails", "--num_mask_patches", "8", "--epochs", "1"]
     script = str(ROOT / "examples" / "own_target_and_masks.py")
     monkeypatch.setattr("sys.argv", [script, *chosen, *map(str, paths), *SMALL, *SHORT])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(script, run_name="__main__")
     assert ended.value.code == 0
     checkpoint = torch.load(tmp_path / "checkpoint-0.pth", weights_only=True)
-    assert checkpoint["target"] == "HOG of 9 directions"
-    assert checkpoint["model"]["lm_head.weight"].shape == (27, 32)
+    assert checkpoint["target"] == "thumbnails of 2 x 2 pixels"
+    assert checkpoint["model"]["lm_head.weight"].shape == (12, 32)
 
 
 def test_without_the_example_the_names_are_unknown(capfd):
-    assert launch(PretrainingConfig, "beit.tasks.pretraining:main", "", ["--target", "hog"]) == 2
-    assert "hog" in capfd.readouterr().err
+    assert launch(PretrainingConfig, "beit.tasks.pretraining:main", "", ["--target", "thumbnails"]) == 2
+    assert "thumbnails" in capfd.readouterr().err

@@ -262,6 +262,44 @@ def test_a_run_starts_from_a_vit_with_its_mask_token(good_flags, tmp_path):
     assert not [name for name in weights if "relative" in name]
 
 
+def test_a_run_learns_from_a_teacher_and_goes_on_with_no_other(good_flags, tmp_path, capsys, caplog):
+    for name, seed in (("teacher", 0), ("other", 1)):
+        torch.manual_seed(seed)
+        model = create_model("beit_tiny_patch16_224", img_size=32, num_classes=0, **TINY)
+        save_checkpoint(tmp_path / f"{name}.pth", {"model": model.state_dict(), "args": {"model_kwargs": TINY}})
+    flags = {name: value for name, value in good_flags.items() if "discrete" not in name and "second" not in name}
+    flags |= {"--target": "features", "--teacher": tmp_path / "teacher.pth"}
+    with caplog.at_level(logging.INFO):
+        assert call(flags) == 0
+    assert "predicting features of a teacher: 32 numbers per patch" in caplog.text
+    assert "no effect" not in caplog.text
+    (entry,) = [json.loads(line) for line in (flags["--output_dir"] / "log.txt").read_text().splitlines()]
+    assert 0 < entry["train_loss"] < 1
+    assert call({**flags, "--teacher": tmp_path / "other.pth", "--epochs": 2}) == 2
+    assert "was trained with another teacher: resume with the same --teacher" in capsys.readouterr().err
+    assert call({**flags, "--epochs": 2}) == 0
+    for wrong, message in (("", "--teacher is missing"), ("resnet10t", "cannot teach|cannot be opened")):
+        given = {**flags, "--output_dir": tmp_path / "none", "--teacher": wrong}
+        assert call({flag: value for flag, value in given.items() if value != ""}) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert re.search(message, line)
+
+
+def test_a_run_is_watched_for_the_variety_of_its_tokens(good_flags, tmp_path):
+    images = sorted(good_flags["--data_path"].iterdir())
+    for number, path in enumerate(images):
+        folder = tmp_path / "classes" / "ab"[number // 10]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / path.name).symlink_to(path)
+    held_out = {"--probe_data_path": tmp_path / "classes", "--eval_data_path": tmp_path / "classes"}
+    assert call({**good_flags, **held_out}) == 0
+    (entry,) = [json.loads(line) for line in (good_flags["--output_dir"] / "log.txt").read_text().splitlines()]
+    assert entry["test_codebook_perplexity"] == pytest.approx(math.exp(entry["test_unigram_entropy"]))
+    for name in ("codebook_perplexity", "token_entropy"):
+        assert entry[f"test_probe_{name}"] == entry[f"test_{name}"]
+    assert 0 <= entry["test_token_entropy"] <= math.log(16)
+
+
 def test_out_of_memory_says_what_to_lower(good_flags, monkeypatch, capsys):
     def full(*_args, **_options):
         raise torch.OutOfMemoryError("CUDA out of memory")
