@@ -194,17 +194,11 @@ def relaxed_codes(logits: Tensor, temperature: float, generator: torch.Generator
 
 
 class Pass(NamedTuple):
-    """A training pass through an autoencoder.
+    """A training pass through an autoencoder."""
 
-    Attributes:
-        images: Reconstructed images, ``(B, 3, H, W)``, about [-1, 1].
-        penalty: What is added to the reconstruction loss, a scalar.
-        metrics: Further scalars to log.
-    """
-
-    images: Tensor
-    penalty: Tensor
-    metrics: dict[str, Tensor]
+    images: Tensor  # reconstructed, (B, 3, H, W), about [-1, 1]
+    penalty: Tensor  # added to the reconstruction loss, a scalar
+    metrics: dict[str, Tensor]  # further scalars to log
 
 
 class RelaxedAutoencoder(nn.Module):
@@ -248,19 +242,13 @@ class QuantizedAutoencoder(nn.Module):
         vae: The dVAE whose encoder and decoder are trained; its head and codebook are not used.
         decay: Decay of the codes' averages per step.
         commitment: Weight of the squared distance between a vector and its code.
-
-    Attributes:
-        codes: ``(num_tokens, codebook_dim)``.
-        counts: Vectors per code and step, averaged, ``(num_tokens,)``.
-        sums: The sums of these vectors, averaged.
-        started: Whether there are codes, a bool scalar.
     """
 
     DEAD = 1 / 20  # a code with fewer vectors, as a share of the mean, is of no use
-    codes: Tensor
-    counts: Tensor
-    sums: Tensor
-    started: Tensor
+    codes: Tensor  # (num_tokens, codebook_dim)
+    counts: Tensor  # vectors per code and step, averaged, (num_tokens,)
+    sums: Tensor  # the sums of these vectors, averaged
+    started: Tensor  # whether there are codes, a bool scalar
 
     def __init__(self, vae: DiscreteVAE, decay: float = 0.95, commitment: float = 0.25) -> None:
         super().__init__()
@@ -274,12 +262,9 @@ class QuantizedAutoencoder(nn.Module):
         self._started = False  # the same, known without waiting for the device
 
     def forward(self, images: Tensor, quantized: bool = True, revive: bool = False) -> Pass:
-        """Passes images ``(B, 3, H, W)`` in [-1, 1].
+        """Passes images ``(B, 3, H, W)`` in [-1, 1]; not ``quantized`` it is a plain autoencoder.
 
-        Args:
-            images: The images.
-            quantized: Whether to quantise; otherwise it is a plain autoencoder.
-            revive: Move the codes that are of no use to vectors of this pass, drawn at random.
+        With ``revive`` the codes that are of no use move to vectors of this pass, drawn at random.
         """
         features = self.encoder(images)
         with torch.autocast(images.device.type, enabled=False):
@@ -315,11 +300,10 @@ class QuantizedAutoencoder(nn.Module):
         """Places the codes at the k-means of vectors, unless a checkpoint had some."""
         self._started = True
         if not self.started:
-            means, _ = codebook.kmeans(vectors, codebook.draw(codebook.gather(vectors), len(self.codes)))
-            _, counts = codebook.sums_by_code(vectors, codebook.nearest(vectors, means), len(means))
+            means, counts = codebook.kmeans(vectors, codebook.draw(codebook.gather(vectors), len(self.codes)))
             self.codes.copy_(means)
             self.counts.fill_(counts.mean())
-            self.sums.copy_(means * self.counts.unsqueeze(1))
+            self.sums.copy_(means * counts.mean())
             self.started.fill_(True)
 
     def _revive(self, vectors: Tensor) -> None:
@@ -381,17 +365,11 @@ def kl_to_uniform(logits: Tensor) -> Tensor:
 
 
 class CodebookStatistics(NamedTuple):
-    """How evenly the codes are used.
+    """How evenly the codes are used."""
 
-    Attributes:
-        perplexity: exp of the entropy of the codes' frequencies, from 1 (one code) to the vocabulary's size (uniform).
-        used: Number of codes that occur.
-        dead: Number of codes that do not.
-    """
-
-    perplexity: float
-    used: int
-    dead: int
+    perplexity: float  # exp of the entropy of the codes' frequencies, from 1 (one code) to the vocabulary's size
+    used: int  # number of codes that occur
+    dead: int  # number of codes that do not
 
 
 def batch_perplexity(ids: Tensor, num_tokens: int) -> Tensor:
