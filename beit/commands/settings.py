@@ -186,8 +186,8 @@ class CurvesConfig(OutputOptions):
 class ReconstructConfig(OutputOptions):
     """The settings of ``beit visualize reconstruct``."""
 
-    checkpoint: str = option("", "checkpoint of a pre-training run", must_exist=True)
-    tokenizer: str = option("", "folder of the run's tokenizer, if it has moved")
+    checkpoint: str = option("", "checkpoint of a pre-training run, or one of visual tokens in any format")
+    tokenizer: str = option("", "the run's tokenizer, if it has moved or is not recorded")
     images: tuple[str, ...] = option((), ANY_IMAGES, must_exist=True)
     output: str = option("reconstructions.png", PICTURE, short="-o")
     steps: int = option(1, "passes to fill in the patches, the surest first; of tokens only", within="[1, inf)")

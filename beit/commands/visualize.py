@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,15 +14,16 @@ from beit.commands.settings import CurvesConfig, EmbeddingsConfig, ReconstructCo
 from beit.commands.visualize_inputs import Shown, Viewer, image_files, open_viewer, read_shown, spread
 from beit.config import from_plain
 from beit.data.datasets import ImageIndex, UnreadableImageError, index_images, read_image, sample_randomness
-from beit.data.preprocessing import normalization
+from beit.data.preprocessing import IMAGENET_DEFAULT_MEAN, normalization
 from beit.errors import InputError, counted
 from beit.features import FrozenFeatures
 from beit.modeling import VisionTransformerForMaskedImageModeling
 from beit.registry import TARGETS
 from beit.storage import load_checkpoint, settings_in
-from beit.targets import VISUAL_TOKENS, MaskedPrediction, PredictionTarget
+from beit.targets import VISUAL_TOKENS, MaskedPrediction, PredictionTarget, TokenTarget
 from beit.tasks.pretraining import build_mask_generator, build_model, build_target, evaluation_transform
 from beit.tasks.settings import PretrainingConfig
+from beit.tokenizers.base import load_tokenizer
 from beit.training.checkpoint import load_exactly
 from beit.training.distributed import select_device
 from beit.training.precision import Precision, resolve_amp_dtype
@@ -30,8 +32,11 @@ from beit.visualization.embeddings import check_embedding, embed, group_by_class
 from beit.visualization.figures import check_picture, draw_panels
 from beit.visualization.plots import draw_curves, draw_points
 from beit.visualization.reconstructions import reconstruct as reconstruct_batch
+from beit.zoo import open_model
 
 logger = logging.getLogger(__name__)
+
+MASKED_SHARE = 0.4  # of the patches, where a checkpoint does not record it: the paper's
 
 
 def curves(config: CurvesConfig) -> None:
@@ -61,14 +66,14 @@ def open_pretrained(
 ) -> tuple[PretrainingConfig, VisionTransformerForMaskedImageModeling, PredictionTarget]:
     """Rebuilds a pre-trained model and its prediction target from its checkpoint, which has the run's settings.
 
-    ``tokenizer_path`` is the folder of the tokenizer; empty for the one the run used. Raises :class:`InputError` for
-    other checkpoints, or if target or tokenizer cannot be built.
+    ``tokenizer_path`` is the folder of the tokenizer; empty for the one the run used. A checkpoint without a run's
+    settings is taken for one of visual tokens, in any format. Raises :class:`InputError` for other checkpoints, or if
+    target or tokenizer cannot be built.
     """
-    checkpoint = load_checkpoint(Path(checkpoint_path))
+    checkpoint: Any = load_checkpoint(Path(checkpoint_path)) if Path(checkpoint_path).is_file() else None
     settings = settings_in(checkpoint) if isinstance(checkpoint, Mapping) else {}
     if not settings or "lm_head.weight" not in checkpoint.get("model", ()):
-        needed = "of pre-training, with the run's settings (args); other commands of `beit visualize` take any BEiT"
-        raise InputError(f"{checkpoint_path} has nothing to reconstruct: needed is a checkpoint {needed}")
+        return _open_of_elsewhere(str(checkpoint_path), tokenizer_path, device)
     chosen, learned = settings.get("target", "tokens"), checkpoint.get("target")
     if chosen not in TARGETS or (chosen == "tokens" and learned not in (None, VISUAL_TOKENS)):
         raise InputError(f"{checkpoint_path} was trained to predict {learned}, which this command cannot draw")
@@ -83,6 +88,31 @@ def open_pretrained(
     model = build_model(config, target.output_size).to(device)
     load_exactly(model, checkpoint["model"], str(checkpoint_path))
     return config, model, target
+
+
+def _open_of_elsewhere(
+    source: str, tokenizer_path: str, device: torch.device
+) -> tuple[PretrainingConfig, VisionTransformerForMaskedImageModeling, PredictionTarget]:
+    model, metadata = open_model(source)
+    if not isinstance(model, VisionTransformerForMaskedImageModeling):
+        others = "other commands of `beit visualize` take any BEiT"
+        raise InputError(f"{source} has nothing to reconstruct: needed is a checkpoint of pre-training; {others}")
+    if not tokenizer_path:
+        raise InputError(f"--tokenizer is missing: {source} does not say which one it was trained with")
+    tokenizer = load_tokenizer(tokenizer_path, device=device)
+    if tokenizer.vocab_size != model.lm_head.out_features:
+        sizes = f"{tokenizer.vocab_size} tokens, and {source} predicts {model.lm_head.out_features}"
+        raise InputError(f"{tokenizer_path} is not the tokenizer of this model: it has {sizes}")
+    grid = model.patch_embed.grid_size
+    masked = round(MASKED_SHARE * grid[0] * grid[1])
+    run = PretrainingConfig(
+        input_size=model.img_size,
+        second_input_size=(grid[0] * tokenizer.downsampling, grid[1] * tokenizer.downsampling),
+        imagenet_default_mean_and_std=metadata.get("mean") == IMAGENET_DEFAULT_MEAN,
+        num_mask_patches=masked,
+        min_mask_patches_per_block=max(1, min(PretrainingConfig.min_mask_patches_per_block, masked // 4)),
+    )
+    return run, model.to(device), TokenTarget(tokenizer)
 
 
 def reconstruct_files(

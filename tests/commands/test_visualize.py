@@ -119,7 +119,7 @@ def test_a_tokenizer_elsewhere_is_given_by_hand(site):
         ("registered.pth", "was trained to predict HOG of 9 directions, which this command cannot draw"),
         ("moved.pth", "--tokenizer is missing: the folder of the tokenizer the model was trained with; demo/dvae, "),
         ("classifier.pth", "has nothing to reconstruct: needed is"),
-        ("bare.pth", "has nothing to reconstruct: needed is"),
+        ("bare.pth", "80 rows, no square, and no image size"),
         ("nowhere.pth", "nowhere.pth"),
         ("images", "images"),
         ("text.png", "text.png"),
@@ -247,3 +247,18 @@ def test_patches_are_filled_in_over_several_passes_where_the_model_is_sure_of_so
     assert (tmp_path / "4.png").is_file()
     assert status("pixels.pth", "p.png", "--steps", "4") == 2
     assert "pixels normalised per patch have no confidence: fill in the patches in one step" in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_settings_is_drawn_with_a_tokenizer_that_fits(site, tmp_path):
+    square = replace(SETTINGS, input_size=32, second_input_size=16)
+    file = tmp_path / "bare.pth"
+    save_checkpoint(file, build_model(square, TOKENS).state_dict())
+    run, model, target = open_pretrained(file, str(site / "dvae"), CPU)
+    panels, _ = reconstruct_files(image_files([str(site / "images")], 2), run, model, target)
+    assert len(panels) == 5
+    assert 0.3 < (panels["masked"] == 0.5).all(dim=1).float().mean() < 0.5
+    with pytest.raises(InputError, match="--tokenizer is missing"):
+        open_pretrained(file, "", CPU)
+    save_dvae(tmp_path / "dvae", DiscreteVAE(16, num_tokens=TOKENS + 1, codebook_dim=8, num_layers=2, hidden_dim=8))
+    with pytest.raises(InputError, match="not the tokenizer of this model"):
+        open_pretrained(file, str(tmp_path / "dvae"), CPU)
