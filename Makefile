@@ -6,7 +6,7 @@ TEST_PROCESSES ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
-BENCHMARKS := pretrain_step finetune_step resolution segmentation_inference scaling input_pipeline startup
+BENCHMARKS := pretrain_step finetune_step resolution segmentation_inference scaling input_pipeline startup tokenizer
 DEMO_RUNS := dvae pretrain finetune-pretrained finetune-scratch segmentation/pretrained segmentation/scratch
 REQUIREMENTS := pyproject.toml requirements.txt setup.py
 

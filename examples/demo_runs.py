@@ -66,8 +66,8 @@ class Budget:
     crops: tuple[int, int] = (600, 160)
     digits_per_class: int | None = None
     labelled_scenes: tuple[int, int] = (800, 100)
-    dvae: tuple[int, int] = (6, 16)
-    pretraining: tuple[int, int] = (17, 64)
+    dvae: tuple[int, int] = (5, 16)
+    pretraining: tuple[int, int] = (15, 64)
     finetuning_epochs: int = 8
     segmentation_steps: int = 200
 

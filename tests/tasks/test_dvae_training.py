@@ -302,7 +302,7 @@ sys.exit(launch.launch(dvae.DvaeConfig, dvae.main, "", sys.argv[3:]))
 
 def flags_of(config: DvaeConfig) -> list[str]:
     names = ("data_path", "output_dir", "device", "num_workers", "input_size", "batch_size", "epochs", "warmup_steps")
-    names = (*names, "eval_images", "save_ckpt_steps", "lr", "min_lr", "quantizer", "quantize_from", *SMALL)
+    names = (*names, "eval_images", "save_ckpt_steps", "lr", "min_lr", "quantizer", "quantize_from", *SETTINGS)
     return [text for name in names for text in (f"--{name}", str(getattr(config, name)))]
 
 
