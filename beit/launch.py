@@ -134,7 +134,7 @@ def _end_of_training(error: Exception) -> tuple[str, int]:
     from beit.training.loop import NonFiniteLossError, Stopped
 
     if isinstance(error, Stopped):
-        logger.info("%s; the same command resumes from there", error)
+        logger.info("%s", error)
         return "", 128 + error.signal
     message = str(error)
     if isinstance(error, torch.OutOfMemoryError):

@@ -177,7 +177,7 @@ class TokenTarget(PredictionTarget):
         tokens = self.tokenizer.encode(self._view(batch))  # (B, h, w)
         filled = torch.where(batch["mask"], outputs.argmax(dim=-1).view_as(tokens), tokens)
         return {
-            "dVAE reconstruction": self.tokenizer.decode(tokens),
+            "tokens decoded": self.tokenizer.decode(tokens),
             "predicted tokens decoded": self.tokenizer.decode(filled),
         }
 

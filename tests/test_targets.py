@@ -13,12 +13,14 @@ from scipy import ndimage
 from torch import Tensor
 
 from beit.data.preprocessing import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from beit.errors import InputError
 from beit.modeling import VisionTransformer, VisionTransformerForMaskedImageModeling
 from beit.registry import TARGETS, resolve
 from beit.targets import FeatureTarget, HogTarget, PixelTarget, PredictionTarget, TokenTarget
 from beit.tasks.pretraining import MaskedPrediction, with_patch_index
 from beit.teachers import Teacher
 from beit.tokenizers.dvae import CustomizedTokenizer, DiscreteVAE
+from beit.visualization.reconstructions import fill_in
 
 DOCS = Path(__file__).parents[1] / "docs" / "architecture.md"
 IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
@@ -163,7 +165,7 @@ class TestTokens:
         pictures = TokenTarget(tokenizer).pictures(wrong, batch)
         expected = torch.where(batch["mask"], (tokens + 1) % 16, tokens)
         torch.testing.assert_close(pictures["predicted tokens decoded"], tokenizer.decode(expected))
-        torch.testing.assert_close(pictures["dVAE reconstruction"], tokenizer.decode(tokens))
+        torch.testing.assert_close(pictures["tokens decoded"], tokenizer.decode(tokens))
 
 
 def histograms_by_hand(image: np.ndarray, patch: tuple[int, int], cell: tuple[int, int]) -> np.ndarray:
@@ -285,6 +287,8 @@ class TestFromOutside:
         assert metrics == {}
         assert losses[-1] < losses[0] / 3
         assert target.pictures(torch.zeros(3, 24, 3), batch) == {}
+        with pytest.raises(InputError, match="have no confidence: fill in the patches in one step"):
+            fill_in(lambda _: torch.zeros(3, 24, 3), target, batch, steps=2)
 
     def test_the_targets_of_the_documentation_train_a_step(self, batch, caplog):
         classes = documented_targets()

@@ -111,6 +111,7 @@ class Pretraining(Task[PretrainingConfig]):
         return {
             **meaning_of(self.target),
             "mean": list(self.mean),
+            **({"early_layers": self.model.early_layers} if predicts_twice(self.config) else {}),
             **fingerprints(self.index, self.eval_index),
         }
 

@@ -391,7 +391,7 @@ class DvaeConfig(DataOptions, BatchOptions, EpochOptions, CosineOptions, RunOpti
     )
 
     codebook_size: int = option(
-        8192, "size of the vocabulary", within="[1, inf)", aliases=("num_tokens", "codebook_n_emd")
+        8192, "size of the vocabulary", within="[2, inf)", aliases=("num_tokens", "codebook_n_emd")
     )
     codebook_dim: int = option(512, "length of a code's vector", within="[1, inf)", aliases=("codebook_emd_dim",))
     num_layers: int = option(3, "times the resolution is halved: 3 makes tokens of 8 x 8 pixels", within="[1, inf)")

@@ -8,6 +8,7 @@ the teacher sees the image as it is with any ``--process_type`` (official: only 
 import logging
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -205,8 +206,9 @@ class VqkdTraining(ImageTask):
 
     def extras(self) -> Mapping[str, object]:
         """Records the teacher, the heads, which weights do not show, and the data."""
-        teacher = {"teacher": weights_fingerprint(self.teacher), "num_heads": self.model.encoder.num_heads}
-        return {**teacher, **fingerprints(self.index, self.eval_index)}
+        meaning = {"teacher": weights_fingerprint(self.teacher), "process_type": self.config.process_type}
+        heads = {"num_heads": self.model.encoder.num_heads}
+        return {**meaning, **heads, **fingerprints(self.index, self.eval_index)}
 
     def summary(self) -> Iterator[str]:
         """Yields the sizes of model, codebook and teacher, and the scaled learning rate."""
@@ -224,9 +226,10 @@ class PixelDecoding(ImageTask):
     """A decoder from a frozen tokenizer's codes to pixels, the decoder of a discrete VAE; for pictures."""
 
     def prepare(self) -> None:
-        """Finds the images, and loads the tokenizer."""
+        """Finds the images, and loads the tokenizer, whose size the images get."""
         super().prepare()
         self.tokenizer = open_vqkd(Path(self.config.pixels_of), torch.float32, compiled=False).to(self.device)
+        self.config = replace(self.config, input_size=self.tokenizer.model.encoder.img_size)
 
     def build_model(self) -> nn.Module:
         """Creates the decoder."""
@@ -247,6 +250,16 @@ class PixelDecoding(ImageTask):
             return F.mse_loss(model(self.tokenizer.encode(images)).float(), to_signed_range(images)), {}
 
         return step
+
+    def extras(self) -> Mapping[str, object]:
+        """Records the tokenizer and the data."""
+        return {"tokenizer": self.tokenizer.fingerprint(), **fingerprints(self.index, self.eval_index)}
+
+    def summary(self) -> Iterator[str]:
+        """Yields the sizes of the decoder and of the images, and the scaled learning rate."""
+        yield from super().summary()
+        height, width = size_pair(self.config.input_size)
+        yield f"images of {height} x {width} pixels, as the tokenizer's; lr {self.peak_lr():g}"
 
     def finish(self) -> None:
         """Writes the decoder where its tokenizer looks for it."""

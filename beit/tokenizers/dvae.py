@@ -259,10 +259,10 @@ class QuantizedAutoencoder(nn.Module):
         self.register_buffer("counts", torch.zeros(vae.num_tokens))
         self.register_buffer("sums", torch.zeros(vae.num_tokens, vae.codebook_dim))
         self.register_buffer("started", torch.tensor(False))
-        self._started = False  # the same, known without waiting for the device
+        self._started: bool | None = None  # the same, once known, without waiting for the device
 
     def forward(self, images: Tensor, quantized: bool = True, revive: bool = False) -> Pass:
-        """Passes images ``(B, 3, H, W)`` in [-1, 1]; not ``quantized`` it is a plain autoencoder.
+        """Passes images ``(B, 3, H, W)`` in [-1, 1]; not ``quantized`` it is a plain autoencoder until there are codes.
 
         With ``revive`` the codes that are of no use move to vectors of this pass, drawn at random.
         """
@@ -271,7 +271,9 @@ class QuantizedAutoencoder(nn.Module):
             vectors = self.projection(features.float()).permute(0, 2, 3, 1)  # (B, h, w, D)
             penalty, unknown = vectors.new_zeros(()), vectors.new_full((), math.nan)
             metrics = {"quantization_error": unknown, "perplexity": unknown}
-            if quantized:
+            if self._started is None:
+                self._started = self.has_codes()
+            if quantized or self._started:
                 ids, codes = self._quantize(vectors.detach().flatten(0, 2), revive)
                 distance = F.mse_loss(vectors, codes.view_as(vectors))
                 vectors = vectors + (codes.view_as(vectors) - vectors).detach()  # the gradient passes straight through
@@ -297,14 +299,13 @@ class QuantizedAutoencoder(nn.Module):
         return ids, chosen
 
     def _start(self, vectors: Tensor) -> None:
-        """Places the codes at the k-means of vectors, unless a checkpoint had some."""
+        """Places the codes at the k-means of vectors."""
+        means, counts = codebook.kmeans(vectors, codebook.draw(codebook.gather(vectors), len(self.codes)))
+        self.codes.copy_(means)
+        self.counts.fill_(counts.mean())
+        self.sums.copy_(means * counts.mean())
+        self.started.fill_(True)
         self._started = True
-        if not self.started:
-            means, counts = codebook.kmeans(vectors, codebook.draw(codebook.gather(vectors), len(self.codes)))
-            self.codes.copy_(means)
-            self.counts.fill_(counts.mean())
-            self.sums.copy_(means * counts.mean())
-            self.started.fill_(True)
 
     def _revive(self, vectors: Tensor) -> None:
         """Moves codes that few vectors choose to some of the vectors, with an average use to begin with."""

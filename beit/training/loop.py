@@ -45,10 +45,11 @@ class NonFiniteLossError(RuntimeError):
 
 
 class Stopped(Exception):
-    """The run was asked to end by a signal and has saved where it was. ``signal`` is its number."""
+    """The run was asked to end by a signal and has saved where it was, if it saves. ``signal`` is its number."""
 
-    def __init__(self, message: str, number: int = signal.SIGTERM) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, number: int = signal.SIGTERM, *, saved: bool = True) -> None:
+        kept = "the same command resumes from there" if saved else "nothing is kept of a run without --output_dir"
+        super().__init__(f"{message}; {kept}")
         self.signal = number
 
 
@@ -64,6 +65,7 @@ class Trainer(TrainingState):
         self._window_limit = 1  # steps until the next look at them; grows once their pace is known
         self._overflows = 0  # in a row
         self._stop_wish = StopWish()
+        self._stop_wish.saves = self._makes_checkpoints
 
     def look_up(self) -> None:
         """Obeys a signal while data do not come, by raising :class:`Stopped`; data loaders call it now and then."""
@@ -170,7 +172,7 @@ class Trainer(TrainingState):
     def _stop(self, step: int, period_open: bool = False) -> NoReturn:
         self._save(LAST, step, period_open)
         distributed.barrier()  # a launcher ends the others when one is gone: not before the checkpoint is written
-        raise Stopped(f"stopped at {self._place(step)}", self._stop_wish.signal)
+        raise Stopped(f"stopped at {self._place(step)}", self._stop_wish.signal, saved=self._stop_wish.saves)
 
     def _saves_last_at(self, step: int) -> bool:
         return self.settings.save_last_every > 0 and step % self.settings.save_last_every == 0
@@ -397,6 +399,7 @@ class StopWish:
     """
 
     is_set = False
+    saves = True  # whether the run writes checkpoints
     signal = int(signal.SIGTERM)
     waiting_since = math.inf  # seconds of the performance counter; for data
     _place: str | None = None  # where an evaluation may be left at once
@@ -435,8 +438,8 @@ class StopWish:
             return
         if (place := self._place) is not None:
             self._place = None  # once
-            raise Stopped(f"stopped at {place}, in the evaluation", self.signal)
+            raise Stopped(f"stopped at {place}, in the evaluation", self.signal, saved=self.saves)
         waited = time.perf_counter() - self.waiting_since
         # Other processes train on, and it takes a step of all to save.
         if waited > (PATIENCE_WITH_DATA if distributed.world_size() == 1 else 4 * PATIENCE_WITH_DATA):
-            raise Stopped(f"stopped after waiting {waited:.0f} s for data", self.signal)
+            raise Stopped(f"stopped after waiting {waited:.0f} s for data", self.signal, saved=self.saves)

@@ -50,6 +50,8 @@ FACTS: dict[str, Fact] = {
     "labels": Fact("classes", WEIGHTS, plural=True),
     "reduce_zero_label": Fact("reduce_zero_label", WEIGHTS, "the same reduce_zero_label"),
     "backbone": Fact("backbone", WEIGHTS, "the same --checkpoint and --input_size"),
+    "process_type": Fact("process_type", WEIGHTS, "the same --process_type"),
+    "early_layers": Fact("early_layers", WEIGHTS, "the same --early_layers"),
     "mean": Fact("mean of the images", WEIGHTS, "--imagenet_default_mean_and_std as it was"),
     "eval_data": Fact("validation images", SCORES, plural=True),
     "crop_pct": Fact("crop_pct", SCORES),

@@ -70,8 +70,8 @@ def fill_in(predict: Callable[[Batch], Tensor], target: PredictionTarget, batch:
     outputs = predict(batch).float()
     masks, left, counts = batch["mask"], batch["mask"], batch["mask"].flatten(1).sum(dim=1)
     for step in range(1, steps):
-        picture = list(target.pictures(outputs, batch).values())[-1]
         confidence = target.confidence(outputs).masked_fill(~left.flatten(1), math.inf)
+        picture = list(target.pictures(outputs, batch).values())[-1]
         remaining = (counts * math.cos(math.pi / 2 * step / steps)).ceil().long()
         left = (confidence.argsort(dim=1).argsort(dim=1) < remaining.unsqueeze(1)).view_as(masks)
         seen = to_unit_range(batch["image"])

@@ -85,7 +85,7 @@ def fails(arguments, capsys):
     [
         (
             "tokens.pth",
-            ["image", "masked", "dVAE reconstruction", "predicted tokens decoded", "predictions in the image"],
+            ["image", "masked", "tokens decoded", "predicted tokens decoded", "predictions in the image"],
         ),
         ("pixels.pth", ["image", "masked", "predicted pixels"]),
     ],

@@ -85,6 +85,8 @@ def test_durations_in_steps_win_over_shares():
         ({"ema_decay": 1.0}, "--ema_decay"),
         ({"min_crop": 0.0}, "--min_crop"),
         ({"epochs": 0}, "--epochs"),
+        ({"codebook_size": 1}, "--codebook_size"),
+        ({"input_size": 4}, "--input_size"),
     ],
 )
 def test_settings_that_cannot_work_are_named(setting, flag):

@@ -18,7 +18,7 @@ import beit
 from beit.config import read_command_line
 from beit.errors import InputError
 from beit.modeling import VisionTransformerForMaskedImageModeling
-from beit.storage import save_checkpoint
+from beit.storage import load_checkpoint, save_checkpoint
 from beit.tasks import vqkd_training
 from beit.tasks.settings import VqkdConfig
 from beit.tasks.vqkd_training import VqkdTraining, main
@@ -322,6 +322,12 @@ def test_codes_are_drawn_after_training_a_decoder_into_pixels(config, tmp_path):
     tokenizer = beit.load_tokenizer(path)
     images = some_images(2) / 255
     assert tokenizer.decode(tokenizer.encode(images)).shape == images.shape
+
+    other = load_checkpoint(path)
+    other["model"]["quantize.embedding.weight"] = other["model"]["quantize.embedding.weight"].flip(0)
+    save_checkpoint(tmp_path / "other.pth", other)
+    with pytest.raises(InputError, match="another tokenizer"):  # its codes are not those that were drawn
+        main(replace(config, pixels_of=str(tmp_path / "other.pth"), epochs=4, output_dir=str(tmp_path / "drawing")))
 
 
 def flags_of(config):

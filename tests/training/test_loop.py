@@ -137,7 +137,7 @@ def signalled_at(number, at=13, times=1):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_saves_and_the_next_run_goes_on(tmp_path, undisturbed, number):
     trainer = make_trainer(tmp_path, step=signalled_at(number))
-    with pytest.raises(Stopped, match="epoch 1, step 4") as caught:
+    with pytest.raises(Stopped, match="epoch 1, step 4; the same command resumes") as caught:
         trainer.fit()
     assert caught.value.signal == number
     trainer.folder.close()
@@ -681,3 +681,8 @@ def test_what_was_trained_is_saved_before_a_long_evaluation(tmp_path, undisturbe
     weights = load_checkpoint(tmp_path / "checkpoint-30.pth")["model"]
     theirs = load_checkpoint(undisturbed / "checkpoint-2.pth")["model"]
     assert all(torch.equal(weights[name], theirs[name]) for name in theirs)
+
+
+def test_a_stopped_run_that_writes_nothing_does_not_promise_to_go_on():
+    with pytest.raises(Stopped, match="nothing is kept of a run without --output_dir"):
+        make_trainer(None, step=signalled_at(signal.SIGTERM)).fit()

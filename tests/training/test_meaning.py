@@ -11,6 +11,8 @@ VALUES = {  # of each fact: one, and another
     "target": ("visual tokens", "pixels"),
     "tokenizer": ("a" * 64, "b" * 64),
     "quantizer": ("gumbel", "vq"),
+    "process_type": ("default", "imagenet_norm"),
+    "early_layers": (9, 6),
     "teacher": ("a" * 64, "b" * 64),
     "labels": (["ant", "bee"], ["bee", "cat"]),
     "reduce_zero_label": (True, False),

@@ -60,9 +60,9 @@ def test_predicted_tokens_stand_at_masked_patches_and_true_ones_elsewhere():
                 region = (number, slice(None), rows, columns)
                 predicted = panels["predicted tokens decoded"][region]
                 assert torch.allclose(predicted, torch.tensor(expected / 255)), (number, row, column)
-                assert torch.allclose(panels["dVAE reconstruction"][region], torch.tensor(true / 255))
+                assert torch.allclose(panels["tokens decoded"][region], torch.tensor(true / 255))
     assert captions == ["1 of 2 tokens right", "1 of 3 tokens right"]
-    titles = ["image", "masked", "dVAE reconstruction", "predicted tokens decoded", "predictions in the image"]
+    titles = ["image", "masked", "tokens decoded", "predicted tokens decoded", "predictions in the image"]
     assert list(panels) == titles
     assert [len(images) for images in panels.values()] == [2, 2, 2, 2, 2]
     hidden = masks.repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)[:, None]
