@@ -49,6 +49,9 @@ METRICS = {
     "train_mlm_acc": "masked-token accuracy, training",
     "train_mlm_acc_1": "masked-token accuracy, training",
     "train_mlm_acc_2": "masked-token accuracy through the class token, training",
+    "test_unigram_entropy": "loss of a guess by the tokens' frequencies",
+    "test_psnr": "PSNR of reconstructions (dB)",
+    "test_ssim": "SSIM of reconstructions",
     "test_perplexity": "codebook perplexity",
     "test_used_codes": "tokens in use",
     "test_rec_loss": "distance from the teacher",
@@ -58,7 +61,7 @@ METRICS = {
     "n_parameters": "parameters",
 }
 PERCENTAGES, SHARES = {"acc1", "acc5"}, {"acc", "mIoU", "mAcc", "aAcc", "accuracy", "share"}  # words of their names
-WITHOUT_BEST = ("test_most_frequent_acc", "train_grad_norm", "n_parameters")
+WITHOUT_BEST = ("test_most_frequent_acc", "test_unigram_entropy", "train_grad_norm", "n_parameters")
 MAIN_CURVES = ("loss", "mlm_acc", "mlm_acc_1", "mlm_acc_2", "class_acc", "acc1", "mIoU", "pixel_acc", "perplexity")
 
 
