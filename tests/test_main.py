@@ -82,7 +82,10 @@ def test_every_command_exists_and_explains_itself(name, capsys):
         (["models", "--pattern", "vit*"], "no model matches"),
         (["visualize", "curves", "nowhere.txt"], "nowhere.txt: no such file or folder"),
         (["visualize", "reconstruct"], "--checkpoint and --images"),
-        (["visualize", "reconstruct", "--checkpoint", "no.pth", "--images", "a.png"], "images a.png: no such file or folder"),
+        (
+            ["visualize", "reconstruct", "--checkpoint", "no.pth", "--images", "a.png"],
+            "images a.png: no such file or folder",
+        ),
         (["dvae"], "--data_path is missing"),
         (["demo", "--quick"], "make demo"),
         (["recipes", "command", "in1k_base", "--gpus", "4"], "beit recipes show NAME --gpus N"),

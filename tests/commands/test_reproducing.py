@@ -98,12 +98,12 @@ class TestFaq:
     def test_shows_the_last_epoch_as_measured(self, key):
         # Broken by a number of the table that no run gave.
         row, *_ = rows_of(self.TEXT.replace("`, held-out images |", "` |"), f"`{key}`")
-        assert row[1] == rounded_like(row[1], self.MEASURED["pretraining"]["17"][key])
+        assert row[1] == rounded_like(row[1], [*self.MEASURED["pretraining"].values()][-1][key])
 
     @pytest.mark.parametrize("key", ["train_loss", "test_loss", "test_mlm_acc"])
     def test_shows_epochs_as_measured(self, key):
         (epochs,) = rows_of(self.TEXT, "epoch")
-        assert len(epochs) == 7
+        assert len(epochs) == 6
         row = rows_of(self.TEXT, f"`{key}`")[-1]
         for epoch, shown in zip(epochs, row, strict=True):
             measured = self.MEASURED["pretraining"][epoch].get(key)
@@ -122,7 +122,7 @@ class TestFaq:
             f"256 tokens, perplexity {summary['codebook_perplexity']:.0f}",
         ):
             assert sentence in text
-        assert f"{self.MEASURED['pretraining']['17']['n_parameters']:,}" in text
+        assert f"{self.MEASURED['pretraining']['1']['n_parameters']:,}" in text
 
 
 def rounded_like(shown, number):
