@@ -124,6 +124,11 @@ class Task(ABC, Generic[ConfigT]):
             in_parts=isinstance(config, ShardingOptions) and config.shard != "none",
         )
 
+    def images_per_step(self) -> int:
+        """Returns the images per optimizer step, over all processes."""
+        assert isinstance(self.config, BatchOptions)
+        return self.config.batch_size * self.config.update_freq * self.session.world_size
+
     def peak_lr(self) -> float:
         """Returns the learning rate after the warm-up."""
         assert isinstance(self.config, OptimizerOptions)

@@ -108,12 +108,17 @@ class LinearProbe(Task[LinearProbeConfig]):
         if decay is None:
             decay = WEIGHT_DECAY.get(config.opt.lower(), WEIGHT_DECAY["adamw"])
         group = {"params": list(self.model.parameters()), "lr_scale": 1.0, "weight_decay": decay, "decays": True}
-        return create_optimizer(config.opt, [group], lr=peak_lr(config, self.session.world_size))
+        return create_optimizer(config.opt, [group], lr=self.peak_lr())
+
+    def peak_lr(self) -> float:
+        """Returns ``--lr``, or else ``--base_lr`` scaled by the images per step."""
+        if self.config.lr is not None:
+            return self.config.lr
+        return self.config.base_lr * self.images_per_step() / BASE_BATCH
 
     def schedules(self, settings: LoopSettings) -> tuple[Schedule, None]:
         """Returns a cosine without warm-up."""
-        peak = peak_lr(self.config, self.session.world_size)
-        return WarmupCosine(peak, self.config.min_lr, settings.total_steps), None
+        return WarmupCosine(self.peak_lr(), self.config.min_lr, settings.total_steps), None
 
     def build_evaluation(self) -> Evaluation:
         """Returns the evaluation of every head on the validation images."""
@@ -138,7 +143,7 @@ class LinearProbe(Task[LinearProbeConfig]):
         yield f"{len(features)} heads of {len(self.class_names)} classes on {pools}"
         backbone = config.checkpoint or f"{config.model} (untrained)"
         yield f"backbone {backbone}, frozen, {self.features.precision.dtype}"
-        yield f"lr {peak_lr(config, self.session.world_size):g}"
+        yield f"lr {self.peak_lr():g}"
         yield from super().summary()
 
 
@@ -198,13 +203,6 @@ class SideBySide:
         loss = torch.stack([F.cross_entropy(output, batch["label"]) for output in logits.values()]).sum()
         right = torch.stack([(output.detach().argmax(dim=-1) == batch["label"]) for output in logits.values()])
         return loss, {"class_acc": right.float().mean()}
-
-
-def peak_lr(config: LinearProbeConfig, world_size: int) -> float:
-    """Returns ``--lr``, or else ``--base_lr`` scaled by the images per step."""
-    if config.lr is not None:
-        return config.lr
-    return config.base_lr * config.batch_size * config.update_freq * world_size / BASE_BATCH
 
 
 @torch.no_grad()

@@ -215,7 +215,7 @@ def build_tokenizer(config: PretrainingConfig, device: torch.device) -> VisualTo
         raise InputError(
             "--discrete_vae_weight_path is missing: give the tokenizer's folder. `beit download tokenizer DIR` fetches "
             "OpenAI's, run_dvae_training.py trains one on your images (--discrete_vae_type customized), and so does "
-            "run_vqkd_training.py (vqkd); --target pixels needs none"
+            "run_vqkd_training.py (vqkd); --target pixels, hog and features need none"
         )
     dtype = tokenizer_dtype(config, device)
     tokenizer = load_tokenizer(path, config.discrete_vae_type, device, dtype, config.tokenizer_compile)
@@ -384,8 +384,9 @@ def log_flags_without_effect(config: PretrainingConfig) -> None:
     views = ("second_input_size", "second_interpolation")
     unused = {
         ("mask_strategy", "random"): ("min_mask_patches_per_block", "max_mask_patches_per_block"),
-        ("target", "tokens"): ("pixel_norm",),
-        **{("target", name): (*tokenizer, *views) for name in ("pixels", "hog", "features")},
+        ("target", "tokens"): ("pixel_norm", "teacher"),
+        ("target", "features"): (*tokenizer, *views),
+        **{("target", name): (*tokenizer, *views, "teacher") for name in ("pixels", "hog")},
     }
     if not predicts_twice(config):
         unused["model", config.model] = CLS_PT

@@ -99,10 +99,6 @@ class ImageTask(Task[VqkdConfig]):
         """Returns ``--lr`` scaled by the images per step."""
         return self.config.lr * self.images_per_step() / BASE_BATCH
 
-    def images_per_step(self) -> int:
-        """Returns the images per step, over all processes."""
-        return self.config.batch_size * self.config.update_freq * self.session.world_size
-
 
 class VqkdTraining(ImageTask):
     """VQ-KD; every checkpoint of the run is a tokenizer."""

@@ -408,8 +408,16 @@ class TestOtherTargets:
         assert "no effect with --target pixels: --discrete_vae_type, --second_input_size" in caplog.text
         caplog.clear()
         run = good_flags["--output_dir"]
-        call({**good_flags, "--mask_strategy": "random", "--no_pixel_norm": [], "--output_dir": run / "random"})
-        assert "no effect with --target tokens: --pixel_norm" in caplog.text
+        call(
+            {
+                **good_flags,
+                "--mask_strategy": "random",
+                "--no_pixel_norm": [],
+                "--teacher": "no.pth",
+                "--output_dir": run / "random",
+            }
+        )
+        assert "no effect with --target tokens: --pixel_norm, --teacher" in caplog.text
         assert "no effect with --mask_strategy random: --min_mask_patches_per_block" in caplog.text
         caplog.clear()
         call({**good_flags, "--output_dir": run / "good"})
