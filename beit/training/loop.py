@@ -65,7 +65,6 @@ class Trainer(TrainingState):
         self._window_limit = 1  # steps until the next look at them; grows once their pace is known
         self._overflows = 0  # in a row
         self._stop_wish = StopWish()
-        self._stop_wish.saves = self._makes_checkpoints
 
     def look_up(self) -> None:
         """Obeys a signal while data do not come, by raising :class:`Stopped`; data loaders call it now and then."""
@@ -82,6 +81,7 @@ class Trainer(TrainingState):
         name = period.name
         periods_done = (self.first_step - self._period_open) // period.steps
         self._best_kept = self._best_exists()
+        self._stop_wish.saves = distributed.on_main(lambda: self._makes_checkpoints)
         log = EpochLog(self.folder.path / "log.txt", name, periods_done, self._fresh) if self.folder else None
         scalars = ScalarWriter(self.log_dir, self.first_step)
         step, is_open = self.first_step, self._period_open
