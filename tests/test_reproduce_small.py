@@ -205,11 +205,11 @@ def test_every_column_runs_with_and_without_pretraining(tmp_path, monkeypatch, c
         model={**QUICK.model, "embed_dim": 32, "num_heads": 2},
         dvae={**QUICK.dvae, "hidden_dim": 8},
         segmentation={start: {**recipe, "max_steps": 2} for start, recipe in QUICK.segmentation.items()},
+        rows=("scratch", "pixels", "beit_v2"),
         labels_per_class=4,
         seeds=(0,),
     )
     monkeypatch.setitem(PRESETS, "quick", tiny)
-    monkeypatch.setattr(comparison, "ROWS", {row: ROWS[row] for row in ("scratch", "pixels", "all_tokens")})
     results = tmp_path / "results.json"
     comparison.main(ReproductionConfig(quick=True, output_dir=str(tmp_path), results=str(results)))
     cells = json.loads(results.read_text())["cells"]

@@ -97,7 +97,7 @@ def in_order(preset: Preset, folder: Path) -> Iterator[tuple[Jobs, str, str]]:
     """Yields jobs, row and column of every cell, seed by seed: at any time all rows have as many seeds, or one less."""
     for seed in preset.seeds:
         jobs = Jobs(folder, preset, seed)
-        for row in ROWS:
+        for row in preset.rows:
             for column in COLUMNS:
                 yield jobs, row, column
 
@@ -144,7 +144,7 @@ def scores_of(results: dict[str, Any]) -> Scores:
 def report(results: dict[str, Any]) -> str:
     """Returns the table, the findings and what they were measured on, in Markdown."""
     scores, seeds, minutes, versions = (scores_of(results), *(results[key] for key in ("seeds", "minutes", "versions")))
-    number_format = results["settings"]["machine"].get("amp_dtype", "auto")
+    number_format, rows = results["settings"]["machine"].get("amp_dtype", "auto"), results["settings"]["rows"]
     about = (
         f"**Measured**: preset {results['preset']}, mean ± standard deviation of {len(seeds)} seeds, in percent. "
         f"{results['machine']}, {results['threads']} thread(s), number format {number_format}; "
@@ -152,7 +152,7 @@ def report(results: dict[str, Any]) -> str:
         f"{minutes['tokenizers and pre-training']} minutes of tokenizers and pre-training, {minutes['evaluation']} of "
         "evaluation, on the wall clock."
     )
-    return f"{about}\n\n{markdown(scores, len(seeds))}\n{findings(scores)}"
+    return f"{about}\n\n{markdown(scores, len(seeds), rows)}\n{findings(scores, rows)}"
 
 
 def write_page(path: Path, text: str) -> None:

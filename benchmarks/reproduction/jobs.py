@@ -17,15 +17,17 @@ from beit.tasks import dvae_training as dvae
 from beit.tasks import finetuning as classification
 from beit.tasks import linear_probe
 from beit.tasks import pretraining as masked_image_modeling
-from beit.tasks.settings import DvaeConfig, FinetuningConfig, LinearProbeConfig, PretrainingConfig
+from beit.tasks import vqkd_training as vqkd
+from beit.tasks.settings import DvaeConfig, FinetuningConfig, LinearProbeConfig, PretrainingConfig, VqkdConfig
 from beit.visualization.curves import read_log
 from examples.toy_images import BACKGROUND, SHAPES, write_digits, write_photograph_crops, write_segmentation_scenes
 from semantic_segmentation import task as segmentation
 from semantic_segmentation.config import TrainConfig
 
-from .settings import ROWS, Preset
+from .settings import BEIT, ROWS, Preset
 
-CLASSIFIER, PRETRAINER = "beit_tiny_patch16_224", "beit_tiny_patch16_224_8k_vocab"
+CLASSIFIER = "beit_tiny_patch16_224"
+PRETRAINERS = {1: "beit_tiny_patch16_224_8k_vocab", 2: "beit_base_patch16_224_8k_vocab_cls_pt"}
 UNLABELLED = "unlabelled.txt"
 SEEDS_APART = 10_000  # between the seeds of the scenes with labels and of those without: they share no scene
 FEW_CHECKPOINTS = {"save_ckpt_freq": 100_000, "save_ckpt_steps": 200}
@@ -54,10 +56,11 @@ class Jobs:
     def recipe(self, row: str) -> dict[str, Any]:
         """Returns all settings that a row's backbone depends on."""
         preset, own = self.preset, ROWS[row].pretraining
-        recipe = {"images": asdict(preset.images), "seed": self.seed, "model": dict(preset.model)}
+        recipe: dict[str, Any] = {"images": asdict(preset.images), "seed": self.seed, "model": dict(preset.model)}
         if own is None:
             return recipe
-        return {**recipe, "dvae": dict(preset.dvae), "pretraining": {**preset.pretraining, **own}}
+        recipe |= {"dvae": dict(preset.dvae), "pretraining": {**preset.pretraining, **own}}
+        return recipe if ROWS[row].version == 1 else {**recipe, "vqkd": dict(preset.vqkd), "teacher": self.recipe(BEIT)}
 
     def _own_folder(self, kind: str, settings: Any) -> Path:
         return self.folder / f"{kind}-{self.seed}-{digest(settings)}"
@@ -116,6 +119,24 @@ class Jobs:
         )
         return self._once(folder, lambda: dvae.main(config))
 
+    def tokenizer_v2(self) -> Path:
+        """Trains BEiT v2's tokenizer with BEiT as its teacher, unless it is there; returns its last checkpoint."""
+        preset = self.preset
+        settings = dict(preset.vqkd)
+        more_sizes = settings.pop("model_kwargs")
+        folder = self._own_folder("vqkd", [self.recipe(BEIT), preset.vqkd])
+        config = VqkdConfig(
+            data_path=str(self.images() / UNLABELLED),
+            output_dir=str(folder),
+            model_kwargs={**preset.model, **more_sizes},
+            teacher=self.backbone(BEIT),
+            input_size=preset.images.pixels,
+            disable_eval=True,
+            **settings,
+            **self._run_options(),
+        )
+        return _last_checkpoint(self._once(folder, lambda: vqkd.main(config)))
+
     def backbone(self, row: str) -> str:
         """Pre-trains the backbone of a row, unless that is done; returns its checkpoint, none for "from scratch"."""
         own, preset = ROWS[row].pretraining, self.preset
@@ -123,16 +144,17 @@ class Jobs:
             return ""
         folder = self._own_folder(f"pretrain-{row}", self.recipe(row))
         settings = {**preset.pretraining, **own}
-        needs_tokenizer = settings.get("target", "tokens") == "tokens"
+        if settings.get("target", "tokens") == "tokens":
+            first = ROWS[row].version == 1
+            settings["discrete_vae_type"] = "customized" if first else "vqkd"
+            settings["discrete_vae_weight_path"] = str(self.tokenizer() if first else self.tokenizer_v2())
         config = PretrainingConfig(
             data_path=str(self.images() / UNLABELLED),
             output_dir=str(folder),
-            model=PRETRAINER,
+            model=PRETRAINERS[ROWS[row].version],
             model_kwargs=dict(preset.model),
             input_size=preset.images.pixels,
             second_input_size=preset.images.pixels,
-            discrete_vae_type="customized",
-            discrete_vae_weight_path=str(self.tokenizer()) if needs_tokenizer else None,
             **settings,
             **self._run_options(),
         )

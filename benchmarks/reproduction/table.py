@@ -58,12 +58,12 @@ def table_cell(scores: Sequence[float], seeds: int) -> str:
     return text if len(scores) == seeds else f"{text} ({len(scores)} of {seeds} seeds)"
 
 
-def markdown(scores: Scores, seeds: int) -> str:
+def markdown(scores: Scores, seeds: int, rows: Sequence[str] = tuple(ROWS)) -> str:
     """Returns the table; cells that are missing say so."""
     lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---|" + "---:|" * len(COLUMNS)]
-    for row, about in ROWS.items():
+    for row in rows:
         cells = [table_cell(scores.get((row, column), ()), seeds) for column in COLUMNS]
-        lines.append(f"| {about.title} | " + " | ".join(cells) + " |")
+        lines.append(f"| {ROWS[row].title} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -107,25 +107,25 @@ def compare(beit: Sequence[float], other: Sequence[float]) -> Comparison:
     return Comparison(ours - theirs, pooled, sum(a > b for a, b in pairs), len(pairs))
 
 
-def findings(scores: Scores) -> str:
+def findings(scores: Scores, rows: Sequence[str] = tuple(ROWS)) -> str:
     """Returns a table of BEiT against each other row, column by column."""
     lines = [
         "| BEiT against | column | difference | in pooled std | seeds won | finding |",
         "|---|---|---:|---:|---:|---|",
     ]
-    for row, about in ROWS.items():
+    for row in rows:
         for column, title in COLUMNS.items():
             beit, other = scores.get((BEIT, column), ()), scores.get((row, column), ())
             if row == BEIT:
                 continue
             if not beit or not other:
-                lines.append(f"| {about.title} | {title} | | | | {NOT_MEASURED} |")
+                lines.append(f"| {ROWS[row].title} | {title} | | | | {NOT_MEASURED} |")
                 continue
             both = min(len(beit), len(other))  # the first seeds: others would compare other images and labels
             found = compare(beit[:both], other[:both])
             deviations = "" if math.isnan(found.pooled) else f"{found.deviations:+.1f}"
             lines.append(
-                f"| {about.title} | {title} | {found.difference:+.1f} | {deviations} | {found.wins} of {found.seeds} "
+                f"| {ROWS[row].title} | {title} | {found.difference:+.1f} | {deviations} | {found.wins} of {found.seeds} "
                 f"| {found.verdict()} |"
             )
     return "\n".join(lines) + "\n"
