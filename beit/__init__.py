@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from beit.checkpoints.load import KeyReport, load_pretrained
     from beit.errors import InputError
     from beit.inference import extract_feat, inference_model
+    from beit.jobs import finetune, linear_probe, pretrain, pretrain_v2, train_dvae, train_vqkd
     from beit.masking import BlockwiseMaskGenerator, RandomMaskGenerator
     from beit.modeling import VisionTransformer, VisionTransformerForMaskedImageModeling
     from beit.tokenizers.base import VisualTokenizer, load_tokenizer
@@ -40,7 +41,8 @@ __all__ = [
     "beit_large_patch16_224", "beit_large_patch16_224_8k_vocab", "beit_large_patch16_224_8k_vocab_cls_pt",
     "beit_large_patch16_384", "beit_large_patch16_512", "beit_small_patch16_224", "beit_small_patch16_224_8k_vocab",
     "beit_tiny_patch16_224", "beit_tiny_patch16_224_8k_vocab", "create_model", "download_tokenizer", "extract_feat",
-    "get_model", "inference_model", "list_models", "load_pretrained", "load_tokenizer",
+    "finetune", "get_model", "inference_model", "linear_probe", "list_models", "load_pretrained", "load_tokenizer",
+    "pretrain", "pretrain_v2", "train_dvae", "train_vqkd",
 ]  # fmt: skip
 
 _HOMES = {
@@ -49,6 +51,7 @@ _HOMES = {
     "RandomMaskGenerator": "masking", "VisionTransformer": "modeling",
     "VisionTransformerForMaskedImageModeling": "modeling", "VisualTokenizer": "tokenizers.base",
     "load_tokenizer": "tokenizers.base", "download_tokenizer": "tokenizers.dalle", "DiscreteVAE": "tokenizers.dvae",
+    **dict.fromkeys(("finetune", "linear_probe", "pretrain", "pretrain_v2", "train_dvae", "train_vqkd"), "jobs"),
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import datetime
 import functools
+import inspect
 import logging
 import math
 import os
@@ -97,9 +98,38 @@ def read_command_line(config_class: type[ConfigT], argv: Sequence[str], prog: st
     """
     parser = _build_parser(config_class, prog, description)
     given = vars(parser.parse_args([_underscored(argument) for argument in argv]))
-    yaml_name, assignments, fields = given.get("config"), given.pop(_OVERRIDES, []), _fields(config_class)
+    return _read_given(config_class, given, "--", given.pop(_OVERRIDES, []))
+
+
+def read_keywords(config_class: type[ConfigT], given: Mapping[str, object]) -> ConfigT:
+    """Builds a configuration from the settings that :func:`read_command_line` has as flags, by any of their names.
+
+    Raises:
+        InputError: As from a command line.
+    """
+    values = dict(given)
+    for name, (field, reader) in _fields(config_class).items():
+        off = (field.metadata["off"] or f"--no_{name}").removeprefix("--")
+        if reader is _read_bool and isinstance(values.get(off), bool):
+            values[name] = not values.pop(off)
+    return _read_given(config_class, values, "")
+
+
+def keywords_of(config_class: type) -> tuple[list[inspect.Parameter], str]:
+    """Returns what :func:`read_keywords` takes, under the settings' own names, and a text with a line about each."""
+    given = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default="", annotation="str")
+    parameters, lines = {"config": given}, {"config": "settings file or recipe name; what is given here overrides it"}
+    for name, (field, _) in _fields(config_class).items():
+        parameters[name] = given.replace(name=name, default=field.default, annotation=field.type)
+        lines[name] = field.metadata["help"]
+    return list(parameters.values()), "\n".join(f"    {name}: {text}" for name, text in lines.items())
+
+
+def _read_given(config_class: type[ConfigT], given: Values, where: str, assignments: Sequence[str] = ()) -> ConfigT:
+    """Builds a configuration from given values, over those of assignments and of the YAML file named ``config``."""
+    yaml_name, fields = str(given.get("config") or ""), _fields(config_class)
     items = (item for item in given.items() if item[0] != "config" or "config" in fields)
-    flags = dict(_converted(config_class, items, "--"))
+    flags = dict(_converted(config_class, items, where))
     values = _read_keys(config_class, yaml_name) if yaml_name else {}
     values, assigned = _override(config_class, values, assignments)
     values, chosen = {**values, **flags}, {*assigned, *flags}

@@ -14,6 +14,10 @@ class InputError(ValueError):
     def __init__(self, message: str = "") -> None:
         super().__init__(printable(message))
 
+    def _render_traceback_(self) -> list[str]:
+        """Returns what a notebook shows in place of a traceback."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Returns `` (did you mean 'a' or 'b'?)`` for the closest of ``choices``, or an empty string if none is close."""

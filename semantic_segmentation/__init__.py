@@ -4,10 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from semantic_segmentation.api import inference_model, init_model, show_result_pyplot
+    from semantic_segmentation.api import inference_model, init_model, show_result_pyplot, train_segmentor
     from semantic_segmentation.modeling import Segmentor, build_segmentor
 
-__all__ = ["Segmentor", "build_segmentor", "inference_model", "init_model", "show_result_pyplot"]
+__all__ = ["Segmentor", "build_segmentor", "inference_model", "init_model", "show_result_pyplot", "train_segmentor"]
 
 
 def __getattr__(name: str) -> object:

@@ -1,4 +1,4 @@
-"""A segmentor put to use, by the names of ``mmseg.apis``: open it, segment images, look at the result.
+"""A segmentor put to use, by the names of ``mmseg.apis``: train it, open it, segment images, look at the result.
 
 model = init_model(checkpoint="beit_base_patch16_640_pt22k_ft22ktoade20k")
 result = inference_model(model, "street.jpg")  # (H, W)
@@ -19,9 +19,11 @@ from beit.checkpoints.read import read_weights
 from beit.data.transforms import size_pair
 from beit.errors import InputError, counted
 from beit.inference import OneImage, decoded, images_of
+from beit.jobs import as_function
 from beit.training.distributed import select_device
 from beit.training.precision import Precision, resolve_amp_dtype
 from beit.visualization.figures import save_figure
+from semantic_segmentation.__main__ import COMMANDS
 from semantic_segmentation.config import read_test, segmentor_arguments
 from semantic_segmentation.data import SegmentationClasses, ade20k_classes, find_classes, named_classes, read_classes
 from semantic_segmentation.inference import TestSettings, predict_each, statistics_of
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from beit.visualization.figures import Figure
 
 PathLike = str | os.PathLike[str]
+
+train_segmentor = as_function(COMMANDS["train"], "train_segmentor")
 
 
 def init_model(

@@ -15,7 +15,7 @@ from beit.checkpoints.read import read_weights
 from beit.data.loaders import EpochLoader
 from beit.data.transforms import normalize
 from beit.errors import counted
-from beit.tasks.base import Evaluation, Metrics, Schedule, Task, run
+from beit.tasks.base import Evaluation, Metrics, Result, Schedule, Task, run
 from beit.training.optim import parameter_groups
 from beit.training.schedules import WarmupPoly
 from beit.training.state import Batch, LoopSettings, Period, StepFunction
@@ -34,9 +34,9 @@ logger = logging.getLogger(f"beit.{__name__}")
 STATISTICS = Statistics()  # of every training, whatever the backbone was trained with
 
 
-def main(config: TrainConfig) -> None:
+def main(config: TrainConfig) -> Result:
     """Trains a segmentor as the settings say."""
-    run(Segmentation(completed(config)))
+    return run(Segmentation(completed(config)))
 
 
 class Segmentation(Task[TrainConfig]):

@@ -61,18 +61,19 @@ MAY_IMPORT = {
         *("beit.commands.*", "beit.tasks.*", "beit.launch", "beit.visualization.*", *PARTS),
         *("beit.features", "beit.training.*"),
     ),
+    "beit.jobs": ("beit.commands.*", "beit.tasks.base", "beit.config", "beit.registry", "beit.training.*"),
     # segmentation stands on all of beit, which does not know it
     "semantic_segmentation.tools.*": (
         *("semantic_segmentation.config", "semantic_segmentation.task", "semantic_segmentation.testing"),
         "beit.launch",
     ),
     "semantic_segmentation.*": (
-        *("semantic_segmentation.*", "beit.commands.*", "beit.tasks.*", "beit.launch", "beit.visualization.*"),
-        *(*PARTS, "beit.training.*"),
+        *("semantic_segmentation.*", "beit.commands.*", "beit.tasks.*", "beit.jobs", "beit.launch"),
+        *(*PARTS, "beit.visualization.*", "beit.training.*"),
     ),
     # on top: the public names, the console command, the launchers
-    "beit": PARTS,
-    "beit.__main__": ("beit.commands.dispatch", "beit"),
+    "beit": (*PARTS, "beit.jobs"),
+    "beit.__main__": ("beit.commands", "beit.commands.dispatch", "beit"),
     "run_*": ("beit.launch", "beit.tasks.settings"),
 }
 

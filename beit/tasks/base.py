@@ -39,7 +39,7 @@ from beit.tasks.settings import (
     check_job,
 )
 from beit.training import distributed
-from beit.training.checkpoint import newest_checkpoint
+from beit.training.checkpoint import newest_checkpoint, numbered_file
 from beit.training.compilation import compile_for_training
 from beit.training.logging import ScalarWriter
 from beit.training.loop import Trainer
@@ -61,6 +61,18 @@ EVALUATION_WORKERS = 2  # at most, beside those of the training loader
 Metrics = dict[str, float]
 Evaluation = Callable[[nn.Module, int], Metrics]
 Schedule = Callable[[int], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run has come to: the lines of its log, and where it wrote.
+
+    ``checkpoint`` is the last one. Both paths are None where nothing was written; an evaluation's log is one line.
+    """
+
+    log: list[dict[str, Any]] = dataclasses.field(repr=False)
+    output_dir: Path | None = None
+    checkpoint: Path | None = None
 
 
 class Task(ABC, Generic[ConfigT]):
@@ -236,7 +248,7 @@ class Task(ABC, Generic[ConfigT]):
         return min(self.config.num_workers, EVALUATION_WORKERS)
 
 
-def run(task: Task[Any]) -> None:
+def run(task: Task[Any]) -> Result:
     """Runs a task to the last checkpoint; :class:`InputError` for a setting, file or checkpoint that cannot be used."""
     with opened(task) as session:
         task.model = task.build_model().to(session.device)
@@ -270,8 +282,18 @@ def run(task: Task[Any]) -> None:
         session.resume(trainer, path=path, auto=task.config.auto_resume, start_epoch=start_epoch)
         for line in (*task.summary(), plan(task.config, trainer)):
             logger.info("%s", line)
-        trainer.fit()
+        log = trainer.fit()
         task.finish()
+        if not task.config.output_dir:
+            return Result(log)
+        folder = Path(task.config.output_dir)
+        last = folder / numbered_file(trainer.checkpoint_number(settings.total_steps))
+        return Result(log, folder, last if last.exists() else None)
+
+
+def evaluated(metrics: Metrics) -> Result:
+    """Returns the result of an evaluation."""
+    return Result([{f"test_{name}": value for name, value in metrics.items()}])
 
 
 def recorded_eps(model: nn.Module) -> dict[str, float]:

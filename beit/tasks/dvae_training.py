@@ -18,7 +18,7 @@ from beit.data.loaders import EpochDataset, EpochLoader, EvenlySpread
 from beit.data.transforms import CenterCropTransform, RandomCropTransform, to_unit_range
 from beit.errors import InputError
 from beit.storage import atomic_write
-from beit.tasks.base import Evaluation, Metrics, Task, find_together, fingerprints, run
+from beit.tasks.base import Evaluation, Metrics, Result, Task, find_together, fingerprints, run
 from beit.tasks.settings import DvaeConfig
 from beit.tokenizers.dvae import (
     Autoencoder,
@@ -50,9 +50,9 @@ QUANTIZED_BY = 2000  # steps, in which an autoencoder has learnt enough for the 
 REVIVE_EVERY, REVIVE_UNTIL = 10, 0.9  # steps, and share of the run: a code needs some time to find its place
 
 
-def main(config: DvaeConfig) -> None:
+def main(config: DvaeConfig) -> Result:
     """Trains a discrete VAE as the settings say."""
-    run(DvaeTraining(config))
+    return run(DvaeTraining(config))
 
 
 class DvaeTraining(Task[DvaeConfig]):

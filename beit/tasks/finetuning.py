@@ -26,8 +26,10 @@ from beit.modeling import VisionTransformer
 from beit.tasks.base import (
     Evaluation,
     Metrics,
+    Result,
     Task,
     checkpoint_to_evaluate,
+    evaluated,
     find_labelled,
     fingerprints,
     named_model,
@@ -48,13 +50,10 @@ from beit.training.state import Average, Batch, StepFunction
 logger = logging.getLogger(__name__)
 
 
-def main(config: FinetuningConfig) -> None:
+def main(config: FinetuningConfig) -> Result:
     """Fine-tunes a classifier, or evaluates one, as the settings say."""
     task = Finetuning(config)
-    if task.config.eval:
-        evaluate_checkpoint(task.config)
-    else:
-        run(task)
+    return evaluated(evaluate_checkpoint(task.config)) if task.config.eval else run(task)
 
 
 class Finetuning(Task[FinetuningConfig]):

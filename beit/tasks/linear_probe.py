@@ -20,6 +20,7 @@ from beit.storage import weights_fingerprint
 from beit.tasks.base import (
     Evaluation,
     Metrics,
+    Result,
     Schedule,
     Task,
     find_labelled,
@@ -44,9 +45,9 @@ WEIGHT_DECAY = {"sgd": 0.0, "adamw": 1e-4}
 HEAD_STD = 0.01
 
 
-def main(config: LinearProbeConfig) -> None:
+def main(config: LinearProbeConfig) -> Result:
     """Probes a backbone as the settings say."""
-    run(LinearProbe(config))
+    return run(LinearProbe(config))
 
 
 class LinearProbe(Task[LinearProbeConfig]):

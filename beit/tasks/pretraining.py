@@ -31,7 +31,7 @@ from beit.targets import (
     numbered,
     with_patch_index,
 )
-from beit.tasks.base import Evaluation, Metrics, Task, find_together, fingerprints, named_model, run
+from beit.tasks.base import Evaluation, Metrics, Result, Task, find_together, fingerprints, named_model, run
 from beit.tasks.representation import RepresentationProbe
 from beit.tasks.settings import PretrainingConfig, PretrainingV2Config
 from beit.teachers import Teacher, load_teacher
@@ -55,9 +55,9 @@ CLS_PT = ("early_layers", "head_layers", "shared_lm_head")  # of models that pre
 VARIETY = ("codebook_perplexity", "token_entropy")  # scores that show whether tokens collapse
 
 
-def main(config: PretrainingConfig) -> None:
+def main(config: PretrainingConfig) -> Result:
     """Pre-trains a model as the settings say."""
-    run(Pretraining(config))
+    return run(Pretraining(config))
 
 
 class Pretraining(Task[PretrainingConfig]):

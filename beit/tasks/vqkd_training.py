@@ -25,8 +25,10 @@ from beit.storage import weights_fingerprint
 from beit.tasks.base import (
     Evaluation,
     Metrics,
+    Result,
     Task,
     checkpoint_to_evaluate,
+    evaluated,
     find_together,
     fingerprints,
     opened,
@@ -57,14 +59,13 @@ CROP_FRACTION = 0.875  # of the side of an evaluated image: 224 of 256 pixels
 FEW_CODES = 0.5  # of a codebook's: with fewer in use it has collapsed
 
 
-def main(config: VqkdConfig) -> None:
+def main(config: VqkdConfig) -> Result:
     """Trains VQ-KD as the settings say, or evaluates it, or trains what draws its codes."""
     if config.pixels_of:
-        run(PixelDecoding(config))
-    elif config.eval or config.calculate_codebook_usage:
-        evaluate_checkpoint(VqkdTraining(config))
-    else:
-        run(VqkdTraining(config))
+        return run(PixelDecoding(config))
+    if config.eval or config.calculate_codebook_usage:
+        return evaluated(evaluate_checkpoint(VqkdTraining(config)))
+    return run(VqkdTraining(config))
 
 
 class ImageTask(Task[VqkdConfig]):
@@ -264,7 +265,7 @@ class PixelDecoding(ImageTask):
             logger.info("%s draws the codes of %s", self.tokenizer.pixels_folder, self.config.pixels_of)
 
 
-def evaluate_checkpoint(task: VqkdTraining) -> None:
+def evaluate_checkpoint(task: VqkdTraining) -> Metrics:
     """Evaluates a checkpoint, for ``--eval``; :class:`InputError` if there is none, or it does not fit the settings."""
     with opened(task, writes=False) as session:
         source = checkpoint_to_evaluate(task.config)
@@ -272,3 +273,4 @@ def evaluate_checkpoint(task: VqkdTraining) -> None:
         load_exactly(task.model, load_vqkd(Path(source), task.model.encoder.num_heads).state_dict(), source)
         results = task.evaluate(task.evaluation_loader())
         logger.info("%s", "  ".join(f"{name} {value:.5g}" for name, value in results.items()))
+        return results

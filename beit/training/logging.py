@@ -9,12 +9,14 @@ import time
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from beit.errors import InputError
 from beit.storage import atomic_write
+from beit.training.console import console, shows_bars
 from beit.training.distributed import is_main
 
 logger = logging.getLogger(__name__)
@@ -46,17 +48,20 @@ class EpochLog:
     """``log.txt``: one JSON object per period, each period once, also after a resume.
 
     Lines are numbered by ``unit``: ``epoch``, from 0, or the ``step`` that ends them. Those after the ``done`` periods
-    are removed, and set aside if the run is ``fresh``: it starts over instead of resuming.
+    are removed, and set aside if the run is ``fresh``: it starts over instead of resuming. ``entries`` are the
+    lines; without a ``path`` only those written since.
     """
 
-    def __init__(self, path: Path, unit: str, done: int, fresh: bool) -> None:
+    def __init__(self, path: Path | None, unit: str, done: int, fresh: bool) -> None:
         self.path = path
-        if not path.is_file():
+        self.entries: list[dict[str, Any]] = []
+        if path is None or not path.is_file():
             return
         kept: list[str] = []
         dropped: list[str] = []
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             (kept if _end_of(line, unit) <= done else dropped).append(line)
+        self.entries = [json.loads(line) for line in kept]
         if not dropped:
             return
         if fresh:
@@ -67,6 +72,9 @@ class EpochLog:
     def write(self, entry: Mapping[str, float]) -> None:
         """Appends one epoch's entry, and sees it onto the disk; a number that is not finite becomes null."""
         finite = {key: value if math.isfinite(value) else None for key, value in entry.items()}
+        self.entries.append(finite)
+        if self.path is None:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
             file.flush()
@@ -171,20 +179,20 @@ def memory_in_use(device: torch.device) -> str:
 
 
 class Progress:
-    """The console's view of an epoch: a bar on a terminal, a line every window elsewhere.
+    """The console's view of an epoch: a bar on a terminal or in a notebook, a line every window elsewhere.
 
     It counts ``steps`` from ``before + first_step``; ``before`` are those of earlier epochs where ``steps`` covers all.
     """
 
     def __init__(self, head: str, steps: int, first_step: int, before: int = 0) -> None:
         self._head, self._steps, self._before = head, steps, before
-        # A terminal without a size (some containers) has no room for a bar.
-        self._on_terminal = is_main() and sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+        self._shows_bar = is_main() and shows_bars()
         self._bar = tqdm(
             total=steps,
             initial=before + first_step,
             desc=head,
-            disable=not self._on_terminal,
+            disable=not self._shows_bar,
+            file=console(),
             dynamic_ncols=True,
             leave=False,
             unit="step",
@@ -194,7 +202,7 @@ class Progress:
         """Shows that ``step`` steps of the epoch are done, with a line of numbers."""
         done = self._bar.n = self._before + step
         self._bar.set_postfix_str(text)
-        if not self._on_terminal:
+        if not self._shows_bar:
             logger.info("%s step %*d/%d  %s", self._head, len(str(self._steps)), done, self._steps, text)
 
     def close(self) -> None:

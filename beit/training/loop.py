@@ -70,8 +70,8 @@ class Trainer(TrainingState):
         """Obeys a signal while data do not come, by raising :class:`Stopped`; data loaders call it now and then."""
         self._stop_wish.obey()
 
-    def fit(self) -> None:
-        """Trains from the current position to the last step.
+    def fit(self) -> list[dict[str, Any]]:
+        """Trains from the current position to the last step; returns the run's log, as it is in ``log.txt``.
 
         Raises:
             NonFiniteLossError: The loss is NaN or infinite on some process; all of them raise.
@@ -82,7 +82,7 @@ class Trainer(TrainingState):
         periods_done = (self.first_step - self._period_open) // period.steps
         self._best_kept = self._best_exists()
         self._stop_wish.saves = distributed.on_main(lambda: self._makes_checkpoints)
-        log = EpochLog(self.folder.path / "log.txt", name, periods_done, self._fresh) if self.folder else None
+        log = EpochLog(self.folder.path / "log.txt" if self.folder else None, name, periods_done, self._fresh)
         scalars = ScalarWriter(self.log_dir, self.first_step)
         step, is_open = self.first_step, self._period_open
         with contextlib.closing(scalars), self._stop_wish:
@@ -104,6 +104,7 @@ class Trainer(TrainingState):
                     wish = torch.tensor([float(self._stop_wish.is_set)], device=self._device)
                     if step < total and distributed.sum_over_ranks(wish).item():
                         self._stop(step)
+        return log.entries
 
     def _next_end(self, step: int) -> int:
         """Returns the next step after which a line goes into the log."""
@@ -315,15 +316,15 @@ class Trainer(TrainingState):
         due = step % self.settings.evaluate_every == 0 or step == self.settings.total_steps
         return due and self.evaluate is not None
 
-    def _finish_period(self, step: int, entry: dict[str, float], log: EpochLog | None, scalars: ScalarWriter) -> None:
+    def _finish_period(self, step: int, entry: dict[str, float], log: EpochLog, scalars: ScalarWriter) -> None:
         """Logs, then saves: a kill between the two leaves a line that the resumed run writes again, never a gap."""
         where = f"step {step}" if self.settings.period.name == "step" else f"epoch {entry['epoch']}"
         logger.info(
             "%s: %s", where, "  ".join(f"{k} {f'{v:.5g}' if isinstance(v, float) else v}" for k, v in entry.items())
         )
-        if log is not None and self.folder is not None:
+        if self.folder is not None:
             self.folder.ensure()
-            log.write(entry)
+        log.write(entry)
         if self.settings.best_metric is not None:
             self._keep_best(self.settings.best_metric, step, entry)
         if step % self.settings.save_every == 0 or step == self.settings.total_steps:
