@@ -26,6 +26,7 @@ COMMANDS = {
     "recipes show": _command("ShowConfig", "recipes:show", "show a recipe: settings, quoted results, command"),
     "report": _command("ReportConfig", "report:main", "write an HTML page about runs"),
     "convert": _command("ConvertConfig", "convert:main", "convert a checkpoint to another library's format"),
+    "push": _command("PushConfig", "push:main", "upload a checkpoint to the Hugging Face hub, with a model card"),
     "download tokenizer": _command("DownloadTokenizerConfig", "download:download", "download OpenAI's tokenizer"),
     "index": _command("IndexConfig", "download:print_index", "list a folder's images once, before many runs"),
     "shards": _command("ShardsConfig", "shards:main", "pack images into tar shards (WebDataset)"),

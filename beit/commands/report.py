@@ -113,7 +113,7 @@ class Run:
         if not self.settings.get("total_batch_size"):
             own.pop("total_batch_size", None)
         found = {key: (value, self.settings.get(key)) for key, value in own.items()}
-        return {key: pair for key, pair in found.items() if _text(pair[0]) != _text(pair[1])}
+        return {key: pair for key, pair in found.items() if as_text(pair[0]) != as_text(pair[1])}
 
     @property
     def command(self) -> list[str]:
@@ -142,13 +142,13 @@ def render(runs: Sequence[Run], title: str, pictures: Sequence[str] = (), result
             with contextlib.suppress(InputError):  # not every JSON file holds results
                 files |= {} if file.name in NOT_RESULTS else {f"{run.name}/{file.name}": read_json(file)}
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"value": _text, "shell": shlex.join}
+    environment.filters |= {"value": as_text, "shell": shlex.join}
     template = environment.from_string((resources.files("beit.commands") / "report.html").read_text(encoding="utf-8"))
     kinds = {run.kind: [other for other in runs if other.kind == run.kind] for run in runs}
     return template.render(
         title=title,
         now=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
-        runs=[(run, _results(run)) for run in runs],
+        runs=[(run, results_of(run)) for run in runs],
         curves={kind: _curves(same) for kind, same in kinds.items()},
         pictures=list(_pictures(runs, pictures)),
         results={name: _in_units(flat(content)) for name, content in files.items()},
@@ -159,7 +159,7 @@ def _in_units(results: Mapping[str, object]) -> dict[str, object]:
     return {key: _shown(value, key) if _is_number(value) else value for key, value in results.items()}
 
 
-def _results(run: Run) -> list[tuple[str, str, str, str]]:
+def results_of(run: Run) -> list[tuple[str, str, str, str]]:
     """Returns the rows of a run: metric, quoted value, last value, best value and when it was reached."""
     quoted, rows = dict(run.recipe.quoted) if run.recipe else {}, []
     for key, label in METRICS.items():
@@ -262,7 +262,8 @@ def _shown(value: float, key: str = "") -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def _text(value: object) -> str:
+def as_text(value: object) -> str:
+    """Returns a setting or another plain value in words."""
     if isinstance(value, Mapping):
         value = [f"{key}={item}" for key, item in value.items()]
     if isinstance(value, float):

@@ -67,6 +67,21 @@ class ConvertConfig(CheckpointOptions):
 
 
 @dataclass(frozen=True)
+class PushConfig(CheckpointOptions):
+    """The settings of ``beit push``."""
+
+    checkpoint: str = option(
+        "", f"run folder, whose best or newest checkpoint is taken, or {ANY_MODEL}", positional=True
+    )
+    repo: str = option("", "repository on the Hugging Face hub, owner/name; created if it is new", positional=True)
+    dry_run: str = option("", "folder to write what would be uploaded into; nothing is uploaded")
+    private: bool = option(False, "only you and your organisation may see the repository")
+    license: str = option("", "licence of the weights, by the hub's name, such as mit or cc-by-nc-4.0")
+    datasets: tuple[str, ...] = option((), "what it was trained on, by names on the hub, such as imagenet-1k")
+    pictures: tuple[str, ...] = option((), "more pictures for the card, beside the training curves", must_exist=True)
+
+
+@dataclass(frozen=True)
 class DownloadTokenizerConfig(ReadWhenMade):
     """The settings of ``beit download tokenizer``."""
 
