@@ -173,10 +173,11 @@ def _list_folder(root: Path) -> tuple[ImageIndex, Stamps]:
     skipped: list[str] = []
     for folder, stamp, names in _walk(str(root), skipped):
         watched[folder] = stamp
-        found = [name for name in names if name.lower().endswith(EXTENSIONS)]
-        others.update(os.path.splitext(name)[1].lower() for name in names if not name.lower().endswith(EXTENSIONS))
-        if found:
-            images[folder] = b"\0".join(os.fsencode(name) for name in sorted(found))
+        if found := sorted([name for name in names if name.lower().endswith(EXTENSIONS)]):
+            images[folder] = os.fsencode("\0".join([*found, ""]))
+        if len(found) < len(names):
+            rest = (name for name in names if not name.lower().endswith(EXTENSIONS))
+            others.update(os.path.splitext(name)[1].lower() for name in rest)
     left_out = _left_out(len(images), f"{root} or the folders below", others, skipped)
     # Class by class, then by path: "a/x" comes before "a-b", which plain string order would put first.
     folders = sorted(images, key=lambda folder: (folder.partition(os.sep)[0], folder))
@@ -185,13 +186,13 @@ def _list_folder(root: Path) -> tuple[ImageIndex, Stamps]:
     ids = {name: i for i, name in enumerate(classes)}
     if empty := sorted(name for name in watched if classes and name and os.sep not in name and name not in ids):
         left_out = (f"{counted(len(empty), 'class folder')} without images ({listed(empty)})", *left_out)
-    counts = [images[folder].count(b"\0") + 1 for folder in folders]
+    counts = [images[folder].count(b"\0") for folder in folders]
     index = ImageIndex(
         str(root),
         classes,
         Strings.of(folders),
         np.asarray([ids.get(folder.partition(os.sep)[0], -1) for folder in folders], dtype=np.int32),
-        Strings.of(name for folder in folders for name in images.pop(folder).split(b"\0")),
+        Strings.split(images.pop(folder) for folder in folders),
         np.repeat(np.arange(len(folders), dtype=np.int32), counts),
         left_out=left_out,
     )
@@ -212,7 +213,8 @@ def _walk(root: str, skipped: list[str]) -> Iterator[tuple[str, tuple[int, ...],
         try:
             status = os.stat(path)
             with os.scandir(path) as entries:
-                found = [entry for entry in entries if not entry.name.startswith(".")]
+                found = [entry for entry in entries if entry.name[0] != "."]
+            files = [entry.name for entry in found if entry.is_file(follow_symlinks=False)]
         except OSError as error:
             if not folder:
                 raise InputError(f"cannot list {root}: {error.strerror}") from error
@@ -223,12 +225,11 @@ def _walk(root: str, skipped: list[str]) -> Iterator[tuple[str, tuple[int, ...],
             skipped.append(f"{folder}: a link to a folder listed already")
             continue
         entered.add(identity)
-        files = []
-        for entry in found:  # not pipes or devices, whatever their names
+        for entry in found if len(files) < len(found) else ():  # folders and links; no pipes, whatever their names
             try:
                 if entry.is_dir():
                     heapq.heappush(waiting, (linked or entry.is_symlink(), os.path.join(folder, entry.name)))
-                elif entry.is_file() or entry.is_symlink():  # a dead link counts as an image that cannot be read
+                elif entry.is_symlink():  # a dead one counts as an image that cannot be read
                     files.append(entry.name)
             except OSError as error:
                 skipped.append(f"{os.path.join(folder, entry.name)}: {error.strerror}")
