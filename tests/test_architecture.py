@@ -49,6 +49,7 @@ MAY_IMPORT = {
         "beit.data.preprocessing",
     ),
     "beit.zoo": ("beit.modeling", "beit.checkpoints.*", "beit.registry"),
+    "beit.jax": ("beit.modeling", "beit.relative_position", "beit.checkpoints.*", "beit.zoo"),
     "beit.teachers": ("beit.modeling", "beit.checkpoints.*", "beit.zoo", "beit.storage"),
     "beit.inference": ("beit.modeling", "beit.checkpoints.*", "beit.zoo", "beit.data.*"),
     "beit.features": (
@@ -86,6 +87,8 @@ ONLY_IN = {
     "matplotlib": ("beit.visualization.figures", "beit.visualization.plots"),  # pictures; diagrams
     "tensorboard": ("beit.training.logging",),
     "torch.utils.tensorboard": ("beit.training.logging",),
+    "jax": ("beit.jax",),
+    "flax": ("beit.jax",),
 }
 
 # `dall_e` stands alone, so that it could be published by itself.

@@ -46,13 +46,19 @@ def convert(source: str | Path, destination: Path, to: str, model_key: str = "",
     Raises:
         InputError: The checkpoint cannot be read or is incomplete, or the dialect has no such model.
     """
-    dialect: Dialect = resolve(dialects(), to, "format")
-    _check_destination(destination, to, dialect)
-    _check_replaced(resolve_source(source), destination)
-    weights, metadata = read_weights(source, model_key, prefix)
+    _dialect_for(destination, to)
+    read, written = ([path, path / FOLDER_WEIGHTS[0]] for path in (resolve_source(source), destination))
+    if any(a.exists() and b.exists() and a.samefile(b) for a in read for b in written):
+        raise InputError(f"{destination} is what is to be converted: write to another name")
+    write_checkpoint(*read_weights(source, model_key, prefix), destination, to)
+
+
+def write_checkpoint(weights: Weights, metadata: Metadata, destination: Path, to: str) -> None:
+    """Writes what :func:`beit.checkpoints.read.read_weights` returns in a dialect, as :func:`convert` does."""
+    dialect = _dialect_for(destination, to)
     check_segmentors(to, dialect.segmentors, metadata)
     if (target := metadata.get("target", VISUAL_TOKENS)) != VISUAL_TOKENS and to != "unilm":
-        logger.warning("the head of %s predicts %s, which %s takes for a vocabulary", source, target, to)
+        logger.warning("the head of %s predicts %s, which %s takes for a vocabulary", metadata["source"], target, to)
     further = [name for name in weights if name.startswith("cls_pt_")]
     if further and to != "unilm":
         logger.warning("left out, as only BEiT v2's pre-training needs it: %s", listed(further))
@@ -76,7 +82,9 @@ def convert(source: str | Path, destination: Path, to: str, model_key: str = "",
             save_checkpoint(destination, {**content, **settings, **_recorded(model)})
 
 
-def _check_destination(destination: Path, to: str, dialect: Dialect) -> None:
+def _dialect_for(destination: Path, to: str) -> Dialect:
+    """Returns the dialect of a format; raises :class:`InputError` if it cannot be written to a destination."""
+    dialect: Dialect = resolve(dialects(), to, "format")
     is_file = destination.suffix in CHECKPOINT_SUFFIXES
     if dialect.file is None and is_file:
         raise InputError(f"--to {to} writes a folder, not a file such as {destination}")
@@ -84,21 +92,15 @@ def _check_destination(destination: Path, to: str, dialect: Dialect) -> None:
         raise InputError(f"--to {to} writes one file: name it {destination.with_suffix(dialect.suffixes[0])}")
     if not is_file and destination.is_file():
         raise InputError(f"{destination} is a file, and --to {to} writes a folder")
-
-
-def _check_replaced(source: Path, destination: Path) -> None:
-    """Raises :class:`InputError` if a destination is what is being converted, or a training checkpoint of any run."""
-    read, written = ([path, path / FOLDER_WEIGHTS[0]] for path in (source, destination))
-    if any(a.exists() and b.exists() and a.samefile(b) for a in read for b in written):
-        raise InputError(f"{destination} is what is to be converted: write to another name")
-    if not destination.is_file() or destination.suffix not in CHECKPOINT_SUFFIXES:  # a graph is no checkpoint
-        return
+    if not destination.is_file() or not is_file:  # a graph is no checkpoint
+        return dialect
     try:
         content = load_checkpoint(destination, mmap=True)
     except InputError as error:
         raise InputError(f"{destination} is no checkpoint that can be read: write to another name") from error
     if any(str(key).startswith(("optimizer", "global_step", "param_groups")) for key in content):
         raise InputError(f"{destination} holds the state of a training run, which would be lost: write to another name")
+    return dialect
 
 
 def check_segmentors(to: str, supported: bool, metadata: Metadata) -> None:
