@@ -15,6 +15,7 @@ from beit.commands.recipes import read_recipe
 from beit.config import read_command_line
 from beit.tasks.base import resolve_batch
 from beit.tasks.settings import PretrainingConfig
+from beit.training.distributed import CUDA_12_6
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "clusters"
@@ -172,3 +173,13 @@ def test_open_mpi_hands_the_variables_on(tmp_path):
 def test_a_job_is_queued_again_when_its_time_was_up_and_not_when_it_failed(name, status, seconds_left, again, tmp_path):
     called = calls(name, tmp_path, status, SLURM_JOB_END_TIME=str(int(time.time()) + seconds_left))
     assert (["scontrol", "requeue", "7"] in called) is again
+
+
+def test_files_for_v100s_say_which_pytorch_they_need():
+    # Broken by a second place that says which PyTorch that is.
+    torch, torchvision, *rest = CUDA_12_6.replace("'", "").split()
+    lines = (ROOT / "requirements-v100.txt").read_text().splitlines()
+    assert f"--extra-index-url {rest[1]}" in lines
+    assert [line for line in lines if line[0] not in "#-"] == [torch.replace("<", ">=2.6,<"), f"{torchvision}>=0.21"]
+    for name in FILES:
+        assert ("requirements-v100.txt" in (FOLDER / name).read_text()) == ("v100" in name)

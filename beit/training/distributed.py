@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+# The last CUDA with code for V100s, and the last PyTorch that is built for it.
+CUDA_12_6 = "'torch<2.15' torchvision --index-url https://download.pytorch.org/whl/cu126"
+
 
 def select_device(name: str, local_rank: int, bound: bool = False) -> torch.device:
     """Returns the device of this process; without the accelerator asked for, the CPU, with a warning.
@@ -27,7 +30,7 @@ def select_device(name: str, local_rank: int, bound: bool = False) -> torch.devi
     ``bound`` is whether a scheduler may show each process only its own GPU.
 
     Raises:
-        InputError: More processes than GPUs on this machine.
+        InputError: More processes than GPUs on this machine, or PyTorch has no code for them.
     """
     missing = name.startswith("cuda") and not torch.cuda.is_available()
     if missing or (name == "mps" and not torch.backends.mps.is_available()):
@@ -38,10 +41,7 @@ def select_device(name: str, local_rank: int, bound: bool = False) -> torch.devi
             name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count()
         ):
             raise InputError(f"--device {name}: use cuda, cpu or mps; there are {torch.cuda.device_count()} GPUs here")
-        chosen = torch.device(name)
-        if chosen.type == "cuda":
-            torch.cuda.set_device(chosen)  # what asks for the current device is to find this one
-        return chosen
+        return _made_current(torch.device(name))
     if bound and torch.cuda.device_count() == 1:
         local_rank = 0  # the scheduler shows each process its own GPU
     if local_rank >= torch.cuda.device_count():
@@ -49,9 +49,34 @@ def select_device(name: str, local_rank: int, bound: bool = False) -> torch.devi
             f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} found; "
             "lower --nproc_per_node"
         )
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
+    return _made_current(torch.device("cuda", local_rank))
+
+
+def _made_current(device: torch.device) -> torch.device:
+    """Makes a GPU the one that is found by what asks for the current device; other devices are left as they are."""
+    if device.type == "cuda":
+        check_kernels(device)
+        torch.cuda.set_device(device)
     return device
+
+
+def check_kernels(device: torch.device) -> None:
+    """Raises :class:`InputError` if this PyTorch was built without code for a GPU, as CUDA 13's is for V100s.
+
+    A GPU runs machine code (``sm_70``) for its generation up to its own number, and compiles any older PTX
+    (``compute_70``).
+    """
+    major, minor = torch.cuda.get_device_capability(device)
+    built = re.findall(r"\b(sm|compute)_(\d+)(\d)", " ".join(torch.cuda.get_arch_list()))  # nothing for AMD's GPUs
+    for kind, *numbers in built:
+        there = tuple(map(int, numbers))
+        if there <= (major, minor) and (kind == "compute" or there[0] == major):
+            return
+    if built:
+        older = (major, minor) < (7, 5)  # V100, P100
+        remedy = f"pip install {CUDA_12_6}" if older else "install a newer one from https://pytorch.org"
+        name = f"{torch.cuda.get_device_name(device)} (sm_{major}{minor})"
+        raise InputError(f"PyTorch {torch.__version__} was built without code for this {name}: {remedy}")
 
 
 def connect(placement: Placement, device: torch.device, patience: float = PATIENCE) -> None:

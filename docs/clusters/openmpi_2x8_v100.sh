@@ -1,5 +1,6 @@
 #!/bin/bash
 # BEiT-base on ImageNet-22k, 2 machines x 8 V100 of 32 GB, started by Open MPI from the first one.
+# V100s need PyTorch with CUDA 12.6: pip install -r requirements-v100.txt
 #   HOSTS=node1:8,node2:8 MASTER_ADDR=node1 bash docs/clusters/openmpi_2x8_v100.sh
 set -eu
 

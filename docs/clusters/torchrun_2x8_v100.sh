@@ -1,6 +1,7 @@
 #!/bin/bash
 # BEiT-base on ImageNet-22k, 2 machines x 8 V100 of 32 GB, without a scheduler. Run it on both, with the address of
 # the first one.
+# V100s need PyTorch with CUDA 12.6: pip install -r requirements-v100.txt
 #   MASTER_ADDR=10.0.0.1 bash docs/clusters/torchrun_2x8_v100.sh
 set -eu
 

@@ -127,6 +127,47 @@ class OnMps(torch.Tensor):
         return super().__torch_function__(function, types, args, kwargs or {})
 
 
+CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
+CUDA_12_6 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "remedy"),
+    [
+        ((7, 0), CUDA_13, r"pip install 'torch<2\.15' torchvision --index-url .*/cu126$"),  # V100
+        ((7, 0), CUDA_12_6, None),
+        ((8, 9), CUDA_12_6, None),  # sm_86 runs on it
+        ((10, 0), CUDA_12_6, "install a newer one"),
+        ((10, 0), [*CUDA_12_6, "compute_90"], None),  # compiled when it starts
+        ((12, 1), CUDA_13, None),
+        ((9, 0), ["sm_90a"], None),
+        ((7, 0), ["compute_80"], r"pip install"),
+        ((9, 0), ["gfx90a", "gfx942"], None),  # AMD's have other names
+        ((7, 0), [], None),
+    ],
+)
+@pytest.mark.parametrize("name", ["cuda", "cuda:0"])
+def test_a_gpu_that_pytorch_has_no_code_for_is_named_before_anything_else(name, capability, built, remedy, monkeypatch):
+    made_current = []
+    for function, value in {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "get_device_capability": lambda _device: capability,
+        "get_arch_list": lambda: built,
+        "get_device_name": lambda _device: "Tesla V100-SXM2-32GB",
+        "set_device": made_current.append,
+    }.items():
+        monkeypatch.setattr(torch.cuda, function, value)
+    if remedy is None:
+        assert select_device(name, 0) == torch.device("cuda", 0) == made_current[0]
+        return
+    found = f"was built without code for this Tesla V100-SXM2-32GB \\(sm_{capability[0]}{capability[1]}\\): .*{remedy}"
+    with pytest.raises(InputError, match=found) as raised:
+        select_device(name, 0)
+    assert "\n" not in str(raised.value)
+    assert not made_current
+
+
 def test_float64_is_computed_on_the_host():
     attention = torch.rand(1, 2, 5, 5).as_subclass(OnMps)
     assert mean_distances(attention, patch_distances((2, 2), (8, 8))).shape == (1, 2)
