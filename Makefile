@@ -18,7 +18,7 @@ PYTEST = PYTHONDONTWRITEBYTECODE= \
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-fast lint bench clean
+.PHONY: help demo test test-fast lint docs bench clean
 
 help: ## list the verbs
 	@echo "make VERB [PYTHON=python3.12] [PYTEST_ARGS='-k masking']"
@@ -40,12 +40,16 @@ lint: $(VENV)/installed-test ## check style and types, change nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/installed-test ## build the documentation in site/; a dead link or anchor is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "Open site/index.html, or serve it to search it: python3 -m http.server --directory site"
+
 bench: $(VENV)/installed-test ## run every speed benchmark against its peers and write docs/speed.md
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python benchmarks/summary.py
 
 clean: ## delete build and test output; keep .venv, demo/ and your runs
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
 
 # venv installs pip last: an incomplete environment is created again.

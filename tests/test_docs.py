@@ -86,7 +86,7 @@ def test_a_shown_command_parses(path, words, monkeypatch):
     flags = [ANY_CONFIG if flag.endswith("/config.yaml") else flag for flag in flags]  # of a run that is not there
     config = read_command_line(settings, flags, path.name, "")
     for source in (getattr(config, name, "") for name in ("init_from", "checkpoint", "resume")):
-        assert not source or source.removesuffix(".pth") in RELEASED or source.startswith(("output/", *PLACEHOLDERS)), (
+        assert not source or source.removesuffix(".pth") in RELEASED or source.startswith(("output/", "demo/", *PLACEHOLDERS)), (
             words
         )
 
