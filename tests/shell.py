@@ -14,8 +14,10 @@ ROOT = Path(__file__).resolve().parents[1]
 FIXED = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # read by what is imported already
 
 
-def run(*command: str, check: bool = True, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess:
-    """Runs ``python COMMAND…`` in the project's folder, one thread a process, and returns what it wrote."""
+def run(
+    *command: str, check: bool = True, timeout: float = 240, cwd: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess:
+    """Runs ``python COMMAND…``, by default in the project's folder, one thread a process; returns what it wrote."""
     assert not environment.keys() & FIXED.keys()
     arguments = [str(word) for word in command]
     with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
@@ -23,7 +25,7 @@ def run(*command: str, check: bool = True, timeout: float = 240, **environment: 
             {
                 "arguments": arguments,
                 "environment": {**os.environ, **FIXED, **environment},
-                "cwd": str(ROOT),
+                "cwd": str(cwd),
                 "stdout": out.name,
                 "stderr": err.name,
             },

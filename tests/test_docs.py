@@ -43,14 +43,26 @@ PLACEHOLDERS = ("CHECKPOINT", "SOURCE")
 LONGEST = 250
 
 
-def commands_in(path):
-    """Yields the commands of a page's code blocks, or of a launcher's docstring, in words without the comments."""
+def blocks_in(path):
+    """Returns language and text of each code block of a page; of a launcher, its docstring."""
     text = path.read_text(encoding="utf-8")
-    blocks = re.findall(r"^ *```(?:bash|sh)?\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
-    for block in blocks if path.suffix == ".md" else [text.split('"""')[1]]:
-        for line in block.replace("\\\n", " ").splitlines():
-            if re.match(r" *(python|torchrun|bash|srun|beit|mpirun|run_\w+\.py) ", line):
-                yield shlex.split(line, comments=True)
+    if path.suffix != ".md":
+        return [("", text.split('"""')[1])]
+    return re.findall(r"^ *```(\w*)\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+
+
+def commands_of(block):
+    """Yields the commands of a code block, in words without the comments."""
+    for line in block.replace("\\\n", " ").splitlines():
+        if re.match(r" *(python|torchrun|bash|srun|beit|mpirun|run_\w+\.py) ", line):
+            yield shlex.split(line, comments=True)
+
+
+def commands_in(path):
+    """Yields the commands of a page or a launcher."""
+    for language, block in blocks_in(path):
+        if language in ("", "bash", "sh"):
+            yield from commands_of(block)
 
 
 def settings_of(words):
@@ -86,9 +98,11 @@ def test_a_shown_command_parses(path, words, monkeypatch):
     flags = [ANY_CONFIG if flag.endswith("/config.yaml") else flag for flag in flags]  # of a run that is not there
     config = read_command_line(settings, flags, path.name, "")
     for source in (getattr(config, name, "") for name in ("init_from", "checkpoint", "resume")):
-        assert not source or source.removesuffix(".pth") in RELEASED or source.startswith(("output/", "demo/", *PLACEHOLDERS)), (
-            words
-        )
+        assert (
+            not source
+            or source.removesuffix(".pth") in RELEASED
+            or source.startswith(("output/", "demo/", *PLACEHOLDERS))
+        ), words
 
 
 def test_commands_of_every_kind_are_shown():
