@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import multiprocessing
 import os
 import signal
 
@@ -58,6 +59,12 @@ def test_a_call_is_the_command(images, tmp_path):
     assert (result.output_dir, result.checkpoint.name) == (tmp_path / "called", "checkpoint-1.pth")
     weights = load_checkpoint(tmp_path / "launched/checkpoint-1.pth")["model"]
     assert all(torch.equal(it, weights[name]) for name, it in load_checkpoint(result.checkpoint)["model"].items())
+
+
+def test_a_job_leaves_no_workers(images, tmp_path):
+    # Breaks if their end is left to the garbage collector, which then waits for each of them for ten seconds.
+    beit.pretrain(**{**SMALL, "epochs": 1, "num_workers": 2}, data_path=images, output_dir=tmp_path)
+    assert not multiprocessing.active_children()
 
 
 def test_what_was_pretrained_is_finetuned_and_evaluated(images, tmp_path):

@@ -232,7 +232,7 @@ class EpochLoader:
         if workers:
             # A loader that has become garbage must end here: collected in a forked worker, it would disturb that one.
             gc.collect()
-            atexit.register(_close_at_exit, weakref.ref(self))
+            _open.add(self)
         return DataLoader(
             _Batches(self.dataset),
             batch_sampler=self._sampler,
@@ -336,9 +336,17 @@ def _look_while_waiting(iterator: Any, look: "weakref.WeakMethod[Callable[[], No
     iterator._try_get_data = try_get_data
 
 
-def _close_at_exit(reference: "weakref.ref[EpochLoader]") -> None:
-    loader = reference()
-    if loader is not None:
+_open: "weakref.WeakSet[EpochLoader]" = weakref.WeakSet()  # loaders with workers
+
+
+@atexit.register
+def close_loaders() -> None:
+    """Ends the worker processes of all loaders.
+
+    Left to the garbage collector, a loader's queues may be collected before it: its workers never hear of the end, and
+    each is waited for.
+    """
+    for loader in tuple(_open):
         loader.close()
 
 

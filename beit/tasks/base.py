@@ -20,7 +20,7 @@ from beit.checkpoints.released import resolve
 from beit.config import dump_yaml, read_settings, to_plain
 from beit.data.classification import LabelledImages, check_classes, find_images
 from beit.data.datasets import ImageIndex, index_images
-from beit.data.loaders import EpochDataset, EpochLoader
+from beit.data.loaders import EpochDataset, EpochLoader, close_loaders
 from beit.data.preprocessing import normalization
 from beit.errors import InputError, counted
 from beit.modeling import Backbone, Block, VisionTransformerForMaskedImageModeling
@@ -309,7 +309,10 @@ def opened(task: Task[Any], *, writes: bool = True) -> Iterator[Session]:
     check_job(task.config)
     with session_of(task.config, writes=writes) as session:
         task.start(session)
-        yield session
+        try:
+            yield session
+        finally:
+            close_loaders()
 
 
 def session_of(config: RunOptions, *, writes: bool = True) -> AbstractContextManager[Session]:
