@@ -8,11 +8,16 @@ import json
 import posixpath
 import re
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
+from types import FunctionType
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+from beit import jobs
+from semantic_segmentation.__main__ import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 MOVED = {
@@ -21,6 +26,13 @@ MOVED = {
     "CONTRIBUTING.md": "contributing.md",
     "semantic_segmentation/README.md": "segmentation.md",
 }
+SETTINGS = """\
+# Settings
+
+Every job's, as flags of its command (`beit pretrain --epochs 100`), as keys of a YAML file for `--config`, and as
+arguments of its function (`beit.pretrain(epochs=100)`).
+"""
+COLUMNS = "| setting | default | |\n| --- | --- | --- |\n"
 LANGUAGES = {".py": "python", ".sh": "bash", ".sbatch": "bash"}
 CODE = re.compile(r"(^ *```.*?^ *```|`[^`\n]+`(?!\]))", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[([^]]*)\]\(([^)\s:]+)\)")
@@ -34,6 +46,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages = {f"docs/{file.src_uri}": file.content_string for file in files.documentation_pages()}
     for path in (ROOT / "docs" / "notebooks").glob("*.ipynb"):
         pages[f"docs/notebooks/{path.name}"] = _notebook(path)
+    pages["docs/settings.md"] = _settings()
     pages |= {path: (ROOT / path).read_text(encoding="utf-8") for path in MOVED}
     linked = {path for page, text in pages.items() for path in _linked(page, text)}
     for path in sorted(linked - set(pages)):
@@ -103,3 +116,17 @@ def _notebook(path: Path) -> str:
         for cell, text in zip(cells, texts, strict=True)
     ]
     return "\n\n".join([blocks[0], f"[Download this notebook]({path.name})", *blocks[1:]])
+
+
+def _settings() -> str:
+    """Returns a page with the settings of every job, as its function in Python lists them."""
+    text = SETTINGS
+    for name, job in {**vars(jobs), "train_segmentor": jobs.as_function(COMMANDS["train"], "train_segmentor")}.items():
+        if isinstance(job, FunctionType) and hasattr(job, "__signature__"):
+            documentation = str(job.__doc__)
+            about = dict(re.findall(r"^    (\w+): (.*)$", documentation, re.MULTILINE))
+            text += f"\n## {name}\n\n{documentation.splitlines()[0]}\n\n{COLUMNS}"
+            for setting in signature(job).parameters.values():
+                cells = (f"`{setting.name}`", f"`{setting.default!r}`", about[setting.name])
+                text += f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n"
+    return text

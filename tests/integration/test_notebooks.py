@@ -1,6 +1,6 @@
 """The notebooks of the docs run, one after another in one kernel, as small as the settings below make them.
 
-A notebook's cell of the tag ``parameters`` is followed by the settings here, as papermill does it; nothing else differs.
+The settings here follow those in a notebook's cell of the tag ``parameters``, as in papermill; nothing else differs.
 """
 
 from pathlib import Path

@@ -79,6 +79,13 @@ SHOWN = {  # how the block that runs begins; all pages run in the folder that RE
     "docs/visualization.md": "beit visualize reconstruct",
     "semantic_segmentation/README.md": "python tools/train.py",
 }
+# What is put before Python: its training functions get the flags of SMALL too.
+TRAINING_IN_SMALL = """
+import beit.jobs
+from tests.integration.test_shown_commands import SMALL, keywords
+read = beit.jobs.read_keywords
+beit.jobs.read_keywords = lambda kind, given: read(kind, {**given, **keywords(SMALL[kind])})
+"""
 ELSEWHERE = {"docs/clusters.md": "test_clusters.py", "docs/reproduction_small.md": "test_reproduce_small.py"}
 STANDS_FOR = {
     r"/path/to/": "path/to/",
@@ -109,6 +116,13 @@ def run_command(words, folder):
     return done.stdout + done.stderr
 
 
+def keywords(flags):
+    """Returns flags as the settings that a training function takes."""
+    at = [place for place, word in enumerate(flags) if word.startswith("--")]
+    groups = [flags[start:stop] for start, stop in pairwise([*at, len(flags)])]
+    return {name.removeprefix("--"): list(values) if values[1:] else values[0] for name, *values in groups}
+
+
 def run_python(block, folder):
     """Runs a block as a script that also checks the shapes in its comments: ``(1, 384)``, or ``4 x (1, 384)``."""
     checks = "".join(
@@ -116,7 +130,7 @@ def run_python(block, folder):
         for name, count, shape in re.findall(r"^(\w+) = .*  # (?:(\d+) x )?(\(\d[\d, ]+\))", block, re.MULTILINE)
     )
     script = folder / "block.py"
-    script.write_text(block + checks, encoding="utf-8")
+    script.write_text(TRAINING_IN_SMALL + block + checks, encoding="utf-8")
     run(script, cwd=folder, BEIT_HOME=str(folder / "home"), BEIT_OFFLINE="1")
     return checks
 
@@ -128,8 +142,8 @@ def folder(tmp_path_factory):
     for name in ("images", "held_out", "photos"):
         write_scenes(folder / name, 8, 32, seed=len(name))
     shutil.copy(next((folder / "photos").rglob("*.jpg")), folder / "photo.jpg")
-    for name in ("imagenet", "imagenet22k"):
-        write_digits(folder / "path/to" / name, 32, per_class=4)
+    for name in ("path/to/imagenet", "path/to/imagenet22k", "flowers"):
+        write_digits(folder / name, 32, per_class=4)
     for split in ("train", "val"):  # images/ is both: images without labels, and labelled ones
         shutil.copytree(folder / "path/to/imagenet" / split, folder / "images" / split)
     write_segmentation_scenes(folder / "path/to/ADEChallengeData2016", 4, 32, validation_count=2)
@@ -150,7 +164,7 @@ def run_block(language, block, folder):
     for pattern, replacement in STANDS_FOR.items():
         block = re.sub(pattern, replacement, block)
     if language == "python":
-        return {"": run_python(block, folder)}
+        return {block: run_python(block, folder)}
     commands = [words for words in commands_of(block) if settings_of(words)]
     return {" ".join(words): run_command(words, folder) for words in commands if words[:2] != ["beit", "download"]}
 
@@ -165,7 +179,7 @@ def readme(folder):
 def test_readme_runs(readme, folder):
     assert sum(words.startswith("torchrun") for words in readme) >= 3
     assert len(readme) > 15
-    assert "assert" in readme[""]
+    assert "get_attention_maps" in "".join(words for words, output in readme.items() if output.startswith("assert"))
 
 
 @pytest.mark.parametrize("page", SHOWN)
