@@ -75,7 +75,8 @@ class FrozenFeatures:
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Returns the features of uint8 images ``(B, 3, H, W)`` by name, each float32 ``(B, size)``."""
         with self.precision.autocast():
-            outputs = self.model.get_intermediate_layers(normalize(images, self._mean, self._std), n=self.layers)
+            inputs = normalize(images.to(self.device, non_blocking=True), self._mean, self._std)
+            outputs = self.model.get_intermediate_layers(inputs, n=self.layers)
         tokens = dict(zip(self.layers, outputs, strict=True))
         grid = self.model.patch_embed.grid_size
         # Pooled in float32: a mean over many patches loses digits in a shorter format.
@@ -86,7 +87,7 @@ class FrozenFeatures:
 class Share:
     """This process's part of a data set's features."""
 
-    features: dict[str, Tensor]  # by name, float32 (n, D), of length 1, in host memory
+    features: dict[str, Tensor]  # by name, float32 (n, D), in host memory
     labels: Tensor  # int64 (n,); -1 for unreadable images
     positions: Tensor  # of the images in the data set, int64 (n,)
     images: int  # in the whole data set
@@ -99,13 +100,11 @@ def share_of(loader: EpochLoader, sizes: Mapping[str, int], compute: Callable[[B
     """
     found: dict[str, list[Tensor]] = {name: [torch.empty(0, size)] for name, size in sizes.items()}
     labels, positions = [torch.empty(0, dtype=torch.long)], [torch.empty(0, dtype=torch.long)]
-    for number, batch in enumerate(loader.epoch(0)):
+    for indices, batch in loader.once():
         for name, output in compute(batch).items():
-            found[name].append(F.normalize(output, dim=-1).cpu())
+            found[name].append(output.cpu())
         labels.append(batch["label"])
-        start = (number * loader.world_size + loader.rank) * loader.batch_size
-        positions.append(torch.arange(start, start + len(batch["label"])))
-    loader.close()
+        positions.append(torch.from_numpy(indices))
     joined = {name: torch.cat(parts) for name, parts in found.items()}
     return Share(joined, torch.cat(labels), torch.cat(positions), len(loader.dataset))
 
@@ -123,18 +122,18 @@ def nearest(queries: Tensor, candidates: Tensor, k: int, chunk: int = CHUNK) -> 
     """Finds the most similar candidates of each query, exactly, keeping one block of similarities in memory.
 
     Args:
-        queries: ``(M, D)``, of length 1.
-        candidates: ``(N, D)``, of length 1.
+        queries: ``(M, D)``.
+        candidates: ``(N, D)``.
         k: Number of candidates to find, at most ``N``.
         chunk: Queries, and candidates, per block.
 
     Returns cosine similarities in descending order, and indices of candidates, both ``(M, k)``.
     """
     found = []
-    for part in queries.split(chunk):
+    for part in F.normalize(queries, dim=-1).split(chunk):
         best, where = part.new_empty(len(part), 0), torch.empty(len(part), 0, dtype=torch.long, device=part.device)
         for start in range(0, len(candidates), chunk):
-            similarities = part @ candidates[start : start + chunk].T  # (m, n)
+            similarities = part @ F.normalize(candidates[start : start + chunk], dim=-1).T  # (m, n)
             numbers = torch.arange(start, start + similarities.shape[1], device=part.device).expand_as(similarities)
             best, where = torch.cat([best, similarities], dim=1), torch.cat([where, numbers], dim=1)
             best, order = best.topk(min(k, best.shape[1]), dim=1)

@@ -22,9 +22,10 @@ from torchvision.transforms.v2 import functional as F
 
 from beit.checkpoints.read import Metadata, class_names, preparation_of
 from beit.data.classification import ClassificationEvalTransform
-from beit.data.datasets import UnreadableImageError, read_image, to_rgb, upright
+from beit.data.datasets import ImageDataset, Images, Transform, UnreadableImageError, read_image, to_rgb, upright
+from beit.data.loaders import EpochLoader, EvenlySpread
 from beit.data.transforms import normalize
-from beit.errors import InputError, counted, did_you_mean
+from beit.errors import InputError, counted, did_you_mean, listed
 from beit.modeling import Backbone, VisionTransformer
 from beit.zoo import open_model
 
@@ -33,7 +34,8 @@ OneImage = str | os.PathLike[str] | Image.Image | NDArray | Tensor
 Prediction = dict[str, Any]
 
 POOLS = ("mean", "cls", "cls_mean", "map")
-BATCH_SIZE = 32
+TOKENS_AT_ONCE = 32 * 197  # in a batch, however large the images are: of 32 in 224 pixels
+MOST_WORKERS = 10
 
 
 @overload
@@ -64,22 +66,11 @@ def inference_model(
     Raises:
         InputError: The model is no classifier, or an image cannot be read.
     """
-    if topk < 1:
-        raise InputError(f"topk must be at least 1, got {topk}")
     opened, known = _opened(model)
-    metadata = known if metadata is None else metadata
-    classifier = _classifier(opened)
-    numbered = tuple(f"class {number}" for number in range(classifier.num_classes))
-    names = class_names(dict(metadata), classifier.num_classes) or numbered
+    classify = Classifier(opened, known if metadata is None else metadata, topk)
     images, several = images_of(image_or_paths)
-    predictions = []
-    with _evaluating(classifier):
-        for batch in _batches(classifier, images, preprocessing_of(classifier, metadata)):
-            likeliest = classifier(batch).float().softmax(dim=-1).topk(min(topk, len(names)))
-            for scores, classes in zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True):
-                ranked = [(names[number], score) for number, score in zip(classes, scores, strict=True)]
-                best = {"class": classes[0], "name": ranked[0][0], "score": scores[0]}
-                predictions.append({**best, f"top{topk}": ranked})
+    batches = _batches(opened, images, classify.preprocessing.transform)
+    predictions = [prediction for batch in batches for prediction in classify(batch)]
     return predictions if several else predictions[0]
 
 
@@ -102,10 +93,39 @@ def extract_feat(
     known_pool(pool)
     number = block_number(opened, layer)
     images, _ = images_of(image_or_paths)
+    prepared = preprocessing_of(opened, metadata)
     with _evaluating(opened):
-        batches = _batches(opened, images, preprocessing_of(opened, metadata))
+        batches = (prepared.inputs(batch, opened) for batch in _batches(opened, images, prepared.transform))
         outputs = (opened.get_intermediate_layers(batch, n=[number])[0] for batch in batches)
         return torch.cat([pool_tokens(tokens, pool, opened.patch_embed.grid_size).float() for tokens in outputs])
+
+
+class Classifier:
+    """Classifies batches of images that its ``preprocessing`` has prepared, as :func:`inference_model` describes.
+
+    Raises:
+        InputError: The model is no classifier.
+    """
+
+    def __init__(self, model: Backbone, metadata: Metadata, topk: int = 5) -> None:
+        if topk < 1:
+            raise InputError(f"topk must be at least 1, got {topk}")
+        self.model, self.topk = _classifier(model), topk
+        count = self.model.num_classes
+        self.names = class_names(dict(metadata), count) or tuple(f"class {number}" for number in range(count))
+        self.preprocessing = preprocessing_of(model, metadata)
+
+    def __call__(self, images: Tensor) -> list[Prediction]:
+        """Returns what is in images, uint8 ``(B, 3, H, W)``."""
+        with _evaluating(self.model):
+            logits = self.model(self.preprocessing.inputs(images, self.model))
+        likeliest = logits.float().softmax(dim=-1).topk(min(self.topk, len(self.names)))
+        predictions = []
+        for scores, classes in zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True):
+            ranked = [(self.names[number], score) for number, score in zip(classes, scores, strict=True)]
+            best = {"class": classes[0], "name": ranked[0][0], "score": scores[0]}
+            predictions.append({**best, f"top{self.topk}": ranked})
+        return predictions
 
 
 def pool_tokens(tokens: Tensor, pool: str, grid_size: tuple[int, int]) -> Tensor:
@@ -140,6 +160,11 @@ class Preprocessing:
     mean: tuple[float, ...]  # per channel, for images in [0, 1]
     std: tuple[float, ...]  # per channel, for images in [0, 1]
 
+    def inputs(self, images: Tensor, model: Backbone) -> Tensor:
+        """Returns images, uint8 ``(B, 3, H, W)``, as a model's input: normalised, on its device, in its format."""
+        place = model.cls_token
+        return normalize(images.to(place.device, non_blocking=True), self.mean, self.std).to(place.dtype)
+
 
 def preprocessing_of(model: Backbone, metadata: Metadata) -> Preprocessing:
     """Returns how images become a model's input, at the model's size: as its checkpoint records, or as published.
@@ -155,12 +180,56 @@ def preprocessing_of(model: Backbone, metadata: Metadata) -> Preprocessing:
     return Preprocessing(transform, tuple(known["mean"]), tuple(known["std"]))
 
 
-def _batches(model: Backbone, images: Sequence[OneImage], preprocessing: Preprocessing) -> Iterator[Tensor]:
-    device = model.cls_token.device
-    for start in range(0, len(images), BATCH_SIZE):
-        views = [preprocessing.transform(decoded(image))["image"] for image in images[start : start + BATCH_SIZE]]
-        inputs = normalize(torch.stack(views).to(device), preprocessing.mean, preprocessing.std)
-        yield inputs.to(model.cls_token.dtype)
+def batch_size_of(model: Backbone) -> int:
+    """Returns how many images to give a model at once: as many as have :data:`TOKENS_AT_ONCE`."""
+    height, width = model.patch_embed.grid_size
+    return max(1, TOKENS_AT_ONCE // (height * width + 1))
+
+
+def reader(
+    images: Images,
+    transform: Transform,
+    model: Backbone,
+    batch_size: int | None = None,
+    num_workers: int | None = None,
+    limit: int | None = None,
+) -> EpochLoader:
+    """Returns a loader of images in their order, uint8, where those that cannot be read have label -1.
+
+    Args:
+        images: The images.
+        transform: Makes a view of each.
+        model: What they are for.
+        batch_size: By default as many as :func:`batch_size_of` says.
+        num_workers: By default one for each core, and none without a batch to load ahead.
+        limit: Most images to read, at even distances.
+    """
+    size = batch_size_of(model) if batch_size is None else batch_size
+    dataset: ImageDataset | EvenlySpread = ImageDataset(images, transform, labels=True, strict=True)
+    if limit is not None and limit < len(images):
+        dataset = EvenlySpread(dataset, limit)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return EpochLoader(
+        dataset,
+        size,
+        num_workers=min((len(dataset) - 1) // size, cores, MOST_WORKERS) if num_workers is None else num_workers,
+        pin_memory=model.cls_token.device.type == "cuda",
+        shuffle=False,
+        drop_last=False,
+        max_unreadable=len(dataset),
+    )
+
+
+def require_all_read(loader: EpochLoader) -> None:
+    """Raises :class:`InputError` if some of a loader's images could not be read."""
+    if found := [loader.dataset.name(number) for number in loader.unreadable]:
+        raise InputError(f"{len(found)} of {len(loader.dataset)} images could not be read: {listed(found)}")
+
+
+def _batches(model: Backbone, images: Sequence[OneImage], transform: ClassificationEvalTransform) -> Iterator[Tensor]:
+    size = batch_size_of(model)
+    for start in range(0, len(images), size):
+        yield torch.stack([transform(decoded(image))["image"] for image in images[start : start + size]])
 
 
 def decoded(image: OneImage) -> Image.Image:

@@ -11,9 +11,11 @@ from torch import nn
 
 from beit.__main__ import main
 from beit.commands.settings import BiasConfig, ConvertConfig, PredictConfig
+from beit.commands.shards import write_shards
 from beit.data.classification import ClassificationEvalTransform
+from beit.data.index import index_images
 from beit.errors import InputError
-from beit.inference import decoded, extract_feat, inference_model
+from beit.inference import batch_size_of, decoded, extract_feat, inference_model
 from beit.modeling import VisionTransformer, VisionTransformerForMaskedImageModeling
 from beit.storage import save_checkpoint
 
@@ -96,7 +98,7 @@ def test_imagenets_names_are_known(picture):
 
 
 def test_several_images_are_a_list_and_one_is_not(model, picture, monkeypatch):
-    monkeypatch.setattr("beit.inference.BATCH_SIZE", 2)
+    monkeypatch.setattr("beit.inference.TOKENS_AT_ONCE", 60)  # two images of 25
     others = [picture.rotate(angle) for angle in (0, 90, 180, 270, 45)]
     together = inference_model(model, others, topk=2)
     assert len(together) == 5
@@ -266,6 +268,37 @@ def test_predict_takes_folders_and_leaves_out_what_cannot_be_read(checkpoint, pi
     assert [Path(json.loads(line)["image"]).name for line in told.out.splitlines()] == ["a.png", "c.png"]
     assert "1 of 3 images could not be read" in told.err.splitlines()[-1]
     assert "b.png" in told.err.splitlines()[-1]
+
+
+def test_predict_finds_the_same_however_it_reads(checkpoint, picture, tmp_path, capsys, monkeypatch):
+    # Broken by answers under other images' names, where batches come from several processes or some are left out.
+    monkeypatch.setattr("beit.inference.TOKENS_AT_ONCE", 60)
+    (tmp_path / "in").mkdir()
+    for number in range(7):  # of a size each
+        picture.rotate(30 * number).crop((0, 0, 40 + 5 * number, 60)).save(tmp_path / "in" / f"{number}.png")
+    expected = {str(path): inference_model(checkpoint, path) for path in sorted((tmp_path / "in").iterdir())}
+    for number in (2, 3):  # a whole batch
+        (tmp_path / "in" / f"{number}.png").write_bytes(b"cut short")
+        del expected[str(tmp_path / "in" / f"{number}.png")]
+    (tmp_path / "list.txt").write_text("".join(f"in/{number}.png\n" for number in range(7)))
+    pattern = write_shards(index_images(tmp_path / "in"), tmp_path / "shards", 4)
+    for given, *flags in (["in"], ["in", "--num_workers", "0"], ["in", "--batch_size", "3"], ["list.txt"], [pattern]):
+        words = [str(tmp_path / given), "--checkpoint", str(checkpoint), "--json", *flags]
+        assert main(["predict", *words]) == 2
+        told = capsys.readouterr()
+        assert "2 of 7 images could not be read" in told.err.splitlines()[-1]
+        found = [json.loads(line) for line in told.out.splitlines()]
+        if given != pattern:  # which has names of its own
+            assert [entry["image"] for entry in found] == list(expected)
+        assert [entry["name"] for entry in found] == [prediction["name"] for prediction in expected.values()]
+        scores = [prediction["score"] for prediction in expected.values()]
+        assert [entry["score"] for entry in found] == pytest.approx(scores, rel=1e-4)
+
+
+def test_larger_images_come_in_smaller_batches(model):
+    assert batch_size_of(make_classifier(img_size=224, patch_size=16)) == 32
+    assert batch_size_of(make_classifier(img_size=640, patch_size=16)) == 3
+    assert batch_size_of(make_classifier(img_size=2048, patch_size=16)) == 1
 
 
 def test_a_name_cannot_act_on_the_terminal(checkpoint, picture, tmp_path, capsys):

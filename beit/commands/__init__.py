@@ -19,6 +19,7 @@ COMMANDS = {
     "dvae": _job("DvaeConfig", "dvae_training:main", "train a tokenizer on your images"),
     "vqkd": _job("VqkdConfig", "vqkd_training:main", "train BEiT v2's tokenizer on your images"),
     "knn": _command("KnnConfig", "knn:main", "score frozen features by their nearest neighbours"),
+    "features": _command("FeaturesConfig", "features:main", "write features of images to a NumPy file"),
     "predict": _command("PredictConfig", "predict:main", "classify images"),
     "models": _command("ModelsConfig", "models:main", "list models and released checkpoints"),
     "inspect": _command("InspectConfig", "models:inspect", "show what a checkpoint holds, records and leaves open"),

@@ -138,7 +138,7 @@ def compute(
         drop_last=False,
     )
     sizes = {f.name: f.size for f in features.features}
-    return share_of(loader, sizes, lambda batch: features(batch["image"].to(session.device, non_blocking=True)))
+    return share_of(loader, sizes, lambda batch: features(batch["image"]))
 
 
 def score(

@@ -1,38 +1,33 @@
 """``beit predict``: classifies images on the console."""
 
 import json
-import logging
 import sys
 
 from beit.commands.settings import PredictConfig
-from beit.data.datasets import UnreadableImageError, read_image
-from beit.data.index import image_files
-from beit.errors import InputError, listed, printable
-from beit.inference import inference_model
+from beit.data.index import index_files
+from beit.errors import printable
+from beit.inference import Classifier, reader, require_all_read
 from beit.training.distributed import select_device
+from beit.training.precision import Precision, resolve_amp_dtype
 from beit.zoo import open_model
-
-logger = logging.getLogger(__name__)
 
 
 def main(config: PredictConfig) -> None:
     """Writes the most probable classes of each image; raises InputError at the end if some could not be read."""
-    paths = image_files(config.images)
+    images, device = index_files(config.images), select_device(config.device, 0)
     model, metadata = open_model(config.checkpoint, **config.weights)
-    model.to(select_device(config.device, 0))
-    unreadable: list[str] = []
-    for path in paths:  # one by one, so that each answer appears at once
-        try:
-            image = read_image(path)
-        except UnreadableImageError as error:
-            logger.error("cannot read the image %s: %s", path, error)
-            unreadable.append(path)
-            continue
-        prediction = inference_model(model, image, topk=config.topk, metadata=metadata)
-        if config.json:
-            sys.stdout.write(json.dumps({"image": path, **prediction}) + "\n")
-        else:
-            ranked = (f"  {score:6.1%}  {name}\n" for name, score in prediction[f"top{config.topk}"])
-            sys.stdout.write("".join([f"{printable(path)}\n", *ranked]))
-    if unreadable:
-        raise InputError(f"{len(unreadable)} of {len(paths)} images could not be read: {listed(unreadable)}")
+    classify = Classifier(model.to(device), metadata, config.topk)
+    precision = Precision(resolve_amp_dtype(config.amp_dtype, device), device)
+    loader = reader(images, classify.preprocessing.transform, model, config.batch_size, config.num_workers)
+    for numbers, batch in loader.once():
+        with precision.autocast():
+            predictions = classify(batch["image"])
+        for number, prediction in zip(numbers.tolist(), predictions, strict=True):
+            if number in loader.unreadable:
+                continue
+            if config.json:
+                sys.stdout.write(json.dumps({"image": images.path(number), **prediction}) + "\n")
+            else:
+                ranked = (f"  {score:6.1%}  {name}\n" for name, score in prediction[f"top{config.topk}"])
+                sys.stdout.write("".join([f"{printable(images.path(number))}\n", *ranked]))
+    require_all_read(loader)

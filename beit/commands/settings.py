@@ -57,6 +57,24 @@ class ViewerOptions(CheckpointOptions, OutputOptions):
 
 
 @dataclass(frozen=True)
+class ForwardOptions(ReadWhenMade):
+    """One pass of a model over images."""
+
+    batch_size: int | None = option(None, "images per pass; by default 32 of 224 pixels", within="[1, inf)")
+    num_workers: int | None = option(None, "data-loading workers; by default one per core, up to 10", within="[0, inf)")
+    amp_dtype: str = option("auto", "number format of the forward pass", choices=AMP_CHOICES)
+
+
+@dataclass(frozen=True)
+class FeatureOptions(ViewerOptions, ForwardOptions):
+    """Which feature of images."""
+
+    block: int = option(-1, "block to take features from, counted from 0, or from the end if negative")
+    pool: str = option("mean", "how the block's tokens become a feature", choices=POOLS)
+    device: str = option("cpu", DEVICE)
+
+
+@dataclass(frozen=True)
 class ConvertConfig(CheckpointOptions):
     """The settings of ``beit convert``."""
 
@@ -136,10 +154,18 @@ class ModelsConfig(ReadWhenMade):
 
 
 @dataclass(frozen=True)
-class PredictConfig(CheckpointOptions):
+class FeaturesConfig(FeatureOptions):
+    """The settings of ``beit features``."""
+
+    data_path: str = option("", IMAGE_LIST, positional=True, must_exist=True)
+    output: str = option("", "NumPy file to write, such as features.npz", short="-o")
+
+
+@dataclass(frozen=True)
+class PredictConfig(CheckpointOptions, ForwardOptions):
     """The settings of ``beit predict``."""
 
-    images: tuple[str, ...] = option((), "image files, and folders of images", positional=True, must_exist=True)
+    images: tuple[str, ...] = option((), f"{ANY_IMAGES}, or a .txt of paths", positional=True, must_exist=True)
     checkpoint: str = option("", f"classifier to use: {ANY_MODEL}", aliases=("model",))
     topk: int = option(5, "number of classes to list per image", within="[1, inf)")
     json: bool = option(False, "write one JSON object per image")
@@ -244,16 +270,11 @@ class BiasConfig(ViewerOptions):
 
 
 @dataclass(frozen=True)
-class EmbeddingsConfig(ViewerOptions):
+class EmbeddingsConfig(FeatureOptions):
     """The settings of ``beit visualize embeddings``."""
 
     data_path: str = option("", "one folder of images per class, or shards with classes", must_exist=True)
-    block: int = option(-1, "block to take features from, counted from 0, or from the end if negative")
-    pool: str = option("mean", "how the block's tokens become a feature", choices=POOLS)
     method: str = option("pca", "projection to 2D", choices=PROJECTIONS)
     limit: int = option(2000, "maximum number of images, spread evenly over the classes", within="[1, inf)")
-    batch_size: int = option(64, "images per forward pass", within="[1, inf)")
     seed: int = option(0, "seed of t-SNE", within=f"[0, {2**32 - 1}]")
     output: str = option("embeddings.png", PICTURE, short="-o")
-    device: str = option("cpu", DEVICE)
-    amp_dtype: str = option("auto", "number format of the forward pass", choices=AMP_CHOICES)

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from beit.commands.features import compute
 from beit.commands.settings import CurvesConfig, EmbeddingsConfig, ReconstructConfig
-from beit.commands.visualize_inputs import Shown, Viewer, image_files, open_viewer, read_shown, spread
+from beit.commands.visualize_inputs import Shown, image_files, open_viewer, read_shown
 from beit.config import from_plain
-from beit.data.datasets import ImageIndex, UnreadableImageError, index_images, read_image, sample_randomness
+from beit.data.datasets import index_images, sample_randomness
 from beit.data.preprocessing import IMAGENET_DEFAULT_MEAN, normalization
 from beit.errors import InputError, counted
-from beit.features import FrozenFeatures
+from beit.inference import block_number
 from beit.modeling import VisionTransformerForMaskedImageModeling
 from beit.registry import TARGETS
 from beit.storage import load_checkpoint, settings_in
@@ -26,7 +27,6 @@ from beit.tasks.settings import PretrainingConfig
 from beit.tokenizers.base import load_tokenizer
 from beit.training.checkpoint import load_exactly
 from beit.training.distributed import select_device
-from beit.training.precision import Precision, resolve_amp_dtype
 from beit.visualization.curves import overlaid, read_log
 from beit.visualization.embeddings import check_embedding, embed, group_by_class
 from beit.visualization.figures import check_picture, draw_panels
@@ -147,38 +147,14 @@ def embeddings(config: EmbeddingsConfig) -> None:
         raise InputError(f"{config.data_path} has no classes: needed is {needed}")
     check_embedding(min(len(index), config.limit), config.method)
     viewer = open_viewer(config, config.device)
-    precision = Precision(resolve_amp_dtype(config.amp_dtype, viewer.device), viewer.device)
-    layers, pools = (config.block,), (config.pool,)
-    frozen = FrozenFeatures(
-        viewer.model, layers=layers, pools=pools, mean=viewer.mean, std=viewer.std, precision=precision
-    )
-    features, labels = compute(index, spread(len(index), config.limit), viewer, frozen, config.batch_size)
+    features, labels, *_ = compute(config, index, viewer, config.limit)
     points, axes = embed(features, config.method, config.seed)
     groups = [(name, points[where]) for name, where in group_by_class(labels, index.class_names)]
     others = None
     if not groups[-1][0]:
         others = (counted(len(labels.unique()) - len(groups) + 1, "other class"), groups.pop()[1])
     pool = {"mean": "mean of patch tokens", "cls": "class token"}.get(config.pool, config.pool)
-    title = f"{len(labels)} images, block {frozen.layers[0]}, {pool}: {Path(config.checkpoint).name}"
+    block = block_number(viewer.model, config.block)
+    title = f"{len(labels)} images, block {block}, {pool}: {Path(config.checkpoint).name}"
     draw_points(config.output, groups, axes, title, others)
     logger.info("%s written", config.output)
-
-
-def compute(
-    index: ImageIndex, numbers: Sequence[int], viewer: Viewer, frozen: FrozenFeatures, batch_size: int
-) -> tuple[Tensor, Tensor]:
-    """Computes one feature, float32 ``(N, D)``, and the class ``(N,)`` of the readable ones of an index's images."""
-    features, labels = [], []
-    for start in range(0, len(numbers), batch_size):
-        views = []
-        for number in numbers[start : start + batch_size]:
-            try:
-                views.append(viewer.transform(read_image(index.file(number)))["image"])
-                labels.append(index.class_id(number))
-            except (OSError, UnreadableImageError) as error:
-                logger.warning("skipped %s: %s", index.path(number), error)
-        if views:
-            features += [feature.cpu() for feature in frozen(torch.stack(views).to(viewer.device)).values()]
-    if not features:
-        raise InputError(f"none of the {len(numbers)} images of {index.root} can be read")
-    return torch.cat(features), torch.tensor(labels)

@@ -49,15 +49,19 @@ class Viewer(Preprocessing):
         return self.transform(read_shown(image))["image"][None].to(self.device)
 
 
-def open_viewer(config: ViewerOptions, device: str) -> Viewer:
-    """Opens a checkpoint of any format; raises InputError if it is no BEiT, or for a size that patches do not fill."""
+def open_viewer(config: ViewerOptions, device: str, *, whole: bool = True) -> Viewer:
+    """Opens a checkpoint of any format; raises InputError if it is no BEiT, or for a size that patches do not fill.
+
+    With ``whole`` images keep all of their shorter side, as a picture should show, where evaluation crops its border.
+    """
     place = select_device(device, 0)
     model, metadata = open_model(config.checkpoint, **config.weights)
     if config.input_size is not None:
         model.set_input_size(config.input_size)
     prepared = preprocessing_of(model, metadata)
-    # The whole shorter side: a picture should show all of a photograph, where evaluation crops its border.
-    transform = ClassificationEvalTransform(model.img_size, interpolation=prepared.transform.interpolation, crop_pct=1)
+    transform = prepared.transform
+    if whole:
+        transform = ClassificationEvalTransform(model.img_size, interpolation=transform.interpolation, crop_pct=1)
     return Viewer(transform, prepared.mean, prepared.std, model.requires_grad_(False).to(place))
 
 

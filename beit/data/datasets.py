@@ -62,8 +62,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
     Every random choice about a sample depends on ``(seed, epoch, index)``: the transform gets its own generator, and
     Python's, NumPy's and PyTorch's (CPU) global generators are seeded for it and restored after it.
 
-    An image that cannot be read is replaced by another one, also chosen by ``(seed, epoch, index)``. The sample then
-    has a key ``UNREADABLE`` for the loader to count: ``((index, reason), ...)``.
+    An image that cannot be read is replaced by another one, also chosen by ``(seed, epoch, index)``; if ``strict``, by
+    a black one. The sample then has a key ``UNREADABLE`` for the loader to count: ``((index, reason), ...)``.
 
     The transform is called with an RGB image and a NumPy generator, and returns a dict of tensors. The image is
     Pillow's, or uint8 ``(3, h, w)`` for a transform with a true attribute ``takes_pixels``. With ``fast_decode``, JPEG
@@ -75,8 +75,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
     index: Images
     transform: Transform
     seed: int = 0
-    labels: bool = False  # add a key LABEL: the class of the image that is shown, int64 ()
-    strict: bool = False  # label the replacement of an unreadable image -1, so that an evaluation can leave it out
+    labels: bool = False  # add a key LABEL: the class of the image that is shown, 0 without classes, int64 ()
+    strict: bool = False  # label what stands for an unreadable image -1, so that an evaluation can leave it out
     fast_decode: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -101,7 +101,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         with sample_randomness(self.seed, epoch, index) as rng:
             sample: dict[str, Any] = dict(self.transform(image, rng, *(() if full_size is None else (full_size,))))
         if self.labels:
-            sample[LABEL] = torch.tensor(-1 if self.strict and unreadable else self.index.class_id(shown))
+            sample[LABEL] = torch.tensor(-1 if self.strict and unreadable else self.index.class_id(shown) or 0)
         if unreadable:
             sample[UNREADABLE] = unreadable
         return sample
@@ -119,6 +119,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
                 return self._read(candidate, epoch, index), candidate, tuple(unreadable)
             except UnreadableImageError as error:
                 unreadable.append((candidate, str(error)))
+            if self.strict:
+                return (Image.new("RGB", (64, 64)), None), index, tuple(unreadable)
             stream = random_stream(self.seed, epoch, index, attempt, purpose="replacement")
             candidate = int(stream.integers(len(self)))
         reason = f"{self.name(index)} ({unreadable[0][1]})"

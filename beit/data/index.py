@@ -106,6 +106,16 @@ def image_files(given: Iterable[str]) -> list[str]:
     return paths
 
 
+def index_files(given: Sequence[str]) -> ImageIndex:
+    """Lists image files and the images in folders, without classes; or one text file of paths, or tar shards."""
+    if len(given) == 1 and (given[0].endswith(".txt") or names_shards(given[0])):
+        return index_images(given[0])
+    paths, folders = image_files(given), dict[str, int]()
+    folder_of = [folders.setdefault(os.path.dirname(path), len(folders)) for path in paths]
+    names, no_classes = Strings.of(map(os.path.basename, paths)), np.full(len(folders), -1, dtype=np.int32)
+    return ImageIndex("", (), Strings.of(folders), no_classes, names, np.asarray(folder_of, dtype=np.int32))
+
+
 def index_images(path: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None) -> ImageIndex:
     """Lists the images in a folder and below it, in a text file of paths, or in tar shards.
 

@@ -59,9 +59,9 @@ class EvenlySpread:
         epoch, position = key
         return self.dataset[epoch, self.indices[position]]
 
-    def name(self, position: int) -> str:
-        """Returns what the data set calls the sample."""
-        return self.dataset.name(self.indices[position])
+    def name(self, index: int) -> str:
+        """Returns what the data set calls its item ``index``, as its samples say which of them could not be read."""
+        return self.dataset.name(index)
 
 
 @dataclass(eq=False)
@@ -142,6 +142,16 @@ class EpochLoader:
             raise ValueError(f"batch {first_batch} is not in an epoch of {self.batches_per_epoch} batches")
         self._turn += 1
         return self._batches(epoch, first_batch, self._turn)
+
+    def once(self) -> Iterator[tuple[NDArray[np.int64], Batch]]:
+        """Iterates over this rank's batches of one epoch, each with the indices of its images, and ends the workers."""
+        order, size = self.order(0), self.batch_size
+        starts = range(self.rank * size, len(order), self.world_size * size)
+        try:
+            for start, batch in zip(starts, self.epoch(0), strict=False):
+                yield order[start : start + size], batch
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Ends the worker processes; a later epoch starts new ones."""
@@ -253,7 +263,7 @@ class EpochLoader:
         for index, reason in unreadable:
             if index not in self.unreadable:
                 self.unreadable[index] = reason
-                logger.error("unreadable image %s (%s): replaced by another", self.dataset.name(index), reason)
+                logger.error("unreadable image %s (%s)", self.dataset.name(index), reason)
         if self.max_unreadable is not None and len(self.unreadable) > self.max_unreadable:
             index, reason = next(iter(self.unreadable.items()))
             raise InputError(

@@ -1,0 +1,61 @@
+"""``beit features``: writes one vector of each image to a NumPy file."""
+
+import logging
+
+import numpy as np
+from torch import Tensor
+
+from beit.commands.settings import FeatureOptions, FeaturesConfig
+from beit.commands.visualize_inputs import Viewer, open_viewer
+from beit.data.index import ImageIndex, index_images
+from beit.data.loaders import EpochLoader
+from beit.errors import InputError
+from beit.features import FrozenFeatures, share_of
+from beit.inference import reader, require_all_read
+from beit.outputs import MARK, check_outputs
+from beit.storage import atomic_write
+from beit.training.precision import Precision, resolve_amp_dtype
+
+logger = logging.getLogger(__name__)
+
+
+def main(config: FeaturesConfig) -> None:
+    """Writes the features of the images that can be read; raises InputError at the end if some could not be."""
+    if not config.output:
+        raise InputError("-o is missing: give the file to write, such as features.npz")
+    (output,) = check_outputs("--output", [config.output], config.overwrite)
+    images = index_images(config.data_path)
+    features, labels, numbers, loader = compute(config, images, open_viewer(config, config.device, whole=False))
+    found = {
+        "software": np.asarray(MARK.encode()),
+        "paths": np.asarray([images.path(number) for number in numbers.tolist()]),
+        "features": features.numpy(),
+    }
+    if images.class_names:
+        found |= {"labels": labels.numpy(), "class_names": np.asarray(images.class_names)}
+    with atomic_write(output) as file:
+        np.savez(file, allow_pickle=False, **found)
+    logger.info("%s written: features %s", output, tuple(features.shape))
+    require_all_read(loader)
+
+
+def compute(
+    config: FeatureOptions, images: ImageIndex, viewer: Viewer, limit: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, EpochLoader]:
+    """Computes a feature of at most ``limit`` images, at even distances; raises InputError if none can be read.
+
+    Returns, of those that can be read, the features, float32 ``(n, D)``, the classes and the numbers, ``(n,)`` each;
+    and the loader, which knows the others.
+    """
+    precision = Precision(resolve_amp_dtype(config.amp_dtype, viewer.device), viewer.device)
+    layers, pools = (config.block,), (config.pool,)
+    frozen = FrozenFeatures(
+        viewer.model, layers=layers, pools=pools, mean=viewer.mean, std=viewer.std, precision=precision
+    )
+    (feature,) = frozen.features
+    loader = reader(images, viewer.transform, viewer.model, config.batch_size, config.num_workers, limit)
+    share = share_of(loader, {feature.name: feature.size}, lambda batch: frozen(batch["image"]))
+    readable = share.labels >= 0
+    if not readable.any():
+        raise InputError(f"none of the {len(loader.dataset)} images of {images.root} can be read")
+    return share.features[feature.name][readable], share.labels[readable], share.positions[readable], loader
