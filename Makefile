@@ -6,7 +6,7 @@ TEST_PROCESSES ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
-BENCHMARKS := pretrain_step finetune_step resolution segmentation_inference scaling input_pipeline startup tokenizer
+BENCHMARKS := pretrain_step finetune_step resolution segmentation_inference scaling input_pipeline startup tokenizer predict
 DEMO_RUNS := dvae pretrain finetune-pretrained finetune-scratch segmentation/pretrained segmentation/scratch
 REQUIREMENTS := pyproject.toml requirements.txt setup.py
 
@@ -18,7 +18,7 @@ PYTEST = PYTHONDONTWRITEBYTECODE= \
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-fast lint docs bench clean
+.PHONY: help demo test test-fast lint docs bench bench-gpu clean
 
 help: ## list the verbs
 	@echo "make VERB [PYTHON=python3.12] [PYTEST_ARGS='-k masking']"
@@ -46,6 +46,13 @@ docs: $(VENV)/installed-test ## build the documentation in site/; a dead link or
 
 bench: $(VENV)/installed-test ## run every speed benchmark against its peers and write docs/speed.md
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
+	$(BIN)/python benchmarks/summary.py
+
+bench-gpu: $(VENV)/installed-test ## run the benchmarks of models on a GPU, in about ten minutes
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("PyTorch finds no GPU here")'
+	@for run in "pretrain_step --batch_size 64" "finetune_step --batch_size 64" "segmentation_inference --images 4" \
+		"resolution --batch_size 8 --precision bf16" predict; do set -- $$run; name=$$1; shift; \
+		echo "== $$run"; $(BIN)/python benchmarks/$$name.py "$$@" --repeats 3 || exit 1; done
 	$(BIN)/python benchmarks/summary.py
 
 clean: ## delete build and test output; keep .venv, demo/ and your runs

@@ -5,7 +5,10 @@
     python benchmarks/tokenizer.py --quick                             small, to see that it runs
 
 The plain implementation has the same network and Gumbel-softmax in float32 and torch's own memory format, with Adam,
-as this library had it first. It also sets the time: each quantiser gets what the plain implementation takes for 18,720
+as this library had it first. VQ-KD's steps are timed too, beside a plain one of timm's ViTs in float32, with codes
+compared and averaged through one-hot matrices; what the teacher says is given, as it costs both the same.
+
+The first plain implementation also sets the time: each quantiser gets what the plain implementation takes for 18,720
 images (585 steps of 32, the demo's first tokenizer), or --minutes. Another row is the k-means of raw patches, no
 network at all. Scores are of held-out images: PSNR of the mean squared error over all of them.
 """
@@ -19,8 +22,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from measure import announce, headline, interleave, machine, medians, parser, prepare, show, write
-from torch import Tensor
+from timm.models import VisionTransformer
+from torch import Tensor, nn
 
 from beit.data.datasets import ImageDataset, index_images
 from beit.data.loaders import EpochLoader
@@ -29,6 +34,7 @@ from beit.tasks import dvae_training
 from beit.tasks.settings import DvaeConfig
 from beit.tokenizers import codebook
 from beit.tokenizers.dvae import DiscreteVAE, QuantizedAutoencoder, codebook_statistics, count_codes
+from beit.tokenizers.vqkd import VQKD
 from beit.training.optim import create_optimizer, parameter_groups
 from beit.training.precision import Precision, resolve_amp_dtype
 from examples.demo_runs import Demo, DemoConfig
@@ -37,6 +43,7 @@ from examples.toy_images import write_photograph_crops
 GOAL = 1.5
 IMAGES = 585 * 32  # that the demo's first tokenizer was trained on
 CODE_DIM, PATCH = 128, 8
+FORMATS = {"ours, float32": torch.float32, "ours, bf16": torch.bfloat16}
 SCORES = ("psnr", "ssim", "perplexity", "used_codes")
 
 
@@ -77,6 +84,79 @@ class OurStep:
             loss = F.mse_loss(result.images.float(), self.images) + result.penalty
         self.precision.backward(loss)
         self.precision.step(self.optimizer, self.model.parameters(), 1.0)
+
+
+class PlainVqkdStep:
+    """A training step of VQ-KD, with nothing done for speed."""
+
+    def __init__(self, images: Tensor, target: Tensor, codes: int, vit: dict[str, int]) -> None:
+        self.images, self.target = images, target
+        same = {name: vit[name] for name in ("embed_dim", "num_heads")} | {"num_classes": 0, "global_pool": ""}
+        size, patch, width = vit["img_size"], vit["patch_size"], vit["embed_dim"]
+        coder = VisionTransformer(size, patch, depth=vit["depth"], **same)
+        decoder = VisionTransformer(size // patch, 1, CODE_DIM, depth=vit["decoder_depth"], **same)
+        self.codes = F.normalize(torch.randn(codes, CODE_DIM), dim=1)
+        heads = [
+            nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, outputs))
+            for outputs in (CODE_DIM, target.shape[2])
+        ]
+        self.parts = nn.ModuleList([coder, heads[0], decoder, heads[1]])
+        self.optimizer = torch.optim.AdamW(self.parts.parameters(), lr=5e-5)
+
+    def __call__(self) -> None:
+        """Does one step."""
+        coder, to_codes, decoder, to_target = self.parts
+        vectors = F.normalize(to_codes(coder(self.images)[:, 1:]), dim=-1)
+        chosen = F.one_hot(torch.cdist(vectors.detach(), self.codes[None]).argmin(dim=-1), len(self.codes)).float()
+        codes = chosen @ self.codes
+        passed = rearrange(
+            vectors + (codes - vectors).detach(), "b (h w) d -> b d h w", h=decoder.patch_embed.grid_size[0]
+        )
+        predicted = to_target(decoder(passed)[:, 1:])
+        loss = 1 - F.cosine_similarity(predicted, self.target, dim=-1).mean() + F.mse_loss(vectors, codes)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        flat = chosen.flatten(0, 1)
+        means = F.normalize(flat.T @ vectors.detach().flatten(0, 1), dim=1)
+        moved = F.normalize(0.99 * self.codes + 0.01 * means, dim=1)
+        self.codes = torch.where(flat.sum(dim=0).unsqueeze(1) > 0, moved, self.codes)
+
+
+class OurVqkdStep:
+    """The library's step of VQ-KD in a number format."""
+
+    def __init__(self, images: Tensor, target: Tensor, codes: int, vit: dict[str, int], dtype: torch.dtype) -> None:
+        self.images, self.target = images / 2 + 0.5, target  # which VQ-KD normalises itself
+        self.model = VQKD(codebook_size=codes, codebook_dim=CODE_DIM, decoder_out_dim=target.shape[2], **vit)
+        groups = parameter_groups(self.model, 1e-4, no_decay=self.model.no_weight_decay())
+        self.optimizer = create_optimizer("adamw", groups, lr=5e-5, fused=True)
+        self.precision = Precision(dtype, torch.device("cpu"))
+
+    def __call__(self) -> None:
+        """Does one step."""
+        with self.precision.autocast():
+            features, quantized = self.model(self.images)
+        cosine = F.cosine_similarity(features.float(), self.target, dim=-1).mean()
+        self.model.update(quantized.vectors.flatten(0, 1), quantized.ids.flatten())
+        self.precision.backward(1 - cosine + quantized.commitment)
+        self.precision.step(self.optimizer, self.model.parameters(), None)
+
+
+def vqkd_steps(args: argparse.Namespace, size: int) -> dict[str, Any]:
+    """Times a training step of VQ-KD and prints what was found."""
+    vit = {"embed_dim": 384, "num_heads": 6, "depth": 1 if args.quick else 6, "decoder_depth": 1}
+    vit |= {"img_size": size, "patch_size": PATCH}
+    images = torch.rand(args.batch_size, 3, size, size) * 2 - 1
+    target = torch.randn(args.batch_size, (size // PATCH) ** 2, 512)
+    ours = {name: OurVqkdStep(images, target, args.codes, vit, dtype) for name, dtype in FORMATS.items()}
+    times = interleave({"plain": PlainVqkdStep(images, target, args.codes, vit), **ours}, args.repeats, warmups=2)
+    seconds = {name: parts["whole"] for name, parts in medians(times).items()}
+    for name in FORMATS:
+        headline(f"a training step of VQ-KD against a plain one in float32, {name}", seconds["plain"] / seconds[name])
+    rows = [(name, second, args.batch_size / second) for name, second in seconds.items()]
+    show(f"a training step of VQ-KD, {args.batch_size} images", ("", "s", "images/s"), rows)
+    return times
 
 
 def raw_patches(training: str, held_out: str, codes: int, size: int) -> dict[str, float]:
@@ -162,6 +242,7 @@ def main() -> None:
         headline("a training step against the plain implementation", seconds["plain"] / seconds["ours"], GOAL)
         rate = [(name, second, args.batch_size / second / facts["threads"]) for name, second in seconds.items()]
         show(f"a training step of {args.batch_size} images", ("", "s", "images/s a core"), rate)
+        vqkd_times = vqkd_steps(args, size)
 
         epoch = len(index_images(data["data_path"])) // args.batch_size
         limit = 60 * args.minutes or IMAGES / args.batch_size * seconds["plain"]
@@ -178,7 +259,7 @@ def main() -> None:
         print(f"{gain:+.2f} dB PSNR in the same {limit / 60:.1f} minutes, vq against the first tokenizer")
     rows = [(name, *(round(score[key], 2) for key in SCORES)) for name, score in scores.items()]
     show(f"{args.images}, {args.codes} codes", ("", "PSNR (dB)", "SSIM", "perplexity", "codes in use"), rows)
-    results = {"times": times, "scores": scores, "minutes": limit / 60}
+    results = {"times": times, "vqkd_times": vqkd_times, "scores": scores, "minutes": limit / 60}
     write(f"tokenizer-{args.images}-{args.codes}", facts, results, args)
 
 
