@@ -49,9 +49,11 @@ class DallETokenizer(LogitTokenizer):
         encoder.use_mixed_precision = False  # the weights are in ``dtype`` already and need no cast per call
         # bfloat16's 8 bits are too few for the shortcuts, which carry the sum over all blocks; the branches are 93 % of
         # the operations anyway. float16 is enough for both, as in the released modules.
-        branches = [block.res_path for block in encoder.modules() if isinstance(block, ResidualBlock)]
-        for part in branches if dtype == torch.bfloat16 else [encoder.blocks[:-1]]:
+        blocks = [block for block in encoder.modules() if isinstance(block, ResidualBlock)]
+        for part in [block.res_path for block in blocks] if dtype == torch.bfloat16 else [encoder.blocks[:-1]]:
             part.to(dtype)
+        for block in blocks:
+            block.overwrites_input = True
         self.encoder = encoder.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.decoder: Decoder | None = None
         self._load_decoder = load_decoder

@@ -22,7 +22,7 @@ from beit.registry import TOKENIZERS
 from beit.tokenizers.base import VisualTokenizer, load_tokenizer
 from beit.tokenizers.dalle import download_tokenizer
 from beit.tokenizers.dvae import DiscreteVAE, load_dvae, save_dvae
-from dall_e import load_model
+from dall_e import load_model, map_pixels
 from dall_e.utils import Conv2d
 
 
@@ -167,6 +167,23 @@ def test_bfloat16_spares_the_shortcuts(golden):
     encoder = load_tokenizer(golden / "dalle_small", dtype=torch.float16).encoder
     formats = {name: parameter.dtype for name, parameter in encoder.named_parameters()}
     assert {n for n, dtype in formats.items() if dtype == torch.float32} == {n for n in formats if "output.conv" in n}
+
+
+@torch.no_grad()
+def test_only_the_frozen_encoder_overwrites_what_enters_a_block(golden):
+    # Breaks if sums in place reach the images or change an id, or a block of the plain module keeps its input no more.
+    plain, images = load_model(golden / "dalle_small" / "encoder.pkl"), torch.rand(2, 3, 32, 32)
+    before = images.clone()
+    frozen = load_tokenizer(golden / "dalle_small")
+    assert torch.equal(frozen.encode(images), plain(map_pixels(images)).argmax(dim=1))
+    assert torch.equal(images, before)
+    for encoder, kept in ((plain, True), (frozen.encoder, False)):
+        block = encoder.blocks.group_1.block_1
+        x = torch.randn(1, encoder.n_hid, 8, 8)
+        assert torch.equal(block(x.clone()), block.id_path(x) + block.post_gain * block.res_path(x))
+        before = x.clone()
+        block(x)
+        assert torch.equal(x, before) == kept
 
 
 def test_decoded_images_are_in_range(tokenizer):
