@@ -1,4 +1,4 @@
-"""The BEiT architecture, bottom up: patch embedding, attention, block, backbone, and the models of the two tasks.
+"""The BEiT architecture, bottom up: patch embedding, block, backbone, and the models of the two tasks.
 
 Shapes: ``B`` images, ``N = h * w`` patches in a grid ``(h, w)``, ``D`` channels, ``H`` heads. Token 0 is the class
 token.
@@ -13,21 +13,14 @@ from itertools import islice
 from typing import Any, ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from beit.attention import attend, attention_probabilities, ready_for_kernels
+from beit.attention import Attention, RelativePositionBias, ready_for_kernels
 from beit.errors import InputError
-from beit.relative_position import (
-    num_table_rows,
-    relative_position_bias,
-    relative_position_index,
-    resize_position_embedding,
-    resize_table,
-)
+from beit.relative_position import relative_position_index, resize_position_embedding, resize_table
 
 Size = int | tuple[int, int]
 NormLayer = Callable[[int], nn.Module]
@@ -88,100 +81,6 @@ class PatchEmbed(nn.Module):
                 f"{self.img_size[1]}: resize them, or call model.set_input_size({size})"
             )
         return rearrange(self.proj(images), "b d h w -> b (h w) d")
-
-
-class RelativePositionBias(nn.Module):
-    """A relative position bias shared by all blocks.
-
-    Args:
-        window_size: The patch grid ``(h, w)``.
-        num_heads: Number of heads, the columns of the table.
-    """
-
-    def __init__(self, window_size: tuple[int, int], num_heads: int) -> None:
-        super().__init__()
-        self.window_size = window_size
-        self.relative_position_bias_table = nn.Parameter(torch.zeros(num_table_rows(window_size), num_heads))
-
-    def forward(self, index: Tensor) -> Tensor:
-        """Looks up the rows ``index`` ``(N + 1, N + 1)``: a bias ``(H, N + 1, N + 1)``."""
-        return relative_position_bias(self.relative_position_bias_table, index, self.window_size)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention with an additive relative position bias.
-
-    Query and value have a bias, the key has none: it would cancel in the softmax.
-
-    Args:
-        dim: Token channels.
-        num_heads: Number of heads, a divisor of ``dim``.
-        qkv_bias: Learn biases for query and value.
-        attn_drop: Dropout of the attention probabilities.
-        proj_drop: Dropout of the output.
-        window_size: The patch grid ``(h, w)`` for a bias table in this layer; None for no table.
-
-    Attributes:
-        fused: Use ``scaled_dot_product_attention``; False for the same in plain operations.
-
-    Raises:
-        InputError: ``num_heads`` does not divide ``dim``.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        *,
-        num_heads: int,
-        qkv_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        window_size: tuple[int, int] | None = None,
-    ) -> None:
-        super().__init__()
-        if dim % num_heads:
-            raise InputError(f"embed_dim {dim} cannot be split into {num_heads} heads: make num_heads a divisor of it")
-        self.num_heads, self.window_size, self.fused = num_heads, window_size, True
-        self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
-        self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
-        table = nn.Parameter(torch.zeros(num_table_rows(window_size), num_heads)) if window_size else None
-        self.relative_position_bias_table = table
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
-
-    def forward(self, x: Tensor, index: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """Returns the tokens ``(B, N + 1, D)`` after attention.
-
-        Args:
-            x: Tokens ``(B, N + 1, D)``.
-            index: Rows to look up in this layer's own table, int64 ``(N + 1, N + 1)``; None to leave the table out.
-            bias: A bias ``(H, N + 1, N + 1)`` from outside, added to this layer's own.
-        """
-        query, key, value = self._query_key_value(x)
-        dropout = self.attn_drop.p if self.training else 0.0
-        mixed = attend(query, key, value, self.position_bias(index, bias), dropout=dropout, fused=self.fused)
-        return self.proj_drop(self.proj(rearrange(mixed, "b heads n d -> b n (heads d)")))
-
-    def attention_map(self, x: Tensor, index: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """Returns the attention probabilities ``(B, H, N + 1, N + 1)``; each row (a query) sums to 1."""
-        query, key, _ = self._query_key_value(x)
-        return attention_probabilities(query, key, self.position_bias(index, bias))
-
-    def position_bias(self, index: Tensor | None, bias: Tensor | None = None) -> Tensor | None:
-        """Returns the sum of this layer's own bias and one from outside, ``(H, N + 1, N + 1)``; None without either."""
-        if self.relative_position_bias_table is None or self.window_size is None or index is None:
-            return bias
-        own = relative_position_bias(self.relative_position_bias_table, index, self.window_size)
-        return own if bias is None else own + bias
-
-    def _query_key_value(self, x: Tensor) -> tuple[Tensor, ...]:
-        bias = None
-        if self.q_bias is not None and self.v_bias is not None:
-            bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias, requires_grad=False), self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, bias)
-        return rearrange(qkv, "b n (three heads d) -> three b heads n d", three=3, heads=self.num_heads).unbind(0)
 
 
 class Mlp(nn.Module):
@@ -247,8 +146,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, index: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """Transforms tokens ``(B, N + 1, D)``; for ``index`` and ``bias`` see :class:`Attention`."""
-        x = x + self._branch(self.attn(self.norm1(x), index, bias), self.gamma_1)
-        return x + self._branch(self.mlp(self.norm2(x)), self.gamma_2)
+        x = self._residual(x, self.attn(self.norm1(x), index, bias), self.gamma_1)
+        return self._residual(x, self.mlp(self.norm2(x)), self.gamma_2)
 
     @torch.no_grad()
     def damp(self, layer: int) -> None:
@@ -256,8 +155,11 @@ class Block(nn.Module):
         for linear in (self.attn.proj, self.mlp.fc2):
             linear.weight.div_(math.sqrt(2.0 * layer))
 
-    def _branch(self, x: Tensor, gamma: Tensor | None) -> Tensor:
-        return self.drop_path(x if gamma is None else gamma * x)
+    def _residual(self, x: Tensor, branch: Tensor, gamma: Tensor | None) -> Tensor:
+        if gamma is None:
+            return x + self.drop_path(branch)
+        # Both factors in one pass over the tokens.
+        return x + self.drop_path(gamma.expand(x.shape[0], 1, -1)) * branch  # (B, 1, D)
 
 
 class Backbone(nn.Module):

@@ -59,6 +59,8 @@ def relative_position_bias(table: Tensor, index: Tensor, window_size: tuple[int,
     """
     if table.device.type == "cuda":
         return bias_by_sliding(table, window_size)
+    if table.element_size() < 4:  # of which single elements are gathered slowly
+        return bias_by_rows(table, window_size)
     # On a CPU, gathering columns of the transposed table is several times faster than rows, and gives the final layout.
     return table.t().index_select(1, index.flatten()).view(-1, *index.shape)
 
@@ -77,6 +79,24 @@ def bias_by_sliding(table: Tensor, window_size: tuple[int, int]) -> Tensor:
     class_row = torch.cat((class_to_class, class_to_patch.expand(-1, 1, patches)), dim=2)
     patch_rows = torch.cat((patch_to_class.expand(-1, patches, 1), pairs.reshape(heads, patches, patches)), dim=2)
     return torch.cat((class_row, patch_rows), dim=1)
+
+
+def bias_by_rows(table: Tensor, window_size: tuple[int, int]) -> Tensor:
+    """Gathers the same bias by copying what each query sees of the patches, ``h * w`` elements in succession.
+
+    A query sees a plane of offsets from a place that its row and column give. With a plane for each column of queries,
+    from which it starts, only the first line that is seen depends on the row.
+    """
+    height, width = window_size
+    patches, heads = height * width, table.shape[1]
+    offsets = table[:-CLASS_TOKEN_ROWS].t().reshape(heads, 2 * height - 1, 2 * width - 1).flip(1, 2)
+    planes = offsets.unfold(2, width, 1).flip(2).transpose(1, 2).flatten(2)  # (H, w, (2h - 1) * w)
+    class_to_patch, patch_to_class, class_to_class = table[-CLASS_TOKEN_ROWS:, :, None, None].unbind(0)
+    rows = [torch.cat((class_to_class, class_to_patch.expand(-1, 1, patches)), dim=2)]
+    for row in reversed(range(height)):
+        seen = planes[..., row * width : row * width + patches]
+        rows.append(torch.cat((patch_to_class.expand(-1, width, 1), seen), dim=2))  # (H, w, N + 1)
+    return torch.cat(rows, dim=1)
 
 
 def resize_table(table: Tensor, source_window: tuple[int, int], target_window: tuple[int, int]) -> Tensor:

@@ -25,7 +25,6 @@ MAY_IMPORT = {
     "beit.errors": (),
     "beit.registry": (),  # names what it lists as "module:object"
     "beit.relative_position": (),
-    "beit.attention": (),
     "beit.masking": (),
     "beit.storage": (),
     "beit.config": (),
@@ -35,6 +34,7 @@ MAY_IMPORT = {
     "beit.training.*": ("beit.training.*", "beit.storage", "beit.checkpoints.pieces"),
     "beit.launch": ("beit.config", "beit.registry", "beit.training.*"),
     # the parts of the method
+    "beit.attention": ("beit.relative_position",),
     "beit.modeling": ("beit.relative_position", "beit.attention"),
     "beit.tokenizers.*": (
         *("beit.tokenizers.*", "dall_e.*", "beit.storage", "beit.registry", "beit.modeling", "beit.checkpoints.*"),

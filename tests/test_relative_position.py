@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from beit.errors import InputError
 from beit.relative_position import (
+    bias_by_rows,
     bias_by_sliding,
     geometric_ratio,
     num_table_rows,
@@ -54,20 +55,30 @@ def test_index_equals_the_official_buffer(golden):
 def test_bias_is_the_table_read_through_the_index(window):
     # Breaks when heads and rows are mixed by the reshape.
     table, index = torch.randn(num_table_rows(window), 3), relative_position_index(window)
-    for bias in (relative_position_bias(table, index, window), bias_by_sliding(table, window)):
+    ways = (relative_position_bias(table, index, window), bias_by_sliding(table, window), bias_by_rows(table, window))
+    for bias in ways:
         assert bias.is_contiguous()
         assert torch.equal(bias, table[index].permute(2, 0, 1))
 
 
 @given(windows)
-def test_sliding_gives_the_table_the_gradient_of_a_gather(window):
-    # Breaks when on a GPU, which slides, a table learns otherwise than on a CPU, which gathers.
+def test_a_table_has_the_gradient_of_a_gather(window):
+    # Breaks when on a GPU, which slides, or in half precision, a table learns otherwise than on a CPU, which gathers.
     table = torch.randn(num_table_rows(window), 3, dtype=torch.float64, requires_grad=True)
     index = relative_position_index(window)
     upstream = torch.randn(3, *index.shape, dtype=torch.float64)
     (expected,) = torch.autograd.grad(table[index].permute(2, 0, 1), table, upstream)
-    (slid,) = torch.autograd.grad(bias_by_sliding(table, window), table, upstream)
-    torch.testing.assert_close(slid, expected)
+    for way in (bias_by_sliding, bias_by_rows):
+        (gradient,) = torch.autograd.grad(way(table, window), table, upstream)
+        torch.testing.assert_close(gradient, expected)
+
+
+def test_half_precision_copies_rows(monkeypatch):
+    # Breaks when the bias of large images is gathered one small element at a time, which takes three times as long.
+    monkeypatch.setattr("beit.relative_position.bias_by_rows", lambda table, window: (table.dtype, window))
+    table, index = torch.zeros(num_table_rows((2, 3)), 3), relative_position_index((2, 3))
+    assert relative_position_bias(table, index, (2, 3)).dtype == torch.float32
+    assert relative_position_bias(table.half(), index, (2, 3)) == (torch.float16, (2, 3))
 
 
 def test_a_gpu_slides(monkeypatch):

@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
-import beit.modeling
+import beit.attention
 from beit.checkpoints.load import load_weights
 from beit.errors import InputError
 from beit.training.precision import Precision
@@ -357,8 +357,8 @@ def test_a_segmentor_gives_the_same_labels_in_batches(segmentor, batch_size):
 def test_biases_are_looked_up_once_for_all_windows(segmentor, monkeypatch):
     # Breaks when tables are looked up for each window, or kept where they would fill the memory.
     gathered = []
-    original = beit.modeling.relative_position_bias
-    monkeypatch.setattr(beit.modeling, "relative_position_bias", lambda *args: gathered.append(1) or original(*args))
+    original = beit.attention.relative_position_bias
+    monkeypatch.setattr(beit.attention, "relative_position_bias", lambda *args: gathered.append(1) or original(*args))
     image, settings = make_image(61, 75), {"image_scale": (128, 61), **SLIDE, "batch_size": 1}
     kept = run(segmentor, image, **settings)
     assert len(gathered) == segmentor.get_num_layers()
