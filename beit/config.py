@@ -97,8 +97,12 @@ def read_command_line(config_class: type[ConfigT], argv: Sequence[str], prog: st
         InputError: An unknown flag or key, a value of the wrong type or out of range, or a missing file.
     """
     parser = _build_parser(config_class, prog, description)
-    given = vars(parser.parse_args([_underscored(argument) for argument in argv]))
-    return _read_given(config_class, given, "--", given.pop(_OVERRIDES, []))
+    arguments = [_underscored(argument) for argument in argv]
+    given = vars(parser.parse_args(arguments))
+    names, words = _names(config_class), (argument[2:].partition("=")[0] for argument in arguments)
+    spelt = {names[word]: word for word in words if names.get(word) in given}  # which may be an alias
+    assignments = given.pop(_OVERRIDES, [])
+    return _read_given(config_class, {spelt.get(key, key): given[key] for key in given}, "--", assignments)
 
 
 def read_keywords(config_class: type[ConfigT], given: Mapping[str, object]) -> ConfigT:

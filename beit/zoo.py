@@ -107,21 +107,26 @@ def create_model(name: str, pretrained: bool | str | Path = False, **overrides: 
     return model
 
 
-def get_model(name_or_path: str | Path, *, model_key: str = "", prefix: str = "") -> "Backbone":
+def get_model(
+    name_or_path: str | Path, *, model_key: str = "", prefix: str = "", num_heads: int | None = None
+) -> "Backbone":
     """Opens a checkpoint as the model it was saved from, in evaluation mode; see :func:`open_model`.
 
     ``model.metadata`` holds what the checkpoint records (labels, mean and std, crop), which ``inference_model`` uses.
     """
-    return open_model(name_or_path, model_key=model_key, prefix=prefix)[0]
+    return open_model(name_or_path, model_key=model_key, prefix=prefix, num_heads=num_heads)[0]
 
 
-def open_model(name_or_path: str | Path, *, model_key: str = "", prefix: str = "") -> "tuple[Backbone, Metadata]":
+def open_model(
+    name_or_path: str | Path, *, model_key: str = "", prefix: str = "", num_heads: int | None = None
+) -> "tuple[Backbone, Metadata]":
     """Opens a checkpoint as the model it was saved from; of a segmentor, only the backbone.
 
     Args:
         name_or_path: A file, folder, released name, address or hub id; or a key of :data:`MODELS` for its release.
         model_key: Where in the file the weights are, such as ``model_ema``; by default a usual key.
         prefix: Of the names to take, where a file has several models, such as ``teacher.``
+        num_heads: Attention heads per block, where the file neither records nor shows them.
 
     Returns:
         The model in evaluation mode, and what the checkpoint records; see :mod:`beit.checkpoints.read`.
@@ -133,7 +138,7 @@ def open_model(name_or_path: str | Path, *, model_key: str = "", prefix: str = "
     from beit.checkpoints.released import released_for
 
     source = released_for(str(name_or_path)).name if name_or_path in MODELS else name_or_path
-    return open_checkpoint(source, model_key, prefix)
+    return open_checkpoint(source, model_key, prefix, num_heads)
 
 
 def list_models(pattern: str = "*") -> list[str]:

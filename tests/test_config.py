@@ -36,7 +36,9 @@ class Config:
     input_size: Size = option(224, "pixels")
     pin_mem: bool = option(True, "pin memory", off="--no_pin_mem")
     abs_pos_emb: bool = option(False, "absolute positions")
-    amp_dtype: str = option("auto", "number format, 100 % of the time", choices=("auto", "fp16"))
+    amp_dtype: str = option(
+        "auto", "number format, 100 % of the time", choices=("auto", "fp16"), aliases=("number_format",)
+    )
     local_rank: int = option(-1, "rank")
     amp_forward: bool = option(True, "mixed precision")
     layers: tuple[int, ...] = option((), "blocks")
@@ -129,6 +131,7 @@ def test_dumped_settings_begin_with_those_that_differ(tmp_path):
         (["--epoch", "3"], "unknown argument --epoch (did you mean '--epochs'?)"),
         (["--epochs", "three"], "--epochs: cannot use 'three': expected a whole number"),
         (["--amp_dtype", "fp8"], "--amp_dtype: cannot use 'fp8': choose auto, fp16"),
+        (["--number-format=fp8"], "--number_format: cannot use 'fp8': choose auto, fp16"),
         (["--input_size", "0"], "cannot use '0': a size is one number, or HEIGHTxWIDTH"),
         (["--model_kwargs", "depth"], "cannot use ['depth']: expected KEY=VALUE"),
         (["--model_kwargs", "depth=["], "'[' is no value"),

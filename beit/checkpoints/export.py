@@ -33,15 +33,23 @@ from beit.storage import atomic_write, load_checkpoint, save_checkpoint
 logger = logging.getLogger(__name__)
 
 
-def convert(source: str | Path, destination: Path, to: str, model_key: str = "", prefix: str = "") -> None:
+def convert(
+    source: str | Path,
+    destination: Path,
+    to: str,
+    model_key: str = "",
+    prefix: str = "",
+    num_heads: int | None = None,
+) -> None:
     """Writes a checkpoint in another dialect.
 
     Args:
-        source: As for :func:`beit.checkpoints.read.read_weights`, like the last two.
+        source: As for :func:`beit.checkpoints.read.read_weights`, like the last three.
         destination: A file or folder, whichever the dialect is.
         to: One of :func:`beit.checkpoints.formats.dialects`.
         model_key: Where in the file the weights are.
         prefix: Take only names that begin with this prefix.
+        num_heads: Attention heads per block, where the file does not record them.
 
     Raises:
         InputError: The checkpoint cannot be read or is incomplete, or the dialect has no such model.
@@ -50,7 +58,7 @@ def convert(source: str | Path, destination: Path, to: str, model_key: str = "",
     read, written = ([path, path / FOLDER_WEIGHTS[0]] for path in (resolve_source(source), destination))
     if any(a.exists() and b.exists() and a.samefile(b) for a in read for b in written):
         raise InputError(f"{destination} is what is to be converted: write to another name")
-    write_checkpoint(*read_weights(source, model_key, prefix), destination, to)
+    write_checkpoint(*read_weights(source, model_key, prefix, num_heads=num_heads), destination, to)
 
 
 def write_checkpoint(weights: Weights, metadata: Metadata, destination: Path, to: str) -> None:

@@ -33,17 +33,25 @@ class Graph:
 
 
 def export_graph(
-    source: str | Path, destination: Path, to: str, *, features: bool = False, model_key: str = "", prefix: str = ""
+    source: str | Path,
+    destination: Path,
+    to: str,
+    *,
+    features: bool = False,
+    model_key: str = "",
+    prefix: str = "",
+    num_heads: int | None = None,
 ) -> None:
     """Writes a model as a graph for any batch size, and compares its outputs with the model's.
 
     Args:
-        source: As for :func:`beit.checkpoints.read.read_weights`, like the last two.
+        source: As for :func:`beit.checkpoints.read.read_weights`, like the last three.
         destination: The file to write.
         to: A format of graphs in :data:`beit.registry.FORMATS`.
         features: Write the features ``(B, D)`` before the head instead of its logits.
         model_key: Where in the file the weights are.
         prefix: Take only names that begin with this prefix.
+        num_heads: Attention heads per block, where the file does not record them.
 
     Raises:
         InputError: The checkpoint is a segmentor, a library is missing, or the graph computes something else.
@@ -53,7 +61,7 @@ def export_graph(
         raise InputError(f"--to {to} writes one file: name it {destination.with_suffix(form.suffix)}")
     if missing := [name for name in form.needs if importlib.util.find_spec(name) is None]:
         raise InputError(f"--to {to} needs more packages, pip install {' '.join(missing)}; --to torch_export does not")
-    model, metadata = open_checkpoint(source, model_key, prefix)
+    model, metadata = open_checkpoint(source, model_key, prefix, num_heads)
     check_segmentors(to, False, metadata)
     if form.attention:
         model.set_attention(form.attention)

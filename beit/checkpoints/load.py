@@ -118,9 +118,11 @@ def load_pretrained(
     return report
 
 
-def open_checkpoint(source: str | Path, model_key: str = "", prefix: str = "") -> tuple[Backbone, Metadata]:
+def open_checkpoint(
+    source: str | Path, model_key: str = "", prefix: str = "", num_heads: int | None = None
+) -> tuple[Backbone, Metadata]:
     """Opens a checkpoint, given as for :func:`read_weights`; see :func:`beit.zoo.open_model`."""
-    weights, metadata = read_weights(source, model_key, prefix)
+    weights, metadata = read_weights(source, model_key, prefix, num_heads=num_heads)
     if metadata.get("segmentation"):
         logger.info("%s is a segmentor: only its backbone is loaded, without the heads", metadata["source"])
     model = architecture_of(weights, metadata, images=True).build(metadata.get("layer_norm_eps"))
@@ -160,9 +162,9 @@ def load_weights(model: Backbone, weights: Weights, metadata: Metadata, *, drop_
 
 
 def _expand_shared_table(weights: Weights, own: Weights) -> tuple[dict[str, Tensor], int]:
-    """Copies a shared bias table into every block, unless the model shares it too."""
+    """Copies a shared bias table into every block that both have, unless the model shares it too."""
     given = dict(weights)
-    tables = [name for name in own if name.endswith(TABLE)]
+    tables = [name for name in own if name.endswith(TABLE) and name.replace(TABLE, "proj.weight") in given]
     if SHARED_TABLE not in given or SHARED_TABLE in own or not tables:
         return given, 0
     shared = given.pop(SHARED_TABLE)

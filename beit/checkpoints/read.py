@@ -35,7 +35,7 @@ from beit.checkpoints.formats.unilm import INDEX, SHARED_TABLE, TABLE, one_model
 from beit.checkpoints.formats.vit import PLAIN_VIT
 from beit.checkpoints.released import CONFIG, FOLDER_WEIGHTS, PREPROCESSOR, released_at, resolve, shards_of
 from beit.data.preprocessing import default_crop_pct, normalization
-from beit.errors import InputError, listed
+from beit.errors import InputError, counted, listed
 from beit.modeling import Backbone, VisionTransformer, VisionTransformerForMaskedImageModeling
 from beit.relative_position import num_table_rows
 from beit.storage import check_form, load_checkpoint, read_json, settings_in
@@ -63,13 +63,16 @@ FILE_METADATA = "beit"  # under which a safetensors file, which holds only tenso
 Metadata = Content
 
 
-def read_weights(source: str | Path, model_key: str = "", prefix: str = "") -> tuple[dict[str, Tensor], Metadata]:
+def read_weights(
+    source: str | Path, model_key: str = "", prefix: str = "", *, num_heads: int | None = None
+) -> tuple[dict[str, Tensor], Metadata]:
     """Returns a checkpoint's weights in official names, without index buffers, and the metadata described above.
 
     Args:
         source: Anything :func:`beit.checkpoints.released.resolve` accepts.
         model_key: Where in the file the weights are, alternatives separated by ``|``; by default a usual key.
         prefix: Take only names that begin with this prefix, and remove it.
+        num_heads: Attention heads per block, for files that do not record them; bias tables show them.
 
     Raises:
         InputError: There is no such checkpoint, it cannot be read, or it is of another kind of model.
@@ -108,7 +111,7 @@ def read_weights(source: str | Path, model_key: str = "", prefix: str = "") -> t
         metadata |= described
     if blank := [name for name in blank if name in weights]:
         logger.warning("%s is probably damaged: all zeros in %s; fetch or copy it again", source, listed(blank))
-    return weights, metadata | _recorded(raw.content)
+    return weights, metadata | _recorded(raw.content) | ({} if num_heads is None else {"num_heads": num_heads})
 
 
 def _refuse_relative(dialect: str, source: str | Path) -> None:
@@ -342,10 +345,10 @@ def architecture_of(weights: Weights, metadata: Metadata, *, images: bool = Fals
     heads = table.shape[1] if table is not None else metadata.get("num_heads") or PUBLISHED_HEADS.get(embed_dim)
     assumed = []
     if heads is None:
-        heads = embed_dim // HEAD_WIDTH
-        assumed.append(f"{heads} attention heads, of {HEAD_WIDTH} channels (num_heads= of create_model settles it)")
-    if not heads or embed_dim % heads:
-        raise InputError(f"{source} does not record how many heads its {embed_dim} channels make")
+        heads = next(number for number in range(max(1, embed_dim // HEAD_WIDTH), 0, -1) if embed_dim % number == 0)
+        assumed.append(f"{counted(heads, 'attention head')} of {embed_dim // heads} channels (num_heads= settles it)")
+    if embed_dim % heads:
+        raise InputError(f"{source}: {embed_dim} channels cannot be split into {heads} heads")
     classes = len(weights["head.weight"]) if "head.weight" in weights and not masked else 0
     guess(metadata, *assumed, *(_unrecorded(metadata, classes) if images else ()))
     hidden_dim = len(weights["blocks.0.mlp.fc1.weight"])

@@ -1,19 +1,24 @@
 """``beit models``: the models with their sizes, and the released checkpoints; ``beit inspect``: what a file holds."""
 
 import sys
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from beit.checkpoints.formats.recorded import RECORDED
 from beit.checkpoints.formats.segmentation import PARTS
 from beit.checkpoints.load import describe
-from beit.checkpoints.read import architecture_of, read_weights
+from beit.checkpoints.read import Metadata, architecture_of, read_weights
 from beit.checkpoints.released import RELEASED
 from beit.commands.settings import InspectConfig, ModelsConfig
-from beit.errors import InputError, did_you_mean, listed
-from beit.tokenizers.vqkd import DOWNLOADS
+from beit.errors import InputError, counted, did_you_mean, listed
+from beit.modeling import Backbone
+from beit.tokenizers.base import VisualTokenizer, detect_kind, load_tokenizer
+from beit.tokenizers.vqkd import DOWNLOADS, VqkdTokenizer
 from beit.zoo import create_model, list_models
 
 
@@ -48,24 +53,61 @@ def measure(name: str) -> tuple[int, int]:
 
 
 def inspect(config: InspectConfig) -> None:
-    """Writes what a checkpoint holds, records and leaves open; raises InputError if it cannot be opened."""
-    weights, metadata = read_weights(config.checkpoint, **config.weights)
+    """Writes what a checkpoint or tokenizer holds, records and leaves open; InputError if it cannot be opened."""
+    try:
+        weights, metadata = read_weights(config.checkpoint, **config.weights)
+    except InputError as problem:
+        try:
+            tokenizer = load_tokenizer(config.checkpoint, num_heads=config.num_heads)
+        except InputError:
+            raise problem from None
+        lines = _of_tokenizer(tokenizer, detect_kind(Path(config.checkpoint).expanduser()))
+    else:
+        lines = _of_model(weights, metadata)
+    sys.stdout.write("".join(f"{name + ':':<26}{text}\n" for name, text in lines.items() if text))
+
+
+def _of_model(weights: Mapping[str, Tensor], metadata: Metadata) -> dict[str, str]:
     architecture = architecture_of(weights, metadata, images=True)
     with torch.device("meta"):
-        own = architecture.build().state_dict()
-    (height, width), heads = architecture.arguments["img_size"], architecture.arguments["num_heads"]
-    dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()}))
+        model = architecture.build()
+    own, second = model.state_dict(), ""
+    if further := architecture.arguments.get("head_layers"):
+        head = "the same" if architecture.arguments["shared_lm_head"] else "an own"
+        second = f"{counted(further, 'block')} on the patches of block {model.early_layers}, with {head} head"
     apart = (*PARTS, "norm.", "fc_norm.") if metadata.get("segmentation") else ()  # as segmentors have no such norms
-    lines = {
+    return {
         "dialect": metadata["dialect"],
-        "model": f"{describe(weights, metadata)}, {heads} heads, for images of {height} x {width} pixels",
-        "parameters": f"{sum(t.numel() for t in weights.values()):,} in {len(weights)} tensors of {dtypes}",
+        "model": f"{describe(weights, metadata)}, {_shape(model)}",
+        "second prediction": second,
+        "parameters": _parameters(weights),
         **{f"recorded {key}": _shown(metadata[key]) for key in RECORDED if key in metadata},
         "assumed": "; ".join(metadata.get("guessed", ())),
         "missing": listed(name for name in own if name not in weights and not name.startswith(apart)),
         "other tensors": listed(name for name in weights if name not in own and not name.startswith(apart)),
     }
-    sys.stdout.write("".join(f"{name + ':':<26}{text}\n" for name, text in lines.items() if text))
+
+
+def _of_tokenizer(tokenizer: VisualTokenizer, kind: str) -> dict[str, str]:
+    side, encoder = tokenizer.downsampling, ""
+    if isinstance(tokenizer, VqkdTokenizer):
+        vit = tokenizer.model.encoder
+        encoder = f"{counted(vit.get_num_layers(), 'block')}, {vit.embed_dim} channels, {_shape(vit)}"
+    return {
+        "tokenizer": kind,
+        "tokens": f"{tokenizer.vocab_size:,}, each of {side} x {side} pixels",
+        "encoder": encoder,
+        "parameters": _parameters(tokenizer.state_dict()),
+    }
+
+
+def _shape(model: Backbone) -> str:
+    return f"{model.num_heads} heads, for images of {model.img_size[0]} x {model.img_size[1]} pixels"
+
+
+def _parameters(weights: Mapping[str, Tensor]) -> str:
+    dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()}))
+    return f"{sum(t.numel() for t in weights.values()):,} in {len(weights)} tensors of {dtypes}"
 
 
 def _shown(value: object) -> str:

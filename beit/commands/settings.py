@@ -35,11 +35,12 @@ class CheckpointOptions(ReadWhenMade):
     checkpoint: str = option("", f"any BEiT: {ANY_MODEL}")
     model_key: str = option("", "where it has its weights, such as model_ema; a usual key by default")
     model_prefix: str = option("", "prefix of the names of its weights, if it has those of several models")
+    num_heads: int | None = option(None, "attention heads, if it does not record them", within="[1, inf)")
 
     @property
-    def weights(self) -> dict[str, str]:
+    def weights(self) -> dict[str, Any]:
         """The keywords of :func:`beit.zoo.open_model` and others that say which weights to take."""
-        return {"model_key": self.model_key, "prefix": self.model_prefix}
+        return {"model_key": self.model_key, "prefix": self.model_prefix, "num_heads": self.num_heads}
 
 
 @dataclass(frozen=True)

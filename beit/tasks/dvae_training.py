@@ -4,6 +4,7 @@ Source: BEiT (arXiv 2106.08254), section 2.1; DALL-E (arXiv 2102.12092), section
 1711.00937 (VQ-VAE), with the start of arXiv 2205.08535: first an autoencoder, then k-means, then quantisation.
 """
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +18,7 @@ from beit.data.datasets import ImageDataset
 from beit.data.loaders import EpochDataset, EpochLoader, EvenlySpread
 from beit.data.transforms import CenterCropTransform, RandomCropTransform, to_unit_range
 from beit.errors import InputError
-from beit.storage import atomic_write
+from beit.storage import atomic_write, weights_fingerprint
 from beit.tasks.base import Evaluation, Metrics, Result, Task, find_together, fingerprints, run
 from beit.tasks.settings import DvaeConfig
 from beit.tokenizers.dvae import (
@@ -30,6 +31,7 @@ from beit.tokenizers.dvae import (
     count_codes,
     from_signed_range,
     kl_to_uniform,
+    load_dvae,
     reconstruction_loss,
     save_dvae,
     to_signed_range,
@@ -144,9 +146,13 @@ class DvaeTraining(Task[DvaeConfig]):
         yield f"{self.config.codebook_size} tokens, each of {side} x {side} pixels; lr {self.config.lr:g}"
 
     def finish(self) -> None:
-        """Writes the tokenizer; at the end of a run once more, after a kill between checkpoint and tokenizer."""
+        """Writes the tokenizer unless it is there: after a kill between checkpoint and tokenizer it is not."""
         if self.session.folder and self.average.module.has_codes():
-            save_dvae(self.session.folder.path, self.average.module.tokenizer())
+            path, tokenizer = self.session.folder.path, self.average.module.tokenizer()
+            with contextlib.suppress(InputError):  # as there is none yet, or a damaged one
+                if weights_fingerprint(load_dvae(path)) == weights_fingerprint(tokenizer):
+                    return
+            save_dvae(path, tokenizer)
 
 
 def loss_schedules(config: DvaeConfig, settings: LoopSettings) -> tuple[WarmupCosine, WarmupCosine]:

@@ -163,8 +163,10 @@ def build_backbone(config: LinearProbeConfig) -> Backbone:
     if not source:
         logger.warning("no --checkpoint: the backbone is untrained")
         return backbone
-    report = load_weights(backbone, weights, metadata, drop_head=True)
-    report.log()
+    try:
+        load_weights(backbone, weights, metadata, drop_head=True).log()
+    except InputError as error:
+        raise InputError(str(error) if auto else f"{error}; --model {AUTO} builds the checkpoint's own") from error
     if auto and config.input_size is not None:
         backbone.set_input_size(config.input_size)
     own = vars(ClassificationEvalTransform(backbone.img_size, crop_pct=config.crop_pct))

@@ -111,7 +111,7 @@ class Pretraining(Task[PretrainingConfig]):
         return {
             **meaning_of(self.target),
             "mean": list(self.mean),
-            **({"early_layers": self.model.early_layers} if predicts_twice(self.config) else {}),
+            **({"early_layers": self.model.early_layers} if class_token_arguments(self.config) else {}),
             **fingerprints(self.index, self.eval_index),
         }
 
@@ -132,7 +132,7 @@ class Pretraining(Task[PretrainingConfig]):
                 if isinstance(self.target, TokenTarget):
                     found = evaluate(model, self.objective, probe.loaders[-1], self.precision)
                     scores |= {name: score for name, score in found.items() if name.startswith(VARIETY)}
-                return probe.watch(scores)
+                return probe.watch(scores, self.session.folder)
 
             due.append((config.probe_freq, watched))
 
@@ -178,7 +178,7 @@ class Pretraining(Task[PretrainingConfig]):
             yield f"tokenizer {config.discrete_vae_weight_path}: {self.target.output_size} tokens"
         else:
             yield f"predicting {self.target.name}: {self.target.output_size} numbers per patch"
-        if isinstance(config, PretrainingV2Config) and not predicts_twice(config):
+        if isinstance(config, PretrainingV2Config) and not class_token_arguments(config):
             logger.warning("--model %s does not train the class token: BEiT v2's is %s_cls_pt", *[config.model] * 2)
         yield describe_masks(self.masks)
         batch = config.batch_size * config.update_freq * self.session.world_size
@@ -212,11 +212,15 @@ def build_tokenizer(config: PretrainingConfig, device: torch.device) -> VisualTo
     """Loads the frozen tokenizer; :class:`InputError` if no path was given or it holds no tokenizer."""
     path = config.discrete_vae_weight_path
     if not path:
-        raise InputError(
-            "--discrete_vae_weight_path is missing: give the tokenizer's folder. `beit download tokenizer DIR` fetches "
-            "OpenAI's, run_dvae_training.py trains one on your images (--discrete_vae_type customized), and so does "
-            "run_vqkd_training.py (vqkd); --target pixels, hog and features need none"
-        )
+        ways = [
+            "`beit download tokenizer DIR` fetches OpenAI's (--discrete_vae_type dall-e)",
+            "run_dvae_training.py trains one on your images (--discrete_vae_type customized)",
+            "run_vqkd_training.py trains BEiT v2's, and released ones go by name (--discrete_vae_type vqkd)",
+        ]
+        if isinstance(config, PretrainingV2Config):
+            ways.reverse()
+        problem = "--discrete_vae_weight_path (--tokenizer_weight) is missing: give the tokenizer's file or folder"
+        raise InputError(f"{problem}. {'; '.join(ways)}; --target pixels, hog and features need none")
     dtype = tokenizer_dtype(config, device)
     tokenizer = load_tokenizer(path, config.discrete_vae_type, device, dtype, config.tokenizer_compile)
     sizes = {"codebook_size": tokenizer.vocab_size, "codebook_dim": getattr(tokenizer, "codebook_dim", None)}
@@ -254,16 +258,17 @@ def build_model(config: PretrainingConfig, output_size: int) -> VisionTransforme
         vocab_size=output_size,
         drop_path_rate=config.drop_path,
         use_shared_rel_pos_bias=config.rel_pos_bias,
-        **({name: getattr(config, name) for name in CLS_PT} if predicts_twice(config) else {}),
+        **class_token_arguments(config),
     )
     assert isinstance(model, VisionTransformerForMaskedImageModeling)
     model.set_grad_checkpointing(config.grad_checkpointing)
     return model
 
 
-def predicts_twice(config: PretrainingConfig) -> bool:
-    """Whether the model's name says that it also predicts through the class token, as BEiT v2's do."""
-    return config.model in MODELS and "head_layers" in MODELS[config.model].arguments
+def class_token_arguments(config: PretrainingConfig) -> dict[str, Any]:
+    """Returns the arguments of a model that, as its name says, also predicts through the class token, as BEiT v2's."""
+    takes = config.model in MODELS and "head_layers" in MODELS[config.model].arguments
+    return {name: getattr(config, name) for name in CLS_PT} if takes else {}
 
 
 def build_mask_generator(config: PretrainingConfig, grid_size: tuple[int, int]) -> MaskGenerator:
@@ -388,7 +393,7 @@ def log_flags_without_effect(config: PretrainingConfig) -> None:
         ("target", "features"): (*tokenizer, *views),
         **{("target", name): (*tokenizer, *views, "teacher") for name in ("pixels", "hog")},
     }
-    if not predicts_twice(config):
+    if not class_token_arguments(config):
         unused["model", config.model] = CLS_PT
     default = type(config)()
     for (because, value), names in unused.items():

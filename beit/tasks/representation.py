@@ -5,9 +5,11 @@ Nothing is trained and no random number is drawn, so a run that is watched takes
 Source: k-NN as DINO (arXiv 2104.14294) measures it; RankMe is arXiv 2210.02885.
 """
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +24,10 @@ from beit.features import nearest, share_of, vote, whole
 from beit.inference import pool_tokens
 from beit.modeling import Backbone
 from beit.targets import entropy
+from beit.training.checkpoint import RunFolder
 from beit.training.compilation import uncompiled
 from beit.training.precision import Precision
+from beit.visualization.curves import read_log
 
 logger = logging.getLogger(__name__)
 
@@ -99,12 +103,19 @@ class RepresentationProbe:
         grid = model.patch_embed.grid_size
         return {str(number): pool_tokens(tokens.float(), "mean", grid) for number, tokens in enumerate(outputs)}
 
-    def watch(self, scores: Mapping[str, float]) -> dict[str, float]:
-        """Warns where scores show a collapse; returns them with ``probe_`` before their names."""
+    def watch(self, scores: Mapping[str, float], folder: RunFolder | None = None) -> dict[str, float]:
+        """Warns where scores show a collapse; returns them with ``probe_`` before their names.
+
+        The log in ``folder``, if there is one, has the scores from before the run was resumed.
+        """
+        earlier: list[dict[str, Any]] = []
+        with contextlib.suppress(InputError):  # of a log without an epoch yet
+            earlier = read_log(folder.path) if folder else []
         for name, score in scores.items():
             if bounds := LEAST.get(name.rstrip("_12")):  # the predictions of BEiT v2 are numbered
                 lowest, least = bounds
-                highest = self._highest[name] = max(score, self._highest.get(name, lowest))
+                before = [entry.get(f"test_probe_{name}") or lowest for entry in earlier]
+                highest = self._highest[name] = max(score, self._highest.get(name, lowest), *before)
                 if score < least or (highest - lowest >= RISE and FALL * (score - lowest) < highest - lowest):
                     logger.warning(
                         "%s %.3g, at its highest %.3g: the representation collapses, images look all the same to it; "

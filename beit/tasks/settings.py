@@ -246,7 +246,7 @@ class ClassTokenOptions:
     early_layers: int | None = option(
         None, "block, from 1, whose patches the further blocks see; 9 of 12 and 21 of 24 by default", within="[1, inf)"
     )
-    head_layers: int = option(2, "further blocks", within="[1, inf)")
+    head_layers: int = option(2, "further blocks; 0 for no second prediction", within="[0, inf)")
     shared_lm_head: bool = option(True, "one norm and linear layer for both predictions")
 
 
@@ -460,6 +460,7 @@ class VqkdConfig(DataOptions, BatchOptions, EpochOptions, CosineOptions, RunOpti
     calculate_codebook_usage: bool = option(False, "the same: an evaluation counts the codes in use")
 
     pixels_of: str = option("", "a tokenizer: train a decoder of its codes into pixels instead, for pictures")
+    hidden_dim: int = option(256, "channels of that decoder", within="[1, inf)")
 
     epochs: int = option(100, "passes over the data", within="[1, inf)")
     weight_decay: float = option(1e-4, "weight decay", within="[0, inf)")

@@ -36,6 +36,7 @@ from beit.tasks.base import (
 )
 from beit.tasks.settings import VqkdConfig
 from beit.teachers import load_teacher
+from beit.tokenizers.base import load_tokenizer
 from beit.tokenizers.dvae import (
     COLLAPSED_BELOW,
     DiscreteVAE,
@@ -45,7 +46,7 @@ from beit.tokenizers.dvae import (
     save_dvae,
     to_signed_range,
 )
-from beit.tokenizers.vqkd import MODELS, VQKD, Quantized, load_vqkd, open_vqkd
+from beit.tokenizers.vqkd import MODELS, VQKD, Quantized, VqkdTokenizer, load_vqkd
 from beit.training import distributed
 from beit.training.checkpoint import load_exactly
 from beit.training.loop import to_device
@@ -225,7 +226,9 @@ class PixelDecoding(ImageTask):
     def prepare(self) -> None:
         """Finds the images, and loads the tokenizer, whose size the images get."""
         super().prepare()
-        self.tokenizer = open_vqkd(Path(self.config.pixels_of), torch.float32, compiled=False).to(self.device)
+        tokenizer = load_tokenizer(self.config.pixels_of, "vqkd", self.device)
+        assert isinstance(tokenizer, VqkdTokenizer)
+        self.tokenizer = tokenizer
         self.config = replace(self.config, input_size=self.tokenizer.model.encoder.img_size)
 
     def build_model(self) -> nn.Module:
@@ -234,7 +237,8 @@ class PixelDecoding(ImageTask):
         if 2**layers != self.tokenizer.downsampling:
             raise InputError(f"--pixels_of: patches of {self.tokenizer.downsampling} pixels, which is no power of 2")
         size, dim = codes.shape
-        self.vae = DiscreteVAE(size_pair(self.config.input_size), size, dim, layers).requires_grad_(False)
+        shape = (size, dim, layers, self.config.hidden_dim)
+        self.vae = DiscreteVAE(size_pair(self.config.input_size), *shape).requires_grad_(False)
         self.vae.codebook.weight.copy_(codes)
         self.vae.decoder.requires_grad_(True)
         return nn.Sequential(self.vae.codebook, Rearrange("b h w d -> b d h w"), self.vae.decoder)
@@ -243,10 +247,31 @@ class PixelDecoding(ImageTask):
         """Returns the squared error of the pixels, for values in [-1, 1]."""
 
         def step(model: nn.Module, batch: Batch, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
-            images = to_unit_range(batch["image"])
-            return F.mse_loss(model(self.tokenizer.encode(images)).float(), to_signed_range(images)), {}
+            return self.error(model, batch), {}
 
         return step
+
+    def error(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Returns the mean squared error of a batch."""
+        images = to_unit_range(batch["image"])
+        return F.mse_loss(model(self.tokenizer.encode(images)).float(), to_signed_range(images))
+
+    def build_evaluation(self) -> Evaluation | None:
+        """Returns the evaluation, in float32: ``loss``, and ``psnr`` in dB."""
+        loader = self.evaluation_loader()
+
+        @torch.no_grad()
+        def evaluate(_model: nn.Module, _epoch: int) -> Metrics:
+            self.model.eval()
+            totals = torch.zeros(2, device=self.device)  # summed error, images
+            for batch in loader.epoch(0):
+                error = self.error(self.model, to_device(batch, self.device))
+                totals += torch.stack([error, torch.ones_like(error)]) * len(batch["image"])
+            error, images = distributed.sum_over_ranks(totals).tolist()
+            loss = error / images
+            return {"loss": loss, "psnr": -10 * math.log10(max(loss / 4, 1e-10))}  # of values in [0, 1]
+
+        return None if self.config.disable_eval else evaluate
 
     def extras(self) -> Mapping[str, object]:
         """Records the tokenizer and the data."""

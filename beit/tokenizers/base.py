@@ -8,15 +8,18 @@ Source: section 2.1 of arXiv 2106.08254.
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from beit.checkpoints.load import describe
+from beit.checkpoints.read import read_weights
 from beit.errors import InputError, did_you_mean
 from beit.registry import TOKENIZERS, resolve
-from beit.storage import weights_fingerprint
+from beit.storage import load_checkpoint, weights_fingerprint
 
 # Logits are computed for this many cells × tokens at a time: 256 MiB of float32.
 LOGITS_AT_ONCE = 1 << 26
@@ -165,7 +168,7 @@ def load_tokenizer(
         path: For ``dall-e`` a folder with ``encoder.pkl`` or ``encoder.safetensors``, and a decoder likewise if
             :meth:`VisualTokenizer.decode` is called. For ``customized`` a folder with ``pytorch_model.bin`` and
             ``config.json``. In both cases the file itself works too. For ``vqkd`` a file, or a name in
-            :data:`beit.tokenizers.vqkd.DOWNLOADS`.
+            :data:`beit.tokenizers.vqkd.DOWNLOADS`. A checkpoint of the run that trained it works as well.
         kind: A key of :data:`beit.registry.TOKENIZERS`; by default that of the file.
         device: Where to put it.
         dtype: Number format of the encoder up to its last layer; logits and decoder are always float32. float16 and
@@ -185,7 +188,10 @@ def load_tokenizer(
     opens_names &= path.name.startswith("vqkd_") and not path.suffix
     if not path.exists() and not opens_names:
         near = did_you_mean(path.name, os.listdir(path.parent)) if path.parent.is_dir() else ""
-        raise InputError(f"no tokenizer at {path}{near}; `beit download tokenizer DIR` fetches the published one")
+        released = "`beit download tokenizer DIR` fetches the published one"
+        if kind and kind.startswith("vqkd"):
+            released = f"released ones go by name: {', '.join(name for name in TOKENIZERS if name.startswith('vqkd_'))}"
+        raise InputError(f"no tokenizer at {path}{near}; {released}")
     kind = kind or detect_kind(path)
     if kind.startswith("vqkd") and (found := detect_kind(path)) != "vqkd":
         raise InputError(f"{path} is a tokenizer of kind {found}, not VQ-KD: name that kind, or give another file")
@@ -193,13 +199,22 @@ def load_tokenizer(
     if num_heads is not None and not kind.startswith("vqkd"):
         raise InputError(f"{path} is a tokenizer of kind {kind}: only VQ-KD's files take num_heads")
     options = {} if num_heads is None else {"num_heads": num_heads}
-    tokenizer: VisualTokenizer = open_tokenizer(path, dtype, compiled, **options)
+    try:
+        tokenizer: VisualTokenizer = open_tokenizer(path, dtype, compiled, **options)
+    except InputError as problem:
+        try:
+            found = describe(*read_weights(path))
+        except InputError:
+            raise problem from None
+        raise InputError(f"{path} is no tokenizer but {found}") from problem
     return tokenizer.to(device)
 
 
 def detect_kind(path: Path) -> str:
-    """Returns which of this library's kinds of tokenizer is in a file or a folder, going by the names of files."""
+    """Returns which of this library's kinds of tokenizer is in a folder, by its files' names, or in a file."""
     names = os.listdir(path) if path.is_dir() else [path.name]
     if any(name.startswith(("encoder.", "decoder.")) for name in names):
         return "dall-e"
-    return "customized" if "pytorch_model.bin" in names else "vqkd"
+    content = load_checkpoint(path, mmap=True) if path.is_file() else {}
+    is_dvae = isinstance(content, Mapping) and "quantizer" in content  # a checkpoint of its training
+    return "customized" if is_dvae or "pytorch_model.bin" in names else "vqkd"

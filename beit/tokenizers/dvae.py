@@ -457,22 +457,26 @@ def open_customized(path: Path, dtype: torch.dtype, compiled: bool) -> Customize
 def load_dvae(path: str | os.PathLike[str]) -> DiscreteVAE:
     """Opens a discrete VAE, trainable and on the CPU, from a folder with ``pytorch_model.bin`` or from the file.
 
-    Its sizes are those in ``config.json`` beside it, or the official ones if there is none.
+    Its sizes are those in ``config.json`` beside it, or the official ones if there is none. From a checkpoint of its
+    training it is the moving average.
 
     Raises:
-        InputError: The file is missing or something else, or its weights have other sizes.
+        InputError: The file is missing or something else, its weights have other sizes, or it has no codes yet.
     """
     file = Path(path)
     if file.is_dir():
         found = sorted(os.listdir(file))
         if "pytorch_model.bin" not in found:
-            hint = "; set the kind to dall-e" if any(name.startswith("encoder.") for name in found) else ""
+            hints = {"encoder.": "set the kind to dall-e", "checkpoint-": "a dVAE's training writes it with its codes"}
+            hint = "".join(f"; {hints[part]}" for part in hints if any(name.startswith(part) for name in found))
             raise InputError(f"{file} has no pytorch_model.bin (found: {', '.join(found[:8]) or 'nothing'}){hint}")
         file = file / "pytorch_model.bin"
     require_file(file)
     if file.suffix == ".pkl":
         raise InputError(f"{file} looks like a part of the dall-e tokenizer: set the kind to dall-e")
     checkpoint = load_checkpoint(file)
+    if isinstance(checkpoint, Mapping) and "quantizer" in checkpoint:
+        return _average_of_run(checkpoint, file).requires_grad_(True)
     weights = checkpoint.get("weights", checkpoint) if isinstance(checkpoint, dict) else {}
     if "codebook.weight" not in weights:
         raise InputError(f"{file} holds no discrete VAE: it has no codebook.weight")
@@ -492,6 +496,22 @@ def load_dvae(path: str | os.PathLike[str]) -> DiscreteVAE:
             )
     model.load_state_dict({name: value.float() for name, value in weights.items()}, assign=True)
     return model.requires_grad_(True)
+
+
+def _average_of_run(checkpoint: Mapping[str, Any], file: Path) -> DiscreteVAE:
+    """Returns the tokenizer that a checkpoint of its training would publish."""
+    try:
+        args = checkpoint["args"]
+        size = args["input_size"]
+        names = ("codebook_size", "codebook_dim", "num_layers", "hidden_dim")
+        vae = DiscreteVAE(tuple(size) if isinstance(size, list) else size, *(args[name] for name in names))
+        average = RelaxedAutoencoder(vae) if checkpoint["quantizer"] == "gumbel" else QuantizedAutoencoder(vae)
+        average.load_state_dict(checkpoint["model_ema"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{file} is no whole checkpoint of a discrete VAE: {' '.join(str(error).split())}") from error
+    if not average.has_codes():
+        raise InputError(f"{file} has no codes yet: take one from after --quantize_from of the run")
+    return average.tokenizer()
 
 
 def _read_sizes(config: Path) -> dict[str, Any]:

@@ -9,7 +9,6 @@ processes, from its k-means start on (official: each process has its own); a cod
 (official: rounding moves it by less than 1e-6); evaluating counts nothing in the buffer ``quantize.cluster_size``.
 """
 
-import logging
 import math
 import re
 from collections.abc import Mapping
@@ -32,8 +31,6 @@ from beit.tokenizers.base import VisualTokenizer
 from beit.tokenizers.codebook import draw, gather, kmeans, nearest, sums_by_code
 from beit.tokenizers.dvae import DiscreteVAE, from_signed_range, load_dvae
 
-logger = logging.getLogger(__name__)
-
 CLIP, DINO = "vit_base_patch16_clip_quickgelu_224.openai", "vit_base_patch16_224.dino"  # names of timm's
 MODELS: dict[str, tuple[int, str]] = {  # name -> blocks of the decoder, teacher; all else is the constructor's default
     "vqkd_encoder_base_decoder_3x768x12_clip": (3, CLIP),
@@ -51,7 +48,6 @@ PREPARATIONS = {  # --process_type -> mean and standard deviation of the encoder
     "dall-e": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),  # the images as they are, as official
 }
 NO_PART = ("loss", "teacher", "scaling")  # beginnings of names that are no part of a tokenizer, as official
-PUBLISHED_WIDTH, HEAD_WIDTH = 768, 64  # channels of a token, and of an attention head, in the published models
 
 
 class Quantized(NamedTuple):
@@ -302,13 +298,13 @@ def load_vqkd(path: Path, num_heads: int | None = None) -> VQKD:
     Raises:
         InputError: It cannot be read or is something else, its weights do not belong together, or it has no codes yet.
     """
-    encoder, metadata = read_weights(path, "model|state_dict", "encoder.")
+    encoder, metadata = read_weights(path, "model|state_dict", "encoder.", num_heads=num_heads)
     content = load_checkpoint(path, mmap=True)
     state = next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), Mapping)), content)
     weights = {n: t.clone() for n, t in state.items() if n == "loss_idle" or not n.startswith((*NO_PART, "encoder."))}
     if metadata["dialect"] == "mmpretrain":
         encoder = {re.sub("^norm", "fc_norm", name): tensor for name, tensor in encoder.items()}
-    model = _model_of(encoder, weights, metadata | ({"num_heads": num_heads} if num_heads else {}))
+    model = _model_of(encoder, weights, metadata)
     own = model.state_dict()
     idle = torch.zeros(len(own["loss_idle"]), dtype=torch.int64)
     weights = {"loss_idle": idle, **{f"encoder.{name}": tensor for name, tensor in encoder.items()}, **weights}
@@ -326,16 +322,8 @@ def _model_of(encoder: Mapping[str, Tensor], weights: Mapping[str, Tensor], meta
     needed = ("cls_token", "pos_embed", "quantize.embedding.weight", "encode_task_layer.2.weight")
     if lacks := [name for name in needed if name not in encoder and name not in weights]:
         raise InputError(f"{source} holds no VQ-KD tokenizer: it lacks {listed(lacks)}")
-    width, side = encoder["cls_token"].shape[-1], math.isqrt(encoder["pos_embed"].shape[1] - 1)
+    side = math.isqrt(encoder["pos_embed"].shape[1] - 1)
     metadata.setdefault("window", (side, side))  # official grids are squares
-    if "num_heads" not in metadata:
-        usual = range(max(1, width // HEAD_WIDTH), 0, -1)
-        metadata["num_heads"] = next(heads for heads in usual if width % heads == 0)
-        if width != PUBLISHED_WIDTH:
-            text = "%s does not record its attention heads: assuming %d; num_heads= of load_tokenizer settles it"
-            logger.warning(text, source, metadata["num_heads"])
-    if width % metadata["num_heads"]:
-        raise InputError(f"{source}: {width} channels cannot be split into {metadata['num_heads']} heads")
     arguments = architecture_of(encoder, metadata).arguments
     for name in ("num_classes", "use_mean_pooling"):
         del arguments[name]

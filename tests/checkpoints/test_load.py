@@ -20,6 +20,7 @@ from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 import beit
 from beit import storage
 from beit.checkpoints import released
+from beit.checkpoints.export import convert
 from beit.checkpoints.formats import dialects
 from beit.checkpoints.heads import match_classes
 from beit.checkpoints.load import load_pretrained
@@ -103,6 +104,11 @@ def test_loading_equals_the_official_code(golden, tmp_path, case):
         assert set(report.dropped) == {"head.weight", "head.bias"}
     assert report.unexpected == ()
     assert "4 x 4 to 5 x 5 patches" in report.summary()
+
+
+def test_a_shared_table_adds_no_blocks_to_what_a_deeper_model_is_told(tmp_path):
+    with pytest.raises(InputError, match="it looks like a pre-trained BEiT with 2 blocks"):
+        load_pretrained(classifier(depth=6), save(tmp_path, masked()))
 
 
 def test_a_shared_table_stays_shared_where_the_model_shares_one(tmp_path):
@@ -834,17 +840,23 @@ def warnings_of(caplog):
     [
         ({"embed_dim": 1408, "num_heads": 16}, None),
         ({"embed_dim": 192, "num_heads": 3}, None),
-        ({"embed_dim": 256, "num_heads": 8}, "4 attention heads, of 64 channels (num_heads= of create_model"),
+        ({"embed_dim": 256, "num_heads": 8}, "4 attention heads of 64 channels (num_heads= settles it)"),
+        ({"embed_dim": 48, "num_heads": 4}, "1 attention head of 48 channels (num_heads= settles it)"),
     ],
 )
 def test_heads_that_nobody_recorded_are_a_guess(options, guess, tmp_path, caplog):
     model = classifier(**options, depth=1, use_abs_pos_emb=True, use_rel_pos_bias=False)
     recorded = {"mean": [0.5] * 3, "std": [0.5] * 3, "image_size": 64}
     opened = get_model(save(tmp_path, model, **recorded))
-    assert opened.num_heads == (4 if guess else options["num_heads"])
+    assert opened.num_heads == (int(guess[0]) if guess else options["num_heads"])
     assert len(warnings_of(caplog)) == (guess is not None)
     assert guess is None or guess in caplog.text
-    assert opened.metadata.get("guessed", []) == ([g for g in opened.metadata.get("guessed", []) if "heads" in g])
+    assert opened.metadata.get("guessed", []) == ([g for g in opened.metadata.get("guessed", []) if "head" in g])
+    caplog.clear()
+    assert get_model(tmp_path / "checkpoint.pth", num_heads=2).num_heads == 2
+    assert not warnings_of(caplog)
+    convert(tmp_path / "checkpoint.pth", tmp_path / "told.pth", "unilm", num_heads=2)
+    assert get_model(tmp_path / "told.pth").num_heads == 2
 
 
 @pytest.mark.parametrize(

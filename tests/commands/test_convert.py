@@ -16,6 +16,8 @@ from beit.checkpoints.read import read_weights
 from beit.errors import InputError
 from beit.modeling import VisionTransformer, VisionTransformerForMaskedImageModeling
 from beit.storage import load_checkpoint, save_checkpoint
+from beit.tokenizers.dvae import DiscreteVAE, QuantizedAutoencoder, RelaxedAutoencoder, save_dvae
+from beit.tokenizers.vqkd import VQKD
 from beit.zoo import get_model
 from semantic_segmentation.modeling import build_segmentor
 
@@ -298,6 +300,43 @@ def test_inspect_shows_what_is_recorded_and_what_is_assumed(tmp_path, capsys):
     assert "2 x 2 patches" in lines["assumed"]
     assert "images of mean [0.5, 0.5, 0.5]" in lines["assumed"]
     assert main(["inspect", str(tmp_path / "b.pth")]) == 2
+
+
+def inspected(capsys, *words):
+    assert main(["inspect", *map(str, words)]) == 0
+    return dict(re.split(r":\s+", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
+
+
+def test_inspect_shows_tokenizers_of_each_kind(tmp_path, capsys):
+    sizes = {"codebook_size": 32, "codebook_dim": 8, "num_layers": 2, "hidden_dim": 16}
+    vae = DiscreteVAE(16, *sizes.values())
+    save_dvae(tmp_path / "vae", vae)
+    relaxed, quantized = RelaxedAutoencoder(vae), QuantizedAutoencoder(vae)
+    for quantizer, average in {"gumbel": relaxed, "vq": quantized}.items():
+        state = {"quantizer": quantizer, "args": {"input_size": 16, **sizes}, "model_ema": average.state_dict()}
+        save_checkpoint(tmp_path / f"{quantizer}.pth", state)
+    assert main(["inspect", str(tmp_path / "vq.pth")]) == 2  # it has no codes yet
+    state["model_ema"]["started"] = torch.tensor(True)
+    save_checkpoint(tmp_path / "vq.pth", state)
+    for source in ("vae", "gumbel.pth", "vq.pth"):
+        lines = inspected(capsys, tmp_path / source)
+        assert (lines["tokenizer"], lines["tokens"]) == ("customized", "32, each of 4 x 4 pixels")
+    assert lines["parameters"].startswith(f"{sum(tensor.numel() for tensor in vae.state_dict().values()):,} in")
+    model = VQKD(img_size=32, embed_dim=48, depth=2, num_heads=4, codebook_size=32, codebook_dim=8)
+    save_checkpoint(tmp_path / "vqkd.pth", {"model": model.state_dict()})
+    lines = inspected(capsys, tmp_path / "vqkd.pth", "--num_heads", 4)
+    assert (lines["tokenizer"], lines["tokens"]) == ("vqkd", "32, each of 16 x 16 pixels")
+    assert lines["encoder"] == "2 blocks, 48 channels, 4 heads, for images of 32 x 32 pixels"
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_inspect_shows_a_second_prediction(shared, tmp_path, capsys):
+    further = {"head_layers": 1, "early_layers": 1, "shared_lm_head": shared}
+    model = VisionTransformerForMaskedImageModeling(**{**SIZES, **further, "img_size": 32})
+    save_checkpoint(tmp_path / "v2.pth", {"model": model.state_dict(), "args": {"early_layers": 1}})
+    lines = inspected(capsys, tmp_path / "v2.pth")
+    head = "the same" if shared else "an own"
+    assert lines["second prediction"] == f"1 block on the patches of block 1, with {head} head"
 
 
 def test_inspect_takes_segmentors_and_folders(tmp_path, capsys):

@@ -265,6 +265,11 @@ def test_a_run_leaves_a_tokenizer_that_pretraining_can_load(tmp_path, quantizer)
     assert len(parts) >= 10
     assert all(torch.equal(weights[name], average[f"{prefix}{name}"]) for name in parts)  # not the last step's
     assert any(not torch.equal(weights[name], last[f"{prefix}{name}"]) for name in parts)
+    same = load_tokenizer(tmp_path / "run" / "checkpoint-1.pth")
+    assert same.fingerprint() == tokenizer.fingerprint()
+    assert same.model.sizes() == tokenizer.model.sizes()
+    main(run_config(images, tmp_path / "run", quantizer=quantizer, input_size=24))  # nothing is left to train
+    assert load_tokenizer(str(tmp_path / "run")).model.image_size == (16, 16)
     with Image.open(tmp_path / "run" / "reconstructions.png") as picture:
         assert np.asarray(picture).std() > 10
 

@@ -388,7 +388,7 @@ def test_heads_do_not_go_on_with_another_backbone(good_flags, checkpoints, capsy
 MISTAKES = {
     "missing folder": ({"--data_path": "nowhere"}, ["nowhere"]),
     "no such checkpoint": ({"--pretrained_weights": "nowhere.pth"}, ["nowhere.pth"]),
-    "another model": ({"--model": "beit_tiny_patch16_224"}, ["another model"]),
+    "another model": ({"--model": "beit_tiny_patch16_224"}, ["another model", "--model auto"]),
     "nothing to read the model off": ({"--pretrained_weights": ""}, ["--model auto", "--checkpoint"]),
     "a pre-training model": (
         {"--model": "beit_tiny_patch16_224_8k_vocab"},

@@ -315,7 +315,7 @@ MISTAKES = {
     "another codebook": ({"--codebook_size": 8192}, ["--codebook_size 8192", "has 16"]),
     "a tokenizer of the first version": ({"--second_input_size": 64}, ["64×64", "second_input_size to 32"]),
     "no such block": ({"--early_layers": 3}, ["early_layers 3", "1 to 2"]),
-    "no further blocks": ({"--head_layers": 0}, ["--head_layers 0"]),
+    "fewer than no further blocks": ({"--head_layers": -1}, ["--head_layers -1"]),
     "a classifier": ({"--model": "beit_base_patch16_224"}, ["classifier", "beit_base_patch16_224_8k_vocab"]),
     "no tokenizer": ({"--tokenizer_weight": "nowhere"}, ["nowhere"]),
 }

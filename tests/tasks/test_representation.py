@@ -18,6 +18,7 @@ from beit.targets import entropy
 from beit.tasks.pretraining import main
 from beit.tasks.representation import PENALTY, RepresentationProbe, effective_rank, neighbours, ridge
 from beit.tasks.settings import PretrainingConfig
+from beit.training.checkpoint import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,15 @@ def test_a_collapse_is_warned_of_and_a_good_run_is_not(caplog):
         {"rankme": 1.0, "codebook_perplexity": 2.0, "token_entropy": 0.0}
     )  # from the start, where one token is usual
     assert len(caplog.messages) == 2
+
+
+def test_an_alarm_remembers_what_the_log_has_from_before_a_resume(tmp_path, caplog):
+    entries = ({"epoch": 0}, {"epoch": 1, "test_probe_rankme": 9.0}, {"epoch": 2, "test_probe_rankme": None})
+    (tmp_path / "log.txt").write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
+    probe = RepresentationProbe.__new__(RepresentationProbe)
+    probe._highest = {}
+    probe.watch({"rankme": 2.0}, RunFolder(str(tmp_path)))
+    assert "rankme 2, at its highest 9" in caplog.text
 
 
 # In a run

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shlex
 import shutil
 from dataclasses import fields, replace
@@ -16,6 +17,8 @@ from PIL import Image
 
 import beit
 from beit.config import read_command_line
+from beit.data.datasets import ImageDataset, index_images
+from beit.data.transforms import CenterCropTransform
 from beit.errors import InputError
 from beit.modeling import VisionTransformerForMaskedImageModeling
 from beit.storage import load_checkpoint, save_checkpoint
@@ -316,12 +319,20 @@ def test_a_stopped_run_ends_with_the_same_bits(config, tmp_path):
 def test_codes_are_drawn_after_training_a_decoder_into_pixels(config, tmp_path):
     main(replace(config, epochs=1))
     path = tmp_path / "run" / "checkpoint-0.pth"
-    main(replace(config, pixels_of=str(path), epochs=4, lr=4e-3, output_dir=str(tmp_path / "drawing")))
+    drawing = {"pixels_of": str(path), "output_dir": str(tmp_path / "drawing"), "epochs": 4, "lr": 4e-3}
+    main(replace(config, **drawing, hidden_dim=32))
     log = log_of(tmp_path / "drawing")
     assert log[-1]["train_loss"] < 0.9 * log[0]["train_loss"]
     tokenizer = beit.load_tokenizer(path)
     images = some_images(2) / 255
     assert tokenizer.decode(tokenizer.encode(images)).shape == images.shape
+    assert tokenizer.pixels.hidden_dim == 32
+    index = index_images(config.data_path)
+    data = ImageDataset(index, CenterCropTransform(32, interpolation="bicubic", crop_fraction=0.875), 0)
+    held_out = torch.stack([data[0, number]["image"] for number in range(0, 32, 4)]) / 255  # eval_images
+    drawn = tokenizer.pixels.decode(tokenizer.encode(held_out))
+    assert log[-1]["test_loss"] == pytest.approx(F.mse_loss(drawn, held_out * 2 - 1).item(), rel=1e-3)
+    assert log[-1]["test_psnr"] == pytest.approx(-10 * math.log10(log[-1]["test_loss"] / 4))
 
     other = load_checkpoint(path)
     other["model"]["quantize.embedding.weight"] = other["model"]["quantize.embedding.weight"].flip(0)

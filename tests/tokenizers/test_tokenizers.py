@@ -22,6 +22,7 @@ from beit.registry import TOKENIZERS
 from beit.tokenizers.base import VisualTokenizer, load_tokenizer
 from beit.tokenizers.dalle import download_tokenizer
 from beit.tokenizers.dvae import DiscreteVAE, load_dvae, save_dvae
+from beit.zoo import create_model
 from dall_e import load_model, map_pixels
 from dall_e.utils import Conv2d
 
@@ -284,6 +285,20 @@ def test_kinds_and_paths_that_cannot_work_are_named(golden, dvae_folder, tmp_pat
         load_tokenizer(golden / "dalle_small" / "decoder.pkl", "dall-e")
     with pytest.raises(InputError, match="neither an encoder nor a decoder"):
         load_tokenizer(dvae_folder / "pytorch_model.bin", "dall-e")
+    with pytest.raises(InputError, match=r"no tokenizer at .*; released ones go by name: vqkd_encoder_base_"):
+        load_tokenizer(tmp_path / "gone.pth", "vqkd")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint-0.pth").touch()
+    with pytest.raises(InputError, match="a dVAE's training writes it with its codes"):
+        load_tokenizer(tmp_path / "run", "customized")
+
+
+@pytest.mark.parametrize("kind", ["dall-e", "customized", "vqkd"])
+def test_a_backbone_that_is_given_as_a_tokenizer_is_recognised(kind, tmp_path):
+    model = create_model("beit_tiny_patch16_224_8k_vocab", depth=1, embed_dim=16, num_heads=2, vocab_size=8)
+    torch.save({"model": model.state_dict()}, tmp_path / "checkpoint-1.pth")
+    with pytest.raises(InputError, match=r"checkpoint-1.pth is no tokenizer but a pre-trained BEiT with 1 block, 16 c"):
+        load_tokenizer(tmp_path / "checkpoint-1.pth", kind)
 
 
 def test_a_file_that_is_something_else_is_named(tmp_path):

@@ -303,7 +303,7 @@ def test_initial_weights_are_spread_like_the_official_ones(facts):
 def test_the_number_of_heads_is_recorded_given_or_guessed_with_a_warning(stored, path, caplog, tmp_path):
     with caplog.at_level(logging.WARNING):
         assert load_vqkd(path).encoder.num_heads == 1
-    assert "assuming 1; num_heads= of load_tokenizer settles it" in caplog.text
+    assert "1 attention head of 48 channels (num_heads= settles it)" in caplog.text
     caplog.clear()
     torch.save({"model": stored["state_dict"], "num_heads": 4}, tmp_path / "own.pth")
     torch.save({"model": stored["state_dict"], "args": {"model_kwargs": {"num_heads": 4}}}, tmp_path / "args.pth")
