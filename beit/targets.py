@@ -121,7 +121,6 @@ class TokenTarget(PredictionTarget):
 
     @classmethod
     def build(cls, *, tokenizer: Callable[[], VisualTokenizer], **_: object) -> "TokenTarget":
-        """Loads the run's tokenizer."""
         return cls(tokenizer())
 
     def compute(self, batch: Batch, index: Tensor) -> Tensor:
@@ -169,7 +168,6 @@ class TokenTarget(PredictionTarget):
         return outputs.log_softmax(dim=-1).amax(dim=-1)
 
     def check(self, patch_grid: tuple[int, int], second_size: tuple[int, int]) -> None:
-        """Checks that there is one token per patch."""
         self.tokenizer.check_grid(second_size, patch_grid)
 
     def pictures(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
@@ -241,7 +239,6 @@ class PixelTarget(RegressionTarget):
     def build(
         cls, *, patch_size: tuple[int, int], mean: Sequence[float], std: Sequence[float], pixel_norm: bool, **_: object
     ) -> "PixelTarget":
-        """Takes patch size, mean and standard deviation from the run."""
         return cls(patch_size, mean, std, pixel_norm)
 
     def compute(self, batch: Batch, index: Tensor) -> Tensor:
@@ -295,7 +292,6 @@ class HogTarget(RegressionTarget):
 
     @classmethod
     def build(cls, *, patch_size: tuple[int, int], **_: object) -> "HogTarget":
-        """Takes the patch size from the run."""
         return cls(patch_size)
 
     def compute(self, batch: Batch, index: Tensor) -> Tensor:
@@ -331,7 +327,6 @@ class FeatureTarget(RegressionTarget):
 
     @classmethod
     def build(cls, *, teacher: Callable[[], Teacher], **_: object) -> "FeatureTarget":
-        """Opens the run's teacher."""
         return cls(teacher())
 
     def compute(self, batch: Batch, index: Tensor) -> Tensor:

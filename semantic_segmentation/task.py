@@ -45,11 +45,9 @@ class Segmentation(Task[TrainConfig]):
     best_metric = "mIoU"
 
     def check(self) -> None:
-        """Makes sure that the settings fit each other."""
         check(self.config)
 
     def prepare(self) -> None:
-        """Finds images, label maps and classes."""
         config, root = self.config, Path(self.config.data_path)
         self.train = find_pairs(root / config.train_images, root / config.train_annotations)
         self.val = None if config.disable_eval else find_pairs(root / config.val_images, root / config.val_annotations)
@@ -57,7 +55,6 @@ class Segmentation(Task[TrainConfig]):
         check_data(config, [self.train, *([self.val] if self.val else [])], self.classes)
 
     def build_model(self) -> Segmentor:
-        """Creates the segmentor and loads what it starts from: a whole segmentor, or a backbone."""
         segmentor = build_model(self.config, len(self.classes))
         start_from(segmentor, self.config.init_from, self.classes.names)
         if self.session.world_size > 1:
@@ -65,7 +62,6 @@ class Segmentation(Task[TrainConfig]):
         return segmentor
 
     def build_loader(self) -> EpochLoader:
-        """Creates the loader of training crops."""
         config = self.config
         transform = TrainTransform(
             image_scale=config.image_scale,
@@ -81,7 +77,6 @@ class Segmentation(Task[TrainConfig]):
         )
 
     def build_objective(self) -> StepFunction:
-        """Returns the loss of both heads."""
         return PixelClassification(auxiliary_weight=self.config.auxiliary_weight, average=self.config.loss_average)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -101,7 +96,6 @@ class Segmentation(Task[TrainConfig]):
         )
 
     def loop_settings(self) -> LoopSettings:
-        """Returns the durations, which are in steps already."""
         return self.settings_for(self.config.max_steps, Period("step"))
 
     def schedules(self, settings: LoopSettings) -> tuple[Schedule, None]:
@@ -112,7 +106,6 @@ class Segmentation(Task[TrainConfig]):
         return lambda step: schedule((step + 1) * batches - 1), None
 
     def build_evaluation(self) -> Evaluation | None:
-        """Returns the evaluation on the validation images: mIoU, mAcc and aAcc, as fractions."""
         if self.val is None:
             return None
         test = build_test(self.config, self.val, self.classes, self.session, self.precision, STATISTICS)
@@ -127,7 +120,6 @@ class Segmentation(Task[TrainConfig]):
         return evaluation
 
     def extras(self) -> Mapping[str, object]:
-        """Records what a user of the model needs: classes, colours, taps, and how an image is preprocessed."""
         segmentor = self.model
         assert isinstance(segmentor, Segmentor)
         return {
@@ -144,7 +136,6 @@ class Segmentation(Task[TrainConfig]):
         }
 
     def summary(self) -> Iterator[str]:
-        """Yields the model and the data."""
         config, val = self.config, len(self.val or ())
         yield from super().summary()
         classes, images = counted(len(self.classes), "class"), counted(val, "validation image")

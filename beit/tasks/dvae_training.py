@@ -61,7 +61,6 @@ class DvaeTraining(Task[DvaeConfig]):
     """A discrete VAE; the moving average of its weights is the tokenizer that is published after every epoch."""
 
     def check(self) -> None:
-        """Makes sure that there are images and that the temperature falls."""
         config = self.config
         if not config.data_path:
             raise InputError("--data_path is missing: give a folder of images, or a text file of paths")
@@ -70,7 +69,6 @@ class DvaeTraining(Task[DvaeConfig]):
             raise InputError(f"--temperature_end {last:g}: must be at most --temperature_start {first:g}")
 
     def prepare(self) -> None:
-        """Finds the images."""
         self.index = find_together(self.config.data_path)
         self.eval_index = find_together(self.config.eval_data_path) if self.config.eval_data_path else None
 
@@ -79,7 +77,6 @@ class DvaeTraining(Task[DvaeConfig]):
         return Precision(resolve_amp_dtype(self.config.amp_dtype, self.device, bf16_cpu=True), self.device)
 
     def build_model(self) -> Autoencoder:
-        """Creates the dVAE with its quantiser, in the memory format that is the fastest for convolutions."""
         config = self.config
         sizes = (config.codebook_size, config.codebook_dim, config.num_layers, config.hidden_dim)
         vae = DiscreteVAE(config.input_size, *sizes).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -88,18 +85,15 @@ class DvaeTraining(Task[DvaeConfig]):
         return QuantizedAutoencoder(vae, config.codebook_decay, config.commitment)
 
     def build_loader(self) -> EpochLoader:
-        """Creates the loader of random crops."""
         config = self.config
         scale = (config.min_crop, 1.0)
         transform = RandomCropTransform(config.input_size, interpolation=config.interpolation, scale=scale)
         return self.loader_of(ImageDataset(self.index, transform, config.seed))
 
     def build_objective(self) -> StepFunction:
-        """Returns the loss with its schedules."""
         return Reconstruction(schedule_of(self.config, self.loop_settings()), self.config.reconstruction)
 
     def build_average(self) -> Average:
-        """Creates the moving average, which is what gets evaluated and published."""
         self.average = ModelEmaV3(self.model, decay=self.config.ema_decay, use_warmup=True)
         return self.average
 
@@ -119,11 +113,9 @@ class DvaeTraining(Task[DvaeConfig]):
         return self.evaluation
 
     def extras(self) -> Mapping[str, object]:
-        """Records the data and the quantiser."""
         return {**fingerprints(self.index, self.eval_index), "quantizer": self.config.quantizer}
 
     def build_epoch_end(self) -> Callable[[int, ScalarWriter], None]:
-        """Returns what publishes the tokenizer and the newest picture."""
         return self.publish
 
     def publish(self, epoch: int, scalars: ScalarWriter) -> None:
@@ -140,7 +132,6 @@ class DvaeTraining(Task[DvaeConfig]):
         self.evaluation.picture = None
 
     def summary(self) -> Iterator[str]:
-        """Yields the sizes of model and tokens."""
         yield from super().summary()
         side = 2**self.config.num_layers
         yield f"{self.config.codebook_size} tokens, each of {side} x {side} pixels; lr {self.config.lr:g}"

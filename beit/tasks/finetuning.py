@@ -67,7 +67,6 @@ class Finetuning(Task[FinetuningConfig]):
         self.batch_multiple = 2 if self.config.mixes else 1
 
     def check(self) -> None:
-        """Makes sure that images can be mixed as asked."""
         shares = self.config.cutmix_minmax
         if shares is not None and not (len(shares) == 2 and shares[0] <= shares[1]):
             raise InputError("--cutmix_minmax takes two shares of a side, the smallest first")
@@ -77,7 +76,6 @@ class Finetuning(Task[FinetuningConfig]):
             raise InputError(f"--batch_size {self.config.batch_size}: must be even, as mixup and cutmix pair images")
 
     def prepare(self) -> None:
-        """Finds the images and their classes; an evaluation alone needs no training images."""
         config = self.config
         self.train, self.val, self.class_names = find_labelled(
             config,
@@ -94,7 +92,6 @@ class Finetuning(Task[FinetuningConfig]):
         self.eval_transform = ClassificationEvalTransform(config.input_size, crop_pct=config.crop_pct)
 
     def build_model(self) -> VisionTransformer:
-        """Creates the classifier and loads the backbone that it starts from."""
         config = self.config
         model = build_model(config, len(self.class_names))
         if config.init_from:
@@ -103,7 +100,6 @@ class Finetuning(Task[FinetuningConfig]):
         return model
 
     def build_loader(self) -> EpochLoader:
-        """Creates the loader of augmented training images."""
         config = self.config
         transform = ClassificationTransform(
             size_pair(config.input_size),
@@ -120,7 +116,6 @@ class Finetuning(Task[FinetuningConfig]):
         return self.loader_of(labelled_dataset(self.train, transform, config.seed))
 
     def build_objective(self) -> StepFunction:
-        """Returns the loss, with mixup and cutmix where they are asked for."""
         config = self.config
         mixup = Mixup(
             mixup_alpha=config.mixup,
@@ -135,7 +130,6 @@ class Finetuning(Task[FinetuningConfig]):
         return Classification(self.mean, self.std, config.smoothing, mixup if config.mixes else None)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Returns the parameters with a learning rate of their own for each layer."""
         config, model = self.config, self.model
         assert isinstance(model, VisionTransformer)
         no_decay = model.no_weight_decay()
@@ -151,12 +145,10 @@ class Finetuning(Task[FinetuningConfig]):
         )
 
     def build_average(self) -> Average | None:
-        """Returns the moving average of the weights, if there is one."""
         device = torch.device("cpu") if self.config.model_ema_force_cpu else None
         return Average(self.model, self.config.model_ema_decay, device=device) if self.config.model_ema else None
 
     def build_evaluation(self) -> Evaluation | None:
-        """Returns the evaluation on the validation images, if there are any."""
         if self.val is None:
             return None
         dataset = labelled_dataset(self.val, self.eval_transform, self.config.seed, strict=True)
@@ -164,7 +156,6 @@ class Finetuning(Task[FinetuningConfig]):
         return lambda model, _epoch: evaluate(model, loader, self.precision, mean=self.mean, std=self.std)
 
     def extras(self) -> Mapping[str, object]:
-        """Records what a user of the model needs: class names by id, how an image is preprocessed, and the data."""
         return {
             "labels": list(self.class_names),
             "crop_pct": self.eval_transform.crop_pct,
@@ -175,7 +166,6 @@ class Finetuning(Task[FinetuningConfig]):
         }
 
     def summary(self) -> Iterator[str]:
-        """Yields the model and its classes; warns of a moving average that is too slow for the run."""
         yield from super().summary()
         decay, steps = self.config.model_ema_decay, self.loop_settings().total_steps
         if self.config.model_ema and (left := decay**steps) > 0.1:

@@ -56,11 +56,9 @@ class LinearProbe(Task[LinearProbeConfig]):
     best_metric = "acc1"
 
     def build_precision(self) -> Precision:
-        """Returns float32, the number format of the heads."""
         return Precision(torch.float32, self.device)
 
     def prepare(self) -> None:
-        """Finds the images, and loads the backbone."""
         config = self.config
         wanted = 0 if config.nb_classes == OFFICIAL_NUM_LABELS else config.nb_classes
         train, val, self.class_names = find_labelled(config, wanted)
@@ -83,11 +81,9 @@ class LinearProbe(Task[LinearProbeConfig]):
         )
 
     def build_model(self) -> "LinearHeads":
-        """Creates the heads."""
         return LinearHeads(self.features.features, len(self.class_names))
 
     def build_loader(self) -> EpochLoader:
-        """Creates the loader of training images: random crops, flipped half of the time."""
         transform = ClassificationTransform(
             self.backbone.img_size,
             mean=self.mean,
@@ -100,7 +96,6 @@ class LinearProbe(Task[LinearProbeConfig]):
         return self.loader_of(labelled_dataset(self.train, transform, self.config.seed))
 
     def build_objective(self) -> StepFunction:
-        """Returns the sum of the heads' losses."""
         return SideBySide(self.features)
 
     def build_optimizer(self) -> torch.optim.Optimizer:
@@ -112,23 +107,19 @@ class LinearProbe(Task[LinearProbeConfig]):
         return create_optimizer(config.opt, [group], lr=self.peak_lr())
 
     def peak_lr(self) -> float:
-        """Returns ``--lr``, or else ``--base_lr`` scaled by the images per step."""
         if self.config.lr is not None:
             return self.config.lr
         return self.config.base_lr * self.images_per_step() / BASE_BATCH
 
     def schedules(self, settings: LoopSettings) -> tuple[Schedule, None]:
-        """Returns a cosine without warm-up."""
         return WarmupCosine(self.peak_lr(), self.config.min_lr, settings.total_steps), None
 
     def build_evaluation(self) -> Evaluation:
-        """Returns the evaluation of every head on the validation images."""
         dataset = labelled_dataset(self.val, self.eval_transform, self.config.seed, strict=True)
         loader = self.loader_of(dataset, training=False)
         return lambda model, _epoch: evaluate(model, self.features, loader)
 
     def extras(self) -> Mapping[str, object]:
-        """Records the class names by id, which backbone the heads read, how images are prepared, and the data."""
         return {
             "labels": list(self.class_names),
             "backbone": weights_fingerprint(self.backbone),
@@ -138,7 +129,6 @@ class LinearProbe(Task[LinearProbeConfig]):
         }
 
     def summary(self) -> Iterator[str]:
-        """Yields the heads, the backbone and the learning rate."""
         config, features = self.config, self.features.features
         pools = ", ".join(dict.fromkeys(feature.pool for feature in features))
         yield f"{len(features)} heads of {len(self.class_names)} classes on {pools}"

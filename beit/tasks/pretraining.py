@@ -64,7 +64,6 @@ class Pretraining(Task[PretrainingConfig]):
     """Masked image modeling."""
 
     def prepare(self) -> None:
-        """Builds the prediction target, which decides on the model's outputs, and finds the images."""
         self.target = build_target(self.config, self.device)
         self.mean, self.std = normalization(self.config.imagenet_default_mean_and_std)
         self.index = find_together(self.config.data_path)
@@ -74,7 +73,6 @@ class Pretraining(Task[PretrainingConfig]):
         self.objective = MaskedPrediction(self.target, self.mean, self.std)
 
     def build_model(self) -> VisionTransformerForMaskedImageModeling:
-        """Creates the model with as many outputs per patch as the target needs."""
         config = self.config
         model = build_model(config, self.target.output_size)
         self.target.check(model.patch_embed.grid_size, size_pair(config.second_input_size))
@@ -84,7 +82,6 @@ class Pretraining(Task[PretrainingConfig]):
         return model
 
     def build_loader(self) -> EpochLoader:
-        """Creates the loader of augmented images, in as many views as the target needs, with their masks."""
         config = self.config
         transform = MaskedImageModelingTransform(
             config.input_size,
@@ -98,7 +95,6 @@ class Pretraining(Task[PretrainingConfig]):
         return self.loader_of(ImageDataset(self.index, transform, config.seed, fast_decode=config.fast_decode))
 
     def build_objective(self) -> StepFunction:
-        """Returns the loss of the masked patches."""
         return self.objective
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -107,7 +103,6 @@ class Pretraining(Task[PretrainingConfig]):
         return parameter_groups(self.model, self.config.weight_decay, no_decay=no_decay)
 
     def extras(self) -> Mapping[str, object]:
-        """Records what the outputs mean, and the data."""
         return {
             **meaning_of(self.target),
             "mean": list(self.mean),
@@ -116,7 +111,6 @@ class Pretraining(Task[PretrainingConfig]):
         }
 
     def build_evaluation(self) -> Evaluation | None:
-        """Returns the evaluation on held-out images and the scores on labelled ones, as far as there are any."""
         config, due = self.config, []
         transform = evaluation_transform(config, self.target, self.masks)
         loader_of = partial(self.loader_of, training=False, num_workers=self.few_workers())
@@ -151,7 +145,6 @@ class Pretraining(Task[PretrainingConfig]):
         return dataclasses.replace(settings, evaluate_every=(math.gcd(*frequencies) or 1) * settings.period.steps)
 
     def build_epoch_end(self) -> Callable[[int, ScalarWriter], None] | None:
-        """Returns what writes reconstructions to TensorBoard, if they are wanted."""
         config = self.config
         if config.log_images and not (config.log_dir and config.output_dir):
             logger.warning("--log_images has no effect without --log_dir and --output_dir")
@@ -170,7 +163,6 @@ class Pretraining(Task[PretrainingConfig]):
         return None
 
     def summary(self) -> Iterator[str]:
-        """Yields model and target; warns of flags without effect and of a learning rate far from the published one."""
         config = self.config
         log_flags_without_effect(config)
         yield from super().summary()

@@ -73,12 +73,10 @@ class ImageTask(Task[VqkdConfig]):
     """What both jobs share: the images, and a learning rate scaled to their number."""
 
     def prepare(self) -> None:
-        """Finds the images."""
         self.index = find_together(self.config.data_path)
         self.eval_index = find_together(self.config.eval_data_path) if self.config.eval_data_path else None
 
     def build_loader(self) -> EpochLoader:
-        """Creates the loader of random crops."""
         config = self.config
         transform = RandomCropTransform(
             config.input_size,
@@ -98,7 +96,6 @@ class ImageTask(Task[VqkdConfig]):
         return self.loader_of(dataset, training=False, num_workers=self.few_workers())
 
     def peak_lr(self) -> float:
-        """Returns ``--lr`` scaled by the images per step."""
         return self.config.lr * self.images_per_step() / BASE_BATCH
 
 
@@ -116,12 +113,10 @@ class VqkdTraining(ImageTask):
             logger.warning("--teacher_model_type %s has no effect: the end of --model %s decides", kind, name)
 
     def prepare(self) -> None:
-        """Finds the images, and loads the teacher, which decides how many numbers are predicted."""
         super().prepare()
         self.teacher = load_teacher(self.config.teacher or MODELS[self.config.model][1]).to(self.device)
 
     def build_model(self) -> VQKD:
-        """Creates VQ-KD for the teacher's features."""
         config = self.config
         arguments: dict[str, Any] = {
             "codebook_size": config.codebook_size,
@@ -139,7 +134,6 @@ class VqkdTraining(ImageTask):
             raise InputError(f"--model {config.model} cannot be built: {error}") from error
 
     def build_objective(self) -> StepFunction:
-        """Returns the step."""
         self._batches: list[tuple[Tensor, Tensor]] = []  # vectors and codes of the present optimizer step
         return self.step
 
@@ -203,13 +197,11 @@ class VqkdTraining(ImageTask):
         return {"train_Unused_code": codes.dead, "train_used_codes": codes.used, "train_longest_dead": longest}
 
     def extras(self) -> Mapping[str, object]:
-        """Records the teacher, the heads, which weights do not show, and the data."""
         meaning = {"teacher": weights_fingerprint(self.teacher), "process_type": self.config.process_type}
         heads = {"num_heads": self.model.encoder.num_heads}
         return {**meaning, **heads, **fingerprints(self.index, self.eval_index)}
 
     def summary(self) -> Iterator[str]:
-        """Yields the sizes of model, codebook and teacher, and the scaled learning rate."""
         config, (rows, columns) = self.config, self.model.grid
         yield from super().summary()
         yield f"{config.codebook_size} codes of {config.codebook_dim} numbers, {rows} x {columns} per image"
@@ -224,7 +216,6 @@ class PixelDecoding(ImageTask):
     """A decoder from a frozen tokenizer's codes to pixels, the decoder of a discrete VAE; for pictures."""
 
     def prepare(self) -> None:
-        """Finds the images, and loads the tokenizer, whose size the images get."""
         super().prepare()
         tokenizer = load_tokenizer(self.config.pixels_of, "vqkd", self.device)
         assert isinstance(tokenizer, VqkdTokenizer)
@@ -232,7 +223,6 @@ class PixelDecoding(ImageTask):
         self.config = replace(self.config, input_size=self.tokenizer.model.encoder.img_size)
 
     def build_model(self) -> nn.Module:
-        """Creates the decoder."""
         codes, layers = self.tokenizer.model.quantize.codes, int(math.log2(self.tokenizer.downsampling))
         if 2**layers != self.tokenizer.downsampling:
             raise InputError(f"--pixels_of: patches of {self.tokenizer.downsampling} pixels, which is no power of 2")
@@ -244,7 +234,6 @@ class PixelDecoding(ImageTask):
         return nn.Sequential(self.vae.codebook, Rearrange("b h w d -> b d h w"), self.vae.decoder)
 
     def build_objective(self) -> StepFunction:
-        """Returns the squared error of the pixels, for values in [-1, 1]."""
 
         def step(model: nn.Module, batch: Batch, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
             return self.error(model, batch), {}
@@ -274,11 +263,9 @@ class PixelDecoding(ImageTask):
         return None if self.config.disable_eval else evaluate
 
     def extras(self) -> Mapping[str, object]:
-        """Records the tokenizer and the data."""
         return {"tokenizer": self.tokenizer.fingerprint(), **fingerprints(self.index, self.eval_index)}
 
     def summary(self) -> Iterator[str]:
-        """Yields the sizes of the decoder and of the images, and the scaled learning rate."""
         yield from super().summary()
         height, width = size_pair(self.config.input_size)
         yield f"images of {height} x {width} pixels, as the tokenizer's; lr {self.peak_lr():g}"

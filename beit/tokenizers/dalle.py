@@ -64,15 +64,12 @@ class DallETokenizer(LogitTokenizer):
         return self._fingerprint
 
     def features(self, images: Tensor) -> Tensor:
-        """Encodes images up to the head; see :meth:`VisualTokenizer.features`."""
         return self.encoder.features(map_pixels(images))
 
     def head(self) -> tuple[Tensor, Tensor]:
-        """Returns weight and bias of the last convolution."""
         return self.encoder.head.w, self.encoder.head.b
 
     def reconstruct(self, ids: Tensor) -> Tensor:
-        """Decodes ids; see :meth:`VisualTokenizer.reconstruct`."""
         if self.decoder is None:
             decoder = self._load_decoder()
             if decoder.vocab_size != self.vocab_size:

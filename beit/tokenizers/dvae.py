@@ -433,19 +433,16 @@ class CustomizedTokenizer(LogitTokenizer):
         self.train()
 
     def features(self, images: Tensor) -> Tensor:
-        """Encodes images up to the head; see :meth:`VisualTokenizer.features`."""
         half = self.dtype != torch.float32
         with torch.autocast(images.device.type, dtype=self.dtype if half else None, enabled=half):
             return self.model.features(to_signed_range(images))
 
     def head(self) -> tuple[Tensor, Tensor]:
-        """Returns weight and bias of the last convolution."""
         head = self.model.head
         assert head.bias is not None
         return head.weight, head.bias
 
     def reconstruct(self, ids: Tensor) -> Tensor:
-        """Decodes ids; see :meth:`VisualTokenizer.reconstruct`."""
         return from_signed_range(self.model.decode(ids))
 
 

@@ -249,14 +249,12 @@ class VqkdTokenizer(VisualTokenizer):
         self.train()
 
     def features(self, images: Tensor) -> Tensor:
-        """Encodes images as vectors; see :meth:`VisualTokenizer.features`."""
         half = self.dtype != torch.float32
         with torch.autocast(images.device.type, dtype=self.dtype if half else None, enabled=half):
             vectors = self.model.encode(images)
         return rearrange(vectors, "b (h w) d -> b d h w", h=images.shape[2] // self.downsampling)
 
     def quantise(self, features: Tensor) -> Tensor:
-        """Assigns the nearest codes; see :meth:`VisualTokenizer.quantise`."""
         return nearest(F.normalize(features, dim=-1), self.model.quantize.codes)
 
     def fingerprint(self) -> str:
@@ -266,7 +264,6 @@ class VqkdTokenizer(VisualTokenizer):
         return weights_fingerprint(parts)
 
     def reconstruct(self, ids: Tensor) -> Tensor:
-        """Decodes ids; see :meth:`VisualTokenizer.reconstruct`."""
         codes, folder = self.model.quantize.codes, self.pixels_folder
         if self.pixels is None:
             if not folder.is_dir():
