@@ -169,16 +169,9 @@ class ExactBlockwiseMaskGenerator(BlockwiseMaskGenerator):
 
 
 class RandomMaskGenerator:
-    """Masks exactly ``num_mask_patches`` patches, chosen uniformly; the block sizes have no effect.
+    """Masks exactly ``num_mask_patches`` patches, chosen uniformly; there are no blocks to have a size.
 
-    Args:
-        grid_size: Patches ``(H, W)`` of the image, or one number for a square grid.
-        num_mask_patches: Patches masked in every image.
-        min_num_patches: Has no effect.
-        max_num_patches: Has no effect.
-
-    Raises:
-        InputError: The count is not positive or exceeds the grid.
+    Raises :class:`InputError` for a number that is not positive or exceeds the grid ``(H, W)``.
     """
 
     def __init__(

@@ -216,11 +216,7 @@ class RegressionTarget(PredictionTarget):
 class PixelTarget(RegressionTarget):
     """The normalised pixels of a patch in the order ``(p1 p2 c)``: row by row, with the channels of a pixel together.
 
-    Args:
-        patch_size: Height and width of a patch, in pixels.
-        mean: Mean of the model's input, per channel.
-        std: Standard deviation of the model's input, per channel.
-        normalised: Subtract each patch's mean and divide by its standard deviation, over all its values.
+    With ``normalised`` each patch's mean is subtracted, and it is divided by its standard deviation, over all values.
 
     Source: section 3.3 of arXiv 2106.08254 (raw pixels); section 4.1 of arXiv 2111.06377 (normalised per patch).
     """
@@ -277,9 +273,6 @@ class HogTarget(RegressionTarget):
 
     A patch whose side is no multiple of 8 pixels is one cell along it.
 
-    Args:
-        patch_size: Height and width of a patch, in pixels.
-
     Source: MaskFeat, arXiv 2112.09133, section 3.
     """
 
@@ -313,8 +306,7 @@ class HogTarget(RegressionTarget):
 class FeatureTarget(RegressionTarget):
     """The features that a frozen teacher has of a patch when it sees all of the image, each normalised over channels.
 
-    Args:
-        teacher: The teacher; its features are interpolated if its grid is another than the model's.
+    They are interpolated if the teacher's grid is another than the model's.
 
     Source: MaskDistill, arXiv 2210.10615, as reproduced in arXiv 2603.29009: the loss is the smooth L1 with beta 1.
     """

@@ -16,6 +16,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from beit.checkpoints.read import read_weights
+from beit.config import read_command_line
 from beit.data.transforms import size_pair
 from beit.errors import InputError, counted
 from beit.inference import OneImage, decoded, images_of
@@ -24,7 +25,7 @@ from beit.training.distributed import select_device
 from beit.training.precision import Precision, resolve_amp_dtype
 from beit.visualization.figures import save_figure
 from semantic_segmentation.__main__ import COMMANDS
-from semantic_segmentation.config import read_test, segmentor_arguments
+from semantic_segmentation.config import TestConfig, segmentor_arguments
 from semantic_segmentation.data import SegmentationClasses, ade20k_classes, find_classes, named_classes, read_classes
 from semantic_segmentation.inference import TestSettings, predict_each, statistics_of
 from semantic_segmentation.modeling import Segmentor, build_segmentor, heads_in, load_segmentor, segmentor_from
@@ -58,7 +59,7 @@ def init_model(
     """
     opened = None if checkpoint is None else read_weights(os.fspath(checkpoint))
     if config is not None:
-        settings = read_test([os.fspath(config), "-"])
+        settings = read_command_line(TestConfig, [os.fspath(config), "-"], "test.py", "")
         if opened is None:
             count = len(find_classes(settings.data_path, settings.classes, settings.reduce_zero_label))
         else:

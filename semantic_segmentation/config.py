@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from beit.config import SettingsFiles, Size, option, read_command_line
+from beit.config import SettingsFiles, Size, option
 from beit.errors import InputError, did_you_mean
 from beit.tasks.settings import AMP_CHOICES, ANY_MODEL, BatchOptions, LoadingOptions, OptimizerOptions, RunOptions
 from beit.zoo import MODELS
@@ -199,16 +199,6 @@ class PredictConfig:
 
 
 ConfigT = TypeVar("ConfigT", bound=SegmentationConfig)
-
-
-def read_train(argv: Sequence[str], prog: str = "train.py", description: str = "") -> TrainConfig:
-    """Reads the command line of ``tools/train.py``."""
-    return read_command_line(TrainConfig, argv, prog, description)
-
-
-def read_test(argv: Sequence[str], prog: str = "test.py", description: str = "") -> TestConfig:
-    """Reads the command line of ``tools/test.py``."""
-    return read_command_line(TestConfig, argv, prog, description)
 
 
 def completed(config: ConfigT) -> ConfigT:

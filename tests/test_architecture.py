@@ -221,12 +221,25 @@ def nameless_modules(modules):
 
 
 def undocumented(modules):
+    nodes = [node for module in modules.values() for node in ast.walk(module.tree)]
+    classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
     for module in modules.values():
         if module.package != module.name and not ast.get_docstring(module.tree):
             yield f"{module.name} has no docstring"
         for kind, name, node in public_definitions(module.tree):
-            if not ast.get_docstring(node):
+            owner, _, method = name.rpartition(".")
+            if not ast.get_docstring(node) and method not in inherited_docstrings(classes.get(owner), classes):
                 yield f"{module.name}: {kind} {name} has no docstring"
+
+
+def inherited_docstrings(owner, classes):
+    """The methods that a class inherits with a docstring: an override says what differs, or nothing."""
+    found = set()
+    for base in owner.bases if owner else ():
+        above = classes.get(ast.unparse(base).partition("[")[0])
+        found |= {node.name for node in above.body if isinstance(node, ast.FunctionDef)} if above else set()
+        found |= inherited_docstrings(above, classes)
+    return found
 
 
 def public_definitions(tree, prefix=""):

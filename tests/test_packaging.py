@@ -135,10 +135,11 @@ def test_an_installed_wheel_runs_away_from_the_sources(wheel, tmp_path):
     )
     assert run("-c", show, *recipes, cwd=tmp_path, env=environment).count("'lr':") == len(recipes) > 1
     segment = (
-        "import semantic_segmentation.config as c; "
-        "print(c.read_train(['configs/beit/upernet/upernet_beit_tiny_64_slide_ade20k.py']).max_steps)"
+        "import sys, beit.config as c, semantic_segmentation.config as s; argv = sys.argv[1:]; "
+        "print(c.read_command_line(s.TrainConfig, argv, '', '').max_steps)"
     )
-    assert int(run("-c", segment, cwd=tmp_path, env=environment)) > 0
+    config = "configs/beit/upernet/upernet_beit_tiny_64_slide_ade20k.py"
+    assert int(run("-c", segment, config, cwd=tmp_path, env=environment)) > 0
     for tool in ("train", "test"):
         module = f"semantic_segmentation.tools.{tool}"
         assert "CONFIG" in run("-m", module, "--help", cwd=tmp_path, env=environment)

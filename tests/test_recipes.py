@@ -14,7 +14,8 @@ from beit.commands.recipes import command, read_recipe
 from beit.config import read_command_line, read_facts, read_yaml, recipe_names
 from beit.tasks.base import resolve_batch
 from beit.tasks.settings import FinetuningConfig, LinearProbeConfig, PretrainingConfig, PretrainingV2Config, VqkdConfig
-from semantic_segmentation.config import SETTINGS, check, read_test, read_train
+from semantic_segmentation.config import SETTINGS, check
+from tests.command_lines import read_test, read_train
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "beit" / "recipes").glob("[!_]*.yaml"))

@@ -44,14 +44,8 @@ def export_graph(
 ) -> None:
     """Writes a model as a graph for any batch size, and compares its outputs with the model's.
 
-    Args:
-        source: As for :func:`beit.checkpoints.read.read_weights`, like the last three.
-        destination: The file to write.
-        to: A format of graphs in :data:`beit.registry.FORMATS`.
-        features: Write the features ``(B, D)`` before the head instead of its logits.
-        model_key: Where in the file the weights are.
-        prefix: Take only names that begin with this prefix.
-        num_heads: Attention heads per block, where the file does not record them.
+    ``to`` is a format of graphs in :data:`beit.registry.FORMATS`; with ``features`` the graph ends with the features
+    ``(B, D)`` before the head. The source is given as for :func:`beit.checkpoints.read.read_weights`.
 
     Raises:
         InputError: The checkpoint is a segmentor, a library is missing, or the graph computes something else.

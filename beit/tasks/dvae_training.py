@@ -190,15 +190,8 @@ class Reconstruction:
 class HardTokenEvaluation:
     """Evaluates the tokenizer as it is used: reconstructions from argmax tokens, and how evenly these are used.
 
-    Args:
-        average: The averaged weights.
-        loader: The images; the same ones each time.
-        kind: Reconstruction loss, ``mse`` or ``smooth_l1``.
-        epochs: Length of the run; early on no collapse is reported.
-        device: Where the weights are.
-
-    Attributes:
-        picture: Some images above their reconstructions, ``(3, H', W')`` in [0, 1], of the last evaluation.
+    It has the averaged weights and ``loader`` the same images each time; early in the ``epochs`` no collapse is told.
+    ``picture`` are some images above their reconstructions, ``(3, H', W')`` in [0, 1], of the last evaluation.
     """
 
     def __init__(self, average: Autoencoder, loader: EpochLoader, kind: str, epochs: int, device: torch.device) -> None:

@@ -320,17 +320,10 @@ def initialize_from(
     model_key: str = "model|module",
     prefix: str = "",
 ) -> None:
-    """Loads a checkpoint's weights; a head that predicts something else is initialised from scratch.
+    """Loads a checkpoint, given as for :func:`read_weights`; without its head if that predicts something else.
 
-    Args:
-        model: The model to load into.
-        source: A file, folder, released name, address or hub id.
-        meaning: What the model's head will predict, from :func:`meaning_of`; by default what the checkpoint's does.
-        model_key: Where in the file the weights are.
-        prefix: Prefix of the weights' names.
-
-    Raises:
-        InputError: The checkpoint cannot be read, or is of another model.
+    ``meaning`` is what the model's head will predict, from :func:`meaning_of`; by default what the checkpoint's does.
+    Raises :class:`InputError` for a checkpoint that cannot be read or is of another model.
     """
     weights, metadata = read_weights(source, model_key, prefix)
     theirs = {"target": VISUAL_TOKENS, **metadata}

@@ -48,8 +48,7 @@ class RepresentationProbe:
         path: Folder with the folders ``train`` and ``val``, or of classes, every other image of which is held out.
         transform: Makes samples with ``image``, the model's view, uint8 ``(3, H, W)``.
         loader_of: Builds a loader of all of a data set, in its order.
-        mean: Mean of the model's input, per channel.
-        std: Standard deviation of the model's input, per channel.
+        mean, std: Those of the model's input, per channel.
         precision: Number format of the pass.
 
     Raises :class:`InputError` if there are no images with classes, or too few.

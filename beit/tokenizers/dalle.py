@@ -29,13 +29,7 @@ OPENAI_URL = "https://cdn.openai.com/dall-e/"
 
 
 class DallETokenizer(LogitTokenizer):
-    """The tokenizer of the published models.
-
-    Args:
-        encoder: The encoder; it is frozen.
-        load_decoder: Called at the first :meth:`decode`; pre-training never needs the decoder.
-        dtype: See :func:`beit.load_tokenizer`, also for ``compiled``.
-    """
+    """The tokenizer of the published models; it loads the decoder at the first :meth:`decode`, not for pre-training."""
 
     def __init__(
         self,
@@ -116,11 +110,7 @@ def download_tokenizer(directory: str | os.PathLike[str], base_url: str = OPENAI
     """Downloads ``encoder.pkl`` and ``decoder.pkl`` of the published tokenizer, unless they are there.
 
     No hashes were published, so a new file is verified by opening it and comparing names and shapes, and its hash is
-    recorded for later checks.
-
-    Args:
-        directory: Where to put them; created if missing.
-        base_url: The folder's address. Shapes are compared for the default only; other addresses may have other models.
+    recorded for later checks. Shapes are compared for the default address only; others may have other models.
 
     Raises:
         InputError: See :func:`beit.storage.download`; or a file is not an encoder or decoder of the published sizes.

@@ -174,12 +174,7 @@ def relaxed_codes(logits: Tensor, temperature: float, generator: torch.Generator
     """Returns a Gumbel-softmax sample of codes: float32 weights ``(B, num_tokens, h, w)`` that sum to 1 over the codes.
 
     Source: arXiv 1611.01144; DALL-E anneals the temperature from 1 to 1/16. As there, training uses the relaxed sample
-    in both passes; the arg-max is for inference.
-
-    Args:
-        logits: ``(B, num_tokens, h, w)``.
-        temperature: Above 0; towards 0 the sample becomes one-hot.
-        generator: Source of the noise; ``None`` is the device's default one.
+    in both passes; the arg-max is for inference. Towards a temperature of 0 the sample becomes one-hot.
 
     Raises:
         ValueError: The temperature is not positive.
@@ -339,12 +334,9 @@ Autoencoder = RelaxedAutoencoder | QuantizedAutoencoder
 
 
 def reconstruction_loss(images: Tensor, target: Tensor, kind: ReconstructionKind = "mse") -> Tensor:
-    """Returns the mean error over all pixel values of reconstructed images, a float32 scalar.
+    """Returns the mean error over all pixel values of decoded images ``(B, 3, H, W)``, about [-1, 1], in float32.
 
-    Args:
-        images: The decoder's output ``(B, 3, H, W)``.
-        target: The images ``(B, 3, H, W)`` in [-1, 1].
-        kind: ``mse``, or ``smooth_l1``, which is quadratic up to 1 and linear beyond; others raise :class:`InputError`.
+    ``smooth_l1`` is quadratic up to 1 and linear beyond; kinds but this and ``mse`` raise :class:`InputError`.
     """
     losses = {"mse": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
     if kind not in losses:
@@ -419,12 +411,7 @@ def warn_of_collapse(results: Mapping[str, float]) -> None:
 
 
 class CustomizedTokenizer(LogitTokenizer):
-    """A discrete VAE of our own (or of the official "customized" format) as a tokenizer.
-
-    Args:
-        model: The VAE; it is frozen.
-        dtype: See :func:`beit.load_tokenizer`, also for ``compiled``.
-    """
+    """A discrete VAE of our own (or of the official "customized" format) as a tokenizer; it is frozen."""
 
     def __init__(self, model: DiscreteVAE, dtype: torch.dtype = torch.float32, compiled: bool = False) -> None:
         super().__init__(model.num_tokens, model.downsampling, compiled)

@@ -9,8 +9,8 @@ import torch
 
 from examples.toy_images import SHAPES, write_segmentation_scenes
 from semantic_segmentation.__main__ import main
-from semantic_segmentation.config import read_test
 from semantic_segmentation.testing import build_model
+from tests.command_lines import read_test
 from tests.integration.test_segmentation import CPU, OFFICIAL_PATH, TINY, shell
 from tests.shell import run
 

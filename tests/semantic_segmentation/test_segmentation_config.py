@@ -23,13 +23,12 @@ from semantic_segmentation.config import (
     check,
     completed,
     label_map_folder,
-    read_test,
-    read_train,
     scales,
     segmentor_arguments,
 )
 from semantic_segmentation.modeling import build_segmentor
 from semantic_segmentation.official_keys import KEYS, KEYS_WITHOUT_EFFECT
+from tests.command_lines import read_test, read_train
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ROOT / "semantic_segmentation" / "tools"

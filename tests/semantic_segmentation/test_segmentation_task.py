@@ -14,7 +14,7 @@ from beit.config import to_plain
 from beit.tasks.base import resolve_batch
 from beit.training.optim import apply_schedules
 from beit.training.state import Period
-from semantic_segmentation.config import TrainConfig, read_train, segmentor_arguments
+from semantic_segmentation.config import TrainConfig, segmentor_arguments
 from semantic_segmentation.data import ImagePairs, named_classes
 from semantic_segmentation.modeling import build_segmentor, segmentor_from
 from semantic_segmentation.task import (
@@ -25,6 +25,7 @@ from semantic_segmentation.task import (
     pixel_loss,
     start_from,
 )
+from tests.command_lines import read_train
 
 BASE = "upernet_beit_base_12_512_slide_160k_ade20k_pt"
 LARGE = "upernet_beit_large_24_512_slide_160k_ade20k_pt2ft"

@@ -12,10 +12,11 @@ from PIL import Image
 from beit.errors import InputError
 from examples.toy_images import SHAPES, write_segmentation_scenes
 from semantic_segmentation import testing
-from semantic_segmentation.config import adds_one, check, read_test, read_train
+from semantic_segmentation.config import adds_one, check
 from semantic_segmentation.data import find_classes, find_pairs
 from semantic_segmentation.inference import statistics_of
 from semantic_segmentation.task import Segmentation
+from tests.command_lines import read_test, read_train
 
 TINY = "upernet_beit_tiny_64_slide_ade20k"
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
