@@ -530,7 +530,6 @@ def _read_bool(value: object) -> bool:
 
 
 def _number(value: Any) -> float:
-    """Returns a number, NaN for what is none."""
     try:
         return math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):

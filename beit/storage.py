@@ -143,7 +143,6 @@ def _open_temporary(target: Path) -> tuple[Path, _RecordingFile]:
 
 
 def _write_error(target: Path, cause: OSError) -> InputError:
-    """Turns an operating system error while writing ``target`` into a message for the user."""
     if cause.errno in DISK_FULL:
         free_mb = shutil.disk_usage(target.parent).free / 1e6
         return InputError(
@@ -376,7 +375,6 @@ def require_file(path: Path) -> None:
 
 
 def _forbidden_content(message: str) -> str:
-    """Rewords an error of torch's weights-only reader for the user."""
     if match := re.search(r"GLOBAL ([\w.]+)", message):
         return (
             f"it asks to import and call {match[1]}, and code inside checkpoints is never run; "
@@ -494,7 +492,6 @@ def _one_process(destination: Path) -> Iterator[None]:
 
 
 def _download_from_any(urls: list[str], destination: Path, verify: Callable[[Path], object] | None) -> None:
-    """Downloads from the first address whose file passes all checks."""
     failures = []
     for url in urls:
         try:

@@ -181,7 +181,6 @@ class TokenTarget(PredictionTarget):
 
     @staticmethod
     def _view(batch: Batch) -> Tensor:
-        """Returns what the tokenizer sees, float32 ``(B, 3, H2, W2)`` in [0, 1]."""
         return to_unit_range(batch.get("token_image", batch["image"]))
 
 
@@ -258,7 +257,6 @@ class PixelTarget(RegressionTarget):
         return {"predicted pixels": (images * std + mean).clamp(0, 1)}
 
     def _patches(self, batch: Batch) -> Tensor:
-        """Returns all patches of a batch, float32 ``(B, N, p1 · p2 · 3)``."""
         images = normalize(batch["image"], self._mean, self._std)
         p1, p2 = self.patch_size
         return rearrange(images, "b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=p1, p2=p2)
@@ -383,7 +381,6 @@ class MaskedPrediction:
         return _listed(model(images, batch["mask"], return_all_tokens=True))[0]
 
     def __call__(self, model: nn.Module, batch: Batch, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss of a batch and the target's metrics."""
         outputs, targets = self.predict(model, batch)
         with torch.no_grad():
             metrics = [self.target.metrics(each.detach(), targets) for each in outputs]

@@ -90,5 +90,4 @@ def find_images(given: Sequence[str], output_dir: str) -> Mapping[str, str]:
 
 
 def _results(names: Iterable[str], folder: str = "") -> list[str]:
-    """Returns the files of the results of images."""
     return [os.path.join(folder, name + ending) for name in names for ending in ENDINGS]

@@ -154,7 +154,6 @@ class _Raw:
 
 
 def _read(path: Path) -> _Raw:
-    """Reads a file or the weights in a folder."""
     if (path / PIECES_INDEX).is_file():
         from beit.checkpoints.pieces import read_whole  # torch.distributed.checkpoint is slow to import, seldom needed
 

@@ -220,7 +220,6 @@ def _recipe_of(run: Run) -> Recipe | None:
 
 
 def _curves(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
-    """Returns the diagrams of runs of one kind as data URIs: the main ones, and the rest."""
     found = overlaid({run.name: run.entries for run in runs})
     drawn: tuple[list[str], list[str]] = ([], [])
     with tempfile.TemporaryDirectory() as folder:

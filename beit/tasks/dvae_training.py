@@ -180,7 +180,6 @@ class Reconstruction:
         self.schedule, self.kind = schedule, kind
 
     def __call__(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss of an optimizer step, and what to log."""
         images = to_signed_range(to_unit_range(batch["image"])).contiguous(memory_format=torch.channels_last)
         reconstructed, penalty, metrics = model(images, **self.schedule(step))
         error = reconstruction_loss(reconstructed, images, self.kind)  # type: ignore[arg-type]

@@ -84,7 +84,6 @@ def open_dall_e(path: Path, dtype: torch.dtype, compiled: bool) -> DallETokenize
 
 
 def _find_half(folder: Path, name: str) -> Path:
-    """Returns the file of the encoder or the decoder in a folder."""
     for file in (folder / f"{name}.safetensors", folder / f"{name}.pkl"):
         if file.is_file():
             return file

@@ -294,7 +294,6 @@ class QuantizedAutoencoder(nn.Module):
         return ids, chosen
 
     def _start(self, vectors: Tensor) -> None:
-        """Places the codes at the k-means of vectors."""
         means, counts = codebook.kmeans(vectors, codebook.draw(codebook.gather(vectors), len(self.codes)))
         self.codes.copy_(means)
         self.counts.fill_(counts.mean())

@@ -197,7 +197,6 @@ def _folders_of(path: Path) -> list[Path]:
 
 
 def _remove(path: Path) -> None:
-    """Removes a checkpoint and the folder it names."""
     try:
         folder = _check_folder(load_checkpoint(path, mmap=True), path)
     except InputError:  # damaged, or the folder has gone already

@@ -138,7 +138,6 @@ class Trainer(TrainingState):
         return DistributedDataParallel(self.model, device_ids=devices, gradient_as_bucket_view=True, **synchronise)
 
     def _train(self, model: nn.Module, batches: Iterator[Batch], first: int, end: int, scalars: ScalarWriter) -> None:
-        """Takes the optimizer steps from ``first`` up to ``end``."""
         model.train()
         self._throughput = Throughput(self.images_per_step)
         progress = self._progress(first, end)
@@ -359,7 +358,6 @@ class Trainer(TrainingState):
         return distributed.on_main(lambda: self.folder is not None and (self.folder.path / BEST).exists())
 
     def _save(self, name: str, step: int, period_open: bool = False) -> None:
-        """Writes a checkpoint that the run can be resumed from, if the run writes any."""
         if self._makes_checkpoints:
             self._write(name, self._state(step, period_open))
         self._throughput.restart_window()

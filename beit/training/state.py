@@ -143,7 +143,6 @@ class TrainingState:
             logger.warning("settings changed since the checkpoint: %s", changes)
 
     def _take_over(self, checkpoint: Checkpoint, source: str) -> None:
-        """Takes over weights, optimizer and scaler."""
         if "model" not in checkpoint or not {"optimizer", PIECES} & checkpoint.keys():
             remedy = (
                 "it was written by DeepSpeed, so add --enable_deepspeed"
@@ -226,7 +225,6 @@ class TrainingState:
         }
 
     def _place(self, step: int) -> str:
-        """Names a position for the user."""
         if self.settings.period.name == "step":
             return f"step {step}"
         return "epoch {}, step {}".format(*divmod(step, self.settings.period.steps))

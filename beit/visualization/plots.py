@@ -54,7 +54,6 @@ def draw_curves(path: str | Path, diagrams: Mapping[str, Sequence[Curve]], title
 
 
 def _plot(axes: "Axes", title: str, curves: Sequence[Curve], runs: int) -> "dict[tuple[int, str], Line2D]":
-    """Draws a diagram of one or several runs, and returns its lines by run and part."""
     lines: dict[tuple[int, str], Line2D] = {}
     for number, curve in enumerate(curves):
         look, points = curve.run if runs > 1 else number, len(curve.epochs)

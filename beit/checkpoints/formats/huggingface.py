@@ -121,7 +121,6 @@ def _split(layer: int, qkv: Tensor, *, biased: bool) -> dict[str, Tensor]:
 
 
 def _folder(model: WholeModel, _destination: Path) -> Files:
-    """Returns the files that ``from_pretrained`` reads."""
     size = model.arguments["img_size"]
     if model.heads is None:
         config, weights = _config(model, model.arguments), model.weights
@@ -223,7 +222,6 @@ def _segmentor(model: WholeModel, heads: Heads) -> tuple[Content, dict[str, Tens
 
 
 def _check_segmentor(config: Content, heads: Heads, taps: Sequence[int], scales: Sequence[int]) -> None:
-    """Raises an :class:`InputError` if the library has no such segmentor."""
     size, width, channels = config["image_size"], config["hidden_size"], heads.channels
     needed = {
         f"its only decode head is UPerNet, and this one is {heads.kind or 'another'}": heads.kind == "uper",
@@ -240,7 +238,6 @@ def _check_segmentor(config: Content, heads: Heads, taps: Sequence[int], scales:
 
 
 def _with_inert_layer(weights: Weights, depth: int) -> dict[str, Tensor]:
-    """Adds a block of zeros, which returns its input, after the last one."""
     last = f"blocks.{depth - 1}."
     block = {name.removeprefix(last): tensor for name, tensor in weights.items() if name.startswith(last)}
     return {**weights, **{f"blocks.{depth}.{name}": torch.zeros_like(tensor) for name, tensor in block.items()}}
