@@ -69,6 +69,7 @@ def test_padding_changes_no_number(objective):
 
 
 # Recomputed or not, in float32 or not, one prediction or two: each of the six is met once, in two graphs.
+@pytest.mark.slow
 @pytest.mark.parametrize(("autocast", "checkpointing", "head_layers"), [(False, True, 2), (True, False, 0)])
 def test_training_is_one_graph_that_is_compiled_once(objective, autocast, checkpointing, head_layers):
     # Masks of several sizes; fullgraph refuses a break. Breaks if a shape depends on the mask, such as an index

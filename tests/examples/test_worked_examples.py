@@ -76,6 +76,7 @@ def test_a_size_that_is_not_square_is_refused():
         Rotation(RotationConfig(input_size=(32, 64))).check()
 
 
+@pytest.mark.slow
 def test_a_target_and_masks_are_registered_from_outside(images, tmp_path, monkeypatch):
     for table, name in ((MASK_STRATEGIES, "stripes"), (TARGETS, "thumbnails")):
         monkeypatch.setitem(table, name, "taken away again at the end")

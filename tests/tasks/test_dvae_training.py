@@ -274,6 +274,7 @@ def test_a_run_leaves_a_tokenizer_that_pretraining_can_load(tmp_path, quantizer)
         assert np.asarray(picture).std() > 10
 
 
+@pytest.mark.slow
 def test_a_few_images_are_learnt_by_heart(tmp_path):
     # A sign error anywhere between the images and the written weights would show here.
     images = tmp_path / "images"

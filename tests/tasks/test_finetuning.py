@@ -407,6 +407,7 @@ def test_cifar_is_fine_tuned_on_at_its_own_size(good_flags, tmp_path, monkeypatc
     assert log_of(good_flags["--output_dir"])[0]["test_acc5"] == 100  # of three classes, all are among the first five
 
 
+@pytest.mark.slow
 def test_nothing_is_saved_where_nothing_is_to_be(good_flags):
     assert call(good_flags, no_save_ckpt=True) == 0
     assert len(log_of(good_flags["--output_dir"])) == 2

@@ -532,6 +532,7 @@ def test_without_stochastic_depth_the_loss_of_training_is_that_of_evaluation(set
 
 
 class TestImageLog:
+    @pytest.mark.slow
     @pytest.mark.parametrize("target", ["tokens", "pixels"])
     def test_the_run_is_the_same_with_and_without_images(self, good_flags, setting, tmp_path, target):
         # Whatever drawing does, to generators, to the model's mode or to samples, training must not see it.

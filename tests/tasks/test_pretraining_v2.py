@@ -280,6 +280,7 @@ def vqkd(setting):
     return setting / "vqkd.pth"
 
 
+@pytest.mark.slow
 def test_vqkd_is_the_tokenizer_unless_another_is_named(flags, vqkd):
     with_vqkd = {**flags, "--tokenizer_weight": vqkd, "--codebook_size": 16, "--codebook_dim": 4}
     for kind in ("vqkd", "vqkd_encoder_base_decoder_3x768x12_clip"):

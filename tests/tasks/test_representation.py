@@ -162,6 +162,7 @@ def test_a_watched_run_takes_the_same_steps_and_logs_what_knn_finds(images, tmp_
     assert [event.step for event in events.Scalars("perf/test_probe_rankme")] == [1, 2]
 
 
+@pytest.mark.slow
 def test_of_plain_class_folders_every_other_image_is_held_out(images, tmp_path):
     folders = [tmp_path / "split" / name for name in ("train", "val")]
     for number, path in enumerate(sorted((images / "train").glob("*/*.png"))):

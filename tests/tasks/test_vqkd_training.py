@@ -287,6 +287,7 @@ def test_a_run_learns_logs_and_leaves_tokenizers(config, caplog):
         main(replace(config, eval=True, input_size=64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("collapses", [True, False])
 def test_the_alarm_fires_in_a_run_built_to_collapse_and_not_in_a_good_one(config, collapses, caplog):
     codebook = {"codebook_dim": 1024, "quantize_kmeans_init": False} if collapses else {"revive_codes": 2}
@@ -296,6 +297,7 @@ def test_the_alarm_fires_in_a_run_built_to_collapse_and_not_in_a_good_one(config
     assert ("--quantize_kmeans_init, a --codebook_dim of 32 or less" in caplog.text) == collapses
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_with_the_same_bits(config, tmp_path):
     # Breaks with anything of the codebook that a checkpoint lacks, such as how long codes have been unused.
     config = replace(config, epochs=3, revive_codes=2, codebook_size=64)
@@ -316,6 +318,7 @@ def test_a_stopped_run_ends_with_the_same_bits(config, tmp_path):
         main(replace(config, epochs=4, teacher=str(tmp_path / "other.pth")))
 
 
+@pytest.mark.slow
 def test_codes_are_drawn_after_training_a_decoder_into_pixels(config, tmp_path):
     main(replace(config, epochs=1))
     path = tmp_path / "run" / "checkpoint-0.pth"
