@@ -105,6 +105,8 @@ def load_teacher(name: str | os.PathLike[str]) -> Teacher:
     Raises:
         InputError: There is no such model, it cannot be opened, or it has no token per patch.
     """
+    if not os.fspath(name):
+        raise InputError("--teacher is missing: give a model of timm's, a folder, a checkpoint or a hub id")
     name, path = os.fspath(name), Path(name).expanduser()
     config = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
     if "architecture" in config:

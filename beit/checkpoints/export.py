@@ -41,15 +41,10 @@ def convert(
     prefix: str = "",
     num_heads: int | None = None,
 ) -> None:
-    """Writes a checkpoint in another dialect.
+    """Writes a checkpoint in another dialect, to a file or folder, whichever that is.
 
-    Args:
-        source: As for :func:`beit.checkpoints.read.read_weights`, like the last three.
-        destination: A file or folder, whichever the dialect is.
-        to: One of :func:`beit.checkpoints.formats.dialects`.
-        model_key: Where in the file the weights are.
-        prefix: Take only names that begin with this prefix.
-        num_heads: Attention heads per block, where the file does not record them.
+    ``to`` is one of :func:`beit.checkpoints.formats.dialects`. The source is given as for
+    :func:`beit.checkpoints.read.read_weights`.
 
     Raises:
         InputError: The checkpoint cannot be read or is incomplete, or the dialect has no such model.

@@ -34,7 +34,7 @@ from beit.targets import (
 from beit.tasks.base import Evaluation, Metrics, Result, Task, find_together, fingerprints, named_model, run
 from beit.tasks.representation import RepresentationProbe
 from beit.tasks.settings import PretrainingConfig, PretrainingV2Config
-from beit.teachers import Teacher, load_teacher
+from beit.teachers import load_teacher
 from beit.tokenizers.base import VisualTokenizer, load_tokenizer
 from beit.training import distributed
 from beit.training.compilation import uncompiled
@@ -191,7 +191,7 @@ def build_target(config: PretrainingConfig, device: torch.device) -> PredictionT
     mean, std = normalization(config.imagenet_default_mean_and_std)
     target: PredictionTarget = resolve(TARGETS, config.target, "target").build(
         tokenizer=partial(build_tokenizer, config, device),
-        teacher=partial(build_teacher, config, device),
+        teacher=lambda: load_teacher(config.teacher).to(device),
         patch_size=patch_size,
         mean=mean,
         std=std,
@@ -220,13 +220,6 @@ def build_tokenizer(config: PretrainingConfig, device: torch.device) -> VisualTo
         if size is not None and (wanted := getattr(config, name)) not in (None, size):
             raise InputError(f"--{name} {wanted}: the tokenizer {path} has {size}; leave the flag out, or give another")
     return tokenizer
-
-
-def build_teacher(config: PretrainingConfig, device: torch.device) -> Teacher:
-    """Opens the frozen teacher; :class:`InputError` if none was given or it cannot teach."""
-    if not config.teacher:
-        raise InputError("--teacher is missing: give a model of timm's, a folder, a checkpoint or a hub id")
-    return load_teacher(config.teacher).to(device)
 
 
 def tokenizer_dtype(config: PretrainingConfig, device: torch.device) -> torch.dtype:
