@@ -19,22 +19,17 @@ WEIGHTS, SCORES, ORDER = "weights", "scores", "order"
 
 @dataclass(frozen=True)
 class Fact:
-    """Something that a checkpoint records about what its numbers mean.
+    """Something that a checkpoint records about what its numbers mean, and what another value changes.
 
-    Args:
-        name: What to call it in a message.
-        plural: Whether the name is one.
-        decides: What another value changes the meaning of: ``WEIGHTS`` cannot be resumed then, ``SCORES`` are not
-            compared with those of before, and with another ``ORDER`` the run goes on with other samples.
-        remedy: How a run with the recorded value is started.
-        unrecorded: What a checkpoint means that records nothing; None if that is not known.
+    ``WEIGHTS`` cannot be resumed then, ``SCORES`` are not compared with those of before, and with another ``ORDER`` the
+    run goes on with other samples.
     """
 
-    name: str
-    decides: str
-    remedy: str = "the same data"
-    unrecorded: object = None
-    plural: bool = False
+    name: str  # in messages
+    decides: str  # one of the three
+    remedy: str = "the same data"  # how a run with the recorded value is started
+    unrecorded: object = None  # what a checkpoint means that records nothing; None if that is not known
+    plural: bool = False  # whether the name is one
 
     @property
     def other(self) -> str:

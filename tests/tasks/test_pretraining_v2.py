@@ -319,6 +319,7 @@ MISTAKES = {
     "fewer than no further blocks": ({"--head_layers": -1}, ["--head_layers -1"]),
     "a classifier": ({"--model": "beit_base_patch16_224"}, ["classifier", "beit_base_patch16_224_8k_vocab"]),
     "no tokenizer": ({"--tokenizer_weight": "nowhere"}, ["nowhere"]),
+    "none named": ({"--tokenizer_weight": ""}, ["(--tokenizer_weight) is missing", "folder. run_vqkd_training.py"]),
 }
 
 
