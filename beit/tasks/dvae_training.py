@@ -232,16 +232,10 @@ class HardTokenEvaluation:
             counts += count_codes(ids, vae.num_tokens)
             if number == 0:
                 self.picture = side_by_side(shown, decoded)
-        results = self._results(vae, distributed.sum_over_ranks(totals), distributed.sum_over_ranks(counts), relaxed)
-        if epoch + 1 >= COLLAPSE_COUNTS_FROM * self.epochs:
-            warn_of_collapse(results)
-        return results
-
-    @staticmethod
-    def _results(vae: DiscreteVAE, totals: Tensor, counts: Tensor, relaxed: bool) -> Metrics:
-        loss, squared_error, ssim, kl, images = totals.tolist()
+        loss, squared_error, ssim, kl, images = distributed.sum_over_ranks(totals).tolist()
+        counts = distributed.sum_over_ranks(counts)
         tokens, statistics = int(counts.sum()), codebook_statistics(counts)
-        return {
+        results = {
             "loss": loss / images,
             "psnr": -10 * math.log10(max(squared_error / images, 1e-10)),
             "ssim": ssim / images,
@@ -252,3 +246,6 @@ class HardTokenEvaluation:
             "tokens": tokens,
             **({"kl_per_token": kl / tokens} if relaxed else {}),
         }
+        if epoch + 1 >= COLLAPSE_COUNTS_FROM * self.epochs:
+            warn_of_collapse(results)
+        return results

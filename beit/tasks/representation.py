@@ -44,14 +44,8 @@ Labelled = tuple[Tensor, Tensor]  # features (n, D), each of length 1, and class
 class RepresentationProbe:
     """Scores the mean patch token of every block; see :meth:`__call__` and :meth:`watch`.
 
-    Args:
-        path: Folder with the folders ``train`` and ``val``, or of classes, every other image of which is held out.
-        transform: Makes samples with ``image``, the model's view, uint8 ``(3, H, W)``.
-        loader_of: Builds a loader of all of a data set, in its order.
-        mean, std: Those of the model's input, per channel.
-        precision: Number format of the pass.
-
-    Raises :class:`InputError` if there are no images with classes, or too few.
+    ``path`` has the folders ``train`` and ``val``, or those of classes, every other image of which is held out; samples
+    have ``image``, the model's view. Raises :class:`InputError` if there are no images with classes, or too few.
     """
 
     def __init__(
