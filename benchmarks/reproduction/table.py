@@ -124,8 +124,7 @@ def findings(scores: Scores, rows: Sequence[str] = tuple(ROWS)) -> str:
             both = min(len(beit), len(other))  # the first seeds: others would compare other images and labels
             found = compare(beit[:both], other[:both])
             deviations = "" if math.isnan(found.pooled) else f"{found.deviations:+.1f}"
-            lines.append(
-                f"| {ROWS[row].title} | {title} | {found.difference:+.1f} | {deviations} | {found.wins} of {found.seeds} "
-                f"| {found.verdict()} |"
-            )
+            won = f"{found.wins} of {found.seeds}"
+            cells = (ROWS[row].title, title, f"{found.difference:+.1f}", deviations, won, found.verdict())
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
