@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     beit_tiny_patch16_224: Model[VisionTransformer]
     beit_tiny_patch16_224_8k_vocab: Model[VisionTransformerForMaskedImageModeling]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BlockwiseMaskGenerator", "DiscreteVAE", "InputError", "KeyReport", "RandomMaskGenerator", "VisionTransformer",

@@ -19,6 +19,8 @@ LAUNCHERS = sorted(path.name for path in ROOT.glob("run_*.py"))
 PACKAGES = ("beit", "dall_e", "semantic_segmentation")
 NOT_SOURCE = (".*", "__pycache__", "build", "dist", "*.egg-info", "demo", "output", "tests")
 
+V100_TORCH = "torch>=2.6,<2.15"  # as in requirements-v100.txt
+
 pytestmark = pytest.mark.slow
 
 
@@ -145,3 +147,47 @@ def test_an_installed_wheel_runs_away_from_the_sources(wheel, tmp_path):
         assert "CONFIG" in run("-m", module, "--help", cwd=tmp_path, env=environment)
     shell = tmp_path / "site" / "semantic_segmentation" / "tools" / "dist_train.sh"
     assert os.access(shell, os.X_OK)
+
+
+def workflows():
+    return {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / ".github" / "workflows").glob("*.yml")}
+
+
+def test_the_workflows_test_what_the_package_promises(metadata):
+    # They have not run. Broken by a verb that make does not have, or a Python that is promised and not tested.
+    jobs = {**workflows()["ci"]["jobs"], **workflows()["release"]["jobs"]}
+    assert jobs.keys() == {"lint", "docs", "test-fast", "test", "wheel", "publish"}
+    steps = [step for job in jobs.values() for step in job["steps"]]
+    assert all({"run", "uses"} & step.keys() for step in steps)
+    verbs = {words[1] for step in steps if (words := step.get("run", "").split())[:1] == ["make"]}
+    assert verbs == {"lint", "docs", "test-fast"}
+    assert all(re.search(rf"^{verb}:", (ROOT / "Makefile").read_text(), re.M) for verb in verbs)
+    matrix = jobs["test-fast"]["strategy"]["matrix"]
+    promised = re.findall(r"Python :: (3\.\d+)$", "\n".join(metadata.get_all("Classifier")), re.M)
+    assert matrix["python-version"] == promised
+    assert matrix["include"] == [{"python-version": promised[0], "torch": "oldest"}]
+
+
+def test_the_oldest_torch_of_the_workflow_is_that_of_requirements_txt(tmp_path):
+    (step,) = (step for step in workflows()["ci"]["jobs"]["test-fast"]["steps"] if "if" in step)
+    shutil.copy(ROOT / "requirements.txt", tmp_path)
+    environment = {**os.environ, "GITHUB_ENV": str(tmp_path / "env")}
+    subprocess.run(["bash", "-e", "-c", step["run"]], cwd=tmp_path, env=environment, check=True)
+    assert (tmp_path / "env").read_text() == f"PIP_CONSTRAINT={tmp_path}/oldest.txt\n"
+    lines = [Requirement(line) for line in (tmp_path / "oldest.txt").read_text().split()]
+    lowest = {r.name: r for r in map(Requirement, (ROOT / "requirements.txt").read_text().split())}
+    assert [line.name for line in lines] == ["torch", "torchvision"]
+    for line in lines:
+        oldest = str(lowest[line.name].specifier).removeprefix(">=")
+        assert f"{oldest}.0" in line.specifier
+        assert f"{oldest[:-1]}{int(oldest[-1]) + 1}.0" not in line.specifier
+
+
+def test_issue_forms_and_the_dockerfile_are_what_their_readers_expect():
+    for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
+        form = yaml.safe_load(path.read_text())
+        assert {"name", "description", "body"} <= form.keys()
+        assert all({"type", "id", "attributes"} <= field.keys() for field in form["body"])
+    text = (ROOT / "Dockerfile").read_text()
+    assert f'ARG TORCH="{V100_TORCH}"' in text
+    assert re.findall(r"/whl/(\w+)", (ROOT / "requirements-v100.txt").read_text()) == re.findall("CUDA=(cu126)", text)
