@@ -3,8 +3,7 @@
 model = from_checkpoint("beit_base_patch16_224_pt22k_ft22k")
 logits = nnx.jit(lambda model, images: model(images))(model, images)  # images (B, 3, H, W), as in torch
 
-Modules and parameters are arranged and named as in torch, with Flax's layers: their ``kernel`` or ``scale`` is torch's
-``weight``. Shapes, and what is not documented here, are as in :mod:`beit.modeling`.
+Modules and parameters are arranged and named as there, with Flax's ``kernel`` or ``scale`` for torch's ``weight``.
 """
 
 from collections.abc import Iterable
@@ -34,9 +33,11 @@ TO_TORCH = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}
 WEIGHTS = ("kernel", "scale")  # Flax's names of torch's `weight`
 
 
-def from_checkpoint(name_or_path: str | Path, *, model_key: str = "", prefix: str = "") -> "Backbone":
+def from_checkpoint(
+    name_or_path: str | Path, *, model_key: str = "", prefix: str = "", num_heads: int | None = None
+) -> "Backbone":
     """Opens a checkpoint as the model it was saved from, in evaluation mode, as :func:`beit.zoo.open_model` does."""
-    return from_torch(open_model(name_or_path, model_key=model_key, prefix=prefix)[0])
+    return from_torch(open_model(name_or_path, model_key=model_key, prefix=prefix, num_heads=num_heads)[0])
 
 
 def from_torch(model: modeling.Backbone, seed: int = 0) -> "Backbone":
@@ -237,8 +238,7 @@ class VisionTransformerForMaskedImageModeling(Backbone):
 
     def __init__(self, like: modeling.VisionTransformerForMaskedImageModeling, rngs: nnx.Rngs) -> None:
         super().__init__(like, rngs)
-        self.early_layers = like.early_layers
-        self.norm, self.lm_head = _layer(like.norm), _layer(like.lm_head)
+        self.early_layers, self.norm, self.lm_head = like.early_layers, _layer(like.norm), _layer(like.lm_head)
         self.cls_pt_layers = _blocks(like.cls_pt_layers, rngs) if like.cls_pt_layers is not None else None
         self.cls_pt_norm, self.cls_pt_lm_head = _layer(like.cls_pt_norm), _layer(like.cls_pt_lm_head)
 
