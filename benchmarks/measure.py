@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,6 +29,7 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 PEAK_SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices: large enough that a larger one is not faster
 
 Times = dict[str, list[float]]
+Goal = TypeVar("Goal", float, tuple[float, float])
 
 
 # ------------------------------------------------------------------------------------------------------- the command
@@ -45,7 +46,7 @@ def parser(description: str | None, repeats: int = 5) -> argparse.ArgumentParser
         "with OMP_WAIT_POLICY=passive in the environment, lest waiting be counted as work",
     )
     made.add_argument("--threads", type=int, default=0, help="torch's threads; 0 leaves them as they are")
-    made.add_argument("--output", type=Path, help=f"JSON file; by default {RESULTS.name}/<benchmark>-<device>.json")
+    made.add_argument("--output", type=Path, help=f"JSON file; by default {RESULTS.name}/<benchmark>-<processor>.json")
     return made
 
 
@@ -200,6 +201,18 @@ def cpu_model() -> str:
     )
 
 
+def goal_of(goals: Mapping[str, Goal], precision: str, device: torch.device) -> Goal:
+    """Returns the goal in a number format, where there is one for CPUs that multiply bf16 matrices in units, theirs."""
+    units = device.type == "cpu" and "amx_bf16" in cpu_model()
+    return goals.get(f"{precision}, AMX", goals[precision]) if units else goals[precision]
+
+
+def processor(facts: Mapping[str, Any]) -> str:
+    """Returns a short name, of which the first word tells one processor's results from another's."""
+    name = facts.get("gpu") or facts["cpu"].partition(" (avx")[0].replace("(R)", "").replace(" Processor", "")
+    return f"{name}, AMX" if "gpu" not in facts and "amx_bf16" in facts["cpu"] else name
+
+
 def _version(package: str) -> str:
     try:
         return version(package)
@@ -259,8 +272,8 @@ def write(name: str, facts: Mapping[str, Any], results: Mapping[str, Any], args:
     Returns:
         The file, or None.
     """
-    device = "cuda" if "gpu" in facts else "cpu"
-    path = args.output or (None if args.quick else RESULTS / f"{name}-{device}.json")
+    place = RESULTS / f"{name}-{processor(facts).split()[0].lower()}.json"
+    path = args.output or (None if args.quick else place)
     if path is None:
         return None
     path.parent.mkdir(parents=True, exist_ok=True)

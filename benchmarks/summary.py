@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from measure import RESULTS
+from measure import RESULTS, processor
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE, TABLES = DOCS / "speed.md", DOCS / "measured" / "speed.md"
@@ -32,23 +32,27 @@ def results() -> Iterator[Mapping[str, Any]]:
 
 
 def ratios() -> str:
-    """Returns one table with the ratios of all benchmarks, in Markdown."""
-    lines = ["| benchmark | ratio | of what | goal |", "| --- | ---: | --- | --- |"]
+    """Returns one table with the ratios of all benchmarks, a column for each processor, in Markdown."""
+    rows: dict[tuple[str, str], dict[str, str]] = {}
     for result in results():
         name = f"[{result['benchmark']}](measured/speed.md#{result['benchmark']})"
-        lines += [_row([name, f"{line['ratio']:.2f}", line["what"], _goal(line)]) for line in result["headlines"]]
+        for line in result["headlines"]:
+            rows.setdefault((name, line["what"]), {})[processor(result["machine"])] = _ratio(line)
+    columns = sorted({column for row in rows.values() for column in row})
+    lines = [_row(["benchmark", "of what", *columns]), _row(["---", "---", *("---:" for _ in columns)])]
+    lines += [_row([*place, *(row.get(column, "") for column in columns)]) for place, row in rows.items()]
     return "\n".join([*lines, ""])
 
 
 def tables() -> str:
     """Returns a page with the machine and the tables of each benchmark, in Markdown."""
-    lines = []
+    lines: list[str] = []
     for result in results():
         facts = result["machine"]
         where = facts.get("gpu") or f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} thread(s)"
+        heading = f"## {result['benchmark']}"
+        lines += [] if heading in lines else [heading, ""]
         lines += [
-            f"## {result['benchmark']}",
-            "",
             f"`{facts['command']}` ([file](../../benchmarks/results/{result['file']})); {where}; "
             f"PyTorch {facts['packages']['torch']}; {facts['seconds_are']}, "
             f"load {facts['load_average_at_start']} before; {facts['date'][:10]}",
@@ -71,10 +75,11 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _goal(line: Mapping[str, Any]) -> str:
+def _ratio(line: Mapping[str, Any]) -> str:
     if line["goal"] is None:
-        return ""
-    return f"{line['goal']:.2f}, {'reached' if line['ratio'] >= line['goal'] else '**missed**'}"
+        return f"{line['ratio']:.2f}"
+    ratio = f"{line['ratio']:.2f}" if line["ratio"] >= line["goal"] else f"**{line['ratio']:.2f}**"
+    return f"{ratio} (≥ {line['goal']:.2f})"
 
 
 def main() -> None:

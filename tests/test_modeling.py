@@ -387,6 +387,34 @@ def test_a_training_step_in_bf16_is_as_exact_as_that_of_the_peers(tmp_path):
     assert all(error < limit for error, limit in zip(found, limits, strict=True)), (found, limits)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_training_step_stores_no_more_than_timms(autocast):
+    # In sizes of which attention takes the most, as at 384 pixels and above. Breaks when probabilities are stored
+    # twice, or a checkpointed block stores what it could compute again.
+    config = {**SMALL, "patch_size": 2, "embed_dim": 64, "use_rel_pos_bias": True, "use_abs_pos_emb": False}
+    timms, ours = Beit(**config, num_classes=5, global_pool="avg").train(), VisionTransformer(**config).train()
+
+    def stored(model):
+        known, found = {parameter.data_ptr() for parameter in model.parameters()}, {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                found[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = model(images(ours))
+        return sum(found.values()), output  # which keeps them, so that no place is used twice
+
+    (theirs, _), (plain, _) = stored(timms), stored(ours)
+    assert plain <= theirs
+    ours.set_grad_checkpointing()
+    inputs = ours.get_num_layers() * 2 * 257 * 64 * 4  # bytes: kept by the checkpoints themselves
+    assert stored(ours)[0] + inputs <= plain / 2
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_torchs_fused_attention_still_returns_the_gradient_of_a_learned_bias(device):
     # A canary: pytorch#171707 asks for no such gradient at all. If it fails, tables no longer learn with `sdpa`.
