@@ -137,9 +137,8 @@ def attend(
     if bias is not None:
         bias = bias.to(query.dtype)  # the query may have a lower precision than the table
         if bias.requires_grad:
-            # A CPU has no fused kernel with a gradient for the bias: torch would take the plain path in float32 and
-            # store the probabilities twice. And in some releases of torch the backward of CUDA's efficient kernel
-            # crashes if only the bias needs a gradient.
+            # A CPU has no fused kernel with a gradient for the bias: torch would take a plain path in float32. And in
+            # some releases of torch the backward of CUDA's efficient kernel crashes if only the bias needs a gradient.
             fused = fused and query.device.type != "cpu" and query.requires_grad
     if not fused:
         probabilities = attention_probabilities(query, key, bias).to(value.dtype)

@@ -389,8 +389,8 @@ def test_a_training_step_in_bf16_is_as_exact_as_that_of_the_peers(tmp_path):
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_training_step_stores_no_more_than_timms(autocast):
-    # In sizes of which attention takes the most, as at 384 pixels and above. Breaks when probabilities are stored
-    # twice, or a checkpointed block stores what it could compute again.
+    # In sizes of which attention takes the most, as at 384 pixels and above. Breaks when attention stores
+    # float32 in a step in bf16, or a checkpointed block what it could compute again.
     config = {**SMALL, "patch_size": 2, "embed_dim": 64, "use_rel_pos_bias": True, "use_abs_pos_emb": False}
     timms, ours = Beit(**config, num_classes=5, global_pool="avg").train(), VisionTransformer(**config).train()
 
@@ -409,7 +409,7 @@ def test_a_training_step_stores_no_more_than_timms(autocast):
         return sum(found.values()), output  # which keeps them, so that no place is used twice
 
     (theirs, _), (plain, _) = stored(timms), stored(ours)
-    assert plain <= theirs
+    assert plain <= theirs * (0.75 if autocast else 1.0)
     ours.set_grad_checkpointing()
     inputs = ours.get_num_layers() * 2 * 257 * 64 * 4  # bytes: kept by the checkpoints themselves
     assert stored(ours)[0] + inputs <= plain / 2
