@@ -78,7 +78,8 @@ def option(
         aliases: Other names, accepted as flags (unless dotted), YAML keys, assignments and in a checkpoint's ``args``.
         counts_batches: Aliases whose values count batches, of which ``update_freq`` make one of this field's steps.
         within: Interval of the number, or of each of several, like ``[0, 1)`` or ``(0, inf)``; never NaN or infinite.
-        choices: The accepted values; read when the parser is built, so a table can grow until then.
+        choices: The accepted values; read when the parser is built, so a table can grow until then. Several are
+            separated by blanks or commas.
         off: For a boolean, the flag that switches it off (``--no_<name>`` otherwise).
         no_effect: Why a flag that the official scripts have does nothing here; logged when it is used.
         positional: Whether the value stands on the command line without a flag; it must then be given.
@@ -615,9 +616,11 @@ def _convert(field: dataclasses.Field, reader: Callable, value: Any, where: str)
     try:
         if value is None:
             raise ValueError("expected a value")
+        if choices is not None and isinstance(reader, _Several):
+            value = [word for item in _listed(value) for word in str(item).split(",")]
         read = reader(value)
-        if choices is not None and read not in (field.default, *choices):
-            raise ValueError(f"choose {', '.join(choices)}{did_you_mean(str(read), choices)}")
+        if choices is not None and read != field.default and (odd := [it for it in _items(read) if it not in choices]):
+            raise ValueError(f"choose {', '.join(choices)}{did_you_mean(str(odd[0]), choices)}")
     except ValueError as error:
         raise InputError(f"{where}: cannot use {_SHORT.repr(value)}: {error}") from error
     return read

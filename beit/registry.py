@@ -38,6 +38,11 @@ TOKENIZERS |= {  # --tokenizer_model of official commands
     f"vqkd_encoder_base_decoder_{decoder}": TOKENIZERS["vqkd"]
     for decoder in ("3x768x12_clip", "1x768x12_clip", "1x768x12_dino")
 }
+TRACKERS: Table = {  # subclasses of `beit.training.trackers.Tracker`
+    "tensorboard": "beit.training.trackers:TensorBoard",
+    "wandb": "beit.training.trackers:WandB",
+    "trackio": "beit.training.trackers:Trackio",
+}
 FORMATS: Table = {  # what `beit convert` writes: dialects of `beit.checkpoints.formats`, graphs of `beit.checkpoints`
     "unilm": "beit.checkpoints.formats.unilm:UNILM",
     "huggingface": "beit.checkpoints.formats.huggingface:HUGGINGFACE",

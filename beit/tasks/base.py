@@ -24,7 +24,7 @@ from beit.data.loaders import EpochDataset, EpochLoader, close_loaders
 from beit.data.preprocessing import normalization
 from beit.errors import InputError, counted
 from beit.modeling import Backbone, Block, VisionTransformerForMaskedImageModeling
-from beit.registry import locate
+from beit.registry import TRACKERS, locate
 from beit.tasks.settings import (
     BatchOptions,
     CosineOptions,
@@ -41,13 +41,13 @@ from beit.tasks.settings import (
 from beit.training import distributed
 from beit.training.checkpoint import newest_checkpoint, numbered_file
 from beit.training.compilation import compile_for_training
-from beit.training.logging import ScalarWriter
 from beit.training.loop import Trainer
 from beit.training.optim import create_optimizer, parameter_groups
 from beit.training.precision import Precision, resolve_amp_dtype
 from beit.training.schedules import WarmupCosine, duration_in_steps, split_batch, warn_of_rate
 from beit.training.session import Session, open_session
 from beit.training.state import Average, Batch, LoopSettings, Period, StepFunction
+from beit.training.trackers import Tracker, Trackers
 from beit.zoo import MODELS, create_model
 
 logger = logging.getLogger(__name__)
@@ -191,7 +191,7 @@ class Task(ABC, Generic[ConfigT]):
         """Returns ``(model, period) -> metrics``, or None for no evaluation."""
         return None
 
-    def build_epoch_end(self) -> Callable[[int, ScalarWriter], None] | None:
+    def build_epoch_end(self) -> Callable[[int, Trackers], None] | None:
         """Returns what the main process calls after each epoch is saved, ``(epoch, scalars)``, or None for nothing."""
         return None
 
@@ -250,6 +250,7 @@ class Task(ABC, Generic[ConfigT]):
 
 def run(task: Task[Any]) -> Result:
     """Runs a task to the last checkpoint; :class:`InputError` for a setting, file or checkpoint that cannot be used."""
+    report_to = trackers_of(task.config)
     with opened(task) as session:
         task.model = task.build_model().to(session.device)
         if getattr(task.config, "compile", False):
@@ -270,6 +271,7 @@ def run(task: Task[Any]) -> Result:
             prepare=task.prepare_batch,
             folder=session.folder,
             log_dir=task.config.log_dir,
+            report_to=report_to,
             config=to_plain(task.config),
             extras={**recorded_eps(task.model), **task.extras()},
             ema=task.build_average(),
@@ -294,6 +296,14 @@ def run(task: Task[Any]) -> Result:
 def evaluated(metrics: Metrics) -> Result:
     """Returns the result of an evaluation."""
     return Result([{f"test_{name}": value for name, value in metrics.items()}])
+
+
+def trackers_of(config: RunOptions) -> list[type[Tracker]]:
+    """Returns the trackers of ``--report_to``; :class:`InputError` if one lacks something here."""
+    kinds: list[type[Tracker]] = [locate(TRACKERS[name]) for name in config.report_to]
+    for kind in kinds:
+        kind.check(config.log_dir)
+    return kinds
 
 
 def recorded_eps(model: nn.Module) -> dict[str, float]:

@@ -38,10 +38,10 @@ from beit.tokenizers.dvae import (
     warn_of_collapse,
 )
 from beit.training import distributed
-from beit.training.logging import ScalarWriter
 from beit.training.precision import Precision, resolve_amp_dtype
 from beit.training.schedules import WarmupCosine
 from beit.training.state import Average, Batch, LoopSettings, StepFunction
+from beit.training.trackers import Trackers
 from beit.visualization.image_log import side_by_side
 
 logger = logging.getLogger(__name__)
@@ -115,10 +115,10 @@ class DvaeTraining(Task[DvaeConfig]):
     def extras(self) -> Mapping[str, object]:
         return {**fingerprints(self.index, self.eval_index), "quantizer": self.config.quantizer}
 
-    def build_epoch_end(self) -> Callable[[int, ScalarWriter], None]:
+    def build_epoch_end(self) -> Callable[[int, Trackers], None]:
         return self.publish
 
-    def publish(self, epoch: int, scalars: ScalarWriter) -> None:
+    def publish(self, epoch: int, scalars: Trackers) -> None:
         """Puts the tokenizer and the newest picture where the user finds them, at the end of an epoch."""
         folder, picture = self.session.folder, self.evaluation.picture
         self.finish()

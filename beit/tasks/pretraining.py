@@ -38,12 +38,12 @@ from beit.teachers import load_teacher
 from beit.tokenizers.base import VisualTokenizer, load_tokenizer
 from beit.training import distributed
 from beit.training.compilation import uncompiled
-from beit.training.logging import ScalarWriter
 from beit.training.loop import to_device
 from beit.training.meaning import FACTS, difference
 from beit.training.optim import parameter_groups
 from beit.training.precision import AMP_DTYPES, Precision, resolve_amp_dtype
 from beit.training.state import Batch, LoopSettings, StepFunction
+from beit.training.trackers import Trackers
 from beit.visualization.image_log import reconstruction_picture, spread_samples
 from beit.zoo import MODELS
 
@@ -144,10 +144,10 @@ class Pretraining(Task[PretrainingConfig]):
         frequencies += [config.probe_freq] if config.probe_data_path else []
         return dataclasses.replace(settings, evaluate_every=(math.gcd(*frequencies) or 1) * settings.period.steps)
 
-    def build_epoch_end(self) -> Callable[[int, ScalarWriter], None] | None:
+    def build_epoch_end(self) -> Callable[[int, Trackers], None] | None:
         config = self.config
-        if config.log_images and not (config.log_dir and config.output_dir):
-            logger.warning("--log_images has no effect without --log_dir and --output_dir")
+        if config.log_images and not ((config.log_dir or config.report_to) and config.output_dir):
+            logger.warning("--log_images has no effect without --log_dir or --report_to, and --output_dir")
         elif config.log_images:
             transform = evaluation_transform(config, self.target, self.masks)
             dataset = ImageDataset(self.eval_index or self.index, transform, config.seed)

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from beit.config import Size, option
 from beit.errors import InputError
-from beit.registry import MASK_STRATEGIES, TARGETS, TOKENIZERS
+from beit.registry import MASK_STRATEGIES, TARGETS, TOKENIZERS, TRACKERS
 from beit.training.placement import PATIENCE
 
 AMP_CHOICES = ("auto", "bf16", "fp16", "fp32")
@@ -40,6 +40,7 @@ class RunOptions:
     GROUP: ClassVar[str] = "run"
     output_dir: str = option("", "folder for checkpoints and log.txt; empty writes nothing")
     log_dir: str | None = option(None, "folder for TensorBoard")
+    report_to: tuple[str, ...] = option((), "what shows the run besides TensorBoard in --log_dir", choices=TRACKERS)
     device: str = option("cuda", "cuda, cpu or mps; the CPU where there is no CUDA")
     seed: int = option(0, "random seed", within="[0, inf)")
     resume: str = option("", "checkpoint to resume from")
@@ -279,7 +280,7 @@ class PretrainingConfig(DataOptions, MaskingOptions, TargetOptions, ClassTokenOp
     fast_decode: bool = option(False, "decode JPEG files at a reduced scale where that is enough; changes pixels")
     probe_data_path: str = option("", "small labelled set to score features on: train and val, or class folders")
     probe_freq: int = option(1, "epochs between these scores", within="[1, inf)")
-    log_images: int = option(0, "reconstructions in --log_dir per epoch, of held-out images if any", within="[0, inf)")
+    log_images: int = option(0, "reconstructions logged per epoch, of held-out images if any", within="[0, inf)")
 
 
 @dataclass(frozen=True)

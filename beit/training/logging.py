@@ -1,4 +1,4 @@
-"""What a run tells: the console, ``log.txt`` and TensorBoard."""
+"""What a run tells: the console and ``log.txt``."""
 
 import json
 import logging
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from beit.errors import InputError
 from beit.storage import atomic_write
 from beit.training.console import console, shows_bars
 from beit.training.distributed import is_main
@@ -87,39 +86,6 @@ def _end_of(line: str, unit: str) -> float:
         return json.loads(line)[unit] + (unit == "epoch")
     except (ValueError, KeyError, TypeError):
         return math.inf
-
-
-class ScalarWriter:
-    """TensorBoard scalars under the official tags; silent without a ``--log_dir`` and on all but the main process.
-
-    Points from ``first_step`` on, left by an earlier attempt, are hidden.
-    """
-
-    def __init__(self, folder: str | None, first_step: int) -> None:
-        self._writer = None
-        if folder and is_main():
-            from torch.utils.tensorboard import SummaryWriter
-
-            try:
-                self._writer = SummaryWriter(folder, purge_step=first_step)
-            except OSError as error:
-                raise InputError(f"cannot write to --log_dir {folder}: {error.strerror}") from error
-
-    def write(self, group: str, values: Mapping[str, float], step: int) -> None:
-        """Writes ``<group>/<name>`` for each value."""
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(f"{group}/{name}", value, step)
-
-    def write_image(self, tag: str, image: torch.Tensor, step: int) -> None:
-        """Writes a picture, ``(3, H, W)`` in [0, 1]."""
-        if self._writer is not None:
-            self._writer.add_image(tag, image, step)
-
-    def close(self) -> None:
-        """Writes out what is buffered."""
-        if self._writer is not None:
-            self._writer.close()
 
 
 class Throughput:

@@ -26,9 +26,11 @@ from beit.errors import InputError
 from beit.storage import Checkpoint
 from beit.training import distributed
 from beit.training.checkpoint import BEST, BEST_EMA, LAST, numbered_file
-from beit.training.logging import Averages, EpochLog, Progress, ScalarWriter, Throughput, memory_in_use
+from beit.training.environment import describe_environment
+from beit.training.logging import Averages, EpochLog, Progress, Throughput, memory_in_use
 from beit.training.optim import apply_schedules
 from beit.training.state import Batch, TrainingState
+from beit.training.trackers import TrackedRun, Trackers
 
 logger = logging.getLogger(__name__)
 
@@ -83,9 +85,9 @@ class Trainer(TrainingState):
         self._best_kept = self._best_exists()
         self._stop_wish.saves = distributed.on_main(lambda: self._makes_checkpoints)
         log = EpochLog(self.folder.path / "log.txt" if self.folder else None, name, periods_done, self._fresh)
-        scalars = ScalarWriter(self.log_dir, self.first_step)
+        scalars = self._open_trackers()
         step, is_open = self.first_step, self._period_open
-        with contextlib.closing(scalars), self._stop_wish:
+        with scalars, self._stop_wish:
             if self.is_done:
                 logger.info("all %d %ss are done: nothing left to train", total // period.steps, name)
             with contextlib.closing(self._batches(step * self.settings.update_freq)) as batches:
@@ -105,6 +107,16 @@ class Trainer(TrainingState):
                     if step < total and distributed.sum_over_ranks(wish).item():
                         self._stop(step)
         return log.entries
+
+    def _open_trackers(self) -> Trackers:
+        run = TrackedRun(
+            folder=self.folder,
+            log_dir=self.log_dir,
+            first_step=self.first_step,
+            fresh=self._fresh,
+            config={**self.config, "environment": describe_environment(self._device, distributed.world_size())},
+        )
+        return Trackers(() if self.is_done else self.report_to, run)
 
     def _next_end(self, step: int) -> int:
         """Returns the next step after which a line goes into the log."""
@@ -137,7 +149,7 @@ class Trainer(TrainingState):
         synchronise: dict[str, Any] = {"forward_sync_buffers" if newer else "broadcast_buffers": False}
         return DistributedDataParallel(self.model, device_ids=devices, gradient_as_bucket_view=True, **synchronise)
 
-    def _train(self, model: nn.Module, batches: Iterator[Batch], first: int, end: int, scalars: ScalarWriter) -> None:
+    def _train(self, model: nn.Module, batches: Iterator[Batch], first: int, end: int, scalars: Trackers) -> None:
         model.train()
         self._throughput = Throughput(self.images_per_step)
         progress = self._progress(first, end)
@@ -221,7 +233,7 @@ class Trainer(TrainingState):
         self._throughput.waited(time.perf_counter() - start)
         return to_device(batch, self._device)
 
-    def _close_window(self, done: int, scalars: ScalarWriter, progress: Progress) -> bool:
+    def _close_window(self, done: int, scalars: Trackers, progress: Progress) -> bool:
         """Fetches the window's metrics, the only wait for the device; returns whether any process was asked to stop."""
         rows = torch.stack(self._window)
         self._window = []
@@ -243,9 +255,7 @@ class Trainer(TrainingState):
         progress.update(done, self._console_text(done, speed))
         return stop > 0
 
-    def _record_step(
-        self, global_step: int, values: dict[str, float], loss_scale: float, scalars: ScalarWriter
-    ) -> None:
+    def _record_step(self, global_step: int, values: dict[str, float], loss_scale: float, scalars: Trackers) -> None:
         if not math.isfinite(values["loss"]):
             self._give_up(global_step, f"the loss is {values['loss']}")
         rates = [self.lr(global_step) * group.get("lr_scale", 1.0) for group in self.optimizer.param_groups]
@@ -290,22 +300,24 @@ class Trainer(TrainingState):
             f"memory {memory_in_use(self._device)}  left {self._throughput.remaining(self.settings.total_steps - done)}"
         )
 
-    def _log_entry(self, step: int, scalars: ScalarWriter) -> dict[str, float]:
+    def _log_entry(self, step: int, scalars: Trackers) -> dict[str, float]:
         """Returns a line of the log, with the evaluation where one is due."""
         number = (step - 1) // self.settings.period.steps
         entry = {f"train_{name}": value for name, value in self._averages.means().items()}
+        results: dict[str, float] = {}
         if self._evaluates_at(step):
             results = self._evaluate(self.model, number)
             if self.ema is not None and self.settings.evaluate_average:
                 average = self._evaluate(self.ema.module, number)
                 results = {**results, **{f"ema_{name}": value for name, value in average.items()}}
             results = {name if name.startswith("train_") else f"test_{name}": value for name, value in results.items()}
-            scalars.write("perf", results, number)
-            entry |= results
+        entry |= results
         entry |= {"epoch": number, "n_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad)}
         if self.settings.period.name == "step":
             entry["step"] = step
-        return entry | {**self._throughput.totals(), "skipped_steps": self._skipped_steps}
+        entry |= {**self._throughput.totals(), "skipped_steps": self._skipped_steps}
+        scalars.write_period(results, entry, number, step)
+        return entry
 
     def _evaluate(self, module: nn.Module, number: int) -> dict[str, float]:
         assert self.evaluate is not None
@@ -315,7 +327,7 @@ class Trainer(TrainingState):
         due = step % self.settings.evaluate_every == 0 or step == self.settings.total_steps
         return due and self.evaluate is not None
 
-    def _finish_period(self, step: int, entry: dict[str, float], log: EpochLog, scalars: ScalarWriter) -> None:
+    def _finish_period(self, step: int, entry: dict[str, float], log: EpochLog, scalars: Trackers) -> None:
         """Logs, then saves: a kill between the two leaves a line that the resumed run writes again, never a gap."""
         where = f"step {step}" if self.settings.period.name == "step" else f"epoch {entry['epoch']}"
         logger.info(

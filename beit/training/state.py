@@ -1,7 +1,7 @@
 """What a run consists of and how it goes on: the state in a checkpoint, in both directions."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -13,10 +13,11 @@ from beit.errors import InputError
 from beit.storage import Checkpoint, settings_in
 from beit.training import distributed
 from beit.training.checkpoint import PIECES, RunFolder, folder_beside, load_exactly, position_of, to_cpu
-from beit.training.logging import Averages, ScalarWriter
+from beit.training.logging import Averages
 from beit.training.meaning import SCORES, compare, plain
 from beit.training.optim import load_optimizer
 from beit.training.precision import Precision
+from beit.training.trackers import Tracker, Trackers
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ WITHOUT_EFFECT = {  # settings that do not change the training, or are compared 
     *("output_dir", "log_dir", "device", "num_workers", "pin_mem", "resume", "auto_resume", "start_epoch", "log_every"),
     *("local_rank", "dist_url", "dist_on_itp", "dist_timeout", "world_size", "keep_checkpoints", "save_ckpt_steps"),
     *("batch_size", "update_freq", "total_batch_size", "data_path", "eval_data_path", "discrete_vae_weight_path"),
+    *("report_to", "log_images"),
 }
 # (model, batch, optimizer step) -> (loss, metrics): scalars on the device, means over the batch.
 StepFunction = Callable[[nn.Module, Batch, int], tuple[Tensor, dict[str, Tensor]]]
@@ -93,11 +95,12 @@ class TrainingState:
     prepare: Callable[[Batch], Batch] | None = None  # applied to a batch on the host, before it goes to the device
     folder: RunFolder | None = None  # for checkpoints and log.txt; None on all but the main process
     log_dir: str | None = None  # for TensorBoard
+    report_to: Sequence[type[Tracker]] = ()  # besides
     config: Mapping[str, object] = field(default_factory=dict)  # plain values, in checkpoints under args
     extras: Mapping[str, object] = field(default_factory=dict)  # in checkpoints; see beit.training.meaning.FACTS
     ema: Average | None = None  # a moving average of the weights
     evaluate: Callable[[nn.Module, int], dict[str, float]] | None = None
-    on_epoch_end: Callable[[int, ScalarWriter], None] | None = None
+    on_epoch_end: Callable[[int, Trackers], None] | None = None
 
     def __post_init__(self) -> None:
         self.images_per_step = self.loader.batch_size * self.settings.update_freq * distributed.world_size()
