@@ -53,6 +53,8 @@ FORMATS: Table = {  # what `beit convert` writes: dialects of `beit.checkpoints.
     "torch_export": "beit.checkpoints.graphs:TORCH_EXPORT",
 }
 
+SEGMENTATION_FIGURES = "semantic_segmentation.api:figures_of"  # (checkpoint, device) -> (image -> figure), if installed
+
 
 def resolve(table: Mapping[str, object], name: str, kind: str) -> Any:
     """Returns a table's object by ``name``; if there is none, :class:`InputError` names the ``kind`` and choices."""

@@ -7,11 +7,12 @@ show_result_pyplot(model, "street.jpg", result, out_file="street.png")
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
@@ -122,6 +123,12 @@ def show_result_pyplot(
     if out_file is not None:
         save_figure(figure, Path(out_file))
     return figure
+
+
+def figures_of(checkpoint: PathLike, device: str) -> "Callable[[Image.Image], Figure]":
+    """Opens a segmentor and returns what draws its segmentation of an image, for ``beit app``."""
+    model = init_model(checkpoint=checkpoint, device=device)
+    return lambda image: show_result_pyplot(model, image, inference_model(model, [image])[0])
 
 
 def classes_of(segmentor: Segmentor, file: PathLike = "") -> SegmentationClasses:

@@ -21,6 +21,7 @@ COMMANDS = {
     "knn": _command("KnnConfig", "knn:main", "score frozen features by their nearest neighbours"),
     "features": _command("FeaturesConfig", "features:main", "write features of images to a NumPy file"),
     "predict": _command("PredictConfig", "predict:main", "classify images"),
+    "app": _command("AppConfig", "app:main", "try checkpoints on images, on a page in the browser"),
     "models": _command("ModelsConfig", "models:main", "list models and released checkpoints"),
     "inspect": _command("InspectConfig", "models:inspect", "show what a checkpoint holds, records and leaves open"),
     "recipes list": _command("ListConfig", "recipes:print_list", "list the recipes of published runs"),

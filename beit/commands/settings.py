@@ -51,6 +51,17 @@ class OutputOptions(ReadWhenMade):
 
 
 @dataclass(frozen=True)
+class AppConfig(ReadWhenMade):
+    """The settings of ``beit app``."""
+
+    path: str = option("", f"folder with checkpoints in or below it, or one: {ANY_MODEL}", positional=True)
+    images: tuple[str, ...] = option((), "example images, files and folders; by default those of PATH", must_exist=True)
+    tokenizer: str = option("", "tokenizer of pre-trained models, if it has moved or is not recorded", must_exist=True)
+    port: int | None = option(None, "port on 127.0.0.1; the first free one from 7860 by default", within="[1, 65535]")
+    device: str = option("cpu", DEVICE)
+
+
+@dataclass(frozen=True)
 class ViewerOptions(CheckpointOptions, OutputOptions):
     """A model to look into."""
 

@@ -5,6 +5,7 @@ A file name ends in .png or .svg, which sets the format. The colours are safe fo
 only cue: runs and classes also differ by marker, training and test by line style.
 """
 
+import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
 from torch import Tensor
 
 from beit.errors import InputError
@@ -234,6 +236,13 @@ def new_figure(width: float, height: float, layout: str | None = None) -> "Figur
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=DPI, layout=layout)  # type: ignore[arg-type]
+
+
+def figure_image(figure: "Figure") -> Image.Image:
+    """Returns a figure as a picture."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", facecolor="white")
+    return Image.open(file)
 
 
 def save_figure(figure: "Figure", path: str | Path) -> None:

@@ -35,14 +35,22 @@ def reconstruct(
         steps: Passes; see :func:`fill_in`.
 
     Returns:
-        Versions of the images by title, each ``(B, 3, H', W')`` in [0, 1] on the CPU: the image, the image with masked
-        patches in grey, and the predictions as drawn by the target (for visual tokens, decoded from the true tokens and
-        from the predicted ones at masked patches); and a caption with the score of each image.
+        Versions of the images, and a caption for each image, as :func:`versions` does.
 
     Source: BEiT (arXiv 2106.08254), figure 1.
     """
     model.eval()
-    outputs = fill_in(partial(outputs_of_all, model), target, batch, steps)
+    return versions(fill_in(partial(outputs_of_all, model), target, batch, steps), target, batch)
+
+
+def versions(outputs: Tensor, target: PredictionTarget, batch: Batch) -> tuple[dict[str, Tensor], list[str]]:
+    """Draws what a model's outputs ``(B, N, output_size)`` for all patches make of the masked ones.
+
+    Returns:
+        Versions of the images by title, each ``(B, 3, H', W')`` in [0, 1] on the CPU: the image, the image with masked
+        patches in grey, and the predictions as drawn by the target (for visual tokens, decoded from the true tokens and
+        from the predicted ones at masked patches); and a caption with the score of each image.
+    """
     images, masks = to_unit_range(batch["image"]), batch["mask"]
     panels = {"image": images, "masked": hide_patches(images, masks), **target.pictures(outputs, batch)}
     if len(panels) > 3:  # the target draws its codes' pictures, which differ from the image at the seen patches too
