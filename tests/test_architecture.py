@@ -85,8 +85,10 @@ ONLY_IN = {
     "argparse": ("beit.config", "beit.storage"),  # storage: official checkpoints hold an argparse.Namespace
     "yaml": ("beit.config",),
     "matplotlib": ("beit.visualization.figures", "beit.visualization.plots"),  # pictures; diagrams
-    "tensorboard": ("beit.training.logging",),
-    "torch.utils.tensorboard": ("beit.training.logging",),
+    "tensorboard": ("beit.training.trackers",),
+    "torch.utils.tensorboard": ("beit.training.trackers",),
+    **dict.fromkeys(("wandb", "trackio"), ("beit.training.trackers",)),
+    "gradio": ("beit.commands.app",),
     "jax": ("beit.jax",),
     "flax": ("beit.jax",),
 }
@@ -94,6 +96,7 @@ ONLY_IN = {
 # `dall_e` stands alone, so that it could be published by itself.
 DALL_E_NEEDS = {"torch", "safetensors"}
 
+APPLICATION, NAMES_AN_APPLICATION = re.compile(r"semantic_segmentation[\w.]*:\w+"), "beit.registry"
 LAUNCHER_VARIABLE = re.compile(r"((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|LOCAL_(WORLD_)?SIZE|(SLURM|OMPI)_\w*")
 READS_LAUNCHER_VARIABLES = "beit.training.placement"
 MAY_EXIT = (
@@ -198,6 +201,13 @@ def libraries_out_of_place(modules):
                     yield f"{module.name} imports {top}; dall_e needs only {', '.join(sorted(DALL_E_NEEDS))}"
 
 
+def applications_out_of_place(modules):
+    for module in modules.values():
+        for text in module.strings() if matches(module.name, ("beit.*",)) else ():
+            if APPLICATION.fullmatch(text) and module.name != NAMES_AN_APPLICATION:
+                yield f"{module.name} names {text}; only {NAMES_AN_APPLICATION} may, for what is installed beside beit"
+
+
 def launcher_variables_out_of_place(modules):
     for module in modules.values():
         for text in module.strings():
@@ -265,6 +275,7 @@ CHECKS = (
     forbidden_imports,
     circles,
     libraries_out_of_place,
+    applications_out_of_place,
     launcher_variables_out_of_place,
     prints_and_exits,
     nameless_modules,
@@ -314,6 +325,7 @@ VIOLATIONS = {
     "dall_e's needs": (libraries_out_of_place, "dall_e/encoder.py", "import numpy"),
     "a launcher's variable": (launcher_variables_out_of_place, "beit/tasks/x.py", "import os\nos.environ['RANK']"),
     "another": (launcher_variables_out_of_place, "beit/data/x.py", "from os import getenv\ngetenv('SLURM_PROCID')"),
+    "an application": (applications_out_of_place, "beit/tasks/x.py", "locate('semantic_segmentation.api:figures_of')"),
     "print": (prints_and_exits, "beit/tasks/x.py", "def _f():\n    print(1)"),
     "exit": (prints_and_exits, "beit/tasks/x.py", "import sys\nsys.exit(2)"),
     "raised exit": (prints_and_exits, "dall_e/x.py", "raise SystemExit(2)"),
@@ -361,6 +373,7 @@ def write_tree(root, files):
 
 
 HEAVY = {"matplotlib", "tensorboard", "torch.utils.tensorboard", "skimage", "transformers", "deepspeed", "scipy"}
+HEAVY |= {"gradio", "wandb", "trackio"}
 LIGHT = f"""
 import sys, semantic_segmentation, beit.registry, beit.zoo
 from beit.commands.recipes import read_recipe

@@ -5,8 +5,8 @@ import contextlib
 import io
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from beit.commands.app_models import PRETRAINED, Exhibit, Mask, find_checkpoints, open_exhibit
+from beit.commands.app_models import PRETRAINED, Exhibit, Mask, find_checkpoints, open_exhibit, shrunk
 from beit.commands.settings import AppConfig
-from beit.commands.visualize_inputs import image_files, spread
-from beit.data.datasets import UnreadableImageError, read_image
+from beit.commands.visualize_inputs import image_files
 from beit.errors import InputError
+from beit.inference import decoded
 from beit.masking import PUBLISHED_SHARE
-from beit.outputs import is_ours
 from beit.visualization.attention import Query
 
 if TYPE_CHECKING:
@@ -77,13 +76,11 @@ def serve(page: "Blocks", port: int | None) -> str:
 
 
 def find_examples(config: AppConfig) -> list[str]:
-    """Returns some images: those given, or those in the folder that are no figures of ours."""
-    given = config.images or ((config.path,) if Path(config.path).is_dir() else ())
-    found: list[str] = []
+    """Returns some images: of those given or, as in a demo, in the folder's ``images``, or in the folder."""
+    folders = [str(path) for path in (Path(config.path, "images"), Path(config.path)) if path.is_dir()]
     with contextlib.suppress(InputError):  # there are none
-        found = [path for image in image_files(given, 50 * EXAMPLES) if not is_ours(path := str(image))]
-        found = [path for path in found if "annotations" not in Path(path).parts]  # of segmentation
-    return [found[number] for number in spread(len(found), EXAMPLES)] if found else []
+        return [str(image) for image in image_files(config.images or folders[:1], EXAMPLES)]
+    return []
 
 
 @contextlib.contextmanager
@@ -93,8 +90,6 @@ def told() -> Iterator[None]:
 
     try:
         yield
-    except UnreadableImageError as error:
-        raise gradio.Error(f"This image cannot be read: {error}", print_exception=False) from error
     except InputError as error:
         raise gradio.Error(str(error), print_exception=False) from error
 
@@ -104,37 +99,30 @@ class Page:
 
     def __init__(self, config: AppConfig) -> None:
         self.checkpoints = find_checkpoints(config.path)
-        folder = config.path if Path(config.path).is_dir() else ""
-        opened = partial(open_exhibit, device=config.device, tokenizer=config.tokenizer, folder=folder)
-        self._opened = lru_cache(MOST_OPEN)(lambda name: opened(self.checkpoints[name]))
-
-    def exhibit(self, name: str) -> Exhibit:
-        """Opens a checkpoint of the list; :class:`InputError` for any other."""
-        if name not in self.checkpoints:
-            raise InputError(f"there is no checkpoint {name} here")
-        return self._opened(name)
+        self.exhibit: Callable[[str], Exhibit] = lru_cache(MOST_OPEN)(
+            lambda name: open_exhibit(self.checkpoints[name], config.device, config.tokenizer)
+        )
 
     def start(self, name: str, path: str | None) -> tuple[object, ...]:
         """Shows a checkpoint on an image: mask, query, what fits the kind, the classes and the segmentation."""
         from gradio import update
 
         with told():
-            shown, image = self.exhibit(name), read_image(path) if path else None
-            model, (rows, columns) = shown.viewer.model, shown.grid
-            predicts, patches = shown.pretrained is not None, round(PUBLISHED_SHARE * rows * columns)
+            shown, image = self.exhibit(name), decoded(path) if path else None
+            model, (rows, columns), predicts = shown.model, shown.grid, shown.target is not None
+            patches, blocks = round(PUBLISHED_SHARE * rows * columns), model.get_num_layers()
+            classes, overlay = (shown.classify(image), shown.segmentation(image)) if image else (None, None)
             return (
-                shown.blocks(patches, 0) if predicts else np.zeros(shown.grid, dtype=bool),
+                shown.blocks(patches if predicts else 0, 0),
                 (rows // 2, columns // 2),
                 describe(shown),
                 update(choices=[MASK, SEE, LOOK] if predicts else [LOOK], value=MASK if predicts else LOOK),
                 update(maximum=rows * columns - 1, value=patches),
-                update(maximum=model.get_num_layers() - 1, value=model.get_num_layers() - 1),
+                update(maximum=blocks - 1, value=blocks - 1),
                 update(choices=["mean", "all", *map(str, range(model.num_heads))], value="mean"),
                 update(visible=predicts),
-                update(visible=shown.classifies, value=shown.classify(image) if image and shown.classifies else None),
-                update(
-                    visible=bool(shown.segment), value=shown.segmentation(image) if image and shown.segment else None
-                ),
+                update(visible=classes is not None, value=classes),
+                update(visible=overlay is not None, value=overlay),
             )
 
     def draw(
@@ -145,7 +133,7 @@ class Page:
             shown = self.exhibit(name)
             if not path or mask.shape != shown.grid:  # no image, or one that another checkpoint has yet to take up
                 return None, "", None
-            image = read_image(path)
+            image = decoded(path)
             predicted = markup(*shown.predict(image, mask, steps))
             return shown.canvas(image, mask, query), predicted, shown.attend(image, mask, query, block, head)
 
@@ -167,9 +155,9 @@ def after_click(place: Query, mask: Mask, query: Query, tool: str, brush: int) -
 
 def describe(shown: Exhibit) -> str:
     """Returns a line about a checkpoint, and another about what it lacks."""
-    model, (rows, columns), (height, width) = shown.viewer.model, shown.grid, shown.viewer.model.img_size
+    model, (rows, columns), (height, width) = shown.model, shown.grid, shown.model.img_size
     size = f"{sum(p.numel() for p in model.parameters()):,} parameters, {model.get_num_layers()} blocks"
-    lacks = f"\n\n**{shown.missing}**" if shown.missing else ""
+    lacks = f"\n\n**No predictions: {shown.missing}**" if shown.missing else ""
     return f"{size}, {height} × {width} pixels in {rows} × {columns} patches{lacks}"
 
 
@@ -181,13 +169,6 @@ def markup(pictures: Sequence[tuple[Image.Image, str]], score: str) -> str:
         source = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
         cells.append(f'<figure><img src="{source}" alt="{title}"><figcaption>{title}</figcaption></figure>')
     return f'<div class="pictures">{"".join(cells)}</div><p>{score}</p>' if cells else ""
-
-
-def thumbnail(path: str) -> Image.Image:
-    """Returns a small copy of an image."""
-    image = read_image(path)
-    image.thumbnail((160, 160))
-    return image
 
 
 def build_page(config: AppConfig) -> "Blocks":
@@ -206,7 +187,7 @@ def build_page(config: AppConfig) -> "Blocks":
         with gr.Row():
             with gr.Column(scale=3, min_width=300):
                 on.file = gr.File(label="Image", file_types=["image"], height=120, elem_id="file")
-                shelf = [thumbnail(example) for example in examples]
+                shelf = [shrunk(decoded(example), 160) for example in examples]
                 on.shelf = gr.Gallery(shelf, columns=3, allow_preview=False, elem_id="examples", **plain)
             with gr.Column(scale=4, min_width=300):
                 on.canvas = gr.Image(label="What the model sees", format="png", elem_id="canvas", **plain)

@@ -20,18 +20,17 @@ from beit.checkpoints.released import resolve
 from beit.commands.settings import ViewerOptions
 from beit.commands.visualize import open_pretrained
 from beit.commands.visualize_attention import attention_rows, mask_generator, parse_heads
-from beit.commands.visualize_inputs import Viewer, open_viewer
-from beit.data.classification import ClassificationEvalTransform
-from beit.data.datasets import sample_randomness
+from beit.commands.visualize_inputs import open_viewer
+from beit.data.datasets import Transform, sample_randomness
 from beit.data.preprocessing import normalization
 from beit.data.transforms import normalize, to_unit_range
 from beit.errors import InputError
 from beit.inference import inference_model
+from beit.modeling import Backbone
 from beit.registry import SEGMENTATION_FIGURES, locate
-from beit.storage import load_checkpoint, settings_in
+from beit.storage import load_checkpoint
 from beit.targets import MaskedPrediction, PredictionTarget
 from beit.tasks.pretraining import build_mask_generator, evaluation_transform
-from beit.tasks.settings import PretrainingConfig
 from beit.training.distributed import select_device
 from beit.visualization.attention import Query, query_maps
 from beit.visualization.figures import Picture, figure_image, pictures_figure
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 PRETRAINED, SEGMENTOR, CLASSIFIER = "pre-trained", "segmentor", "classifier"
 KINDS = {"lm_head.": PRETRAINED, "decode_head.": SEGMENTOR, "head.": CLASSIFIER, "classifier.": CLASSIFIER}
-LONGEST = 1024  # pixels of an image that is segmented: windows of larger ones take minutes on a CPU
+LARGE = 1024  # pixels of a side: to segment more takes minutes on a CPU
 CANVAS = 448  # least pixels of a side, so that a finger meets a patch
 
 Mask = NDArray[np.bool_]  # (h, w)
@@ -56,7 +55,7 @@ def find_checkpoints(given: str) -> dict[str, str]:
     """
     root = Path(given)
     if not root.is_dir() or (root / "config.json").is_file():
-        return {given: given}
+        return {given: str(resolve(given))}
     files = sorted(file for file in root.rglob("*") if file.suffix in SUFFIXES and file.is_file())
     inside = [file for file in files if file.resolve().is_relative_to(root.resolve())]
     found = {f"{file.relative_to(root)} · {kind}": str(file) for file in inside if (kind := kind_of(file))}
@@ -79,80 +78,77 @@ def kind_of(file: Path) -> str:
 
 @dataclass(frozen=True)
 class Exhibit:
-    """An opened checkpoint: its model as a viewer, and what the kind has besides."""
+    """An opened checkpoint: how its model, without gradients, sees an image, and what the kind has besides."""
 
-    viewer: Viewer
-    pretrained: tuple[PretrainingConfig, PredictionTarget] | None = None
+    model: Backbone
+    transform: Transform  # whole images along the shorter side, to views of :mod:`beit.targets`
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    target: PredictionTarget | None = None  # of a pre-trained one
     segment: "Callable[[Image.Image], Figure] | None" = None
-    missing: str = ""  # why there are no predictions of a pre-trained one, such as no tokenizer
+    missing: str = ""  # why a pre-trained one has no target
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
-        return self.viewer.model.patch_embed.grid_size
+        return self.model.patch_embed.grid_size
 
     @property
     def zoom(self) -> int:
         """How much larger the canvas is than the image."""
-        return math.ceil(CANVAS / min(self.viewer.model.img_size))
+        return math.ceil(CANVAS / min(self.model.img_size))
 
     def patch_at(self, x: int, y: int) -> Query:
         """Returns row and column of the patch at a pixel of the canvas."""
-        (height, width), (rows, columns) = self.viewer.model.patch_embed.patch_size, self.grid
+        (height, width), (rows, columns) = self.model.patch_embed.patch_size, self.grid
         return min(y // (height * self.zoom), rows - 1), min(x // (width * self.zoom), columns - 1)
 
-    @property
-    def classifies(self) -> bool:
-        """Whether it has classes for images."""
-        return self.segment is None and self.pretrained is None and getattr(self.viewer.model, "num_classes", 0) > 0
-
     def batch(self, image: Image.Image, mask: Mask) -> dict[str, Tensor]:
-        """Returns the views of an image, whole along its shorter side, as a batch of one with the given mask."""
-        if self.pretrained is None:
-            views = self.viewer.transform(image)
-        else:
-            run, target = self.pretrained
-            transform = evaluation_transform(run, target, build_mask_generator(run, self.grid))
-            transform.crop_fraction = 1.0
-            with sample_randomness(0, 0, 0) as rng:
-                views = transform(image, rng)
-        views["mask"] = torch.from_numpy(mask)
-        return {name: view[None].to(self.viewer.device) for name, view in views.items()}
+        """Returns the views of an image as a batch of one with this mask."""
+        with sample_randomness(0, 0, 0) as rng:
+            views = {**self.transform(image, rng), "mask": torch.from_numpy(mask)}
+        return {name: view[None].to(self.model.cls_token.device) for name, view in views.items()}
 
     def blocks(self, patches: int, seed: int) -> Mask:
-        """Draws a mask of blocks; :class:`InputError` for more patches than blocks can cover."""
-        generator = mask_generator(patches, self.viewer.model)
-        if generator is None:
-            return np.zeros(self.grid, dtype=bool)
+        """Draws a mask of blocks; :class:`InputError` where so many patches cannot be masked."""
+        generator = mask_generator(patches, self.model)
         with sample_randomness(seed, 0, 0) as rng:
-            return generator(rng)
+            return np.zeros(self.grid, dtype=bool) if generator is None else generator(rng)
 
     def canvas(self, image: Image.Image, mask: Mask, query: Query) -> Image.Image:
         """Draws what the model sees, large, with the masked patches grey and the query patch framed."""
         batch = self.batch(image, mask)
-        picture = F.to_pil_image(hide_patches(to_unit_range(batch["image"]), batch["mask"])[0].cpu())
-        picture = picture.resize((picture.width * self.zoom, picture.height * self.zoom), Image.Resampling.NEAREST)
-        height, width = picture.height // self.grid[0], picture.width // self.grid[1]
-        frame = Image.new("RGB", (width, height), "#D55E00")
-        inner = (query[1] * width + 3, query[0] * height + 3)
-        patch = picture.crop((*inner, inner[0] + width - 6, inner[1] + height - 6))
-        picture.paste(frame, (query[1] * width, query[0] * height))
-        picture.paste(patch, inner)
-        return picture
+        picture = hide_patches(to_unit_range(batch["image"]), batch["mask"])[0].cpu()
+        large = picture.repeat_interleave(self.zoom, 1).repeat_interleave(self.zoom, 2)
+        (height, width), frame = (side * self.zoom for side in self.model.patch_embed.patch_size), large.clone()
+        top, left = query[0] * height, query[1] * width
+        frame[:, top : top + height, left : left + width] = torch.tensor([0.84, 0.37, 0.0]).view(3, 1, 1)
+        inner = (..., slice(top + 3, top + height - 3), slice(left + 3, left + width - 3))
+        frame[inner] = large[inner]
+        return F.to_pil_image(frame)
+
+    def classify(self, image: Image.Image) -> dict[str, float] | None:
+        """Returns the five likeliest classes with their probabilities, None where there are no classes of images."""
+        if self.segment is not None or not getattr(self.model, "num_classes", 0):
+            return None
+        return dict(inference_model(self.model, image)["top5"])
+
+    def segmentation(self, image: Image.Image) -> Image.Image | None:
+        """Draws the segmentation, of a smaller copy of a large image, with its legend; None without one."""
+        return None if self.segment is None else figure_image(self.segment(shrunk(image, LARGE)))
 
     @torch.no_grad()
     def predict(self, image: Image.Image, mask: Mask, steps: int) -> tuple[list[tuple[Image.Image, str]], str]:
         """Fills in the masked patches; returns pictures with titles, and the score in words."""
-        if self.pretrained is None or not mask.any():
+        if self.target is None or not mask.any():
             return [], ""
-        (run, target), batch = self.pretrained, self.batch(image, mask)
-        objective = MaskedPrediction(target, *normalization(run.imagenet_default_mean_and_std))
-        outputs = fill_in(partial(objective.outputs_of_all, self.viewer.model), target, batch, steps)
-        panels, scores = versions(outputs, target, batch)
+        batch, objective = self.batch(image, mask), MaskedPrediction(self.target, self.mean, self.std)
+        outputs = fill_in(partial(objective.outputs_of_all, self.model), self.target, batch, steps)
+        panels, scores = versions(outputs, self.target, batch)
         pictures = [(F.to_pil_image(images[0].clamp(0, 1)), title) for title, images in panels.items()]
         try:
-            sure = target.confidence(outputs)[0].exp().view(self.grid).cpu()
-        except InputError:  # of what has none
+            sure = self.target.confidence(outputs)[0].exp().view(self.grid).cpu()
+        except InputError:  # what is predicted has none
             return pictures, scores[0]
         heat = sure.masked_fill(~torch.from_numpy(mask), torch.nan)
         figure = pictures_figure([[Picture(panels["image"][0], heat, limits=(0.0, 1.0))]], bar=True)
@@ -161,48 +157,38 @@ class Exhibit:
     @torch.no_grad()
     def attend(self, image: Image.Image, mask: Mask, query: Query, block: int, head: str) -> Image.Image:
         """Draws where a patch attends to in a block: in one head, their ``mean``, or ``all`` side by side."""
-        model, batch = self.viewer.model, self.batch(image, mask)
-        inputs = normalize(batch["image"], self.viewer.mean, self.viewer.std)
-        probabilities = model.get_attention_maps(inputs, block, batch["mask"] if mask.any() else None)
+        batch = self.batch(image, mask)
+        inputs = normalize(batch["image"], self.mean, self.std)
+        probabilities = self.model.get_attention_maps(inputs, block, batch["mask"] if mask.any() else None)
         maps = query_maps(probabilities.float(), [query], self.grid)[0].cpu()
-        heads = parse_heads([head], model.num_heads)
-        rows = attention_rows(to_unit_range(batch["image"])[0].cpu(), maps, [query], heads)
-        return figure_image(pictures_figure(rows, f"Attention in block {block}"))
-
-    def classify(self, image: Image.Image) -> dict[str, float]:
-        """Returns the five likeliest classes with their probabilities."""
-        return dict(inference_model(self.viewer.model, image)["top5"])
-
-    def segmentation(self, image: Image.Image) -> Image.Image:
-        """Draws the segmentation with its legend, of a smaller copy of a large image."""
-        assert self.segment is not None
-        image.thumbnail((LONGEST, LONGEST))
-        return figure_image(self.segment(image))
+        shown, heads = to_unit_range(batch["image"])[0].cpu(), parse_heads([head], self.model.num_heads)
+        return figure_image(pictures_figure(attention_rows(shown, maps, [query], heads), f"Attention in block {block}"))
 
 
-def open_exhibit(source: str, device: str, tokenizer: str = "", folder: str = "") -> Exhibit:
-    """Opens a checkpoint; the tokenizer of a pre-trained one is the given, the recorded, or that of ``folder``.
+def shrunk(image: Image.Image, side: int) -> Image.Image:
+    """Returns a copy of an image with no side longer than ``side`` pixels."""
+    image = image.copy()
+    image.thumbnail((side, side))
+    return image
+
+
+def open_exhibit(source: str, device: str, tokenizer: str = "") -> Exhibit:
+    """Opens a checkpoint; ``tokenizer`` is the one of a pre-trained model, empty for the one that it records.
 
     Raises :class:`InputError` if it cannot be opened.
     """
     kind, missing = kind_of(resolve(source)), ""
     if kind == PRETRAINED:
-        place = select_device(device, 0)
         try:
-            run, model, target = open_pretrained(source, tokenizer or moved_tokenizer(source, folder), place)
+            run, model, target = open_pretrained(source, tokenizer, select_device(device, 0))
         except InputError as error:
-            missing = f"No predictions: {error}"
+            missing = str(error)
         else:
-            mean, std = normalization(run.imagenet_default_mean_and_std)
-            transform = ClassificationEvalTransform(model.img_size, crop_pct=1)
-            return Exhibit(Viewer(transform, mean, std, model.eval().requires_grad_(False)), (run, target))
+            masks = build_mask_generator(run, model.patch_embed.grid_size)
+            transform = evaluation_transform(run, target, masks)
+            transform.crop_fraction = 1.0
+            look = normalization(run.imagenet_default_mean_and_std)
+            return Exhibit(model.eval().requires_grad_(False), transform, *look, target)
     viewer = open_viewer(ViewerOptions(checkpoint=source), device)
-    return Exhibit(viewer, None, locate(SEGMENTATION_FIGURES)(source, device) if kind == SEGMENTOR else None, missing)
-
-
-def moved_tokenizer(source: str, folder: str) -> str:
-    """Returns the tokenizer of a run where ``folder`` holds it under its name, as of a demo that was moved."""
-    recorded = str(settings_in(load_checkpoint(resolve(source), mmap=True)).get("discrete_vae_weight_path") or "")
-    if not recorded or Path(recorded).exists() or not Path(folder).is_dir():
-        return ""
-    return next((str(path) for path in sorted(Path(folder).rglob(Path(recorded).name))), "")
+    segment = locate(SEGMENTATION_FIGURES)(source, device) if kind == SEGMENTOR else None
+    return Exhibit(viewer.model, viewer.transform, viewer.mean, viewer.std, None, segment, missing)

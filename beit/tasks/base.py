@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -299,11 +300,14 @@ def evaluated(metrics: Metrics) -> Result:
 
 
 def trackers_of(config: RunOptions) -> list[type[Tracker]]:
-    """Returns the trackers of ``--report_to``; :class:`InputError` if one lacks something here."""
-    kinds: list[type[Tracker]] = [locate(TRACKERS[name]) for name in config.report_to]
-    for kind in kinds:
-        kind.check(config.log_dir)
-    return kinds
+    """Returns the trackers of ``--report_to``; :class:`InputError` if one lacks its package, or a folder."""
+    kinds: dict[str, type[Tracker]] = {name: locate(TRACKERS[name]) for name in config.report_to}
+    for name, kind in kinds.items():
+        if find_spec(kind.package) is None:
+            raise InputError(f"--report_to {name} needs {kind.package}: pip install {kind.package}")
+    if "tensorboard" in kinds and not config.log_dir:
+        raise InputError("--report_to tensorboard needs --log_dir, the folder for its files")
+    return list(kinds.values())
 
 
 def recorded_eps(model: nn.Module) -> dict[str, float]:

@@ -30,7 +30,7 @@ from beit.training.environment import describe_environment
 from beit.training.logging import Averages, EpochLog, Progress, Throughput, memory_in_use
 from beit.training.optim import apply_schedules
 from beit.training.state import Batch, TrainingState
-from beit.training.trackers import TrackedRun, Trackers
+from beit.training.trackers import Trackers
 
 logger = logging.getLogger(__name__)
 
@@ -109,14 +109,9 @@ class Trainer(TrainingState):
         return log.entries
 
     def _open_trackers(self) -> Trackers:
-        run = TrackedRun(
-            folder=self.folder,
-            log_dir=self.log_dir,
-            first_step=self.first_step,
-            fresh=self._fresh,
-            config={**self.config, "environment": describe_environment(self._device, distributed.world_size())},
-        )
-        return Trackers(() if self.is_done else self.report_to, run)
+        config = {**self.config, "environment": describe_environment(self._device, distributed.world_size())}
+        run = {"folder": self.folder, "log_dir": self.log_dir, "fresh": self._fresh, "config": config}
+        return Trackers(() if self.is_done else self.report_to, first_step=self.first_step, **run)
 
     def _next_end(self, step: int) -> int:
         """Returns the next step after which a line goes into the log."""

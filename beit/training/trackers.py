@@ -7,9 +7,7 @@ import os
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -20,29 +18,14 @@ from beit.training import distributed
 from beit.training.checkpoint import RunFolder
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrackedRun:
-    """What a tracker is told when a run starts or goes on."""
-
-    folder: RunFolder | None
-    log_dir: str | None  # TensorBoard's
-    first_step: int  # optimizer steps done
-    fresh: bool  # whether the run starts over rather than going on
-    config: dict[str, object]  # settings, and the environment
-
-
 class Tracker(ABC):
-    """One place where a run is shown; ``by_period`` is whether evaluations and pictures are placed by their epoch."""
+    """One place where a run is shown; a subclass is made with the keywords of :class:`Trackers` that it names."""
 
-    by_period: ClassVar[bool] = False
+    package: ClassVar[str]  # that it needs
+    by_period: ClassVar[bool] = False  # whether evaluations and pictures are placed by epoch, not by step
 
     @abstractmethod
-    def __init__(self, run: TrackedRun) -> None: ...
-
-    @classmethod
-    @abstractmethod
-    def check(cls, log_dir: str | None) -> None:
-        """Raises :class:`InputError`, before anything is built, if something is missing that the tracker needs."""
+    def __init__(self, **run: Any) -> None: ...
 
     @abstractmethod
     def log(self, values: Mapping[str, float | Tensor], step: int) -> None:
@@ -56,21 +39,15 @@ class Tracker(ABC):
 class TensorBoard(Tracker):
     """Event files in ``--log_dir``; points from the first step on, left by an earlier attempt, are hidden."""
 
-    by_period = True
+    package, by_period = "tensorboard", True
 
-    def __init__(self, run: TrackedRun) -> None:
+    def __init__(self, *, log_dir: str | None, first_step: int, **_: object) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         try:
-            self._writer = SummaryWriter(run.log_dir, purge_step=run.first_step)
+            self._writer = SummaryWriter(log_dir, purge_step=first_step)
         except OSError as error:
-            raise InputError(f"cannot write to --log_dir {run.log_dir}: {error.strerror}") from error
-
-    @classmethod
-    def check(cls, log_dir: str | None) -> None:
-        """Raises :class:`InputError` without a folder."""
-        if not log_dir:
-            raise InputError("--report_to tensorboard needs --log_dir, the folder for its files")
+            raise InputError(f"cannot write to --log_dir {log_dir}: {error.strerror}") from error
 
     def log(self, values: Mapping[str, float | Tensor], step: int) -> None:
         """Writes scalars and images."""
@@ -82,43 +59,35 @@ class TensorBoard(Tracker):
         self._writer.close()
 
 
-class HostedRun(Tracker):
-    """A run of a ``package`` with wandb's API, in the project ``beit`` or what ``<PACKAGE>_PROJECT`` says.
+class WandB(Tracker):
+    """A run of Weights & Biases in the project ``beit``, or in the one that ``WANDB_PROJECT`` names.
 
-    Its name is kept in the run folder, so that a resumed run goes on in it.
+    Its name, which ends in its id, is kept in the run folder, so that a resumed run goes on in it.
     """
 
-    package: ClassVar[str]
+    package = "wandb"
 
-    def __init__(self, run: TrackedRun) -> None:
+    def __init__(self, *, folder: RunFolder | None, fresh: bool, config: dict[str, object], **_: object) -> None:
         project = os.environ.get(f"{self.package.upper()}_PROJECT") or "beit"
         try:
             self._module: Any = import_module(self.package)
-            named = self.identity(self._name_of(run))
-            self._run = self._module.init(project=project, resume="allow", config=run.config, **named)
+            named = self.identity(self._name(folder, fresh))
+            self._run = self._module.init(project=project, resume="allow", config=config, **named)
         except Exception as error:  # of the package, the network or the server
             raise InputError(f"--report_to {self.package}: {error}") from error
         self._told = int(getattr(self._run, "step", 0))  # by an attempt that was killed; a server refuses them twice
 
-    @classmethod
-    def check(cls, log_dir: str | None) -> None:  # noqa: ARG003
-        """Raises :class:`InputError` without the package."""
-        if find_spec(cls.package) is None:
-            raise InputError(f"--report_to {cls.package} needs {cls.package}: pip install {cls.package}")
-
-    def _name_of(self, run: TrackedRun) -> str:
-        name = secrets.token_hex(4)
-        if run.folder is not None:
-            record = run.folder.path / f"{self.package}_run.txt"
-            if not run.fresh and record.is_file():
-                return record.read_text(encoding="utf-8").strip()
-            name = f"{run.folder.path.resolve().name}-{name}"
-            run.folder.record(record.name, f"{name}\n".encode())
-        return name
+    def _name(self, folder: RunFolder | None, fresh: bool) -> str:
+        if folder is None:
+            return secrets.token_hex(4)
+        record = folder.path / f"{self.package}_run.txt"
+        if fresh or not record.is_file():
+            folder.record(record.name, f"{folder.path.resolve().name}-{secrets.token_hex(4)}\n".encode())
+        return record.read_text(encoding="utf-8").strip()
 
     def identity(self, name: str) -> dict[str, str]:
         """Returns the arguments by which the package knows the run."""
-        return {"name": name}
+        return {"name": name, "id": name.rpartition("-")[2]}
 
     def log(self, values: Mapping[str, float | Tensor], step: int) -> None:
         """Sends what has not been told yet."""
@@ -126,42 +95,42 @@ class HostedRun(Tracker):
             shown = {k: self._module.Image(to_pil_image(v)) if isinstance(v, Tensor) else v for k, v in values.items()}
             self._run.log(shown, step=step)
 
-    def close(self, failed: bool) -> None:  # noqa: ARG002
-        """Waits until all is sent."""
-        self._run.finish()
-
-
-class WandB(HostedRun):
-    """Weights & Biases, which knows a run by an id: the random end of its name."""
-
-    package = "wandb"
-
-    def identity(self, name: str) -> dict[str, str]:
-        """Returns name and id."""
-        return {"name": name, "id": name.rpartition("-")[2]}
-
     def close(self, failed: bool) -> None:
-        """Says how it ended, too."""
+        """Waits until all is sent."""
         self._run.finish(exit_code=int(failed))
 
 
-class Trackio(HostedRun):
-    """Trackio, which knows a run by its name."""
+class Trackio(WandB):
+    """The same of Trackio, which follows wandb's API; it knows a run by its name, and not how it ended."""
 
     package = "trackio"
+
+    def identity(self, name: str) -> dict[str, str]:
+        """Returns the name."""
+        return {"name": name}
+
+    def close(self, failed: bool) -> None:  # noqa: ARG002
+        """Waits until all is written."""
+        self._run.finish()
 
 
 class Trackers:
     """All trackers of a run, TensorBoard wherever there is a ``log_dir``; none but on the main process.
 
+    Args:
+        kinds: Classes of trackers.
+        first_step: Optimizer steps done.
+        run: What trackers are told besides: ``folder``, the run's, ``log_dir``, ``fresh``, whether it starts over, and
+            ``config``, its settings and environment.
+
     Raises :class:`InputError`, on all processes, for one that cannot be opened.
     """
 
-    def __init__(self, kinds: Sequence[type[Tracker]], run: TrackedRun) -> None:
-        kinds = list(dict.fromkeys([*([TensorBoard] if run.log_dir else []), *kinds]))
+    def __init__(self, kinds: Sequence[type[Tracker]], *, first_step: int, **run: Any) -> None:
+        kinds = list(dict.fromkeys([*([TensorBoard] if run["log_dir"] else []), *kinds]))
         self._opened: list[Tracker] = []
-        self._done = run.first_step
-        distributed.on_main(lambda: self._opened.extend(kind(run) for kind in kinds))
+        self._done = first_step
+        distributed.on_main(lambda: self._opened.extend(kind(first_step=first_step, **run) for kind in kinds))
 
     def write(self, group: str, values: Mapping[str, float], step: int) -> None:
         """Writes ``<group>/<name>`` of an optimizer step, from 0, for each value."""
