@@ -53,7 +53,7 @@ FORMATS: Table = {  # what `beit convert` writes: dialects of `beit.checkpoints.
     "torch_export": "beit.checkpoints.graphs:TORCH_EXPORT",
 }
 
-SEGMENTATION_FIGURES = "semantic_segmentation.api:figures_of"  # (checkpoint, device) -> (image -> figure), if installed
+SEGMENTATION = "semantic_segmentation.api:painter_of"  # (checkpoint, device) -> (image -> painted image, legend)
 
 
 def resolve(table: Mapping[str, object], name: str, kind: str) -> Any:

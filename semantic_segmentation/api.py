@@ -24,13 +24,13 @@ from beit.inference import OneImage, decoded, images_of
 from beit.jobs import as_function
 from beit.training.distributed import select_device
 from beit.training.precision import Precision, resolve_amp_dtype
-from beit.visualization.figures import save_figure
+from beit.visualization.figures import Legend, save_figure
 from semantic_segmentation.__main__ import COMMANDS
 from semantic_segmentation.config import TestConfig, segmentor_arguments
 from semantic_segmentation.data import SegmentationClasses, ade20k_classes, find_classes, named_classes, read_classes
 from semantic_segmentation.inference import TestSettings, predict_each, statistics_of
 from semantic_segmentation.modeling import Segmentor, build_segmentor, heads_in, load_segmentor, segmentor_from
-from semantic_segmentation.overlays import OPACITY, result_figure
+from semantic_segmentation.overlays import OPACITY, occurring, overlay, result_figure
 
 logger = logging.getLogger(f"beit.{__name__}")
 
@@ -125,10 +125,20 @@ def show_result_pyplot(
     return figure
 
 
-def figures_of(checkpoint: PathLike, device: str) -> "Callable[[Image.Image], Figure]":
-    """Opens a segmentor and returns what draws its segmentation of an image, for ``beit app``."""
+def painter_of(checkpoint: PathLike, device: str) -> Callable[[Image.Image], tuple[Image.Image, Legend]]:
+    """Opens a segmentor; returns what paints its classes over an 8-bit RGB image and tells their colours.
+
+    It is what ``beit app`` shows.
+    """
     model = init_model(checkpoint=checkpoint, device=device)
-    return lambda image: show_result_pyplot(model, image, inference_model(model, [image])[0])
+    classes = classes_of(model)
+
+    def paint(image: Image.Image) -> tuple[Image.Image, Legend]:
+        result = inference_model(model, [image])[0]
+        legend = [(classes.names[number], classes.colours[number]) for number in occurring([result], len(classes))]
+        return F.to_pil_image(overlay(F.pil_to_tensor(image), result, classes.colours)), legend
+
+    return paint
 
 
 def classes_of(segmentor: Segmentor, file: PathLike = "") -> SegmentationClasses:

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import html
 import io
 import logging
 import os
@@ -21,6 +22,7 @@ from beit.errors import InputError
 from beit.inference import decoded
 from beit.masking import PUBLISHED_SHARE
 from beit.visualization.attention import Query
+from beit.visualization.figures import Legend
 
 if TYPE_CHECKING:
     from gradio import Blocks
@@ -37,7 +39,9 @@ STYLE = """
 #examples .grid-container {grid-template-columns: repeat(3, minmax(0, 1fr))}
 .pictures {display: grid; grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)); gap: 8px}
 .pictures figure {margin: 0; text-align: center; font-size: 12px}
-.pictures img {width: 100%; border-radius: 4px}
+.pictures img, .painted img {width: 100%; border-radius: 4px}
+.painted p {display: flex; flex-wrap: wrap; gap: 4px 14px; margin-top: 8px}
+.painted span {border-left: 18px solid; padding-left: 6px}
 """
 
 
@@ -122,7 +126,7 @@ class Page:
                 update(choices=["mean", "all", *map(str, range(model.num_heads))], value="mean"),
                 update(visible=predicts),
                 update(visible=classes is not None, value=classes),
-                update(visible=overlay is not None, value=overlay),
+                segmentation(*overlay) if overlay else "",
             )
 
     def draw(
@@ -163,12 +167,22 @@ def describe(shown: Exhibit) -> str:
 
 def markup(pictures: Sequence[tuple[Image.Image, str]], score: str) -> str:
     """Returns pictures with titles as HTML, in as many columns as fit, and the score in words."""
-    cells = []
-    for picture, title in pictures:
-        picture.save(file := io.BytesIO(), format="PNG")
-        source = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-        cells.append(f'<figure><img src="{source}" alt="{title}"><figcaption>{title}</figcaption></figure>')
-    return f'<div class="pictures">{"".join(cells)}</div><p>{score}</p>' if cells else ""
+    cells = "".join(
+        f"<figure>{inline(picture)}<figcaption>{title}</figcaption></figure>" for picture, title in pictures
+    )
+    return f'<div class="pictures">{cells}</div><p>{score}</p>' if cells else ""
+
+
+def segmentation(painted: Image.Image, legend: Legend) -> str:
+    """Returns a segmentation with its legend as HTML."""
+    names = (f'<span style="border-color: rgb{colour}">{html.escape(name)}</span>' for name, colour in legend)
+    return f'<div class="painted">{inline(painted)}<p>{" ".join(names)}</p></div>'
+
+
+def inline(picture: Image.Image) -> str:
+    """Returns a picture as HTML that holds all of it."""
+    picture.save(file := io.BytesIO(), format="PNG")
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
 
 def build_page(config: AppConfig) -> "Blocks":
@@ -204,7 +218,7 @@ def build_page(config: AppConfig) -> "Blocks":
                         on.clear = gr.Button("Clear", elem_id="clear", min_width=130)
             with gr.Column(scale=6, min_width=300):
                 on.classes = gr.Label(num_top_classes=5, visible=False, show_label=False, elem_id="classes")
-                on.overlay = gr.Image(label="Segmentation", visible=False, elem_id="segmentation", **plain)
+                on.overlay = gr.HTML(elem_id="segmentation")
                 on.pictures = gr.HTML(elem_id="prediction")
                 on.attention = gr.Image(label="Attention", elem_id="attention", **plain)
                 with gr.Row():

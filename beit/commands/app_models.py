@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,17 +26,14 @@ from beit.data.transforms import normalize, to_unit_range
 from beit.errors import InputError
 from beit.inference import inference_model
 from beit.modeling import Backbone
-from beit.registry import SEGMENTATION_FIGURES, locate
+from beit.registry import SEGMENTATION, locate
 from beit.storage import load_checkpoint
 from beit.targets import MaskedPrediction, PredictionTarget
 from beit.tasks.pretraining import build_mask_generator, evaluation_transform
 from beit.training.distributed import select_device
 from beit.visualization.attention import Query, query_maps
-from beit.visualization.figures import Picture, figure_image, pictures_figure
+from beit.visualization.figures import Legend, Picture, figure_image, pictures_figure
 from beit.visualization.reconstructions import fill_in, hide_patches, versions
-
-if TYPE_CHECKING:
-    from beit.visualization.figures import Figure
 
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 PRETRAINED, SEGMENTOR, CLASSIFIER = "pre-trained", "segmentor", "classifier"
@@ -85,7 +81,7 @@ class Exhibit:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     target: PredictionTarget | None = None  # of a pre-trained one
-    segment: "Callable[[Image.Image], Figure] | None" = None
+    segment: Callable[[Image.Image], tuple[Image.Image, Legend]] | None = None
     missing: str = ""  # why a pre-trained one has no target
 
     @property
@@ -133,9 +129,9 @@ class Exhibit:
             return None
         return dict(inference_model(self.model, image)["top5"])
 
-    def segmentation(self, image: Image.Image) -> Image.Image | None:
-        """Draws the segmentation, of a smaller copy of a large image, with its legend; None without one."""
-        return None if self.segment is None else figure_image(self.segment(shrunk(image, LARGE)))
+    def segmentation(self, image: Image.Image) -> tuple[Image.Image, Legend] | None:
+        """Returns the image, a large one smaller, with its classes painted over it, and their colours."""
+        return None if self.segment is None else self.segment(shrunk(image, LARGE))
 
     @torch.no_grad()
     def predict(self, image: Image.Image, mask: Mask, steps: int) -> tuple[list[tuple[Image.Image, str]], str]:
@@ -190,5 +186,5 @@ def open_exhibit(source: str, device: str, tokenizer: str = "") -> Exhibit:
             look = normalization(run.imagenet_default_mean_and_std)
             return Exhibit(model.eval().requires_grad_(False), transform, *look, target)
     viewer = open_viewer(ViewerOptions(checkpoint=source), device)
-    segment = locate(SEGMENTATION_FIGURES)(source, device) if kind == SEGMENTOR else None
+    segment = locate(SEGMENTATION)(source, device) if kind == SEGMENTOR else None
     return Exhibit(viewer.model, viewer.transform, viewer.mean, viewer.std, None, segment, missing)

@@ -8,13 +8,14 @@ import torch
 from PIL import Image
 
 from beit.__main__ import main as beit
-from beit.commands.app import LOOK, MASK, SEE, Page, after_click, find_examples, markup
+from beit.commands.app import LOOK, MASK, SEE, Page, after_click, find_examples, markup, segmentation
 from beit.commands.app_models import find_checkpoints, open_exhibit
 from beit.commands.settings import AppConfig
 from beit.errors import InputError
 from beit.inference import decoded, inference_model
 from beit.visualization.attention import query_maps
-from semantic_segmentation import build_segmentor
+from semantic_segmentation import build_segmentor, init_model
+from semantic_segmentation import inference_model as inference_model_of_pixels
 from tests.commands.test_visualize import TOKENS, site  # noqa: F401  (a fixture)
 from tests.semantic_segmentation.test_api import BIASES, COLOURS, SIZES
 
@@ -151,7 +152,15 @@ def test_classes_and_segmentation_are_those_of_the_commands(folder, image):
     assert shown.segmentation(decoded(image)) is None
     segmentor = exhibit(folder, "segmentor.pth · segmentor")
     assert segmentor.classify(decoded(image)) is None
-    assert segmentor.segmentation(decoded(image)).size > (100, 100)
+    painted, legend = segmentor.segmentation(decoded(image))
+    model = init_model(checkpoint=folder / "segmentor.pth", device="cpu")
+    classes = inference_model_of_pixels(model, image)
+    pixels = torch.from_numpy(np.asarray(decoded(image))).float()
+    expected = (pixels + torch.tensor(COLOURS)[classes.long()]) / 2
+    assert (torch.from_numpy(np.asarray(painted)) - expected).abs().max() <= 0.5
+    assert dict(legend) == {name: tuple(COLOURS[["sky", "road", "tree"].index(name)]) for name, _ in legend}
+    text = segmentation(painted, [("<b>sky", (1, 2, 3)), *legend])
+    assert '<span style="border-color: rgb(1, 2, 3)">&lt;b&gt;sky</span>' in text
 
 
 def test_a_large_image_is_segmented_smaller(folder, monkeypatch):
