@@ -50,12 +50,10 @@ class TensorBoard(Tracker):
             raise InputError(f"cannot write to --log_dir {log_dir}: {error.strerror}") from error
 
     def log(self, values: Mapping[str, float | Tensor], step: int) -> None:
-        """Writes scalars and images."""
         for tag, value in values.items():
             (self._writer.add_image if isinstance(value, Tensor) else self._writer.add_scalar)(tag, value, step)
 
     def close(self, failed: bool) -> None:  # noqa: ARG002
-        """Closes the file."""
         self._writer.close()
 
 
@@ -90,13 +88,11 @@ class WandB(Tracker):
         return {"name": name, "id": name.rpartition("-")[2]}
 
     def log(self, values: Mapping[str, float | Tensor], step: int) -> None:
-        """Sends what has not been told yet."""
         if step >= self._told:
             shown = {k: self._module.Image(to_pil_image(v)) if isinstance(v, Tensor) else v for k, v in values.items()}
             self._run.log(shown, step=step)
 
     def close(self, failed: bool) -> None:
-        """Waits until all is sent."""
         self._run.finish(exit_code=int(failed))
 
 
@@ -106,11 +102,9 @@ class Trackio(WandB):
     package = "trackio"
 
     def identity(self, name: str) -> dict[str, str]:
-        """Returns the name."""
         return {"name": name}
 
     def close(self, failed: bool) -> None:  # noqa: ARG002
-        """Waits until all is written."""
         self._run.finish()
 
 
