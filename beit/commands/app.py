@@ -126,7 +126,7 @@ class Page:
                 update(choices=["mean", "all", *map(str, range(model.num_heads))], value="mean"),
                 update(visible=predicts),
                 update(visible=classes is not None, value=classes),
-                segmentation(*overlay) if overlay else "",
+                update(visible=overlay is not None, value=segmentation(*overlay) if overlay else ""),
             )
 
     def draw(
@@ -218,7 +218,7 @@ def build_page(config: AppConfig) -> "Blocks":
                         on.clear = gr.Button("Clear", elem_id="clear", min_width=130)
             with gr.Column(scale=6, min_width=300):
                 on.classes = gr.Label(num_top_classes=5, visible=False, show_label=False, elem_id="classes")
-                on.overlay = gr.HTML(elem_id="segmentation")
+                on.overlay = gr.HTML(visible=False, elem_id="segmentation")
                 on.pictures = gr.HTML(elem_id="prediction")
                 on.attention = gr.Image(label="Attention", elem_id="attention", **plain)
                 with gr.Row():
