@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def folder(site, tmp_path_factory):  # noqa: F811
     """What a demo leaves: runs of each kind, their tokenizer, images; and a link that leads out of it."""
     root = tmp_path_factory.mktemp("demo")
-    for name, source in (("pretrain", "tokens"), ("finetune", "classifier"), ("pixels", "pixels"), ("lost", "moved")):
+    for name, source in (("pretrain", "tokens"), ("finetune", "classifier"), ("regression", "pixels"), ("without", "moved")):
         (root / name).mkdir()
         (root / name / "checkpoint-0.pth").write_bytes((site / f"{source}.pth").read_bytes())
     torch.manual_seed(0)
@@ -57,10 +57,10 @@ def test_only_models_inside_the_folder_are_listed(folder, site, tmp_path):  # no
     (site / "dvae" / "checkpoint-1.pth").write_bytes((site / "dvae" / "pytorch_model.bin").read_bytes())
     assert list(find_checkpoints(str(folder))) == [
         CLASSIFIER,
-        "lost/checkpoint-0.pth · pre-trained",
-        "pixels/checkpoint-0.pth · pre-trained",
         PRETRAINED,
+        "regression/checkpoint-0.pth · pre-trained",
         "segmentor.pth · segmentor",
+        "without/checkpoint-0.pth · pre-trained",
     ]
     assert list(find_checkpoints(str(folder / "segmentor.pth")).values()) == [str(folder / "segmentor.pth")]
     with pytest.raises(InputError, match="no checkpoint of a model"):
@@ -92,18 +92,18 @@ def test_masked_patches_are_predicted_with_their_confidence(folder, image):
 
 
 def test_a_target_without_confidence_is_drawn_without(folder, image):
-    shown = exhibit(folder, "pixels/checkpoint-0.pth · pre-trained")
+    shown = exhibit(folder, "regression/checkpoint-0.pth · pre-trained")
     pictures, score = shown.predict(decoded(image), shown.blocks(8, 0), 1)
     assert [title for _, title in pictures] == ["image", "masked", "predicted pixels"]
     assert score.startswith("r2 ")
 
 
 def test_without_its_tokenizer_attention_is_left_and_the_page_says_so(folder, image):
-    shown = exhibit(folder, "lost/checkpoint-0.pth · pre-trained")
+    shown = exhibit(folder, "without/checkpoint-0.pth · pre-trained")
     assert shown.target is None
     assert "--tokenizer is missing" in shown.missing
     assert shown.attend(decoded(image), np.zeros((4, 6), dtype=bool), (3, 5), 1, "all").size > (100, 50)
-    given = open_exhibit(str(folder / "lost/checkpoint-0.pth"), "cpu", str(folder / "dvae"))
+    given = open_exhibit(str(folder / "without/checkpoint-0.pth"), "cpu", str(folder / "dvae"))
     assert given.target is not None
 
 

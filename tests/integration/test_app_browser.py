@@ -84,7 +84,7 @@ def click(tab, row, column, then):
 
 
 def wait(tab, condition):
-    for _ in range(100):
+    for _ in range(400):
         if condition():
             return
         tab.wait_for_timeout(200)
@@ -136,7 +136,7 @@ def test_each_kind_of_checkpoint_has_its_parts(tab, image):  # noqa: F811
     tab.wait_for_selector("#segmentation img")
     wait(tab, lambda: not tab.locator("#classes").is_visible())
     assert seen(tab, "#segmentation img").std() > 10
-    choose(tab, "lost/checkpoint-0.pth · pre-trained")
+    choose(tab, "without/checkpoint-0.pth · pre-trained")
     tab.get_by_text("--tokenizer is missing").wait_for()
 
 
