@@ -26,7 +26,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def folder(site, tmp_path_factory):  # noqa: F811
     """What a demo leaves: runs of each kind, their tokenizer, images; and a link that leads out of it."""
     root = tmp_path_factory.mktemp("demo")
-    for name, source in (("pretrain", "tokens"), ("finetune", "classifier"), ("regression", "pixels"), ("without", "moved")):
+    for name, source in (
+        ("pretrain", "tokens"),
+        ("finetune", "classifier"),
+        ("regression", "pixels"),
+        ("without", "moved"),
+    ):
         (root / name).mkdir()
         (root / name / "checkpoint-0.pth").write_bytes((site / f"{source}.pth").read_bytes())
     torch.manual_seed(0)
