@@ -218,7 +218,8 @@ def _items(value: object) -> Sequence:
 
 
 def _check_exists(name: str, value: str) -> None:
-    if value and not set("{*?[") & set(value) and not os.path.exists(value):  # shards-{000..127}.tar: its reader does
+    # What stands for several files, such as shards-{000..127}.tar, or a data set: its reader checks.
+    if value and not set("{*?[") & set(value) and not value.startswith("hf:") and not os.path.exists(value):
         folder, missing = os.path.split(os.path.abspath(value))
         beside = os.listdir(folder) if os.path.isdir(folder) and os.access(folder, os.R_OK) else ()
         hint = did_you_mean(missing, beside)

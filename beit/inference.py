@@ -22,15 +22,26 @@ from torchvision.transforms.v2 import functional as F
 
 from beit.checkpoints.read import Metadata, class_names, preparation_of
 from beit.data.classification import ClassificationEvalTransform
-from beit.data.datasets import ImageDataset, Images, Transform, UnreadableImageError, read_image, to_rgb, upright
+from beit.data.datasets import (
+    ImageDataset,
+    Images,
+    Transform,
+    UnreadableImageError,
+    read_channels,
+    read_image,
+    to_rgb,
+    upright,
+)
+from beit.data.index import IndexedImage
 from beit.data.loaders import EpochLoader, EvenlySpread
+from beit.data.preprocessing import COLOURS
 from beit.data.transforms import normalize
-from beit.errors import InputError, counted, did_you_mean, listed
+from beit.errors import InputError, did_you_mean, listed
 from beit.modeling import Backbone, VisionTransformer
 from beit.zoo import open_model
 
 AnyModel = Backbone | str | Path
-OneImage = str | os.PathLike[str] | Image.Image | NDArray | Tensor
+OneImage = str | os.PathLike[str] | IndexedImage | Image.Image | NDArray | Tensor
 Prediction = dict[str, Any]
 
 POOLS = ("mean", "cls", "cls_mean", "map")
@@ -167,16 +178,11 @@ class Preprocessing:
 
 
 def preprocessing_of(model: Backbone, metadata: Metadata) -> Preprocessing:
-    """Returns how images become a model's input, at the model's size: as its checkpoint records, or as published.
-
-    Raises :class:`InputError` for a model of other images than colour ones.
-    """
-    if (channels := model.patch_embed.proj.in_channels) != 3:
-        images = f"images of {counted(channels, 'channel')}, and those read here have 3"
-        raise InputError(f"the model takes {images}: prepare them and call it, model(images)")
-    known = preparation_of(metadata, model.img_size)
+    """Returns how images become a model's input, at the model's size: as its checkpoint records, or as published."""
+    in_chans = model.patch_embed.proj.in_channels
+    known = preparation_of(metadata, model.img_size, in_chans)
     resize = {key: known[key] for key in ("interpolation", "crop_pct", "crop_mode")}
-    transform = ClassificationEvalTransform(model.img_size, **resize)
+    transform = ClassificationEvalTransform(model.img_size, **resize, in_chans=in_chans)
     return Preprocessing(transform, tuple(known["mean"]), tuple(known["std"]))
 
 
@@ -194,7 +200,7 @@ def reader(
     num_workers: int | None = None,
     limit: int | None = None,
 ) -> EpochLoader:
-    """Returns a loader of images in their order, uint8, where those that cannot be read have label -1.
+    """Returns a loader of images in their order, where those that cannot be read have label -1.
 
     Args:
         images: The images.
@@ -229,7 +235,8 @@ def require_all_read(loader: EpochLoader) -> None:
 def _batches(model: Backbone, images: Sequence[OneImage], transform: ClassificationEvalTransform) -> Iterator[Tensor]:
     size = batch_size_of(model)
     for start in range(0, len(images), size):
-        yield torch.stack([transform(decoded(image))["image"] for image in images[start : start + size]])
+        views = (transform(as_input(image, transform.in_chans)) for image in images[start : start + size])
+        yield torch.stack([view["image"] for view in views])
 
 
 def decoded(image: OneImage) -> Image.Image:
@@ -241,15 +248,32 @@ def decoded(image: OneImage) -> Image.Image:
     if isinstance(image, np.ndarray):
         array = torch.from_numpy(np.array(image))
         return decoded(array.movedim(-1, 0) if image.ndim == 3 else array[None])
-    if not isinstance(image, (str, os.PathLike)):
+    if not isinstance(image, (str, os.PathLike, IndexedImage)):
         kind = type(image).__name__
         raise InputError(f"an image is a path, an image of Pillow's, an array or a tensor, not of type {kind}")
-    if os.path.isdir(image):
+    if not isinstance(image, IndexedImage) and os.path.isdir(image):
         raise InputError(f"{os.fspath(image)} is a folder: give the images in it")
     try:
         return read_image(image)
     except UnreadableImageError as error:
-        raise InputError(f"cannot read the image {os.fspath(image)}: {error}") from error
+        raise InputError(f"cannot read the image {image}: {error}") from error
+
+
+def as_input(image: OneImage, in_chans: int) -> Image.Image | Tensor:
+    """Returns an image for a transform: as :func:`decoded` does or, unless ``in_chans`` is 3, float32 ``(C, h, w)``.
+
+    See :func:`beit.data.datasets.read_channels`; a tensor or array of floating point has the range [0, 1].
+    """
+    if in_chans == COLOURS:
+        return decoded(image)
+    if isinstance(image, Tensor):
+        image = (image.movedim(0, -1) if image.ndim == 3 else image).detach().cpu().numpy()
+    try:
+        return read_channels(image, in_chans)
+    except UnreadableImageError as error:
+        raise InputError(
+            f"cannot read the image {'given' if isinstance(image, np.ndarray) else image}: {error}"
+        ) from error
 
 
 def _bytes_of(image: Tensor) -> Tensor:

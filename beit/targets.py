@@ -277,13 +277,13 @@ class HogTarget(RegressionTarget):
     CELL, DIRECTIONS = 8, 9
     name = "HOG of 9 directions in cells of 8 x 8 pixels"
 
-    def __init__(self, patch_size: tuple[int, int]) -> None:
+    def __init__(self, patch_size: tuple[int, int], in_chans: int = 3) -> None:
         self.cells = tuple(side // self.CELL if side % self.CELL == 0 else 1 for side in patch_size)
-        self.output_size = 3 * self.DIRECTIONS * self.cells[0] * self.cells[1]
+        self.output_size = in_chans * self.DIRECTIONS * self.cells[0] * self.cells[1]
 
     @classmethod
-    def build(cls, *, patch_size: tuple[int, int], **_: object) -> "HogTarget":
-        return cls(patch_size)
+    def build(cls, *, patch_size: tuple[int, int], mean: Sequence[float], **_: object) -> "HogTarget":
+        return cls(patch_size, len(mean))
 
     def compute(self, batch: Batch, index: Tensor) -> Tensor:
         """Returns the histograms of patches, float32 ``(M, output_size)``, in the order ``(c1 c2 colour bin)``."""

@@ -118,6 +118,8 @@ def load_teacher(name: str | os.PathLike[str]) -> Teacher:
     is_file = path.exists() or path.suffix in CHECKPOINT_SUFFIXES or "://" in name
     if is_file or name in MODELS or released_at(name):
         model, metadata = open_model(name)
+        if model.patch_embed.proj.in_channels != 3:
+            raise InputError(f"{name} cannot teach: it is a model of other images than colour ones")
         look = preparation_of(metadata, model.img_size)
         sizes: dict[str, Any] = {"img_size": model.img_size, "grid": model.patch_embed.grid_size}
         return Teacher(name, model, model.patch_features, **sizes, mean=look["mean"], std=look["std"])

@@ -24,8 +24,17 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from beit.data.datasets import Key, UnreadableImageError, opened_image, orientation, sample_randomness, upright
-from beit.data.index import index_images
+from beit.data.datasets import (
+    ImageSource,
+    Key,
+    UnreadableImageError,
+    opened_image,
+    orientation,
+    sample_randomness,
+    upright,
+)
+from beit.data.hub import VALIDATION, names_hub, open_hub
+from beit.data.index import IndexedImage, index_images
 from beit.data.shards import names_shards
 from beit.errors import InputError, counted, listed
 from beit.inference import decoded
@@ -157,23 +166,38 @@ def find_classes(
 
 @dataclass(frozen=True)
 class ImagePairs:
-    """Paths of images and, if there are any, their label maps, sorted by name, from :func:`find_pairs`."""
+    """Images and, if there are any, their label maps, from :func:`find_pairs`, which sorts files by name."""
 
-    images: tuple[Path, ...]
-    labels: tuple[Path, ...]
+    images: tuple[Path | IndexedImage, ...]
+    labels: tuple[Path | IndexedImage, ...]
     root: Path
 
     def __len__(self) -> int:
         return len(self.images)
 
     def name(self, index: int) -> str:
-        """Returns the path of image ``index`` relative to the folder of images, without extension."""
-        return self.images[index].relative_to(self.root).with_suffix("").as_posix()
+        """Returns the path of image ``index`` relative to the folder of images, without extension, or its number."""
+        image = self.images[index]
+        if isinstance(image, IndexedImage):
+            return f"{image.number:08d}"
+        return image.relative_to(self.root).with_suffix("").as_posix()
 
     def fingerprint(self) -> str:
-        """Returns a hash of the images' names in their order."""
+        """Returns a hash of the images' names in their order, or that of a data set."""
+        if self.images and isinstance(self.images[0], IndexedImage):
+            return self.images[0].index.fingerprint()
         names = ascii([self.name(index) for index in range(len(self))])
         return hashlib.sha256(names.encode()).hexdigest()
+
+
+def pairs_of(data_path: str, images: str, annotations: str | None, splits: Sequence[str] = VALIDATION) -> ImagePairs:
+    """Lists images and label maps in two folders of a data set, or in two columns of one of Hugging Face."""
+    if not names_hub(data_path):
+        root = Path(data_path)
+        return find_pairs(root / images, None if annotations is None else root / annotations)
+    columns = [open_hub(data_path, splits, masks=masks) for masks in (False, *[True] * (annotations is not None))]
+    rows = [tuple(IndexedImage(column, number) for number in range(len(column))) for column in columns]
+    return ImagePairs(rows[0], (*rows, ())[1], Path(data_path))
 
 
 def find_pairs(images_dir: PathLike, annotations_dir: PathLike | None = None) -> ImagePairs:
@@ -225,7 +249,7 @@ def reduce_zero(labels: Tensor) -> Tensor:
     return torch.where((labels == 0) | (labels == IGNORED), IGNORED, labels - 1)
 
 
-def read_labels(path: PathLike) -> NDArray[np.uint8]:
+def read_labels(path: ImageSource) -> NDArray[np.uint8]:
     """Decodes a label map, uint8 ``(H, W)``: greys or palette indices as stored; greys of 16 bits if none is above 255.
 
     Raises:
@@ -250,7 +274,7 @@ def read_labels(path: PathLike) -> NDArray[np.uint8]:
     return labels.astype(np.uint8)
 
 
-def _upright_size(path: Path) -> tuple[int, int]:
+def _upright_size(path: ImageSource) -> tuple[int, int]:
     """Returns the height and width of an image file, turned as its EXIF data ask for."""
     try:
         with opened_image(path) as image:
@@ -282,7 +306,7 @@ def check_labels(pairs: ImagePairs, classes: SegmentationClasses, reduce_zero_la
         pixels += np.bincount(labels.ravel(), minlength=IGNORED + 1)
         if count >= CHECKED and (pixels[last] or (count >= MOST_CHECKED and pixels[first:IGNORED].any())):
             break
-    where = f"{count} of {len(pairs)} label maps in {pairs.labels[0].parent}"
+    where = f"{count} of {len(pairs)} label maps in {getattr(pairs.labels[0], 'parent', pairs.root)}"
     seen = np.flatnonzero(pixels).tolist()
     named = {label: f"{label} {classes.names[label - first]!r}" for label in seen if first <= label < IGNORED}
     if not named:
@@ -317,7 +341,7 @@ def check_size(pairs: ImagePairs, index: int, image_size: tuple[int, ...], size:
         )
 
 
-def check_numbers(path: Path, labels: NDArray[np.uint8], num_classes: int, reduce_zero_label: bool) -> None:
+def check_numbers(path: ImageSource, labels: NDArray[np.uint8], num_classes: int, reduce_zero_label: bool) -> None:
     """Raises InputError if a number in a label map is none of the classes' and not 255."""
     first, largest = int(reduce_zero_label), int(labels[labels != IGNORED].max(initial=0))
     if largest < num_classes + first:

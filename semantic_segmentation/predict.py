@@ -11,7 +11,9 @@ from torchvision.transforms.v2 import functional as F
 
 from beit.checkpoints.formats.segmentation import leaves_zero_out
 from beit.data.datasets import UnreadableImageError, read_image
+from beit.data.hub import names_hub
 from beit.data.index import image_files
+from beit.data.shards import names_shards
 from beit.errors import InputError
 from beit.outputs import check_outputs, is_ours
 from beit.training.precision import Precision, resolve_amp_dtype
@@ -75,8 +77,10 @@ def find_images(given: Sequence[str], output_dir: str) -> Mapping[str, str]:
     of images. Raises InputError if there is no image, or a path does not exist.
     """
     root, places = os.path.abspath(output_dir), dict[str, str]()
-    for place in map(os.path.abspath, given):
-        for path in image_files([place]):
+    for place in (path if names_hub(path) else os.path.abspath(path) for path in given):
+        if names_shards(place) or names_hub(place):
+            raise InputError(f"{place}: results are named after image files; give files or folders of them")
+        for path in map(str, image_files([place])):
             if path == place or not (Path(path).is_relative_to(root) and is_ours(path)):
                 places.setdefault(path, os.path.dirname(path) if path == place else place)
     if not places:

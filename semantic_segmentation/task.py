@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,16 +11,17 @@ from torch import Tensor, nn
 from beit.checkpoints.heads import match_classes
 from beit.checkpoints.load import load_weights
 from beit.checkpoints.read import read_weights
+from beit.data.hub import TRAINING, has_split
 from beit.data.loaders import EpochLoader
 from beit.data.transforms import normalize
-from beit.errors import counted
+from beit.errors import InputError, counted
 from beit.tasks.base import Evaluation, Metrics, Result, Schedule, Task, run
 from beit.training.optim import parameter_groups
 from beit.training.schedules import WarmupPoly
 from beit.training.state import Batch, LoopSettings, Period, StepFunction
 from semantic_segmentation.batch_norm import synchronise_batch_norm
 from semantic_segmentation.config import TrainConfig, check, completed
-from semantic_segmentation.data import SegmentationDataset, find_classes, find_pairs
+from semantic_segmentation.data import SegmentationDataset, find_classes, pairs_of
 from semantic_segmentation.heads import resize
 from semantic_segmentation.inference import Statistics
 from semantic_segmentation.metrics import IGNORED, scores
@@ -48,10 +48,13 @@ class Segmentation(Task[TrainConfig]):
         check(self.config)
 
     def prepare(self) -> None:
-        config, root = self.config, Path(self.config.data_path)
-        self.train = find_pairs(root / config.train_images, root / config.train_annotations)
-        self.val = None if config.disable_eval else find_pairs(root / config.val_images, root / config.val_annotations)
-        self.classes = find_classes(root, config.classes, config.reduce_zero_label)
+        config, place, self.val = self.config, self.config.data_path, None
+        self.train = pairs_of(place, config.train_images, config.train_annotations, TRAINING)
+        if not config.disable_eval:
+            if has_split(place):
+                raise InputError(f"{place}: leave out the split, of which training and evaluation have one each")
+            self.val = pairs_of(place, config.val_images, config.val_annotations)
+        self.classes = find_classes(place, config.classes, config.reduce_zero_label)
         check_data(config, [self.train, *([self.val] if self.val else [])], self.classes)
 
     def build_model(self) -> Segmentor:

@@ -43,7 +43,7 @@ from semantic_segmentation.data import (
     SegmentationClasses,
     SegmentationDataset,
     check_labels,
-    find_pairs,
+    pairs_of,
 )
 from semantic_segmentation.inference import Statistics, TestSettings, predict_each, statistics_of
 from semantic_segmentation.metrics import Confusion, SegmentationScores, scores
@@ -65,8 +65,8 @@ def main(config: TestConfig) -> None:
     check(config)
     with session_of(config, writes=False) as session:
         root = Path(config.data_path)
-        annotations = None if config.format_only else root / config.val_annotations
-        pairs = find_pairs(root / config.val_images, annotations)
+        annotations = None if config.format_only else config.val_annotations
+        pairs = pairs_of(config.data_path, config.val_images, annotations)
         for flag, files in outputs(config, pairs).items():
             distributed.on_main(partial(check_outputs, flag, files, config.overwrite))
         weights, metadata = read_weights(config.checkpoint)

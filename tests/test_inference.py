@@ -212,7 +212,7 @@ MISTAKES = {
     "a folder": (lambda: inference_model(make_classifier(), "/"), "is a folder"),
     "no image": (lambda: inference_model(make_classifier(), []), "no image"),
     "a number": (lambda: inference_model(make_classifier(), 3), "not of type int"),
-    "one channel": (lambda: inference_model(make_classifier(in_chans=1), torch.rand(3, 8, 8)), "1 channel, and those"),
+    "one channel": (lambda: inference_model(make_classifier(in_chans=1), torch.rand(3, 8, 8)), "not of 1 channel"),
     "normalised": (lambda: inference_model(make_classifier(), torch.randn(3, 32, 48)), "normalised already"),
     "numbers of 64 bits": (lambda: inference_model(make_classifier(), torch.ones(3, 8, 8).long()), "uint8"),
     "channels last": (lambda: inference_model(make_classifier(), torch.rand(8, 8, 3)), "(3, height, width)"),

@@ -138,7 +138,7 @@ def whole_model(weights: Weights, metadata: Metadata) -> WholeModel:
         weights=_complete(weights, architecture, metadata["source"]),
         arguments=arguments,
         metadata=metadata,
-        images=preparation_of(images, arguments["img_size"]),
+        images=preparation_of(images, arguments["img_size"], arguments["in_chans"]),
         labels=list(labels) if labels else None,
         position_index=index,
         heads=heads,

@@ -34,7 +34,7 @@ from beit.checkpoints.formats.segmentation import PARTS, PUBLISHED_TAPS, depth_o
 from beit.checkpoints.formats.unilm import INDEX, SHARED_TABLE, TABLE, one_model
 from beit.checkpoints.formats.vit import PLAIN_VIT
 from beit.checkpoints.released import CONFIG, FOLDER_WEIGHTS, PREPROCESSOR, released_at, resolve, shards_of
-from beit.data.preprocessing import default_crop_pct, normalization
+from beit.data.preprocessing import COLOURS, default_crop_pct, normalization
 from beit.errors import InputError, counted, listed
 from beit.modeling import Backbone, VisionTransformer, VisionTransformerForMaskedImageModeling
 from beit.relative_position import num_table_rows
@@ -384,18 +384,22 @@ def _further_blocks(weights: Weights, metadata: Metadata) -> Content:
     return {"head_layers": len(blocks), "early_layers": early, "shared_lm_head": "cls_pt_lm_head.weight" not in weights}
 
 
-def preparation_of(metadata: Metadata, img_size: tuple[int, int]) -> Content:
+def preparation_of(metadata: Metadata, img_size: tuple[int, int], in_chans: int = COLOURS) -> Content:
     """Returns how to prepare images of ``(H, W)`` pixels: as recorded, or else as for the published models.
 
-    The keys are ``mean``, ``std``, ``crop_pct``, ``crop_mode`` and ``interpolation``.
+    What is recorded of another number of channels does not count. The keys are ``mean``, ``std``, ``crop_pct``,
+    ``crop_mode`` and ``interpolation``.
     """
     beit_v2 = Path(metadata.get("source", "")).name.startswith("beitv2_")
     mean, std = normalization(imagenet=beit_v2 or metadata.get("segmentation", False))
     if metadata.get("dialect") == "EVA":
         mean, std = CLIP_MEAN, CLIP_STD
+    if in_chans != COLOURS:
+        mean = std = (0.5,) * in_chans
+    recorded = {key: metadata[key] for key in ("mean", "std") if len(metadata.get(key, ())) == in_chans}
     return {
-        "mean": list(metadata.get("mean", mean)),
-        "std": list(metadata.get("std", std)),
+        "mean": list(recorded.get("mean", mean)),
+        "std": list(recorded.get("std", std)),
         "crop_pct": metadata.get("crop_pct") or default_crop_pct(img_size),
         "crop_mode": metadata.get("crop_mode", "center"),
         "interpolation": metadata.get("interpolation", "bicubic"),

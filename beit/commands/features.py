@@ -7,7 +7,7 @@ from torch import Tensor
 
 from beit.commands.settings import FeatureOptions, FeaturesConfig
 from beit.commands.visualize_inputs import Viewer, open_viewer
-from beit.data.index import ImageIndex, index_images
+from beit.data.index import EncodedImages, index_images
 from beit.data.loaders import EpochLoader
 from beit.errors import InputError
 from beit.features import FrozenFeatures, share_of
@@ -40,7 +40,7 @@ def main(config: FeaturesConfig) -> None:
 
 
 def compute(
-    config: FeatureOptions, images: ImageIndex, viewer: Viewer, limit: int | None = None
+    config: FeatureOptions, images: EncodedImages, viewer: Viewer, limit: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor, EpochLoader]:
     """Computes a feature of at most ``limit`` images, at even distances; raises InputError if none can be read.
 

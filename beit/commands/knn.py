@@ -13,8 +13,8 @@ import torch
 
 from beit.checkpoints.read import Metadata, architecture_of, read_weights
 from beit.commands.settings import KnnConfig
-from beit.data.classification import LabelledImages, check_classes, find_images, labelled_dataset
-from beit.data.datasets import Transform
+from beit.data.classification import check_classes, find_images, labelled_dataset
+from beit.data.datasets import Images, Transform
 from beit.data.loaders import EpochLoader
 from beit.errors import InputError
 from beit.features import Feature, FrozenFeatures, Share, nearest, share_of, vote, whole
@@ -120,7 +120,7 @@ def build_model(config: KnnConfig) -> tuple[Backbone, Preprocessing]:
 
 def compute(
     config: KnnConfig,
-    images: LabelledImages,
+    images: Images,
     features: FrozenFeatures,
     transform: Transform,
     session: Session,

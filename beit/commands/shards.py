@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from beit.commands.settings import ShardsConfig
-from beit.data.index import EXTENSIONS, ImageIndex, index_images
+from beit.data.index import EXTENSIONS, EncodedImages, index_images
 from beit.data.shards import CLASS_NAMES_FILE, LABEL_EXTENSION, add_member
 from beit.errors import InputError
 from beit.outputs import check_outputs
@@ -28,7 +28,7 @@ def main(config: ShardsConfig) -> None:
     sys.stdout.write(f"--data_path {shlex.quote(pattern)}\n")
 
 
-def write_shards(index: ImageIndex, destination: str | os.PathLike[str], images_per_shard: int = 10_000) -> str:
+def write_shards(index: EncodedImages, destination: str | os.PathLike[str], images_per_shard: int = 10_000) -> str:
     """Packs images into shards, byte by byte and in order, so that a run sees the same samples.
 
     Image 12 is ``00000012.jpg`` and its class, if there are classes, ``00000012.cls``; ``classes.txt`` beside the
@@ -68,7 +68,7 @@ def write_shards(index: ImageIndex, destination: str | os.PathLike[str], images_
     return str(folder / f"shards-{name}.tar")
 
 
-def _add(archive: tarfile.TarFile, index: ImageIndex, number: int) -> bool:
+def _add(archive: tarfile.TarFile, index: EncodedImages, number: int) -> bool:
     try:
         source = index.file(number)
         content = Path(source).read_bytes() if isinstance(source, str) else source.read()

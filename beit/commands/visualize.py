@@ -12,16 +12,18 @@ from torch import Tensor
 
 from beit.commands.features import compute
 from beit.commands.settings import CurvesConfig, EmbeddingsConfig, ReconstructConfig
-from beit.commands.visualize_inputs import Shown, image_files, open_viewer, read_shown
+from beit.commands.visualize_inputs import open_viewer
 from beit.config import from_plain
 from beit.data.datasets import index_images, sample_randomness
-from beit.data.preprocessing import IMAGENET_DEFAULT_MEAN, normalization
+from beit.data.index import image_files
+from beit.data.preprocessing import IMAGENET_DEFAULT_MEAN
 from beit.errors import InputError, counted
-from beit.inference import block_number
+from beit.inference import OneImage, as_input, block_number
 from beit.modeling import VisionTransformerForMaskedImageModeling
 from beit.registry import TARGETS
 from beit.storage import load_checkpoint, settings_in
 from beit.targets import VISUAL_TOKENS, MaskedPrediction, PredictionTarget, TokenTarget
+from beit.tasks.base import image_statistics
 from beit.tasks.pretraining import build_mask_generator, build_model, build_target, evaluation_transform
 from beit.tasks.settings import PretrainingConfig
 from beit.tokenizers.base import load_tokenizer
@@ -116,7 +118,7 @@ def _open_of_elsewhere(
 
 
 def reconstruct_files(
-    images: Sequence[Shown],
+    images: Sequence[OneImage],
     run: PretrainingConfig,
     model: VisionTransformerForMaskedImageModeling,
     target: PredictionTarget,
@@ -131,10 +133,10 @@ def reconstruct_files(
     samples = []
     for number, shown in enumerate(images):
         with sample_randomness(seed, 0, number) as rng:
-            samples.append(transform(read_shown(shown), rng))
+            samples.append(transform(as_input(shown, run.in_chans), rng))
     device = next(model.parameters()).device
     batch = {name: torch.stack([sample[name] for sample in samples]).to(device) for name in samples[0]}
-    outputs_of_all = MaskedPrediction(target, *normalization(run.imagenet_default_mean_and_std)).outputs_of_all
+    outputs_of_all = MaskedPrediction(target, *image_statistics(run)).outputs_of_all
     return reconstruct_batch(model, outputs_of_all, target, batch, steps)
 
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from beit.commands.settings import AttentionConfig, BiasConfig, DistanceConfig
-from beit.commands.visualize_inputs import Shown, Viewer, image_files, open_viewer
+from beit.commands.visualize_inputs import Viewer, open_viewer
 from beit.data.datasets import sample_randomness
+from beit.data.index import image_files
 from beit.data.transforms import normalize, to_unit_range
 from beit.errors import InputError
-from beit.inference import block_number
+from beit.inference import OneImage, block_number
 from beit.masking import BlockwiseMaskGenerator
 from beit.modeling import Backbone
 from beit.visualization.attention import (
@@ -30,7 +31,7 @@ from beit.visualization.attention import (
 )
 from beit.visualization.figures import SIGNED, Picture, check_picture, draw_pictures
 from beit.visualization.plots import draw_heads
-from beit.visualization.reconstructions import hide_patches
+from beit.visualization.reconstructions import hide_patches, in_colours
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def attention(config: AttentionConfig) -> None:
             mask = None if masks is None else torch.from_numpy(masks(rng))[None].to(viewer.device)
         probabilities = model.get_attention_maps(normalize(view, viewer.mean, viewer.std), block, mask)
         maps = query_maps(probabilities.float(), queries, grid)[0].cpu()  # (queries, heads, h, w)
-        shown = to_unit_range(view)
+        shown = in_colours(to_unit_range(view))
         headings[len(rows)] = "/".join(Path(str(path)).parts[-2:])  # file names alone can repeat in class folders
         rows += attention_rows((shown if mask is None else hide_patches(shown, mask))[0].cpu(), maps, queries, heads)
     kind = f"Block {block} of {model.get_num_layers()} (from 0), {model.img_size[0]} x {model.img_size[1]} pixels"
@@ -144,7 +145,7 @@ def distance(config: DistanceConfig) -> None:
 
 
 @torch.no_grad()
-def distances_of(viewer: Viewer, images: Sequence[Shown]) -> Tensor:
+def distances_of(viewer: Viewer, images: Sequence[OneImage]) -> Tensor:
     """Returns the mean attention distance over some images, in pixels, float64 ``(blocks, heads)``."""
     embedding = viewer.model.patch_embed
     distances = patch_distances(embedding.grid_size, embedding.patch_size)

@@ -1,36 +1,16 @@
-"""Inputs of the pictures: images from files, folders and shards, and a model of any checkpoint at any image size."""
+"""A model of any checkpoint at any image size, to be looked into."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from beit.commands.settings import ViewerOptions
 from beit.data.classification import ClassificationEvalTransform
-from beit.data.datasets import ImageIndex, UnreadableImageError, index_images, read_image
-from beit.data.shards import names_shards
-from beit.errors import InputError
-from beit.inference import Preprocessing, decoded, preprocessing_of
+from beit.inference import OneImage, Preprocessing, as_input, preprocessing_of
 from beit.modeling import Backbone
 from beit.training.distributed import select_device
 from beit.zoo import open_model
-
-
-@dataclass(frozen=True)
-class ShardImage:
-    """An image in a tar shard, named after the shard's path and read on demand."""
-
-    index: ImageIndex
-    number: int
-
-    def __str__(self) -> str:
-        return self.index.path(self.number)
-
-
-Shown = str | Path | ShardImage
 
 
 @dataclass(frozen=True)
@@ -44,9 +24,9 @@ class Viewer(Preprocessing):
         """The model's device."""
         return self.model.cls_token.device
 
-    def view(self, image: Shown) -> Tensor:
+    def view(self, image: OneImage) -> Tensor:
         """Returns an image, not normalised, uint8 ``(1, 3, H, W)`` on the device; raises InputError if unreadable."""
-        return self.transform(read_shown(image))["image"][None].to(self.device)
+        return self.transform(as_input(image, self.transform.in_chans))["image"][None].to(self.device)
 
 
 def open_viewer(config: ViewerOptions, device: str, *, whole: bool = True) -> Viewer:
@@ -61,34 +41,6 @@ def open_viewer(config: ViewerOptions, device: str, *, whole: bool = True) -> Vi
     prepared = preprocessing_of(model, metadata)
     transform = prepared.transform
     if whole:
-        transform = ClassificationEvalTransform(model.img_size, interpolation=transform.interpolation, crop_pct=1)
+        how, channels = transform.interpolation, transform.in_chans
+        transform = ClassificationEvalTransform(model.img_size, interpolation=how, crop_pct=1, in_chans=channels)
     return Viewer(transform, prepared.mean, prepared.std, model.requires_grad_(False).to(place))
-
-
-def image_files(given: Sequence[str], limit: int) -> list[str | ShardImage]:
-    """Returns at most ``limit`` images; of folders and shards those at even distances, so that all classes appear."""
-    found: list[str | ShardImage] = []
-    for path in given:
-        if names_shards(path) or Path(path).is_dir():
-            index = index_images(path)
-            images = [ShardImage(index, number) for number in spread(len(index), limit)]
-            found += images if names_shards(path) else map(str, images)
-        else:
-            found.append(path)
-    return found[:limit]
-
-
-def read_shown(image: Shown) -> Image.Image:
-    """Returns an image as 8-bit RGB, upright; raises InputError if it cannot be read."""
-    if not isinstance(image, ShardImage):
-        return decoded(str(image))
-    try:
-        return read_image(image.index.file(image.number))
-    except (OSError, UnreadableImageError) as error:
-        raise InputError(f"cannot read the image {image}: {error}") from error
-
-
-def spread(count: int, limit: int) -> list[int]:
-    """Returns at most ``limit`` of the numbers below ``count``, evenly spaced."""
-    taken = min(count, limit)
-    return [number * count // taken for number in range(taken)]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
@@ -20,16 +21,20 @@ from torchvision import datasets
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from beit.data.datasets import ImageDataset, Transform
-from beit.data.index import ImageIndex, index_images
-from beit.data.preprocessing import default_crop_pct
+from beit.data.datasets import ImageDataset, Images, Transform
+from beit.data.hub import VALIDATION, has_split, names_hub, open_hub
+from beit.data.index import index_images
+from beit.data.preprocessing import COLOURS, default_crop_pct
 from beit.data.transforms import (
     INTERPOLATIONS,
     Size,
+    as_pixels,
+    cut_out,
     drawn_interpolation,
     known_interpolation,
     normalize,
     random_box,
+    resized,
     size_pair,
 )
 from beit.errors import InputError, listed
@@ -74,25 +79,29 @@ class ArrayImages:
         return int(self.class_ids[i])
 
 
-LabelledImages = ImageIndex | ArrayImages
-
-
-def labelled_dataset(source: LabelledImages, transform: Transform, seed: int, strict: bool = False) -> ImageDataset:
+def labelled_dataset(source: Images, transform: Transform, seed: int, strict: bool = False) -> ImageDataset:
     """Returns samples with their class under ``label``, for an ``EpochLoader``; see :class:`ImageDataset`."""
     return ImageDataset(source, transform, seed, labels=True, strict=strict)
 
 
 def find_images(
     data_set: str, data_path: str, eval_data_path: str | None = None, *, train: bool, download: bool = False
-) -> LabelledImages:
+) -> Images:
     """Finds the training or the validation images of a data set.
 
     ``IMNET`` is the folders ``train`` and ``val`` in ``data_path``; ``image_folder`` is ``data_path`` and
-    ``eval_data_path`` themselves; ``CIFAR`` (which is CIFAR-100) and ``CIFAR10`` are torchvision's archives.
+    ``eval_data_path`` themselves; ``CIFAR`` (which is CIFAR-100) and ``CIFAR10`` are torchvision's archives. Of a
+    Hugging Face data set, the splits for training and validation are taken, unless a path names another.
 
     Raises:
         InputError: The folder is missing, empty, not given, or has images outside class folders.
     """
+    if names_hub(data_path) and not (train or eval_data_path):
+        if has_split(data_path):
+            raise InputError(f"--eval_data_path is missing: {data_path} names the split of the training images alone")
+        return _classed(open_hub(data_path, VALIDATION), data_path)
+    if names_hub(data_path):
+        data_set = "image_folder"
     if data_set in CIFAR:
         return _cifar(data_set, data_path, train, download)
     if data_set == "IMNET":
@@ -101,12 +110,14 @@ def find_images(
         raise InputError("--eval_data_path is missing: --data_set image_folder needs a folder of validation images")
     else:
         folder = data_path if train else str(eval_data_path)
-    index = index_images(folder)
-    if not index.class_names:
-        raise InputError(
-            f"{folder} has images without a class, such as {index.path(0)}: each class needs its own folder"
-        )
-    return index
+    return _classed(index_images(folder), folder)
+
+
+def _classed(images: Images, where: str) -> Images:
+    if not images.class_names:
+        needed = "?label=COLUMN names the column of classes" if names_hub(where) else "each class needs its own folder"
+        raise InputError(f"{where} has images without a class, such as {images.path(0)}: {needed}")
+    return images
 
 
 def _cifar(data_set: str, root: str, train: bool, download: bool) -> ArrayImages:
@@ -121,7 +132,7 @@ def _cifar(data_set: str, root: str, train: bool, download: bool) -> ArrayImages
     return ArrayImages(found.data, np.asarray(found.targets, dtype=np.int64), tuple(found.classes), str(folder))
 
 
-def check_classes(sources: Sequence[LabelledImages], nb_classes: int = 0) -> tuple[str, ...]:
+def check_classes(sources: Sequence[Images], nb_classes: int = 0) -> tuple[str, ...]:
     """Returns the class names, by id.
 
     Raises :class:`InputError` if the sources, such as the training and the validation images, have different classes,
@@ -183,24 +194,38 @@ class ClassificationTransform:
         self.augment = build_policy(self.auto_augment, self.size, self.mean, self.interpolation)
         if self.augment is None and self.color_jitter:
             self.augment = v2.ColorJitter(*[self.color_jitter] * 3)
+        self.in_chans = len(self.mean)
+        if self.augment is not None and self.in_chans != COLOURS:
+            logger.warning("no augmentation policy and colour jitter: they are for 3 channels, not %d", self.in_chans)
+            self.augment = None
         self.erase = build_erasing(self.erasing, self.erasing_mode, self.erasing_count)
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Returns ``image``: uint8 ``(3, H, W)``, or float32 and normalised where parts may be erased with noise."""
+    def __call__(self, image: Image.Image | Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
+        """Returns ``image``: uint8 ``(3, H, W)``, or float32 and normalised where parts may be erased with noise.
+
+        An image of another number of channels, float32 ``(C, h, w)`` in [0, 1], stays in that range.
+        """
         image = self._crop(image, rng)
         if rng.random() < 0.5:
             image = F.horizontal_flip(image)
         if self.augment is not None:
             image = self.augment(image)
-        pixels = F.pil_to_tensor(image)
+        pixels, _ = as_pixels(image)
         if self.erase is None:
             return {"image": pixels}
         # Normal noise does not fit into 8 bits, so such an image travels as float32.
-        return {"image": self.erase(normalize(pixels, self.mean, self.std))}
+        erased = self.erase(normalize(pixels, self.mean, self.std))
+        if pixels.is_floating_point():
+            mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+            erased = erased * std + mean
+        return {"image": erased}
 
-    def _crop(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    def _crop(self, image: Image.Image | Tensor, rng: np.random.Generator) -> Image.Image | Tensor:
         if not is_native(image, self.size):
-            box = random_box(image.size, self.scale, self.ratio, rng)
+            height, width = F.get_size(image)
+            box = random_box((width, height), self.scale, self.ratio, rng)
+            if isinstance(image, Tensor):
+                return resized(cut_out(image, box), self.size, self.interpolation, rng)
             how = INTERPOLATIONS[drawn_interpolation(self.interpolation, rng)]
             return F.resized_crop(image, *box, list(self.size), how)
         top, left = rng.integers(2 * NATIVE_PADDING + 1, size=2).tolist()
@@ -225,7 +250,9 @@ class ClassificationEvalTransform:
         interpolation: str = "bicubic",
         crop_pct: float | None = None,
         crop_mode: str = "center",
+        in_chans: int = COLOURS,
     ) -> None:
+        self.in_chans = in_chans
         if crop_mode not in ("center", "squash"):
             raise InputError(f"crop_mode {crop_mode!r}: must be center or squash")
         if known_interpolation(interpolation) not in INTERPOLATIONS:
@@ -235,16 +262,22 @@ class ClassificationEvalTransform:
         if not 0 < self.crop_pct <= 1:
             raise InputError(f"--crop_pct {self.crop_pct}: must be above 0 and at most 1")
 
-    def __call__(self, image: Image.Image, _rng: np.random.Generator | None = None) -> dict[str, Tensor]:
-        """Returns ``image``, uint8 ``(3, H, W)``."""
+    def __call__(self, image: Image.Image | Tensor, _rng: np.random.Generator | None = None) -> dict[str, Tensor]:
+        """Returns ``image``, uint8 ``(3, H, W)``; float32 ``(C, H, W)`` of such a tensor."""
         if not is_native(image, self.size):
+            height, width = F.get_size(image)
             # The ends of a very long image are cut off first: resized whole, 8000 x 1 pixels would take gigabytes.
-            longest = LONGEST * min(image.size) * max(self.size) // min(self.size)
-            if max(image.size) > longest and self.crop_mode == "center":
-                image = F.center_crop(image, [min(side, longest) for side in (image.height, image.width)])
-            image = F.resize(image, self.resized(image.size), INTERPOLATIONS[self.interpolation])
+            longest = LONGEST * min(height, width) * max(self.size) // min(self.size)
+            if max(height, width) > longest and self.crop_mode == "center":
+                height, width = min(height, longest), min(width, longest)
+                image = F.center_crop(image, [height, width])
+            rows, columns = self.resized((width, height))
+            if isinstance(image, Tensor):
+                image = resized(image, (rows, columns), self.interpolation, np.random.default_rng(0))
+            else:
+                image = F.resize(image, [rows, columns], INTERPOLATIONS[self.interpolation])
             image = F.center_crop(image, list(self.size))
-        return {"image": F.pil_to_tensor(image)}
+        return {"image": as_pixels(image)[0]}
 
     def resized(self, image_size: tuple[int, int]) -> list[int]:
         """Returns ``[H, W]`` that an image of ``(width, height)`` is resized to, in pixels."""
@@ -257,9 +290,9 @@ class ClassificationEvalTransform:
         return [int(least_w * height / width), least_w]
 
 
-def is_native(image: Image.Image, size: tuple[int, int]) -> bool:
+def is_native(image: Image.Image | Tensor, size: tuple[int, int]) -> bool:
     """Whether an image is small and has the input's size ``(H, W)``, so is not resized or cropped."""
-    return max(size) <= NATIVE_SIZE and image.size == (size[1], size[0])
+    return max(size) <= NATIVE_SIZE and F.get_size(image) == list(size)
 
 
 def build_policy(name: str, size: tuple[int, int], mean: Sequence[float], interpolation: str) -> Any:

@@ -5,22 +5,26 @@ import functools
 import logging
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.io import ImageReadMode
 from torchvision.transforms.v2 import functional as F
 
+from beit.data.index import ARRAYS, IndexedImage
 from beit.data.index import ImageIndex as ImageIndex
+from beit.data.index import Images as Images
 from beit.data.index import index_images as index_images
-from beit.errors import InputError
+from beit.data.preprocessing import COLOURS
+from beit.errors import InputError, counted
 
 logger = logging.getLogger(__name__)
 _warn_once = functools.cache(logger.warning)  # per process, not per image
@@ -29,7 +33,10 @@ LABEL = "label"  # key of a sample's class id
 UNREADABLE = "unreadable"  # key of a sample for the images that it had to replace
 REPLACEMENT_TRIES = 20
 EXIF_ORIENTATION = 0x0112
+ARRAY = b"\x93NUMPY"  # how a .npy file begins, and below a TIFF file
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
+ImageSource = str | os.PathLike[str] | IO[bytes] | IndexedImage  # a path, a file opened for reading, or in an index
 Key = tuple[int, int]  # (epoch, index)
 Transform = Callable[..., dict[str, Tensor]]  # (image, generator of the sample[, size in the file])
 Read = tuple[Image.Image | Tensor, tuple[int, int] | None]  # an image, and (width, height) of its file if reduced
@@ -40,19 +47,6 @@ _STREAMS = {"sample": 0, "order": 1, "replacement": 2}
 
 class UnreadableImageError(Exception):
     """An image file that cannot be decoded; the message is the reason."""
-
-
-class Images(Protocol, Sized):
-    """Images by number, as an ``ImageIndex`` lists them."""
-
-    def path(self, i: int) -> str:
-        """Returns what to call image ``i`` in a message."""
-
-    def file(self, i: int) -> str | IO[bytes] | Image.Image:
-        """Returns what to open for image ``i``, or the RGB image itself."""
-
-    def class_id(self, i: int) -> int | None:
-        """Returns the class of image ``i``; None if there are no classes."""
 
 
 @dataclass(eq=False)
@@ -66,7 +60,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
     a black one. The sample then has a key ``UNREADABLE`` for the loader to count: ``((index, reason), ...)``.
 
     The transform is called with an RGB image and a NumPy generator, and returns a dict of tensors. The image is
-    Pillow's, or uint8 ``(3, h, w)`` for a transform with a true attribute ``takes_pixels``. With ``fast_decode``, JPEG
+    Pillow's, or uint8 ``(3, h, w)`` for a transform with a true attribute ``takes_pixels``. A transform whose attribute
+    ``in_chans`` is not 3 gets what :func:`read_channels` returns. With ``fast_decode``, JPEG
     files are decoded at a half, a quarter or an eighth of their size if the transform shows no more pixels than that,
     see :func:`read_pixels`; it must take pixels and have a method ``reduction``, and for a reduced image it gets a
     third argument, ``(width, height)`` of the file.
@@ -83,6 +78,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
         transform = self.transform
         if self.fast_decode and not (hasattr(transform, "reduction") and getattr(transform, "takes_pixels", False)):
             raise ValueError(f"fast_decode needs a transform with a method reduction, not {type(transform).__name__}")
+        if len(self.index) and self.index.path(0).endswith(ARRAYS) and getattr(transform, "in_chans", 3) == COLOURS:
+            raise InputError(f"{self.index.path(0)} is an array, not 8-bit RGB: give --in_chans, not 3")
 
     def __len__(self) -> int:
         return len(self.index)
@@ -120,7 +117,9 @@ class ImageDataset(Dataset[dict[str, Any]]):
             except UnreadableImageError as error:
                 unreadable.append((candidate, str(error)))
             if self.strict:
-                return (Image.new("RGB", (64, 64)), None), index, tuple(unreadable)
+                channels = getattr(self.transform, "in_chans", COLOURS)
+                black = Image.new("RGB", (64, 64)) if channels == COLOURS else torch.zeros(channels, 64, 64)
+                return (black, None), index, tuple(unreadable)
             stream = random_stream(self.seed, epoch, index, attempt, purpose="replacement")
             candidate = int(stream.integers(len(self)))
         reason = f"{self.name(index)} ({unreadable[0][1]})"
@@ -137,6 +136,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
             file = self.index.file(number)
         except OSError as error:
             raise UnreadableImageError((error.strerror or str(error)).lower()) from error
+        if (channels := getattr(self.transform, "in_chans", COLOURS)) != COLOURS:
+            return read_channels(file, channels), None
         if isinstance(file, Image.Image):
             return file, None
         if getattr(self.transform, "takes_pixels", False):
@@ -197,8 +198,8 @@ def _sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
     return np.random.default_rng(_seed_sequence(seed, (epoch, index), "sample", 0))
 
 
-def read_image(path: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
-    """Decodes an image file, given by its path or opened for reading, to 8-bit RGB.
+def read_image(path: ImageSource) -> Image.Image:
+    """Decodes an image to 8-bit RGB.
 
     Greys of more than 8 bits are scaled, not clipped at 255; transparent images are put on white.
 
@@ -212,9 +213,7 @@ def read_image(path: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
         return _decoded(image)
 
 
-def read_pixels(
-    path: str | os.PathLike[str] | IO[bytes], reduction: Reduction | None = None
-) -> tuple[Tensor, tuple[int, int] | None]:
+def read_pixels(path: ImageSource, reduction: Reduction | None = None) -> tuple[Tensor, tuple[int, int] | None]:
     """Decodes an image file as :func:`read_image` does, a JPEG file at a smaller scale where that is enough.
 
     ``reduction`` maps an image size ``(width, height)`` to the allowed downscale factor: 1, 2, 4 or 8. The decoder then
@@ -230,12 +229,17 @@ def read_pixels(
 
 
 @contextlib.contextmanager
-def opened_image(path: str | os.PathLike[str] | IO[bytes]) -> Iterator[ImageFile.ImageFile]:
+def opened_image(path: ImageSource) -> Iterator[ImageFile.ImageFile]:
     """Opens an image file; any error in the block becomes an ``UnreadableImageError``, except for lack of memory."""
+    with _decoding(), Image.open(path.file() if isinstance(path, IndexedImage) else path) as image:
+        yield image
+
+
+@contextlib.contextmanager
+def _decoding() -> Iterator[None]:
     try:
-        with Image.open(path) as image:
-            yield image
-    except (MemoryError, UnreadableImageError):
+        yield
+    except (MemoryError, UnreadableImageError, InputError):
         raise
     except Exception as error:  # Pillow's decoders raise anything on damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -246,6 +250,63 @@ def opened_image(path: str | os.PathLike[str] | IO[bytes]) -> Iterator[ImageFile
         elif isinstance(error, Image.DecompressionBombError):
             reason = f"over {2e-6 * (Image.MAX_IMAGE_PIXELS or 0):.0f} million pixels: save a smaller copy"
         raise UnreadableImageError(reason) from error
+
+
+def read_channels(source: ImageSource | Image.Image | NDArray, in_chans: int) -> Tensor:
+    """Reads an image, or an array of one, of ``in_chans`` channels, float32 ``(C, h, w)``, with all its bits.
+
+    Integers are divided by the largest number of their type (uint8 by 255, uint16 by 65535); floating point is taken as
+    it is, NaN as 0. For one channel any image is converted to greys. More are read from ``.npy`` files, arrays
+    ``(h, w, C)`` or ``(C, h, w)``, from TIFF files by tifffile, and from others with so many channels, such as RGBA.
+
+    Raises:
+        UnreadableImageError: It cannot be read, or has another number of channels.
+        InputError: It is a TIFF file, and tifffile is missing.
+    """
+    with _decoding(), contextlib.ExitStack() as stack:
+        values: NDArray
+        if isinstance(source, np.ndarray):
+            values = source
+        elif isinstance(source, Image.Image):
+            values = _bands(source, in_chans)
+        else:
+            source = source.file() if isinstance(source, IndexedImage) else source
+            file = stack.enter_context(open(source, "rb")) if isinstance(source, (str, os.PathLike)) else source
+            head = file.read(len(ARRAY))
+            file.seek(0)
+            if head == ARRAY:
+                values = np.load(file, allow_pickle=False)
+            elif head[:4] in TIFF and in_chans > 1:
+                values = _read_tiff(file)
+            else:
+                values = _bands(stack.enter_context(Image.open(file)), in_chans)
+        values = values[..., None] if values.ndim == 2 else values
+        if values.ndim == 3 and values.shape[2] != in_chans == values.shape[0]:
+            values = np.moveaxis(values, 0, -1)
+        if values.ndim != 3 or values.shape[2] != in_chans or values.dtype.kind not in "buif" or not values.size:
+            raise UnreadableImageError(
+                f"it is {values.dtype} of shape {values.shape}, not of {counted(in_chans, 'channel')}"
+            )
+        largest = np.iinfo(values.dtype).max if values.dtype.kind in "ui" else 1
+        floats = np.nan_to_num(np.moveaxis(values, -1, 0) / np.float64(largest), posinf=0.0, neginf=0.0)
+        return torch.from_numpy(floats.astype(np.float32))
+
+
+def _bands(image: Image.Image, in_chans: int) -> NDArray:
+    """Returns the numbers of an upright image as Pillow has them, ``(h, w[, C])``."""
+    image = upright(image)
+    if in_chans == 1 and image.mode not in ("1", "L", "I", "F") and not image.mode.startswith("I;16"):
+        image = image.convert("L")
+    deep = image.mode == "I" and image.format in ("PNG", "PPM")  # 16 bits, in 32
+    return np.asarray(image).astype(np.uint16) if deep else np.asarray(image)
+
+
+def _read_tiff(file: IO[bytes]) -> NDArray:
+    try:
+        from tifffile import imread
+    except ImportError as error:
+        raise InputError("TIFF files of more than one channel are read with tifffile: pip install tifffile") from error
+    return np.asarray(imread(file))
 
 
 def _decoded(image: ImageFile.ImageFile) -> Image.Image:

@@ -7,18 +7,21 @@ import json
 import logging
 import operator
 import os
+import sys
 import time
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from beit.data.compact import Strings, as_array, map_arrays, save_arrays
+from beit.data.hub import PREFIX, HubImages, names_hub, open_hub
 from beit.data.shards import SUFFIX, Members, ShardReader, class_names, did_you_mean_file, expand, names_shards, scan
 from beit.errors import InputError, counted, listed
 from beit.storage import beit_home
@@ -30,6 +33,7 @@ EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".webp", ".avif", ".jp2", ".tif", ".tiff", ".bmp", ".tga"),
     *(".ppm", ".pgm", ".pbm", ".pnm"),
 )
+ARRAYS = ".npy"
 
 _INDEX_VERSION = 4
 # What changes with a file or folder; copies and archives set the modification time back, so it alone is not enough.
@@ -38,6 +42,30 @@ _stamp = operator.attrgetter("st_mtime_ns", "st_ctime_ns", "st_ino", "st_size")
 _SETTLED_NS = 2_000_000_000
 
 Stamps = Mapping[str, tuple[int, ...]]
+
+
+class Images(Protocol, Sized):
+    """Images by number, wherever they are."""
+
+    @property
+    def root(self) -> str:
+        """Where they are, for messages."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes by id; empty if there are none."""
+
+    def path(self, i: int) -> str:
+        """Returns what to call image ``i`` in a message."""
+
+    def file(self, i: int) -> str | IO[bytes] | Image.Image:
+        """Returns what to open for image ``i``, or the RGB image itself."""
+
+    def class_id(self, i: int) -> int | None:
+        """Returns the class of image ``i``; None if there are no classes."""
+
+    def fingerprint(self) -> str:
+        """Returns a hash that tells whether images and classes are the same, in the same order."""
 
 
 @dataclass(frozen=True)
@@ -87,36 +115,61 @@ class ImageIndex:
         return digest.hexdigest()
 
 
-def image_files(given: Iterable[str]) -> list[str]:
-    """Returns the given image files, with each folder replaced by the images in and below it.
+EncodedImages = ImageIndex | HubImages  # of both, ``file`` is a path or bytes
 
-    Raises :class:`InputError` if a path does not exist, or is a tar file.
+
+@dataclass(frozen=True)
+class IndexedImage:
+    """An image that is no file of its own: in a tar shard or a data set. Its text names it in messages."""
+
+    index: EncodedImages
+    number: int
+
+    def __str__(self) -> str:
+        return self.index.path(self.number)
+
+    def file(self) -> str | io.BytesIO:
+        """Returns what to open; OSError if it cannot be read."""
+        return self.index.file(self.number)
+
+
+def image_files(given: Iterable[str], limit: int = sys.maxsize) -> list[str | IndexedImage]:
+    """Returns at most ``limit`` images: files as they are, of folders, shards and data sets those at even distances.
+
+    Raises :class:`InputError` if a path does not exist, or holds no images.
     """
-    paths: list[str] = []
+    found: list[str | IndexedImage] = []
     for path in given:
-        if names_shards(path):
-            raise InputError(f"{path}: results are named after image files, not read from tar shards; unpack them")
-        if os.path.isdir(path):
+        if (indexed := names_shards(path) or names_hub(path)) or os.path.isdir(path):
             index = index_images(path)
-            paths += [index.path(number) for number in range(len(index))]
+            taken = spread(len(index), limit)
+            found += [IndexedImage(index, number) for number in taken] if indexed else map(index.path, taken)
         elif os.path.isfile(path):
-            paths.append(path)
+            found.append(path)
         else:
             raise InputError(f"there is no image {path}")
-    return paths
+    return found[:limit]
 
 
-def index_files(given: Sequence[str]) -> ImageIndex:
-    """Lists image files and the images in folders, without classes; or one text file of paths, or tar shards."""
-    if len(given) == 1 and (given[0].endswith(".txt") or names_shards(given[0])):
+def spread(count: int, limit: int) -> list[int]:
+    """Returns at most ``limit`` of the numbers below ``count``, evenly spaced."""
+    taken = min(count, limit)
+    return [number * count // taken for number in range(taken)]
+
+
+def index_files(given: Sequence[str]) -> EncodedImages:
+    """Lists image files and the images in folders, without classes; or one text file of paths, shards or a data set."""
+    if len(given) == 1 and (given[0].endswith(".txt") or names_shards(given[0]) or names_hub(given[0])):
         return index_images(given[0])
-    paths, folders = image_files(given), dict[str, int]()
+    if alone := [path for path in given if names_shards(path) or names_hub(path)]:
+        raise InputError(f"{alone[0]}: is read by itself, not with other images")
+    paths, folders = list(map(str, image_files(given))), dict[str, int]()
     folder_of = [folders.setdefault(os.path.dirname(path), len(folders)) for path in paths]
     names, no_classes = Strings.of(map(os.path.basename, paths)), np.full(len(folders), -1, dtype=np.int32)
     return ImageIndex("", (), Strings.of(folders), no_classes, names, np.asarray(folder_of, dtype=np.int32))
 
 
-def index_images(path: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None) -> ImageIndex:
+def index_images(path: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None) -> EncodedImages:
     """Lists the images in a folder and below it, in a text file of paths, or in tar shards.
 
     A folder is listed as it is: a ``train`` folder inside it is not picked. Images are ordered by path, class by class.
@@ -128,6 +181,8 @@ def index_images(path: str | os.PathLike[str], cache_dir: str | os.PathLike[str]
     A path that ends in ``.tar`` names shards in WebDataset's format; it may have ranges, lists and wildcards, such as
     ``shards-{000000..000127}.tar``. Images come shard by shard, in the order of the files in each.
 
+    A path that begins with ``hf:`` is a Hugging Face data set, see :mod:`beit.data.hub`.
+
     Each call logs the number of images and warns of what was left out. The list is kept in ``cache_dir``, by default
     ``index`` in ``$BEIT_HOME`` (or ``~/.cache/beit``), and used again until a folder in it (or the text file, or a
     shard) changes, unless something could not be read. It is memory-mapped, so all processes of a machine share it.
@@ -137,6 +192,8 @@ def index_images(path: str | os.PathLike[str], cache_dir: str | os.PathLike[str]
     """
     if not os.fspath(path):
         raise InputError("--data_path is missing: give a folder of images, a text file of paths, or tar shards")
+    if names_hub(path):
+        return open_hub(os.fspath(path))
     source = Path(os.path.abspath(os.path.expanduser(path)))
     shards = expand(str(source)) if names_shards(source) else []
     is_folder = os.path.isdir(source)
@@ -178,6 +235,7 @@ def _announce(index: ImageIndex, source: Path) -> None:
 
 def _list_folder(root: Path) -> tuple[ImageIndex, Stamps]:
     images: dict[str, bytes] = {}  # the names in a folder, joined: a tenth of the memory of a list
+    arrays: dict[str, bytes] = {}
     watched: dict[str, tuple[int, ...]] = {}
     others: Counter[str] = Counter()
     skipped: list[str] = []
@@ -186,8 +244,13 @@ def _list_folder(root: Path) -> tuple[ImageIndex, Stamps]:
         if found := sorted([name for name in names if name.lower().endswith(EXTENSIONS)]):
             images[folder] = os.fsencode("\0".join([*found, ""]))
         if len(found) < len(names):
-            rest = (name for name in names if not name.lower().endswith(EXTENSIONS))
+            rest = [name for name in names if not name.lower().endswith(EXTENSIONS)]
             others.update(os.path.splitext(name)[1].lower() for name in rest)
+            if found := sorted(name for name in rest if name.lower().endswith(ARRAYS)):
+                arrays[folder] = os.fsencode("\0".join([*found, ""]))
+    if not images and arrays:  # beside images they are something else, such as features
+        images = arrays
+        others.pop(ARRAYS)
     left_out = _left_out(len(images), f"{root} or the folders below", others, skipped)
     # Class by class, then by path: "a/x" comes before "a-b", which plain string order would put first.
     folders = sorted(images, key=lambda folder: (folder.partition(os.sep)[0], folder))
@@ -253,6 +316,11 @@ def _left_out(images: int, where: str, others: Counter[str], skipped: Sequence[s
     if not images:
         found = listed(words, 8) or "no files at all"
         hint = f"; tar shards are given as 'FOLDER/*{SUFFIX}'" if SUFFIX in others else ""
+        hint = (
+            f"; a folder of Parquet or Arrow files is given as {PREFIX}FOLDER"
+            if {".parquet", ".arrow"} & {*others}
+            else hint
+        )
         raise InputError(f"no images in {where}: looked for {' '.join(EXTENSIONS)}, found {found}{hint}")
     return tuple(words)
 

@@ -1,5 +1,6 @@
 """What a published model expects of its images. Without torch, for commands that only describe a checkpoint."""
 
+COLOURS = 3  # channels of an image that is read as 8-bit RGB
 IMAGENET_DEFAULT_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_DEFAULT_STD = (0.229, 0.224, 0.225)
 IMAGENET_INCEPTION_MEAN = (0.5, 0.5, 0.5)

@@ -10,6 +10,7 @@ views are jittered and flipped.
 """
 
 import functools
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -24,8 +25,11 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from beit.data.jitter import ViewJitter
+from beit.data.preprocessing import COLOURS
 from beit.errors import InputError, did_you_mean
 from beit.masking import MaskGenerator
+
+logger = logging.getLogger(__name__)
 
 INTERPOLATIONS = {mode.value: mode for mode in map(InterpolationMode, ("bicubic", "bilinear", "nearest", "lanczos"))}
 RANDOM_CHOICES = ("bilinear", "bicubic")  # what "random" chooses from, anew for every image
@@ -52,6 +56,7 @@ class _Views:
     interpolation: str = "lanczos"  # or bicubic, bilinear, nearest, random
     second_interpolation: str = "lanczos"  # of the second view
     mask_generator: MaskGenerator | None = None  # draws the patches to mask
+    in_chans: int = COLOURS  # of the images; other numbers than 3 come and go as float32
 
     def __post_init__(self) -> None:
         self.sizes = {"image": size_pair(self.input_size)}
@@ -83,7 +88,9 @@ class RandomCropTransform(_Views):
         super().__post_init__()
         if self.color_jitter < 0:
             raise InputError(f"color_jitter must be 0 or more, got {self.color_jitter}")
-        self._jitter = ViewJitter(self.color_jitter) if self.color_jitter else None
+        if self.color_jitter and self.in_chans != COLOURS:
+            logger.warning("no colour jitter: it is for images of 3 channels, and these have %d", self.in_chans)
+        self._jitter = ViewJitter(self.color_jitter) if self.color_jitter and self.in_chans == COLOURS else None
 
     def __call__(
         self, image: Image.Image | Tensor, rng: np.random.Generator, full_size: tuple[int, int] | None = None
@@ -182,6 +189,10 @@ def resized(pixels: Tensor, size: tuple[int, int], interpolation: str, rng: np.r
     filters up to the rounding of their weights.
     """
     interpolation = drawn_interpolation(interpolation, rng)
+    if pixels.is_floating_point():
+        # By Pillow, channel by channel: PyTorch does not have every filter for them. They overshoot at edges.
+        bands = [F.resize(Image.fromarray(band.numpy()), list(size), INTERPOLATIONS[interpolation]) for band in pixels]
+        return torch.cat([F.pil_to_tensor(band) for band in bands]).clamp(pixels.min(), pixels.max())
     if interpolation in ("bicubic", "bilinear") or (interpolation == "lanczos" and _torch_has_lanczos()):
         # Not torchvision's function, which returns channels last: batches are contiguous, as PyTorch's results are.
         return interpolate(pixels[None], size, mode=interpolation, antialias=True)[0].contiguous()
@@ -264,13 +275,23 @@ def known_interpolation(name: str) -> str:
 
 
 def to_unit_range(images: Tensor) -> Tensor:
-    """Returns uint8 ``(B, 3, H, W)`` as float32 in [0, 1], contiguous so that results do not depend on the layout."""
+    """Returns uint8 ``(B, C, H, W)`` as float32 in [0, 1], contiguous so that results do not depend on the layout.
+
+    Images of floating point, which have that range already, stay as they are.
+    """
+    if images.is_floating_point():
+        return images
     return images.to(torch.float32, memory_format=torch.contiguous_format) / 255
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Returns uint8 images ``([B,] 3, H, W)`` as float32, normalised per channel: ``(images / 255 - mean) / std``."""
+    """Returns uint8 images ``([B,] C, H, W)`` as float32, normalised per channel: ``(images / 255 - mean) / std``.
+
+    Images of floating point have the range [0, 1].
+    """
     constants = _constants(tuple(mean), tuple(std), images.device)
+    if images.is_floating_point():
+        return (images - constants[0]) / constants[1]
     return to_unit_range(images).sub_(constants[0]).div_(constants[1])
 
 

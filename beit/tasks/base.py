@@ -19,15 +19,16 @@ from beit.checkpoints.formats.vit import PLAIN_VIT
 from beit.checkpoints.read import read_weights
 from beit.checkpoints.released import resolve
 from beit.config import dump_yaml, read_settings, to_plain
-from beit.data.classification import LabelledImages, check_classes, find_images
-from beit.data.datasets import ImageIndex, index_images
+from beit.data.classification import check_classes, find_images
+from beit.data.datasets import Images, index_images
 from beit.data.loaders import EpochDataset, EpochLoader, close_loaders
-from beit.data.preprocessing import normalization
+from beit.data.preprocessing import COLOURS, normalization
 from beit.errors import InputError, counted
 from beit.modeling import Backbone, Block, VisionTransformerForMaskedImageModeling
 from beit.registry import TRACKERS, locate
 from beit.tasks.settings import (
     BatchOptions,
+    ChannelOptions,
     CosineOptions,
     EpochOptions,
     LabelledDataOptions,
@@ -56,7 +57,10 @@ logger = logging.getLogger(__name__)
 ConfigT = TypeVar("ConfigT", bound=RunOptions)
 BatchT = TypeVar("BatchT", bound=BatchOptions)
 
-PREPARED_BY = {**dict.fromkeys(("mean", "std"), "--imagenet_default_mean_and_std"), "crop_pct": "--crop_pct"}
+PREPARED_BY = {
+    **dict.fromkeys(("mean", "std"), "--imagenet_default_mean_and_std, --mean and --std"),
+    "crop_pct": "--crop_pct",
+}
 READING = {"model_key": "model|module", "model_prefix": ""}  # settings of how weights are read, where a job has them
 EVALUATION_WORKERS = 2  # at most, beside those of the training loader
 Metrics = dict[str, float]
@@ -380,8 +384,8 @@ def adopt_positions(config: ConfigT) -> ConfigT:
         "%s is %s, so the model is built as with --abs_pos_emb --disable_rel_pos_bias --layer_scale_init_value %g",
         *(source, PLAIN_VIT, scale),
     )
-    if isinstance(config, TrainedModelOptions) and hasattr(config, "imagenet_default_mean_and_std"):
-        warn_of_preparation(source, metadata, mean=normalization(config.imagenet_default_mean_and_std)[0])
+    if isinstance(config, TrainedModelOptions) and isinstance(config, ChannelOptions):
+        warn_of_preparation(source, metadata, mean=image_statistics(config)[0])
     return dataclasses.replace(config, **form)
 
 
@@ -395,9 +399,25 @@ def plan(config: BatchOptions, trainer: Trainer) -> str:
     return f"batch {trainer.images_per_step} = {batch} per step; {length} in all"
 
 
-def find_together(path: str) -> ImageIndex:
+def image_statistics(config: ChannelOptions) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns mean and standard deviation of the input per channel; :class:`InputError` for another number of them."""
+    default = normalization(config.imagenet_default_mean_and_std)
+    if config.in_chans != COLOURS:
+        if config.imagenet_default_mean_and_std and not (config.mean and config.std):
+            raise InputError("--imagenet_default_mean_and_std: is for images of 3 channels; give --mean and --std")
+        default = (0.5,) * config.in_chans, (0.5,) * config.in_chans
+    found = []
+    for name, given, usual in (("mean", config.mean, default[0]), ("std", config.std, default[1])):
+        values = usual if given is None else given * config.in_chans if len(given) == 1 else given
+        if len(values) != config.in_chans:
+            raise InputError(f"--{name}: {counted(len(values), 'number')} for {counted(config.in_chans, 'channel')}")
+        found.append(values)
+    return found[0], found[1]
+
+
+def find_together(path: str) -> Images:
     """Lists images once for all processes; :class:`InputError` if there are none or they differ between them."""
-    listed: list[ImageIndex] = []
+    listed: list[Images] = []
     distributed.on_main(lambda: listed.append(index_images(path)))
     index = listed[0] if listed else index_images(path)
     if not distributed.all_equal(index.fingerprint()):
@@ -407,14 +427,14 @@ def find_together(path: str) -> ImageIndex:
 
 def find_labelled(
     config: LabelledDataOptions, nb_classes: int, *, trains: bool = True, evaluates: bool = True, download: bool = False
-) -> tuple[LabelledImages | None, LabelledImages | None, tuple[str, ...]]:
+) -> tuple[Images | None, Images | None, tuple[str, ...]]:
     """Returns training images, validation images (each None if not wanted) and class names.
 
     Raises :class:`InputError` if images are missing, or have not ``nb_classes`` classes (0 takes what is there).
     With ``download``, a missing CIFAR archive is fetched.
     """
 
-    def find(train: bool) -> LabelledImages:
+    def find(train: bool) -> Images:
         return find_images(config.data_set, config.data_path, config.eval_data_path, train=train, download=download)
 
     if download:
@@ -424,7 +444,7 @@ def find_labelled(
     return found[0], found[1], class_names
 
 
-def fingerprints(train: LabelledImages | None, val: LabelledImages | None) -> dict[str, str]:
+def fingerprints(train: Images | None, val: Images | None) -> dict[str, str]:
     """Returns what identifies the images that a run trains and is evaluated on."""
     return {key: images.fingerprint() for key, images in (("data", train), ("eval_data", val)) if images is not None}
 
@@ -443,9 +463,13 @@ def warn_of_preparation(source: str, metadata: Mapping[str, Any], **own: Any) ->
     """Warns where a checkpoint records that its images were prepared otherwise than this run's: ``mean``, ``std``, …"""
     for name, here in own.items():
         there = metadata.get(name)
-        if there is not None and not (there == here if isinstance(here, str) else np.allclose(there, here)):
+        if there is not None and not (there == here if isinstance(here, str) else _close(there, here)):
             text = "%s was trained on images with %s %s, and gets %s: check %s"
             logger.warning(text, source, name, there, here, PREPARED_BY.get(name, "whether its features suffer"))
+
+
+def _close(there: Any, here: Any) -> bool:
+    return np.shape(there) == np.shape(here) and np.allclose(there, here)
 
 
 def named_model(config: ModelOptions, *, masked: bool = False, **arguments: object) -> Backbone:
@@ -460,6 +484,8 @@ def named_model(config: ModelOptions, *, masked: bool = False, **arguments: obje
         other = f"{name}_8k_vocab" if masked else name.partition("_8k_vocab")[0]
         raise InputError(f"--model {name} is a {kind}; this job needs {other}")
     shared = {"init_values": config.layer_scale_init_value, "use_abs_pos_emb": config.abs_pos_emb}
+    if (channels := getattr(config, "in_chans", COLOURS)) != COLOURS:  # a model from elsewhere may not have the keyword
+        shared["in_chans"] = channels
     try:
         return create_model(name, **{**shared, **arguments, **(config.model_kwargs or {})})
     except (TypeError, ValueError) as error:

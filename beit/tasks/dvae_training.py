@@ -8,6 +8,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from PIL import Image
@@ -79,7 +80,7 @@ class DvaeTraining(Task[DvaeConfig]):
     def build_model(self) -> Autoencoder:
         config = self.config
         sizes = (config.codebook_size, config.codebook_dim, config.num_layers, config.hidden_dim)
-        vae = DiscreteVAE(config.input_size, *sizes).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        vae = DiscreteVAE(config.input_size, *sizes, in_chans=config.in_chans).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if config.quantizer == "gumbel":
             return RelaxedAutoencoder(vae)
         return QuantizedAutoencoder(vae, config.codebook_decay, config.commitment)
@@ -87,7 +88,8 @@ class DvaeTraining(Task[DvaeConfig]):
     def build_loader(self) -> EpochLoader:
         config = self.config
         scale = (config.min_crop, 1.0)
-        transform = RandomCropTransform(config.input_size, interpolation=config.interpolation, scale=scale)
+        options: dict[str, Any] = {"interpolation": config.interpolation, "in_chans": config.in_chans}
+        transform = RandomCropTransform(config.input_size, **options, scale=scale)
         return self.loader_of(ImageDataset(self.index, transform, config.seed))
 
     def build_objective(self) -> StepFunction:
@@ -103,7 +105,8 @@ class DvaeTraining(Task[DvaeConfig]):
         They are shuffled, always in the same way, so that the picture of the first ones shows all classes.
         """
         config = self.config
-        transform = CenterCropTransform(config.input_size, interpolation=config.interpolation)
+        options: dict[str, Any] = {"interpolation": config.interpolation, "in_chans": config.in_chans}
+        transform = CenterCropTransform(config.input_size, **options)
         dataset: EpochDataset = ImageDataset(self.eval_index or self.index, transform, config.seed)
         if self.eval_index is None and config.eval_images < len(dataset):
             dataset = EvenlySpread(dataset, config.eval_images)

@@ -19,7 +19,7 @@ from beit.checkpoints.load import load_pretrained, load_weights
 from beit.checkpoints.read import preparation_of, read_weights
 from beit.data.classification import ClassificationEvalTransform, ClassificationTransform, labelled_dataset
 from beit.data.loaders import EpochLoader
-from beit.data.preprocessing import normalization
+from beit.data.preprocessing import COLOURS
 from beit.data.transforms import normalize, size_pair
 from beit.errors import InputError, counted, listed
 from beit.modeling import VisionTransformer
@@ -32,6 +32,7 @@ from beit.tasks.base import (
     evaluated,
     find_labelled,
     fingerprints,
+    image_statistics,
     named_model,
     opened,
     run,
@@ -88,8 +89,10 @@ class Finetuning(Task[FinetuningConfig]):
             raise InputError(f"mixup and cutmix need two classes or more; {config.data_path} has one")
         if config.robust_test:
             check_variant(config.robust_test, self.class_names)
-        self.mean, self.std = normalization(config.imagenet_default_mean_and_std)
-        self.eval_transform = ClassificationEvalTransform(config.input_size, crop_pct=config.crop_pct)
+        self.mean, self.std = image_statistics(config)
+        self.eval_transform = ClassificationEvalTransform(
+            config.input_size, crop_pct=config.crop_pct, in_chans=config.in_chans
+        )
 
     def build_model(self) -> VisionTransformer:
         config = self.config
@@ -215,13 +218,13 @@ def recorded_transform(
     """Returns how images are evaluated: as a checkpoint for this input size records, unless ``--crop_pct`` differs."""
     size = size_pair(config.input_size)
     if metadata.get("image_size", size) != size:
-        return ClassificationEvalTransform(config.input_size, crop_pct=config.crop_pct)
+        return ClassificationEvalTransform(config.input_size, crop_pct=config.crop_pct, in_chans=config.in_chans)
     known = {key: value for key, value in preparation_of(dict(metadata), size).items() if key not in ("mean", "std")}
     if config.crop_pct is not None:
         if not math.isclose(config.crop_pct, metadata.get("crop_pct", config.crop_pct)):
             logger.warning("--crop_pct %g, where %s records %g", config.crop_pct, source, metadata["crop_pct"])
         known |= {"crop_pct": config.crop_pct, "crop_mode": "center"}
-    return ClassificationEvalTransform(size, **known)
+    return ClassificationEvalTransform(size, **known, in_chans=config.in_chans)
 
 
 def load_whole(model: VisionTransformer, source: str, model_key: str, task: Finetuning) -> Mapping[str, Any]:
@@ -293,9 +296,9 @@ class Classification:
 
 
 def model_input(batch: Batch, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Returns the images of a batch normalised; those with erased parts already are."""
+    """Returns the images of a batch normalised; those of 8-bit colours with erased parts already are."""
     images = batch["image"]
-    return images if images.is_floating_point() else normalize(images, mean, std)
+    return images if images.is_floating_point() and len(mean) == COLOURS else normalize(images, mean, std)
 
 
 @torch.no_grad()

@@ -12,8 +12,7 @@ from beit.checkpoints.load import load_weights
 from beit.checkpoints.read import architecture_of, read_weights
 from beit.data.classification import ClassificationEvalTransform, ClassificationTransform, labelled_dataset
 from beit.data.loaders import EpochLoader
-from beit.data.preprocessing import normalization
-from beit.errors import InputError
+from beit.errors import InputError, counted
 from beit.features import Feature, FrozenFeatures
 from beit.modeling import Backbone
 from beit.storage import weights_fingerprint
@@ -25,6 +24,7 @@ from beit.tasks.base import (
     Task,
     find_labelled,
     fingerprints,
+    image_statistics,
     named_model,
     run,
     warn_of_preparation,
@@ -67,9 +67,11 @@ class LinearProbe(Task[LinearProbeConfig]):
         self.train, self.val = train, val
         if config.nb_classes == OFFICIAL_NUM_LABELS != len(self.class_names):
             logger.info("%d classes, as in the data", len(self.class_names))
-        self.mean, self.std = normalization(config.imagenet_default_mean_and_std)
+        self.mean, self.std = image_statistics(config)
         self.backbone = build_backbone(config).to(self.device)
-        self.eval_transform = ClassificationEvalTransform(self.backbone.img_size, crop_pct=config.crop_pct)
+        self.eval_transform = ClassificationEvalTransform(
+            self.backbone.img_size, crop_pct=config.crop_pct, in_chans=config.in_chans
+        )
         dtype = resolve_amp_dtype(config.amp_dtype if config.amp_forward else "fp32", self.device)
         self.features = FrozenFeatures(
             self.backbone,
@@ -124,6 +126,7 @@ class LinearProbe(Task[LinearProbeConfig]):
             "labels": list(self.class_names),
             "backbone": weights_fingerprint(self.backbone),
             "mean": list(self.mean),
+            "std": list(self.std),
             "crop_pct": self.eval_transform.crop_pct,
             **fingerprints(self.train, self.val),
         }
@@ -146,6 +149,8 @@ def build_backbone(config: LinearProbeConfig) -> Backbone:
     weights, metadata = read_weights(source, config.model_key, config.model_prefix) if source else ({}, {})
     if auto:
         backbone = architecture_of(weights, metadata).build(metadata.get("layer_norm_eps"))
+        if (channels := backbone.patch_embed.proj.in_channels) != config.in_chans:
+            raise InputError(f"--in_chans {config.in_chans}: {source} is for {counted(channels, 'channel')}")
     else:
         arguments: dict[str, Any] = {} if config.input_size is None else {"img_size": config.input_size}
         arguments |= {"num_classes": 0, "patch_size": config.patch_size, "use_rel_pos_bias": config.rel_pos_bias}
@@ -163,7 +168,7 @@ def build_backbone(config: LinearProbeConfig) -> Backbone:
     if metadata.get("image_size", own["size"]) != own["size"]:  # for which another crop is usual
         metadata = {**metadata, "crop_pct": None}
     own = {name: own[name] for name in ("crop_pct", "crop_mode", "interpolation")}
-    own["mean"], own["std"] = normalization(config.imagenet_default_mean_and_std)
+    own["mean"], own["std"] = image_statistics(config)
     warn_of_preparation(source, metadata, **own)
     return backbone
 

@@ -15,9 +15,8 @@ from beit.checkpoints.load import load_weights
 from beit.checkpoints.read import read_weights
 from beit.data.datasets import ImageDataset, sample_randomness
 from beit.data.loaders import EpochLoader
-from beit.data.preprocessing import normalization
 from beit.data.transforms import MaskedImageModelingEvalTransform, MaskedImageModelingTransform, Size, size_pair
-from beit.errors import InputError
+from beit.errors import InputError, counted
 from beit.masking import PUBLISHED_SHARE, MaskGenerator
 from beit.modeling import VisionTransformerForMaskedImageModeling
 from beit.registry import MASK_STRATEGIES, TARGETS, resolve
@@ -31,7 +30,17 @@ from beit.targets import (
     numbered,
     with_patch_index,
 )
-from beit.tasks.base import Evaluation, Metrics, Result, Task, find_together, fingerprints, named_model, run
+from beit.tasks.base import (
+    Evaluation,
+    Metrics,
+    Result,
+    Task,
+    find_together,
+    fingerprints,
+    image_statistics,
+    named_model,
+    run,
+)
 from beit.tasks.representation import RepresentationProbe
 from beit.tasks.settings import PretrainingConfig, PretrainingV2Config
 from beit.teachers import load_teacher
@@ -65,7 +74,7 @@ class Pretraining(Task[PretrainingConfig]):
 
     def prepare(self) -> None:
         self.target = build_target(self.config, self.device)
-        self.mean, self.std = normalization(self.config.imagenet_default_mean_and_std)
+        self.mean, self.std = image_statistics(self.config)
         self.index = find_together(self.config.data_path)
         self.eval_index = find_together(self.config.eval_data_path) if self.config.eval_data_path else None
         room = self.config.batch_size * self.config.num_mask_patches if self.config.compile else 0
@@ -89,6 +98,7 @@ class Pretraining(Task[PretrainingConfig]):
             interpolation=config.train_interpolation,
             second_interpolation=config.second_interpolation,
             color_jitter=config.color_jitter,
+            in_chans=config.in_chans,
             scale=(config.min_crop, 1.0),
             mask_generator=self.masks,
         )
@@ -106,6 +116,7 @@ class Pretraining(Task[PretrainingConfig]):
         return {
             **meaning_of(self.target),
             "mean": list(self.mean),
+            "std": list(self.std),
             **({"early_layers": self.model.early_layers} if class_token_arguments(self.config) else {}),
             **fingerprints(self.index, self.eval_index),
         }
@@ -188,7 +199,9 @@ def build_target(config: PretrainingConfig, device: torch.device) -> PredictionT
     """Creates the ``--target``; :class:`InputError` if something it needs, such as the tokenizer, is missing."""
     with torch.device("meta"):  # takes no memory and draws no random number
         patch_size = build_model(config, 1).patch_embed.patch_size
-    mean, std = normalization(config.imagenet_default_mean_and_std)
+    mean, std = image_statistics(config)
+    if config.target == "features" and config.in_chans != COLOURS:
+        raise InputError(f"--in_chans {config.in_chans}: a teacher sees images of 3 channels; choose another --target")
     target: PredictionTarget = resolve(TARGETS, config.target, "target").build(
         tokenizer=partial(build_tokenizer, config, device),
         teacher=lambda: load_teacher(config.teacher).to(device),
@@ -215,6 +228,9 @@ def build_tokenizer(config: PretrainingConfig, device: torch.device) -> VisualTo
         raise InputError(f"{problem}. {'; '.join(ways)}; --target pixels, hog and features need none")
     dtype = tokenizer_dtype(config, device)
     tokenizer = load_tokenizer(path, config.discrete_vae_type, device, dtype, config.tokenizer_compile)
+    if tokenizer.in_chans != config.in_chans:
+        channels = f"images of {counted(tokenizer.in_chans, 'channel')}, and --in_chans is {config.in_chans}"
+        raise InputError(f"the tokenizer {path} is for {channels}: train one with run_dvae_training.py --in_chans")
     sizes = {"codebook_size": tokenizer.vocab_size, "codebook_dim": getattr(tokenizer, "codebook_dim", None)}
     for name, size in sizes.items():
         if size is not None and (wanted := getattr(config, name)) not in (None, size):
@@ -296,6 +312,7 @@ def evaluation_transform(
         interpolation=config.train_interpolation,
         second_interpolation=config.second_interpolation,
         mask_generator=masks,
+        in_chans=config.in_chans,
     )
 
 

@@ -58,7 +58,8 @@ class RepresentationProbe:
         precision: Precision,
     ) -> None:
         folders = ("train", "val") if os.path.isdir(os.path.join(path, "train")) else ("",)
-        images = [find_images("image_folder", os.path.join(path, folder), train=True) for folder in folders]
+        places = [os.path.join(path, folder) if folder else path for folder in folders]
+        images = [find_images("image_folder", place, train=True) for place in places]
         if len(check_classes(images)) < 2 or min(map(len, images)) < 4:
             raise InputError(f"--probe_data_path {path}: needs 2 classes, and some images of each")
         self.loaders = [loader_of(ImageDataset(found, transform, 0, labels=True)) for found in images]

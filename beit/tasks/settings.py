@@ -13,6 +13,7 @@ DATA_SETS = ("CIFAR", "IMNET", "image_folder", "CIFAR10")  # the first three hav
 VARIANTS = ("imagenet_r", "imagenet_a")  # as timm names the lists of their classes
 IMAGENET_FOLDER = "/datasets01/imagenet_full_size/061417/"  # the official default
 AUTO = "auto"
+IMAGES = "folder of images, text file of paths, shards-{000..127}.tar, or hf:NAME_OR_FOLDER[:SPLIT]"
 ANY_MODEL = "file, folder, released name, URL or hub id"
 OFFICIAL_NUM_LABELS = 1000  # the official default of the probe, which stands for "as many as there are"
 
@@ -24,6 +25,7 @@ NO_MODEL_KWARGS = {  # arguments of a model that a job sets, and from what
     "img_size": "the size of the images sets it",
     "num_classes": "the data set it",
     "vocab_size": "the target sets it",
+    "in_chans": "--in_chans sets it",
 }
 NOT_WITH_FSDP = {  # flags that --shard fsdp cannot go with, and why
     "enable_deepspeed": "both shard the training state",
@@ -184,19 +186,29 @@ class LoadingOptions:
 class DataOptions(LoadingOptions):
     """Images."""
 
-    data_path: str = option(IMAGENET_FOLDER, "folder of images, text file of paths, or shards-{000..127}.tar")
+    data_path: str = option(IMAGENET_FOLDER, IMAGES)
     eval_data_path: str | None = option(None, "held-out images to evaluate on")
 
 
 @dataclass(frozen=True)
-class LabelledDataOptions(DataOptions):
+class ChannelOptions:
+    """The channels of the images."""
+
+    GROUP: ClassVar[str] = "data"
+    in_chans: int = option(3, "channels of the images; others than 3 keep all their bits", within="[1, inf)")
+    imagenet_default_mean_and_std: bool = option(False, "normalise with ImageNet's mean and std instead of 0.5")
+    mean: tuple[float, ...] | None = option(None, "mean of each channel, or of all, for images in [0, 1]")
+    std: tuple[float, ...] | None = option(None, "standard deviation, likewise", within="(0, inf)")
+
+
+@dataclass(frozen=True)
+class LabelledDataOptions(ChannelOptions, DataOptions):
     """Images with classes."""
 
-    data_path: str = option(IMAGENET_FOLDER, "folder of the data; for IMNET the one with train and val")
+    data_path: str = option(IMAGENET_FOLDER, "folder of the data, for IMNET the one with train and val; or hf:NAME")
     eval_data_path: str | None = option(None, "folder of validation images, for --data_set image_folder")
     data_set: str = option("IMNET", "kind of data set; CIFAR is CIFAR-100", choices=DATA_SETS)
     nb_classes: int = option(0, "classes that must be found; 0 takes what is there", within="[0, inf)")
-    imagenet_default_mean_and_std: bool = option(False, "normalise with ImageNet's mean and std instead of 0.5")
     train_interpolation: str = option("bicubic", "interpolation of training images")
     crop_pct: float | None = option(None, "crop at evaluation; 0.875 by default, 1 from 384 pixels", within="(0, inf)")
 
@@ -257,7 +269,7 @@ class TrainedOptions(TrainedModelOptions, BatchOptions, EpochOptions, CosineOpti
 
 
 @dataclass(frozen=True)
-class PretrainingConfig(DataOptions, MaskingOptions, TargetOptions, ClassTokenOptions, TrainedOptions):
+class PretrainingConfig(ChannelOptions, DataOptions, MaskingOptions, TargetOptions, ClassTokenOptions, TrainedOptions):
     """The settings of ``run_beit_pretraining.py``: every official flag, with its official default."""
 
     GROUP: ClassVar[str] = "pre-training"
@@ -276,7 +288,6 @@ class PretrainingConfig(DataOptions, MaskingOptions, TargetOptions, ClassTokenOp
     )
     data_set: str = option("image_folder", "unused", no_effect="--data_path says what the images are in")
     decoupling_aug: bool = option(False, "unused", no_effect="the tokenizer sees the model's crop, as in official runs")
-    imagenet_default_mean_and_std: bool = option(False, "normalise with ImageNet's mean and std instead of 0.5")
     fast_decode: bool = option(False, "decode JPEG files at a reduced scale where that is enough; changes pixels")
     probe_data_path: str = option("", "small labelled set to score features on: train and val, or class folders")
     probe_freq: int = option(1, "epochs between these scores", within="[1, inf)")
@@ -380,9 +391,10 @@ class DvaeConfig(DataOptions, BatchOptions, EpochOptions, CosineOptions, RunOpti
     """The settings of ``run_dvae_training.py``."""
 
     GROUP: ClassVar[str] = "tokenizer"
-    data_path: str = option("", "folder of images, text file of paths, or shards-{000..127}.tar")
+    data_path: str = option("", IMAGES)
     eval_data_path: str | None = option(None, "held-out images to evaluate on; some training images by default")
     eval_images: int = option(512, "training images to evaluate on without --eval_data_path", within="[1, inf)")
+    in_chans: int = option(3, "channels of the images; others than 3 are read with all their bits", within="[1, inf)")
     input_size: Size = option(
         112, "size of the training crops, in pixels (HEIGHTxWIDTH or one number)", within="[8, inf)"
     )

@@ -36,10 +36,12 @@ class VisualTokenizer(nn.Module, ABC):
         vocab_size: Number of different tokens.
         downsampling: Pixels per token in each direction.
         compiled: Compile :meth:`features`, once for each shape of images.
+        in_chans: Channels of the images.
     """
 
-    def __init__(self, vocab_size: int, downsampling: int, compiled: bool = False) -> None:
+    def __init__(self, vocab_size: int, downsampling: int, compiled: bool = False, in_chans: int = 3) -> None:
         super().__init__()
+        self.in_chans = in_chans
         self.vocab_size, self.downsampling = vocab_size, downsampling
         self._compiled_features = torch.compile(self.features, dynamic=False) if compiled else None
 
@@ -106,10 +108,9 @@ class VisualTokenizer(nn.Module, ABC):
         Raises:
             InputError: The images, the mask or the index have the wrong shape or type.
         """
-        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise InputError(
-                f"encode needs float images (B, 3, H, W) in [0, 1], not {images.dtype} of shape {tuple(images.shape)}"
-            )
+        if images.ndim != 4 or images.shape[1] != self.in_chans or not images.is_floating_point():
+            given = f"{images.dtype} of shape {tuple(images.shape)}"
+            raise InputError(f"encode needs float images (B, {self.in_chans}, H, W) in [0, 1], not {given}")
         grid = (images.shape[0], *self.grid_size((images.shape[2], images.shape[3])))
         if mask is not None:
             if mask.dtype != torch.bool or tuple(mask.shape) not in (grid, (grid[0], grid[1] * grid[2])):

@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 COLLAPSED_BELOW = 0.05  # codebook perplexity, as a share of the most it could be
 OFFICIAL_SIZES = {"image_size": 112, "num_tokens": 8192, "codebook_dim": 512, "num_layers": 3, "hidden_dim": 256}
+OFFICIAL_SIZES["in_chans"] = 3
 ReconstructionKind = Literal["mse", "smooth_l1"]
 
 
@@ -81,6 +82,7 @@ class DiscreteVAE(nn.Module):
         codebook_dim: Length of a code's vector.
         num_layers: Number of times the resolution is halved.
         hidden_dim: Channels inside the encoder and the decoder.
+        in_chans: Channels of the images.
 
     Raises:
         InputError: A size is not positive, or an image side is not a multiple of ``2 ** num_layers``.
@@ -93,12 +95,13 @@ class DiscreteVAE(nn.Module):
         codebook_dim: int = 512,
         num_layers: int = 3,
         hidden_dim: int = 256,
+        in_chans: int = 3,
     ) -> None:
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.image_size = (height, width)
         self.num_tokens, self.codebook_dim = num_tokens, codebook_dim
-        self.num_layers, self.hidden_dim = num_layers, hidden_dim
+        self.num_layers, self.hidden_dim, self.in_chans = num_layers, hidden_dim, in_chans
         self.downsampling = 2**num_layers
         if min(num_tokens, codebook_dim, num_layers, hidden_dim) < 1:
             raise InputError("num_tokens, codebook_dim, num_layers and hidden_dim of a dVAE must be at least 1")
@@ -108,8 +111,8 @@ class DiscreteVAE(nn.Module):
                 f"{self.downsampling}, not {height}×{width}"
             )
         self.codebook = nn.Embedding(num_tokens, codebook_dim)
-        self.encoder = self._layers(nn.Conv2d, 3, num_tokens)
-        self.decoder = self._layers(nn.ConvTranspose2d, codebook_dim, 3)
+        self.encoder = self._layers(nn.Conv2d, in_chans, num_tokens)
+        self.decoder = self._layers(nn.ConvTranspose2d, codebook_dim, in_chans)
         self.apply(_initialise)
         # Long code vectors are noise to the decoder at first, which then collapses to a single code; and the first
         # posteriors must already depend on the image. So: short vectors, spread logits.
@@ -413,7 +416,7 @@ class CustomizedTokenizer(LogitTokenizer):
     """A discrete VAE of our own (or of the official "customized" format) as a tokenizer; it is frozen."""
 
     def __init__(self, model: DiscreteVAE, dtype: torch.dtype = torch.float32, compiled: bool = False) -> None:
-        super().__init__(model.num_tokens, model.downsampling, compiled)
+        super().__init__(model.num_tokens, model.downsampling, compiled, model.in_chans)
         self.dtype = dtype
         self.model = model.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.train()

@@ -47,7 +47,7 @@ FACTS: dict[str, Fact] = {
     "backbone": Fact("backbone", WEIGHTS, "the same --checkpoint and --input_size"),
     "process_type": Fact("process_type", WEIGHTS, "the same --process_type"),
     "early_layers": Fact("early_layers", WEIGHTS, "the same --early_layers"),
-    "mean": Fact("mean of the images", WEIGHTS, "--imagenet_default_mean_and_std as it was"),
+    "mean": Fact("mean of the images", WEIGHTS, "--imagenet_default_mean_and_std and --mean as they were"),
     "eval_data": Fact("validation images", SCORES, plural=True),
     "crop_pct": Fact("crop_pct", SCORES),
     "data": Fact("training images", ORDER, plural=True),

@@ -10,7 +10,7 @@ from torchvision.utils import make_grid
 
 from beit.data.loaders import Batch, EpochDataset
 from beit.targets import PredictionTarget
-from beit.visualization.reconstructions import reconstruct
+from beit.visualization.reconstructions import in_colours, reconstruct
 
 GAP = 2  # pixels between two images, white
 MOST_IMAGES, COLUMNS = 16, 8  # of images beside their reconstructions
@@ -53,4 +53,4 @@ def side_by_side(images: Tensor, reconstructed: Tensor) -> Tensor:
     columns = min(COLUMNS, len(images))
     starts = range(0, min(MOST_IMAGES, len(images)) - columns + 1, columns)
     rows = [each[start : start + columns] for start in starts for each in (images, reconstructed)]
-    return make_grid(torch.cat(rows).float().cpu(), nrow=columns, padding=GAP, pad_value=1.0)
+    return make_grid(in_colours(torch.cat(rows).float().cpu()), nrow=columns, padding=GAP, pad_value=1.0)

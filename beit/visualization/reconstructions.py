@@ -64,7 +64,7 @@ def versions(outputs: Tensor, target: PredictionTarget, batch: Batch) -> tuple[d
             captions.append(f"{round(scores['mlm_acc'] * count)} of {count} tokens right")
         else:
             captions.append(", ".join(f"{name} {value:.2f}" for name, value in scores.items()))
-    return {title: pictures.float().cpu() for title, pictures in panels.items()}, captions
+    return {title: in_colours(pictures.float().cpu()) for title, pictures in panels.items()}, captions
 
 
 def fill_in(predict: Callable[[Batch], Tensor], target: PredictionTarget, batch: Batch, steps: int) -> Tensor:
@@ -87,6 +87,11 @@ def fill_in(predict: Callable[[Batch], Tensor], target: PredictionTarget, batch:
         fresh = predict({**batch, "image": pasted, "mask": left}).float()
         outputs = torch.where(left.flatten(1).unsqueeze(2), fresh, outputs)
     return outputs
+
+
+def in_colours(images: Tensor) -> Tensor:
+    """Returns images ``(B, C, H, W)`` as ``(B, 3, H, W)`` to be drawn: of other channels than 3 the mean, in greys."""
+    return images if images.shape[1] == 3 else images.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
 
 
 def hide_patches(images: Tensor, masks: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ from PIL import Image
 from beit.__main__ import main as beit
 from beit.commands.shards import write_shards
 from beit.commands.visualize import open_pretrained, reconstruct_files
-from beit.commands.visualize_inputs import image_files, spread
 from beit.config import to_plain
 from beit.data.datasets import index_images
+from beit.data.index import image_files, spread
 from beit.data.shards import add_member
 from beit.errors import InputError
 from beit.storage import load_checkpoint, save_checkpoint

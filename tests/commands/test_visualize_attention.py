@@ -17,8 +17,9 @@ from beit.commands.visualize_attention import (
     parse_heads,
     parse_query,
 )
-from beit.commands.visualize_inputs import image_files, open_viewer
+from beit.commands.visualize_inputs import open_viewer
 from beit.data.datasets import index_images
+from beit.data.index import image_files
 from beit.errors import InputError
 from beit.storage import save_checkpoint
 from beit.tokenizers.dvae import DiscreteVAE, save_dvae

@@ -150,7 +150,7 @@ def _folder(model: WholeModel, _destination: Path) -> Files:
         "do_normalize": True,
         "image_mean": list(model.images["mean"]),
         "image_std": list(model.images["std"]),
-        "do_convert_rgb": True,
+        "do_convert_rgb": model.arguments["in_chans"] == 3,
     }
     files: Files = {"config.json": config, "preprocessor_config.json": images | preprocessor}
     return files | {"model.safetensors": from_official(weights)}

@@ -65,8 +65,8 @@ def _labels(value: object) -> tuple | None:
 # Keys at the top level of a checkpoint.
 RECORDED: dict[str, Reader] = {
     "labels": _labels,
-    "mean": _sequence(_number, 3),
-    "std": _sequence(positive, 3),
+    "mean": _sequence(_number),
+    "std": _sequence(positive),
     "crop_pct": _value((int, float), lambda value: 0.1 <= value <= 1),  # a smaller one fills the memory
     "crop_mode": _value(str, lambda value: value in CROP_MODES),
     "interpolation": _value(str, lambda value: value in INTERPOLATIONS),
