@@ -26,7 +26,6 @@ from semantic_segmentation.metrics import IGNORED
 
 CROP_TRIES = 10
 HUE_STEPS = 180  # OpenCV stores a hue in 8 bits, as steps of 2 degrees
-HUE_STEPS_OF_A_SECTOR = HUE_STEPS / 6  # from red to yellow, from yellow to green, ...
 
 BRIGHTNESS_OFFSET = 32.0  # levels of 255
 GAIN_RANGE = (0.5, 1.5)  # of contrast and of saturation
@@ -187,38 +186,16 @@ def change_levels(image: Tensor, *, gain: float = 1.0, offset: float = 0.0) -> T
 def multiply_saturation(image: Tensor, factor: float) -> Tensor:
     """Multiplies the S of HSV by ``factor``, up to 1, in an RGB image, uint8 ``(3, H, W)``."""
     colours = image.float()
-    value, chroma = _value_and_chroma(colours)
-    # S is chroma / value, and each channel's distance to the value is proportional to it: no hue is needed.
-    growth = (value / chroma.clamp(min=1)).clamp_(max=factor)
+    least, value = colours.aminmax(dim=0)
+    # S is (value - least) / value, and each channel's distance to the value is proportional to it: no hue is needed.
+    growth = (value / (value - least).clamp_(min=1)).clamp_(max=factor)
     return _to_levels(value - (value - colours).mul_(growth))
 
 
 def turn_hue(image: Tensor, steps: int) -> Tensor:
-    """Rotates the H of HSV by ``steps`` of 2 degrees, OpenCV's unit, in an RGB image, uint8 ``(3, H, W)``."""
-    colours = image.float()
-    red, green, blue = colours
-    value, chroma = _value_and_chroma(colours)
-    scale = 1 / chroma.clamp(min=1)
-    # In sectors of 60 degrees: red is at 0, green at 2, blue at 4; in between the two other channels decide.
-    hue = torch.where(
-        value == red,
-        (green - blue) * scale,
-        torch.where(value == green, (blue - red) * scale + 2, (red - green) * scale + 4),
-    )
-    hue = hue.add_(steps / HUE_STEPS_OF_A_SECTOR).remainder_(6)
-    for channel, centre in zip(colours, (0, 2, 4), strict=True):
-        # A channel is at full value up to one sector from its own hue, at the minimum from two sectors on, and linear
-        # in between; the distance on the circle is 3 - |3 - distance|.
-        loss = 2 - (hue - centre).abs_().sub_(3).abs_()
-        torch.sub(value, loss.clamp_(0, 1).mul_(chroma), out=channel)
-    return _to_levels(colours)
-
-
-def _value_and_chroma(colours: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the maximum over the channels and its distance to the minimum, both ``(H, W)``, of ``(3, H, W)``."""
-    red, green, blue = colours
-    value = torch.maximum(torch.maximum(red, green), blue)
-    return value, value - torch.minimum(torch.minimum(red, green), blue)
+    """Rotates the H of HSV by ``steps`` of 2 degrees, -90 to 90, in an RGB image, uint8 ``(3, H, W)``."""
+    # In floating point: of 8 bits torchvision rounds down.
+    return _to_levels(F.adjust_hue(image / 255, steps / HUE_STEPS) * 255)
 
 
 def _to_levels(colours: Tensor) -> Tensor:
