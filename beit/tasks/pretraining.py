@@ -15,6 +15,7 @@ from beit.checkpoints.load import load_weights
 from beit.checkpoints.read import read_weights
 from beit.data.datasets import ImageDataset, sample_randomness
 from beit.data.loaders import EpochLoader
+from beit.data.preprocessing import COLOURS
 from beit.data.transforms import MaskedImageModelingEvalTransform, MaskedImageModelingTransform, Size, size_pair
 from beit.errors import InputError, counted
 from beit.masking import PUBLISHED_SHARE, MaskGenerator
