@@ -82,6 +82,10 @@ class FrozenFeatures:
         # Pooled in float32: a mean over many patches loses digits in a shorter format.
         return {f.name: pool_tokens(tokens[f.layer].float(), f.pool, grid) for f in self.features}
 
+    def of(self, loader: EpochLoader) -> "Share":
+        """Computes the features of this process's part of a data set; see :func:`share_of`."""
+        return share_of(loader, {f.name: f.size for f in self.features}, lambda batch: self(batch["image"]))
+
 
 @dataclass(frozen=True)
 class Share:

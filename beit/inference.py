@@ -22,18 +22,9 @@ from torchvision.transforms.v2 import functional as F
 
 from beit.checkpoints.read import Metadata, class_names, preparation_of
 from beit.data.classification import ClassificationEvalTransform
-from beit.data.datasets import (
-    ImageDataset,
-    Images,
-    Transform,
-    UnreadableImageError,
-    read_channels,
-    read_image,
-    to_rgb,
-    upright,
-)
+from beit.data.datasets import UnreadableImageError, read_channels, read_image, to_rgb, upright
 from beit.data.index import IndexedImage
-from beit.data.loaders import EpochLoader, EvenlySpread
+from beit.data.loaders import EpochDataset, EpochLoader
 from beit.data.preprocessing import COLOURS
 from beit.data.transforms import normalize
 from beit.errors import InputError, did_you_mean, listed
@@ -193,36 +184,32 @@ def batch_size_of(model: Backbone) -> int:
 
 
 def reader(
-    images: Images,
-    transform: Transform,
+    dataset: EpochDataset,
     model: Backbone,
-    batch_size: int | None = None,
-    num_workers: int | None = None,
-    limit: int | None = None,
+    batch_size: int | None,
+    num_workers: int | None,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    max_unreadable: int | None = None,
 ) -> EpochLoader:
-    """Returns a loader of images in their order, where those that cannot be read have label -1.
+    """Returns a loader of all images for a model, in order.
 
-    Args:
-        images: The images.
-        transform: Makes a view of each.
-        model: What they are for.
-        batch_size: By default as many as :func:`batch_size_of` says.
-        num_workers: By default one for each core, and none without a batch to load ahead.
-        limit: Most images to read, at even distances.
+    By default in batches of :func:`batch_size_of`, by a worker for each core, and none if there is one batch. See
+    :class:`beit.data.loaders.EpochLoader` for the rest.
     """
     size = batch_size_of(model) if batch_size is None else batch_size
-    dataset: ImageDataset | EvenlySpread = ImageDataset(images, transform, labels=True, strict=True)
-    if limit is not None and limit < len(images):
-        dataset = EvenlySpread(dataset, limit)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return EpochLoader(
         dataset,
         size,
+        rank=rank,
+        world_size=world_size,
         num_workers=min((len(dataset) - 1) // size, cores, MOST_WORKERS) if num_workers is None else num_workers,
         pin_memory=model.cls_token.device.type == "cuda",
         shuffle=False,
         drop_last=False,
-        max_unreadable=len(dataset),
+        max_unreadable=max_unreadable,
     )
 
 

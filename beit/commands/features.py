@@ -7,10 +7,11 @@ from torch import Tensor
 
 from beit.commands.settings import FeatureOptions, FeaturesConfig
 from beit.commands.visualize_inputs import Viewer, open_viewer
+from beit.data.datasets import ImageDataset
 from beit.data.index import EncodedImages, index_images
-from beit.data.loaders import EpochLoader
+from beit.data.loaders import EpochDataset, EpochLoader, EvenlySpread
 from beit.errors import InputError
-from beit.features import FrozenFeatures, share_of
+from beit.features import FrozenFeatures
 from beit.inference import reader, require_all_read
 from beit.outputs import MARK, check_outputs
 from beit.storage import atomic_write
@@ -53,8 +54,11 @@ def compute(
         viewer.model, layers=layers, pools=pools, mean=viewer.mean, std=viewer.std, precision=precision
     )
     (feature,) = frozen.features
-    loader = reader(images, viewer.transform, viewer.model, config.batch_size, config.num_workers, limit)
-    share = share_of(loader, {feature.name: feature.size}, lambda batch: frozen(batch["image"]))
+    dataset: EpochDataset = ImageDataset(images, viewer.transform, labels=True, strict=True)
+    if limit is not None and limit < len(images):
+        dataset = EvenlySpread(dataset, limit)
+    loader = reader(dataset, viewer.model, config.batch_size, config.num_workers, max_unreadable=len(images))
+    share = frozen.of(loader)
     readable = share.labels >= 0
     if not readable.any():
         raise InputError(f"none of the {len(loader.dataset)} images of {images.root} can be read")

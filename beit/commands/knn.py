@@ -15,10 +15,9 @@ from beit.checkpoints.read import Metadata, architecture_of, read_weights
 from beit.commands.settings import KnnConfig
 from beit.data.classification import check_classes, find_images, labelled_dataset
 from beit.data.datasets import Images, Transform
-from beit.data.loaders import EpochLoader
 from beit.errors import InputError
-from beit.features import Feature, FrozenFeatures, Share, nearest, share_of, vote, whole
-from beit.inference import Preprocessing, preprocessing_of
+from beit.features import Feature, FrozenFeatures, Share, nearest, vote, whole
+from beit.inference import Preprocessing, preprocessing_of, reader
 from beit.modeling import Backbone
 from beit.outputs import JSON_MARK, check_outputs
 from beit.storage import atomic_write
@@ -127,18 +126,9 @@ def compute(
     strict: bool,
 ) -> Share:
     """Computes the features of this process's part of a data set; with ``strict`` unreadable images have label -1."""
-    loader = EpochLoader(
-        labelled_dataset(images, transform, config.seed, strict),
-        config.batch_size,
-        rank=session.rank,
-        world_size=session.world_size,
-        num_workers=config.num_workers,
-        pin_memory=session.device.type == "cuda",
-        shuffle=False,
-        drop_last=False,
-    )
-    sizes = {f.name: f.size for f in features.features}
-    return share_of(loader, sizes, lambda batch: features(batch["image"]))
+    dataset = labelled_dataset(images, transform, config.seed, strict)
+    where = {"rank": session.rank, "world_size": session.world_size}
+    return features.of(reader(dataset, features.model, config.batch_size, config.num_workers, **where))
 
 
 def score(

@@ -4,6 +4,7 @@ import json
 import sys
 
 from beit.commands.settings import PredictConfig
+from beit.data.datasets import ImageDataset
 from beit.data.index import index_files
 from beit.errors import printable
 from beit.inference import Classifier, reader, require_all_read
@@ -18,7 +19,8 @@ def main(config: PredictConfig) -> None:
     model, metadata = open_model(config.checkpoint, **config.weights)
     classify = Classifier(model.to(device), metadata, config.topk)
     precision = Precision(resolve_amp_dtype(config.amp_dtype, device), device)
-    loader = reader(images, classify.preprocessing.transform, model, config.batch_size, config.num_workers)
+    dataset = ImageDataset(images, classify.preprocessing.transform, strict=True)
+    loader = reader(dataset, model, config.batch_size, config.num_workers, max_unreadable=len(images))
     for numbers, batch in loader.once():
         with precision.autocast():
             predictions = classify(batch["image"])
