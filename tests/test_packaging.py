@@ -108,7 +108,8 @@ def test_the_dependencies_are_those_of_requirements_txt(metadata):
     always = {str(requirement) for requirement in declared if "extra" not in str(requirement.marker)}
     lines = (ROOT / "requirements.txt").read_text().split("\n")
     assert always == {str(Requirement(line)) for line in lines if line}
-    assert set(metadata.get_all("Provides-Extra")) == {"demo", "test", "deepspeed", "hub", "jax", "onnx", "webdataset"}
+    extras = "app data deepspeed demo docs hub jax onnx test trackio wandb webdataset"
+    assert set(metadata.get_all("Provides-Extra")) == set(extras.split())
 
 
 def test_the_version_is_the_same_everywhere(metadata):
