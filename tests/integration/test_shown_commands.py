@@ -16,7 +16,7 @@ import torch
 
 from beit import create_model
 from beit.checkpoints.released import RELEASED
-from beit.commands.settings import PredictConfig
+from beit.commands.settings import PredictConfig, PushConfig
 from beit.tasks.settings import (
     DvaeConfig,
     FinetuningConfig,
@@ -63,6 +63,7 @@ SMALL = {
         *("--warmup_steps", "0", "--eval_freq", "1", "--save_ckpt_freq", "1", *BATCH),
     ),
     PredictConfig: ("--device", "cpu"),
+    PushConfig: ("--dry_run", "pushed"),
 }
 SHOWN = {  # how the block that runs begins; all pages run in the folder that README's commands leave behind
     "docs/architecture.md": "import torch.nn.functional",
