@@ -34,7 +34,7 @@ def kernel(tmp_path_factory):
     model = create_model("beit_tiny_patch16_224", patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
     torch.save({"model": model.state_dict()}, folder / "classifier.pth")
     client = NotebookClient(
-        nbformat.v4.new_notebook(), kernel_name="python3", timeout=120, resources={"metadata": {"path": str(folder)}}
+        nbformat.v4.new_notebook(), kernel_name="python3", timeout=300, resources={"metadata": {"path": str(folder)}}
     )
     with client.setup_kernel():
         yield client
