@@ -87,7 +87,11 @@ from tests.integration.test_shown_commands import SMALL, keywords
 read = beit.jobs.read_keywords
 beit.jobs.read_keywords = lambda kind, given: read(kind, {**given, **keywords(SMALL[kind])})
 """
-ELSEWHERE = {"docs/clusters.md": "test_clusters.py", "docs/reproduction_small.md": "test_reproduce_small.py"}
+ELSEWHERE = {  # a page that serves, and launchers with commands for many machines or hours, in tests of their own
+    "docs/app.md": "test_app.py",
+    "docs/clusters.md": "test_clusters.py",
+    "docs/reproduction_small.md": "test_reproduce_small.py",
+}
 STANDS_FOR = {
     r"/path/to/": "path/to/",
     r"/data/imagenet": "path/to/imagenet",
