@@ -3,8 +3,9 @@
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+
+from beit.training.distributed import sum_over_ranks, world_size
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -32,7 +33,7 @@ class CPUSyncBatchNorm(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises ``(B, C, h, w)``; processes may have different numbers of images and positions."""
-        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
+        if not self.training or world_size() == 1:
             return super().forward(input)
         self._check_input_dim(input)
         # float16 and bfloat16 are too coarse for sums over a batch.
@@ -41,7 +42,7 @@ class CPUSyncBatchNorm(nn.BatchNorm2d):
         totals = _SumOverProcesses.apply(torch.cat((values.sum(dim=(0, 2, 3)), own_count)))
         count = totals[-1]
         mean = totals[:-1] / count
-        centred = values - _channelwise(mean)
+        centred = values - mean[:, None, None]
         variance = _SumOverProcesses.apply(centred.square().sum(dim=(0, 2, 3))) / count
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
@@ -49,9 +50,9 @@ class CPUSyncBatchNorm(nn.BatchNorm2d):
             unbiased = (variance * (count / (count - 1))).detach()
             self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), share)
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)
-        normal = centred * _channelwise((variance + self.eps).rsqrt())
+        normal = centred * (variance + self.eps).rsqrt()[:, None, None]
         if self.affine:
-            normal = normal * _channelwise(self.weight) + _channelwise(self.bias)
+            normal = normal * self.weight[:, None, None] + self.bias[:, None, None]
         return normal.to(input.dtype)
 
 
@@ -68,12 +69,6 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 def _all_reduced(tensor: Tensor) -> Tensor:
-    total = tensor.clone()
-    dist.all_reduce(total)
-    # An alias: gloo's thread may hold `total` a little longer, and if it were the one to free a graph of Python nodes
+    # An alias: gloo's thread may hold the sum a little longer, and if it were the one to free a graph of Python nodes
     # while the interpreter shuts down, the process would abort.
-    return total.detach()
-
-
-def _channelwise(values: Tensor) -> Tensor:
-    return values.view(1, -1, 1, 1)
+    return sum_over_ranks(tensor.clone()).detach()

@@ -42,6 +42,7 @@ def main(config: TrainConfig) -> Result:
 class Segmentation(Task[TrainConfig]):
     """A pre-trained backbone below new heads; the lower a layer, the lower its learning rate."""
 
+    model: Segmentor
     best_metric = "mIoU"
 
     def check(self) -> None:
@@ -88,13 +89,11 @@ class Segmentation(Task[TrainConfig]):
         As in the official code, class token and position embedding decay here, although they do not elsewhere: it
         compares their names without the prefix that they have in a segmentor.
         """
-        segmentor = self.model
-        assert isinstance(segmentor, Segmentor)
         return parameter_groups(
-            segmentor,
+            self.model,
             self.config.weight_decay,
-            layer_id=segmentor.layer_id,
-            num_layers=segmentor.get_num_layers(),
+            layer_id=self.model.layer_id,
+            num_layers=self.model.get_num_layers(),
             layer_decay=self.config.layer_decay,
         )
 
@@ -124,7 +123,6 @@ class Segmentation(Task[TrainConfig]):
 
     def extras(self) -> Mapping[str, object]:
         segmentor = self.model
-        assert isinstance(segmentor, Segmentor)
         return {
             "labels": list(self.classes.names),
             "palette": [list(colour) for colour in self.classes.colours],
