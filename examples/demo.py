@@ -26,17 +26,15 @@ from beit.data.datasets import index_images
 from beit.launch import launch
 from beit.storage import atomic_write
 from beit.tasks import dvae_training, finetuning, pretraining
-from beit.training.precision import Precision
 from beit.visualization.curves import overlaid, read_log
 from beit.visualization.figures import save_figure, segmentation_figure
 from beit.visualization.plots import draw_curves
 from examples.demo_runs import LABELLED, NUM_TOKENS, STARTS, Demo, DemoConfig
+from semantic_segmentation import inference_model
 from semantic_segmentation import task as segmentation
 from semantic_segmentation.data import SegmentationClasses, SegmentationDataset, find_classes, find_pairs
-from semantic_segmentation.inference import Statistics, predict_each
 from semantic_segmentation.modeling import segmentor_from
 from semantic_segmentation.overlays import overlay
-from semantic_segmentation.testing import test_settings
 
 logger = logging.getLogger("beit.examples.demo")
 
@@ -204,10 +202,8 @@ def segmented(images: list[Tensor], demo: Demo, start: str, classes: Segmentatio
     """Returns images with a segmentor's predictions painted over them."""
     config = demo.segmentation(start)
     segmentor = segmentor_from(*read_weights(demo.run_folder(start) / f"checkpoint-{config.max_steps}.pth"))
-    precision = Precision(torch.float32, torch.device("cpu"))
-    how: dict[str, Any] = {**Statistics()._asdict(), "precision": precision}
-    predictions = predict_each(segmentor, ((image, image) for image in images), test_settings(config), **how)
-    return [overlay(image, prediction, classes.colours) for image, prediction in predictions]
+    predictions = inference_model(segmentor, images)
+    return [overlay(image, prediction, classes.colours) for image, prediction in zip(images, predictions, strict=True)]
 
 
 def column(images: list[Tensor]) -> Tensor:

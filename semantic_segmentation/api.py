@@ -18,7 +18,6 @@ from torchvision.transforms.v2 import functional as F
 
 from beit.checkpoints.read import read_weights
 from beit.config import read_command_line
-from beit.data.transforms import size_pair
 from beit.errors import InputError, counted
 from beit.inference import OneImage, decoded, images_of
 from beit.jobs import as_function
@@ -184,16 +183,4 @@ def settings_of(
     given["test_short_at_least_crop"] = test_short_at_least_crop
     recorded: dict[str, Any] = {**segmentor.metadata.get("args", {})}
     recorded |= {name: value for name, value in given.items() if value is not None}
-    crop, ratios = segmentor.img_size, tuple(recorded.get("test_ratios", (1.0,)))
-    stride = size_pair(recorded["slide_stride"]) if "slide_stride" in recorded else (crop[0] * 2 // 3, crop[1] * 2 // 3)
-    long, short = recorded.get("image_scale", (4 * min(crop), min(crop)))
-    return TestSettings(
-        mode=recorded.get("test_mode", "slide"),
-        crop=crop,
-        stride=(min(stride[0], crop[0]), min(stride[1], crop[1])),
-        image_scale=(long, short),
-        ratios=ratios,
-        flip=recorded.get("test_flip", False),
-        short_at_least=min(crop) if recorded.get("test_short_at_least_crop", len(ratios) > 1) else 0,
-        batch_size=test_batch_size,
-    )
+    return TestSettings.of(recorded, segmentor.img_size, test_batch_size)

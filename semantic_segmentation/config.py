@@ -202,18 +202,14 @@ ConfigT = TypeVar("ConfigT", bound=SegmentationConfig)
 
 
 def completed(config: ConfigT) -> ConfigT:
-    """Returns the settings with the default run folder of training, and the launcher in the engine's terms."""
+    """Returns the settings with what follows from others: a run folder, the engine's launcher, the scales to test."""
     output_dir = config.output_dir
     if isinstance(config, TrainConfig):
         output_dir = output_dir or str(Path("work_dirs") / Path(config.config).stem)
     open_mpi = config.dist_on_itp or config.launcher == "mpi"
-    return dataclasses.replace(config, output_dir=output_dir, dist_on_itp=open_mpi)
-
-
-def scales(config: SegmentationConfig) -> tuple[tuple[float, ...], bool]:
-    """Returns the factors on the image's size in testing, and whether the mirrored image counts too."""
+    config = dataclasses.replace(config, output_dir=output_dir, dist_on_itp=open_mpi)
     augmented = isinstance(config, TestConfig) and config.aug_test
-    return (MULTI_SCALE, True) if augmented else (config.test_ratios, config.test_flip)
+    return dataclasses.replace(config, test_ratios=MULTI_SCALE, test_flip=True) if augmented else config
 
 
 def label_map_folder(config: TestConfig) -> Path:

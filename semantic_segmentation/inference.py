@@ -14,7 +14,7 @@ from torch import Tensor
 
 from beit.checkpoints.formats.segmentation import ADE20K_CLASSES
 from beit.data.preprocessing import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN
-from beit.data.transforms import normalize
+from beit.data.transforms import normalize, size_pair
 from beit.errors import InputError
 from beit.modeling import Biases
 from beit.training.precision import Precision
@@ -87,6 +87,26 @@ class TestSettings:
             raise InputError(f"the test ratios must be positive, and at least one, got {self.ratios}")
         if self.batch_size < 1:
             raise InputError(f"the batch must hold at least 1 window, got {self.batch_size}")
+
+    @classmethod
+    def of(cls, known: Mapping[str, Any], crop: tuple[int, int], batch_size: int) -> "TestSettings":
+        """Returns the test that a run's settings ask for, by their names, with windows of ``crop`` pixels.
+
+        What they lack is as in the published tests: with several ratios, the short side is never below a window.
+        """
+        ratios = tuple(known.get("test_ratios", (1.0,)))
+        stride = size_pair(known.get("slide_stride", (crop[0] * 2 // 3, crop[1] * 2 // 3)))
+        long, short = known.get("image_scale", (4 * min(crop), min(crop)))
+        return cls(
+            mode=known.get("test_mode", "slide"),
+            crop=crop,
+            stride=(min(stride[0], crop[0]), min(stride[1], crop[1])),
+            image_scale=(long, short),
+            ratios=ratios,
+            flip=known.get("test_flip", False),
+            short_at_least=min(crop) if known.get("test_short_at_least_crop", len(ratios) > 1) else 0,
+            batch_size=batch_size,
+        )
 
     def windows_of(self, view: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
         """Returns the size of the windows of a view, and the steps between them."""
@@ -197,14 +217,11 @@ def _batches(windows: Iterable[Tensor], most_pixels: int) -> Iterator[Tensor]:
         yield torch.stack(batch)
 
 
-def view_sizes(size: tuple[int, int], settings: TestSettings) -> list[tuple[int, int]]:
-    """Returns the height and width, for each ratio, at which an image of ``size`` is tested."""
-    return [fit_size(size, scaled(settings.image_scale, ratio), settings.short_at_least) for ratio in settings.ratios]
-
-
 def _views(size: tuple[int, int], settings: TestSettings) -> list[tuple[tuple[int, int], bool, int]]:
     """Returns the size of each distinct view of an image, whether it is mirrored, and how often it counts."""
-    sizes, mirrored = Counter(view_sizes(size, settings)), (False, True) if settings.flip else (False,)
+    scales = [scaled(settings.image_scale, ratio) for ratio in settings.ratios]
+    sizes = Counter(fit_size(size, scale, settings.short_at_least) for scale in scales)
+    mirrored = (False, True) if settings.flip else (False,)
     return [(view, mirror, times) for view, times in sizes.items() for mirror in mirrored]
 
 
@@ -287,9 +304,6 @@ def enlarged(logits: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Ten
     would take 7 GB.
     """
     height, width = size
-    if tuple(logits.shape[1:]) == size:
-        yield slice(0, height), logits
-        return
     rows_at_once = max(1, BAND_PIXELS // width)
     if rows_at_once >= height:
         yield slice(0, height), F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0]

@@ -34,7 +34,6 @@ from semantic_segmentation.config import (
     check,
     completed,
     label_map_folder,
-    scales,
     segmentor_arguments,
 )
 from semantic_segmentation.data import (
@@ -150,22 +149,6 @@ def build_model(config: SegmentationConfig, num_classes: int) -> Segmentor:
     return segmentor
 
 
-def test_settings(config: SegmentationConfig) -> TestSettings:
-    """Returns how an image is tested, from a job's settings."""
-    crop = size_pair(config.crop_size)
-    ratios, flip = scales(config)
-    return TestSettings(
-        mode=config.test_mode,
-        crop=crop,
-        stride=size_pair(config.slide_stride),
-        image_scale=(config.image_scale[0], config.image_scale[1]),
-        ratios=ratios,
-        flip=flip,
-        short_at_least=min(crop) if config.test_short_at_least_crop else 0,
-        batch_size=config.test_batch_size,
-    )
-
-
 def build_test(
     config: SegmentationConfig,
     pairs: ImagePairs,
@@ -191,7 +174,7 @@ def build_test(
         shuffle=False,
         drop_last=False,
     )
-    settings = test_settings(config)
+    settings = TestSettings.of(vars(config), size_pair(config.crop_size), config.test_batch_size)
 
     def test(segmentor: Segmentor) -> Tensor:
         confusion = Confusion(len(classes), precision.device)

@@ -271,10 +271,13 @@ def test_prediction_is_the_mean_over_views(name, mode, stand_in):
 def test_sizes_that_coincide_are_computed_once(stand_in):
     # The official multi-scale test: of six ratios the first three are one size.
     settings = inference.TestSettings(ratios=(0.5, 0.75, 1.0, 1.25, 1.5, 1.75), short_at_least=512)
-    sizes = inference.view_sizes((500, 750), settings)
-    assert sizes == [(512, 768)] * 3 + [(640, 960), (768, 1152), (896, 1344)]
-    assert inference.view_sizes((750, 500), settings)[4] == (1152, 768)
-    assert min(min(size) for size in inference.view_sizes((100, 900), settings)) == 512  # no limit on the long side
+
+    def sizes(*size):
+        return {view: times for view, _, times in inference._views(size, settings)}
+
+    assert sizes(500, 750) == {(512, 768): 3, (640, 960): 1, (768, 1152): 1, (896, 1344): 1}
+    assert [*sizes(750, 500)][2] == (1152, 768)
+    assert min(min(size) for size in sizes(100, 900)) == 512  # no limit on the long side
     run(stand_in, make_image(40, 40), mode="whole", image_scale=(64, 64), ratios=(0.5, 1.0), short_at_least=64)
     assert stand_in.sizes == [(1, 3, 64, 64)]
 

@@ -23,7 +23,6 @@ from semantic_segmentation.config import (
     check,
     completed,
     label_map_folder,
-    scales,
     segmentor_arguments,
 )
 from semantic_segmentation.modeling import build_segmentor
@@ -500,9 +499,13 @@ def test_testing_without_a_checkpoint_is_refused():
 
 
 def test_scales_and_folders_of_a_test():
-    assert scales(read_test([CONFIG, "x"])) == ((1.0,), False)
-    assert scales(read_test([CONFIG, "x", "--aug-test"])) == ((0.5, 0.75, 1.0, 1.25, 1.5, 1.75), True)
-    assert scales(read_test([CONFIG.replace("pt2ft", "ms"), "x"])) == ((0.5, 0.75, 1.0, 1.25, 1.5, 1.75), True)
+    def scales(*arguments):
+        config = completed(read_test([*arguments, "x"]))
+        return config.test_ratios, config.test_flip
+
+    assert scales(CONFIG) == ((1.0,), False)
+    assert scales(CONFIG, "--aug-test") == ((0.5, 0.75, 1.0, 1.25, 1.5, 1.75), True)
+    assert scales(CONFIG.replace("pt2ft", "ms")) == ((0.5, 0.75, 1.0, 1.25, 1.5, 1.75), True)
     assert label_map_folder(read_test([CONFIG, "x"])) == Path("format_results")
     assert label_map_folder(read_test([CONFIG, "x", "--work-dir", "run"])) == Path("run/format_results")
     assert label_map_folder(TestConfig(eval_options={"imgfile_prefix": "maps"})) == Path("maps")
