@@ -1,6 +1,6 @@
 """Reconstructions of a few fixed images, drawn again after each epoch of pre-training, for TensorBoard."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,12 +29,7 @@ def reconstruction_picture(
         panels, _ = reconstruct(model, outputs_of_all, target, batch)
     finally:
         model.train(was_training)
-    return montage(panels)
-
-
-def montage(panels: Mapping[str, Tensor]) -> Tensor:
-    """Arranges versions of images, ``(B, 3, H, W)`` each, as one picture: a column each, at the size of the first."""
-    size = next(iter(panels.values())).shape[-2:]
+    size = panels["image"].shape[-2:]
     columns = [F.interpolate(images, size, mode="bilinear", antialias=True) for images in panels.values()]
     rows = torch.stack(columns, dim=1).flatten(0, 1)  # (B · columns, 3, H, W)
     return make_grid(rows.clamp(0, 1), nrow=len(columns), padding=GAP, pad_value=1.0)
