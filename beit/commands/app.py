@@ -17,7 +17,7 @@ from PIL import Image
 
 from beit.commands.app_models import PRETRAINED, Exhibit, Mask, find_checkpoints, open_exhibit, shrunk
 from beit.commands.settings import AppConfig
-from beit.commands.visualize_inputs import image_files
+from beit.data.index import image_files
 from beit.errors import InputError
 from beit.inference import decoded
 from beit.masking import PUBLISHED_SHARE

@@ -21,7 +21,6 @@ from beit.commands.visualize import open_pretrained
 from beit.commands.visualize_attention import attention_rows, mask_generator, parse_heads
 from beit.commands.visualize_inputs import open_viewer
 from beit.data.datasets import Transform, sample_randomness
-from beit.data.preprocessing import normalization
 from beit.data.transforms import normalize, to_unit_range
 from beit.errors import InputError
 from beit.inference import inference_model
@@ -29,6 +28,7 @@ from beit.modeling import Backbone
 from beit.registry import SEGMENTATION, locate
 from beit.storage import load_checkpoint
 from beit.targets import MaskedPrediction, PredictionTarget
+from beit.tasks.base import image_statistics
 from beit.tasks.pretraining import build_mask_generator, evaluation_transform
 from beit.training.distributed import select_device
 from beit.visualization.attention import Query, query_maps
@@ -183,7 +183,7 @@ def open_exhibit(source: str, device: str, tokenizer: str = "") -> Exhibit:
             masks = build_mask_generator(run, model.patch_embed.grid_size)
             transform = evaluation_transform(run, target, masks)
             transform.crop_fraction = 1.0
-            look = normalization(run.imagenet_default_mean_and_std)
+            look = image_statistics(run)
             return Exhibit(model.eval().requires_grad_(False), transform, *look, target)
     viewer = open_viewer(ViewerOptions(checkpoint=source), device)
     segment = locate(SEGMENTATION)(source, device) if kind == SEGMENTOR else None
