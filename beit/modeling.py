@@ -159,7 +159,7 @@ class Block(nn.Module):
         if gamma is None:
             return x + self.drop_path(branch)
         # Both factors in one pass over the tokens.
-        return x + gamma * self.drop_path(x.new_ones(len(x), 1, 1)) * branch  # (B, 1, D) * (B, N + 1, D)
+        return x + gamma * self.drop_path(x.new_ones(x.shape[0], 1, 1)) * branch  # (B, 1, D) * (B, N + 1, D)
 
 
 class Backbone(nn.Module):

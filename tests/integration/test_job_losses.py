@@ -12,14 +12,15 @@ from tests.integration.job_losses import GOLDEN, STEPS, commands, losses, write_
 def test_the_first_losses_of_every_job_are_those_of_version_0_1():
     # Breaks if a job's data order, augmentation, initialisation, schedule, parameter groups or loss changes. Sums in
     # another order move a loss by about 1e-7 after 20 steps; a changed random stream moves it by 1e-2 at the first.
-    # Segmentation resizes in uint8, where another CPU's rounding moves single pixels by a level.
+    # Other releases of Pillow round single pixels to another level: 3e-4 in the probe, whose learning rate is high.
+    # Segmentation resizes in uint8, where another CPU's rounding does the same.
     expected = json.loads((GOLDEN / "job_losses.json").read_text())
     found = losses()
     assert found.keys() == expected.keys()
     for job, values in found.items():
         assert len(values) == STEPS
         assert all(map(math.isfinite, values))
-        assert values == pytest.approx(expected[job], rel=2e-2 if job == "segmentation" else 1e-4), job
+        assert values == pytest.approx(expected[job], rel=2e-2 if job == "segmentation" else 1e-3), job
 
 
 @pytest.mark.slow
