@@ -5,6 +5,9 @@ import importlib.util
 import json
 import re
 import shlex
+import statistics
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import pytest
@@ -123,6 +126,27 @@ class TestFaq:
         ):
             assert sentence in text
         assert f"{self.MEASURED['pretraining']['1']['n_parameters']:,}" in text
+
+
+def test_readmes_table_is_that_of_the_measured_seeds():
+    runs = TestFaq.MEASURED["seeds"]["runs"]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for row, decimals, ours, baseline in (
+        ("loss of masked tokens", 2, ("masked_token_loss",), ("unigram_entropy",)),
+        ("masked-token accuracy", 1, ("masked_token_accuracy",), ("most_frequent_token_accuracy",)),
+        ("k-NN on", 1, ("knn_acc1", "digits", "pretrained"), ("knn_acc1", "digits", "untrained")),
+        ("fine-tuning on", 1, ("finetuning_acc1", "pretrained"), ("finetuning_acc1", "scratch")),
+        ("segmentation of", 1, ("mIoU", "pretrained"), ("mIoU", "scratch")),
+        ("the tokenizer's reconstructions", 1, ("psnr",), None),
+    ):
+        (line,) = re.findall(rf"^\| {row}.*$", text, re.MULTILINE)
+        for cell, keys in zip(line.split(" | ")[1:], (ours, baseline), strict=True):
+            if keys:
+                found = [reduce(getitem, keys, {**run["summary"], **run["segmentation"]}) for run in runs]
+                found = [100 * value if keys[0] == "mIoU" or keys[0].endswith("accuracy") else value for value in found]
+                assert cell.startswith(
+                    f"{statistics.mean(found):.{decimals}f} ± {statistics.stdev(found):.{decimals}f}"
+                )
 
 
 def rounded_like(shown, number):
