@@ -124,7 +124,7 @@ def test_a_list_keeps_its_order_and_takes_both_kinds_of_paths(tmp_path):
         (lambda root: None, "a\0/b", "no such folder"),
         (lambda root: None, "\ud800/b", "no such folder"),
         (lambda root: touch(root, "1.tar", "2.TAR"), ".", "tar shards are given as"),
-        (lambda root: touch(root, "d/x.npy", "d/y.NPY", "d/z"), "d", r"2 \.npy, 1 no extension"),
+        (lambda root: touch(root, "d/x.npz", "d/y.NPZ", "d/z"), "d", r"2 \.npz, 1 no extension"),
         (lambda root: (root / "d").mkdir(), "d", "no files at all"),
         (lambda root: touch(root, "list.txt"), "list.txt", "is empty"),
         (lambda root: (root / "list.txt").write_text("gone/1.jpg\n"), "list.txt", "none of the files"),

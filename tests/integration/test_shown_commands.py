@@ -68,7 +68,7 @@ SMALL = {
 SHOWN = {  # how the block that runs begins; all pages run in the folder that README's commands leave behind
     "docs/architecture.md": "import torch.nn.functional",
     "docs/beit_v2.md": "torchrun --nproc_per_node=8 run_vqkd_training.py",
-    "docs/checkpoints.md": "beit convert SOURCE DEST --to FORMAT",
+    "docs/checkpoints.md": "beit convert SOURCE DEST --to huggingface",
     "docs/data.md": "beit shards",
     "docs/faq.md": "python run_beit_pretraining.py",
     "docs/gallery.md": "beit visualize bias",
@@ -98,7 +98,7 @@ STANDS_FOR = {
     r"/data/shards": "shards",
     r"checkpoint-\d+\.pth": "checkpoint-0.pth",
     r"\bdemo/": "output/",
-    r"\bSOURCE DEST --to FORMAT": "output/finetune/checkpoint-best.pth exported --to huggingface",
+    r"\bSOURCE DEST\b": "output/finetune/checkpoint-best.pth exported",
     r"\bmydata\b": "path/to/ADEChallengeData2016",
     r'device="cuda"': 'device="cpu"',
 }
