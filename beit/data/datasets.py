@@ -287,6 +287,8 @@ def read_channels(source: ImageSource | Image.Image | NDArray, in_chans: int) ->
             raise UnreadableImageError(
                 f"it is {values.dtype} of shape {values.shape}, not of {counted(in_chans, 'channel')}"
             )
+        if values.dtype.kind in "ui" and values.dtype.itemsize > 4:
+            raise UnreadableImageError(f"it is {values.dtype}, whose scale nobody knows: save it with 8, 16 or 32 bits")
         largest = np.iinfo(values.dtype).max if values.dtype.kind in "ui" else 1
         floats = np.nan_to_num(np.moveaxis(values, -1, 0) / np.float64(largest), posinf=0.0, neginf=0.0)
         return torch.from_numpy(floats.astype(np.float32))

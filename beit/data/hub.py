@@ -63,7 +63,7 @@ class HubImages:
     def file(self, i: int) -> str | io.BytesIO:
         """Returns what to open for image ``i``: its bytes or its path; OSError if there is neither."""
         value = self._rows[range(len(self))[i]][self._column]
-        value = value if isinstance(value, Mapping) else {"bytes": value}
+        value = value if isinstance(value, Mapping) else {"path" if isinstance(value, str) else "bytes": value}
         if value.get("bytes") is not None:
             return io.BytesIO(value["bytes"])
         if not value.get("path"):
@@ -136,6 +136,8 @@ def _split(
 ) -> tuple[str, Any]:
     """Returns the name of a split and its rows, of which there are some."""
     place = os.path.expanduser(place)
+    if os.path.isfile(place):
+        raise InputError(f"{source} is a file: give the folder of Parquet or Arrow files")
     saved = any(os.path.isfile(os.path.join(place, file)) for file in ("state.json", "dataset_dict.json"))
     try:
         if saved:
@@ -182,10 +184,11 @@ def _classes(source: str, rows: Any, column: str) -> tuple[tuple[str, ...], NDAr
     if labels is None or labels.null_count:
         return (), np.full(len(rows), -1)
     values = labels.to_numpy()
-    if values.dtype == object:
+    if values.dtype == object and all(isinstance(value, str) for value in values):
         found, values = np.unique(values.astype(str), return_inverse=True)
         return tuple(found.tolist()), values
     if values.dtype.kind not in "iu" or values.max() >= MOST_CLASSES:
-        raise InputError(f"{source}: column {column} holds no numbers of classes; ?label=COLUMN names another")
+        what = f"column {column} holds {labels.type}, not names or numbers of classes"
+        raise InputError(f"{source}: {what}; ?label=COLUMN names another")
     names = getattr(rows.features[column], "names", None) or map(str, range(int(values.max()) + 1))
     return (tuple(names) if values.min() >= 0 else ()), values.astype(np.int64)

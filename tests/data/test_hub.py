@@ -229,3 +229,21 @@ def test_segmentation_reads_a_column_of_label_maps(tmp_path):
         assert np.array_equal(sample["image"], np.moveaxis(image, -1, 0))
         assert np.array_equal(sample["label"], label)
     assert not pairs_of(f"hf:{tmp_path / 'rows'}", "", None).labels
+
+
+@pytest.mark.parametrize("label", [[0, 1], b"\x89PNG", 0.5, True])
+def test_labels_of_another_type_are_one_line(tmp_path, label):
+    pq.write_table(pa.table({"image": [b"a", b"b"], "label": [label] * 2}), tmp_path / "train.parquet")
+    with pytest.raises(InputError, match=r"column label holds .*, not names or numbers of classes"):
+        open_hub(f"hf:{tmp_path}?image=image&label=label")
+
+
+def test_paths_in_a_column_of_text_are_opened(site, tmp_path):
+    (path,) = (site / "files" / "val" / "ant").glob("0.png")
+    pq.write_table(pa.table({"file": [str(path)]}), tmp_path / "train.parquet")
+    assert open_hub(f"hf:{tmp_path}?image=file").file(0) == str(path)
+
+
+def test_a_file_is_no_data_set(site):
+    with pytest.raises(InputError, match="is a file: give the folder"):
+        open_hub(f"hf:{next((site / 'typed').glob('*.parquet'))}")
