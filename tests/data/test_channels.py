@@ -154,5 +154,5 @@ def test_a_folder_of_arrays_is_listed_and_arrays_beside_images_are_not(tmp_path,
 def test_integers_without_a_known_scale_are_refused(tmp_path):
     # Breaks if 0 to 255 in NumPy's default integers count as shares of 2 ** 63: an image of zeros.
     np.save(tmp_path / "a.npy", np.arange(16).reshape(4, 4))
-    with pytest.raises(UnreadableImageError, match="int64.*save it with 8, 16 or 32 bits"):
+    with pytest.raises(UnreadableImageError, match=r"int64.*save it with 8, 16 or 32 bits"):
         read_channels(tmp_path / "a.npy", 1)
