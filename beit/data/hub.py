@@ -144,8 +144,9 @@ def _split(
             found = datasets.load_from_disk(place)
         else:
             cache = beit_home() / "datasets" if os.environ.get("BEIT_HOME") else None
-            download = datasets.DownloadConfig(local_files_only=offline())
-            found = datasets.load_dataset(place, name, split=split, cache_dir=cache, download_config=download)
+            if offline():  # set after the packages have read their own variable
+                import_module("huggingface_hub").constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+            found = datasets.load_dataset(place, name, split=split, cache_dir=cache)
     except Exception as error:  # the library's own, pyarrow's and those of its HTTP client
         raise InputError(f"{source} cannot be opened: {' '.join(str(error).split())[:300]}") from error
     if isinstance(found, datasets.Dataset):

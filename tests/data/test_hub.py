@@ -5,6 +5,7 @@ import json
 import pickle
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +25,13 @@ from semantic_segmentation.data import SegmentationDataset, check_labels, named_
 CLASSES = ("ant", "bee", "cat")
 TINY = ("--model_kwargs", "patch_size=8", "embed_dim=32", "depth=2", "num_heads=2", "--input_size", "32")
 QUIET = ("--device", "cpu", "--num_workers", "0", "--batch_size", "4", "--epochs", "1", "--warmup_epochs", "0")
+
+
+@pytest.fixture(autouse=True)
+def online(monkeypatch):
+    """What BEIT_OFFLINE sets in other packages is set back after a test."""
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
 
 
 @pytest.fixture(scope="module")
@@ -247,3 +255,9 @@ def test_paths_in_a_column_of_text_are_opened(site, tmp_path):
 def test_a_file_is_no_data_set(site):
     with pytest.raises(InputError, match="is a file: give the folder"):
         open_hub(f"hf:{next((site / 'typed').glob('*.parquet'))}")
+
+
+def test_offline_nobody_is_asked(monkeypatch):
+    monkeypatch.setenv("BEIT_OFFLINE", "1")
+    with pytest.raises(InputError, match=r"nowhere cannot be opened: .*[Oo]ffline"):
+        open_hub("hf:nowhere")
