@@ -27,13 +27,6 @@ TINY = ("--model_kwargs", "patch_size=8", "embed_dim=32", "depth=2", "num_heads=
 QUIET = ("--device", "cpu", "--num_workers", "0", "--batch_size", "4", "--epochs", "1", "--warmup_epochs", "0")
 
 
-@pytest.fixture(autouse=True)
-def online(monkeypatch):
-    """What BEIT_OFFLINE sets in other packages is set back after a test."""
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-
-
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The same images in a folder of files, in Parquet with and without the library's types, and saved by it."""
@@ -70,6 +63,8 @@ def site(tmp_path_factory):
 def nobody_is_asked(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("BEIT_HOME", str(tmp_path_factory.getbasetemp() / "home"))
     monkeypatch.setenv("BEIT_OFFLINE", "1")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # which it turns on
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
 
 
 def samples(source, workers=0):
@@ -257,7 +252,6 @@ def test_a_file_is_no_data_set(site):
         open_hub(f"hf:{next((site / 'typed').glob('*.parquet'))}")
 
 
-def test_offline_nobody_is_asked(monkeypatch):
-    monkeypatch.setenv("BEIT_OFFLINE", "1")
+def test_offline_no_server_is_asked():
     with pytest.raises(InputError, match=r"nowhere cannot be opened: .*[Oo]ffline"):
         open_hub("hf:nowhere")
