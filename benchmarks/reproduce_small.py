@@ -1,7 +1,7 @@
 """The paper's comparison in the small: from scratch, BEiT, and BEiT without one of its parts, by four measures.
 
-    python benchmarks/reproduce_small.py --amp_dtype bf16   # 53 minutes of one core with bfloat16, measured
-    python benchmarks/reproduce_small.py                 # in float32: meant for two hours of two cores, not measured
+    python benchmarks/reproduce_small.py --amp_dtype bf16   # 88 minutes of one core with AMX, measured
+    python benchmarks/reproduce_small.py                 # in float32: longer, not measured
     python benchmarks/reproduce_small.py --quick         # meant for ten minutes; shows that it works
     python benchmarks/reproduce_small.py --table         # the table of what is there already
     python benchmarks/reproduce_small.py --preset h200   # larger, on a GPU
