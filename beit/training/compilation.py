@@ -17,8 +17,8 @@ _starts: list[float] = []  # of the compilation that is going on, in seconds
 def compile_for_training(model: nn.Module, *, recomputes: bool = False) -> None:
     """Compiles forward and backward into one graph at the first call, which takes minutes; a graph break is an error.
 
-    Names and checkpoints do not change. The seconds of both passes are logged. ``recomputes``: whether the backward pass
-    recomputes activations.
+    Names and checkpoints do not change. The seconds of both passes are logged. ``recomputes``: whether the backward
+    pass recomputes activations.
     """
     callbacks: Any = importlib.import_module("torch._dynamo.callback").callback_handler
     if _tell_seconds not in callbacks.end_callbacks:  # once a process
