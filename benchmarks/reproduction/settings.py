@@ -148,6 +148,9 @@ GRID14 = replace(
     rows=(BEIT, "random_masks"),
 )
 
+# Does pre-training for longer change how visual tokens compare with pixels?
+LONGER = replace(CPU, pretraining={**CPU.pretraining, "epochs": 30}, rows=(BEIT, "pixels"))
+
 # For one large GPU: 12 times the weights, about 9 times the images seen in pre-training, four times the pixels. The
 # recipes of the evaluations are those of the CPU, at lower rates for the larger model, and are not tuned.
 H200 = Preset(
@@ -171,4 +174,4 @@ H200 = Preset(
     machine={"device": "cuda", "num_workers": 12, "pin_mem": True},
 )  # fmt: skip
 
-PRESETS = {"cpu": CPU, "quick": QUICK, "grid14": GRID14, "h200": H200}
+PRESETS = {"cpu": CPU, "quick": QUICK, "grid14": GRID14, "longer": LONGER, "h200": H200}
