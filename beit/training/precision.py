@@ -16,7 +16,7 @@ def resolve_amp_dtype(name: str, device: torch.device, *, bf16_cpu: bool = False
     """Turns ``auto``, ``bf16``, ``fp16`` or ``fp32`` into the dtype of the forward pass on a device.
 
     ``auto`` is bf16 on GPUs that compute in it, float16 on older ones (V100), float32 elsewhere; with ``bf16_cpu`` bf16
-    on CPUs that multiply matrices in it (AMX) too. Raises :class:`InputError` for float16 where gradients cannot be
+    on CPUs that multiply in it (AMX, AVX-512 BF16) too. Raises :class:`InputError` for float16 where gradients cannot be
     scaled.
     """
     if name != "auto":
@@ -30,8 +30,9 @@ def resolve_amp_dtype(name: str, device: torch.device, *, bf16_cpu: bool = False
 
 
 def _cpu_multiplies_in_bf16() -> bool:
-    """Whether the CPU has units for products of bf16 matrices, if this version of torch can tell."""
-    return hasattr(torch.cpu, "get_capabilities") and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    """Whether the CPU has instructions for products in bf16, if this version of torch can tell."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(unit) for unit in ("amx_bf16", "avx512_bf16"))
 
 
 class Precision:
