@@ -115,8 +115,9 @@ def find_images(
 
 def _classed(images: Images, where: str) -> Images:
     if not images.class_names:
-        needed = "?label=COLUMN names the column of classes" if names_hub(where) else "each class needs its own folder"
-        raise InputError(f"{where} has images without a class, such as {images.path(0)}: {needed}")
+        needed = f"each class needs its own folder, which {images.path(0)} has not"
+        needed = "every row needs one, and ?label=COLUMN names their column" if names_hub(where) else needed
+        raise InputError(f"{where} has images without a class: {needed}")
     return images
 
 

@@ -1,7 +1,6 @@
 """One image, decoded and transformed the same way every time it is asked for."""
 
 import contextlib
-import functools
 import logging
 import os
 import random
@@ -27,7 +26,7 @@ from beit.data.preprocessing import COLOURS
 from beit.errors import InputError, counted
 
 logger = logging.getLogger(__name__)
-_warn_once = functools.cache(logger.warning)  # per process, not per image
+_warned = set[str]()  # modes of images, once per process
 
 LABEL = "label"  # key of a sample's class id
 UNREADABLE = "unreadable"  # key of a sample for the images that it had to replace
@@ -379,6 +378,12 @@ def _from_deep_grey(image: Image.Image) -> Image.Image:
         ranges = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
         full = next((full for full in ranges if largest <= 1.1 * full), largest)
     if 0 < largest < full / 16 or values.min() < -0.1 * full or largest > 1.1 * 65535:
-        _warn_once("images of more than 8 bits (mode %s) are black or cut off: convert all to 8 bits alike", image.mode)
+        name = getattr(image, "filename", "") or "an image"  # in a shard or a data set it has no file
+        text = (
+            "%s has more than 8 bits (mode %s) and is black or cut off with 8: convert all such images to 8 bits alike"
+        )
+        if image.mode not in _warned:
+            _warned.add(image.mode)
+            logger.warning(text, name, image.mode)
     grey = np.clip(values / full * 255, 0, 255).round().astype(np.uint8)
     return Image.fromarray(grey).convert("RGB")

@@ -47,7 +47,7 @@ def has_split(source: str) -> bool:
 class HubImages:
     """A column of images in a data set, with the methods of an ``ImageIndex``."""
 
-    root: str  # as it was given, for messages
+    root: str  # as it was given, with its split, for messages
     class_names: tuple[str, ...]  # empty without a column of labels, or if a row has none
     _rows: Any  # a datasets.Dataset
     _column: str
@@ -128,7 +128,8 @@ def open_hub(source: str, splits: Sequence[str] = TRAINING, masks: bool = False)
     rows = rows.cast_column(image, datasets.Image(decode=False)) if image in pictures else rows
     where = f", {counted(len(names), 'class')} in column {label}" if names else ""
     logger.info("%s: %s in column %s of %s%s", source, counted(len(rows), "image"), image, split, where)
-    return HubImages(source, names, rows, image, labels)
+    root = source if found["split"] else source.replace(found["place"], f"{found['place']}:{split}", 1)
+    return HubImages(root, names, rows, image, labels)
 
 
 def _split(
@@ -181,15 +182,23 @@ def _column(
 
 def _classes(source: str, rows: Any, column: str) -> tuple[tuple[str, ...], NDArray[np.int64]]:
     """Returns the names of the classes, none if any row has no class, and each row's class, ``(N,)``."""
-    labels = rows.data.column(column) if column else None
-    if labels is None or labels.null_count:
-        return (), np.full(len(rows), -1)
-    values = labels.to_numpy()
-    if values.dtype == object and all(isinstance(value, str) for value in values):
-        found, values = np.unique(values.astype(str), return_inverse=True)
-        return tuple(found.tolist()), values
-    if values.dtype.kind not in "iu" or values.max() >= MOST_CLASSES:
+    no_classes = (), np.full(len(rows), -1)
+    if not column:
+        return no_classes
+    labels = rows.data.column(column)
+    without, values = np.array(labels.is_null()), labels.drop_null().to_numpy()
+    words = values.dtype == object and all(isinstance(value, str) for value in values)
+    if not words and len(values) and (values.dtype.kind not in "iu" or values.max() >= MOST_CLASSES):
         what = f"column {column} holds {labels.type}, not names or numbers of classes"
         raise InputError(f"{source}: {what}; ?label=COLUMN names another")
+    without[~without] = values == "" if words else values < 0
+    if without.any():
+        if not without.all():
+            text = "%s: left out all classes, since %d of %d rows have none in column %s, the first row %d"
+            logger.warning(text, source, without.sum(), len(rows), column, without.argmax())
+        return no_classes
+    if words:
+        found, values = np.unique(values.astype(str), return_inverse=True)
+        return tuple(found.tolist()), values
     names = getattr(rows.features[column], "names", None) or map(str, range(int(values.max()) + 1))
-    return (tuple(names) if values.min() >= 0 else ()), values.astype(np.int64)
+    return tuple(names), values.astype(np.int64)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from beit.__main__ import main as beit
-from beit.data.classification import find_images
+from beit.data.classification import check_classes, find_images
 from beit.data.datasets import ImageDataset, index_images
 from beit.data.hub import VALIDATION, open_hub
 from beit.data.loaders import EpochLoader
@@ -133,6 +133,28 @@ def test_columns_are_named_where_types_do_not_tell(tmp_path, site, caplog):
     unlabelled = datasets.Dataset.from_dict({"image": [png(1)] * 2, "label": [-1, -1]}, features=features)
     unlabelled.save_to_disk(tmp_path / "test set")
     assert open_hub(f"hf:{tmp_path / 'test set'}").class_names == ()
+
+
+@pytest.mark.parametrize(
+    ("labels", "first"),
+    [([0, 1, -1, 1], 2), ([0, None, 1, None], 1), (["a", "b", "c", ""], 3), ([None, "b", "c", "d"], 0)],
+)
+def test_a_few_rows_without_a_class_are_told(tmp_path, caplog, labels, first):
+    pq.write_table(pa.table({"image": [b"x"] * 4, "label": labels}), tmp_path / "train.parquet")
+    source = f"hf:{tmp_path}?image=image"
+    assert not open_hub(source).class_names
+    assert f"{sum(label in (-1, None, '') for label in labels)} of 4 rows have none in column label" in caplog.text
+    assert f"the first row {first}" in caplog.text
+    with pytest.raises(InputError, match="without a class: every row"):
+        find_images("IMNET", source, train=True)
+
+
+def test_other_classes_in_validation_name_both_splits(site, tmp_path):
+    for split, names in (("train", ["ant", "bee"]), ("test", ["ant", "cat"])):
+        pq.write_table(pa.table({"image": [b"x"] * 2, "label": names}), tmp_path / f"{split}.parquet")
+    source = f"hf:{tmp_path}?image=image"
+    with pytest.raises(InputError, match=r"1 in hf:\S+:train\?image=image but not in hf:\S+:test\?image=image \(bee\)"):
+        check_classes([find_images("IMNET", source, train=train) for train in (True, False)])
 
 
 @pytest.mark.parametrize(
