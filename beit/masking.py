@@ -14,7 +14,7 @@ from beit.errors import InputError
 
 PUBLISHED_SHARE = 75 / 196  # of the patches, at most
 BLOCK_TRIES = 10  # proposals per block; if all fail, the mask is complete
-_EMPTY_REDRAWS = 1000  # empty masks before a fitting block is placed directly
+_MOST_EMPTY = 1000  # masks; if none gets a block, the setting is refused
 
 
 class MaskGenerator(Protocol):
@@ -47,7 +47,7 @@ class BlockwiseMaskGenerator:
         max_aspect: The other end; ``None`` is ``1 / min_aspect``.
 
     Raises:
-        InputError: A size is not positive, the target exceeds the grid, or no block can fit.
+        InputError: A size is not positive, the target exceeds the grid, or no block fits, or hardly ever.
     """
 
     def __init__(
@@ -71,25 +71,29 @@ class BlockwiseMaskGenerator:
         if min_aspect <= 0 or (max_aspect is not None and max_aspect <= 0):
             raise InputError(f"aspect ratios must be positive, got min_aspect {min_aspect}, max_aspect {max_aspect}")
         low, high = sorted((min_aspect, 1 / min_aspect if max_aspect is None else max_aspect))
-        self.aspect_range = (low, high)
         self._log_aspect = (math.log(low), math.log(high / low))
-        self._fitting = self._fitting_blocks(min_num_patches)
-        if len(self._fitting) == 0:
-            raise InputError(self._why_none_fits())
+        rng = np.random.default_rng(0)
+        if not any(self._blocks(rng).any() for _ in range(_MOST_EMPTY)):
+            rows, columns = self.grid_size
+            raise InputError(
+                f"no mask block fits: on the {rows} x {columns} grid a block must be smaller than the grid on both "
+                f"sides, have {min_num_patches} to {self.max_num_patches} patches (at most {num_mask_patches} masked) "
+                f"and an aspect ratio from {low:.3g} to {high:.3g}; lower min_num_patches, widen the aspect ratios "
+                "(0.3 to 3.33 is usual) or use random masks"
+            )
 
     def __call__(self, rng: np.random.Generator) -> NDArray[np.bool_]:
         """Returns a bool array ``(H, W)``, True at 1 to ``num_mask_patches`` masked patches."""
-        for _ in range(_EMPTY_REDRAWS):
-            mask = np.zeros(self.grid_size, dtype=np.bool_)
-            remaining = self.num_mask_patches
-            while remaining and (added := self._add_block(mask, min(remaining, self.max_num_patches), rng)):
-                remaining -= added
-            if remaining < self.num_mask_patches:
-                return mask
-        # Fitting blocks exist but are hardly ever proposed: place one, so that the call always returns.
-        height, width = self._fitting[rng.integers(len(self._fitting))]
-        top, left = (rng.integers(size - side + 1) for size, side in zip(self.grid_size, (height, width), strict=True))
-        mask[top : top + height, left : left + width] = True
+        mask = self._blocks(rng)
+        while not mask.any():
+            mask = self._blocks(rng)
+        return mask
+
+    def _blocks(self, rng: np.random.Generator) -> NDArray[np.bool_]:
+        mask = np.zeros(self.grid_size, dtype=np.bool_)
+        remaining = self.num_mask_patches
+        while remaining and (added := self._add_block(mask, min(remaining, self.max_num_patches), rng)):
+            remaining -= added
         return mask
 
     def _add_block(self, mask: NDArray[np.bool_], most: int, rng: np.random.Generator) -> int:
@@ -110,47 +114,6 @@ class BlockwiseMaskGenerator:
                 block[:] = True
                 return added
         return 0
-
-    def _fitting_blocks(self, min_num_patches: int) -> NDArray[np.int64]:
-        """Returns the ``(height, width)`` of every block that can be placed on an empty mask, ``(n, 2)``.
-
-        Sides ``(h, w)`` are proposed if the point (√(area·aspect), √(area/aspect)) rounds to them. In logarithmic
-        coordinates the points that round to ``(h, w)`` form an open rectangle, and the possible points a rectangle
-        rotated by 45 degrees; two such rectangles overlap exactly if their projections on all four axes do.
-        """
-        rows, columns = self.grid_size
-        most = min(self.num_mask_patches, self.max_num_patches)
-        area_low, area_high = sorted((min_num_patches, most))
-        aspect_low, aspect_high = self.aspect_range
-        height, width = np.mgrid[1:rows, 1:columns].reshape(2, -1)
-        bottom, top, left, right = height - 0.5, height + 0.5, width - 0.5, width + 0.5
-        fits = (
-            (height * width <= most)
-            & (bottom * left < area_high)
-            & (top * right > area_low)
-            & (bottom / right < aspect_high)
-            & (top / left > aspect_low)
-            & (bottom < math.sqrt(area_high * aspect_high))
-            & (top > math.sqrt(area_low * aspect_low))
-            & (left < math.sqrt(area_high / aspect_low))
-            & (right > math.sqrt(area_low / aspect_high))
-        )
-        return np.stack([height[fits], width[fits]], axis=1)
-
-    def _why_none_fits(self) -> str:
-        rows, columns = self.grid_size
-        low, high = self.aspect_range
-        what = (
-            f"no mask block fits: on the {rows} x {columns} grid a block must be smaller than the grid on both sides, "
-            f"have {self.min_num_patches} to {self.max_num_patches} patches "
-            f"(at most {self.num_mask_patches} masked) and an aspect ratio from {low:.3g} to {high:.3g}"
-        )
-        if min(rows, columns) < 2:
-            return f"{what}; use random masks, or images of at least 2 x 2 patches"
-        for smaller in range(self.min_num_patches - 1, -1, -1):
-            if len(self._fitting_blocks(smaller)):
-                return f"{what}; min_num_patches {smaller} works"
-        return f"{what}; widen the aspect ratios (0.3 to 3.33 is usual) or use random masks"
 
 
 class ExactBlockwiseMaskGenerator(BlockwiseMaskGenerator):

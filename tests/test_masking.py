@@ -141,9 +141,9 @@ def test_blockwise_keeps_its_promises_on_any_grid(arguments, seed):
 
 @settings(max_examples=150, deadline=None)
 @given(arguments=blockwise_arguments())
-def test_refused_exactly_when_no_block_is_ever_proposed(arguments):
-    # A naive reference: propose 4,000 blocks as the procedure does and look whether an empty mask takes one. A
-    # refusal where one was taken is wrong; an acceptance where none was is right only for very rare blocks, and
+def test_no_setting_is_refused_whose_blocks_fit(arguments):
+    # A naive reference: propose 4,000 blocks as the procedure does and look whether an empty mask takes some. A
+    # refusal where several were taken is wrong; an acceptance where none was is right only for very rare blocks, and
     # must still give a mask (the test above).
     rows, columns = arguments["grid_size"]
     most = min(arguments["num_mask_patches"], arguments["max_num_patches"] or arguments["num_mask_patches"])
@@ -154,29 +154,28 @@ def test_refused_exactly_when_no_block_is_ever_proposed(arguments):
     aspect = np.exp(np.log(low) + rng.uniform(0, 1, 4000) * np.log(high / low))
     height, width = np.round(np.sqrt(area * aspect)), np.round(np.sqrt(area / aspect))
     block = height * width
-    taken = np.any((height < rows) & (width < columns) & (block > 0) & (block <= most))
-    if taken:
+    taken = np.sum((height < rows) & (width < columns) & (block > 0) & (block <= most))
+    if taken > 10:
         BlockwiseMaskGenerator(**arguments)  # raises if it is refused
 
 
 @pytest.mark.parametrize(
-    ("arguments", "advice"),
+    "arguments",
     [
-        ({"grid_size": 3, "num_mask_patches": 8}, "min_num_patches 6 works"),  # at most 2 x 2, proposed below 6.25
-        ({"grid_size": (1, 50), "num_mask_patches": 20}, "at least 2 x 2"),
-        ({"grid_size": 14, "num_mask_patches": 75, "min_aspect": 30, "max_aspect": 40}, "widen the aspect ratios"),
+        {"grid_size": 3, "num_mask_patches": 8, "min_num_patches": 7},  # at most 2 x 2, proposed below 6.25
+        {"grid_size": (1, 50), "num_mask_patches": 20},
+        {"grid_size": 14, "num_mask_patches": 75, "min_aspect": 30, "max_aspect": 40},
+        {"grid_size": 14, "num_mask_patches": 1, "min_num_patches": 5_000_000},  # 1 x 1 is proposed below 2.25
     ],
 )
-def test_no_block_can_fit(arguments, advice):
-    with pytest.raises(InputError, match=advice) as caught:
+def test_no_block_can_fit(arguments):
+    with pytest.raises(InputError, match=r"no mask block fits: .*lower min_num_patches, widen") as caught:
         BlockwiseMaskGenerator(**arguments)
     assert "\n" not in str(caught.value)
 
 
-def test_the_advice_works():
-    BlockwiseMaskGenerator(3, 8, min_num_patches=6)
-    with pytest.raises(InputError):
-        BlockwiseMaskGenerator(3, 8, min_num_patches=7)
+def test_what_just_fits_is_accepted():
+    assert BlockwiseMaskGenerator(3, 8, min_num_patches=6)(np.random.default_rng(0)).any()
 
 
 @pytest.mark.parametrize("generator", [BlockwiseMaskGenerator, ExactBlockwiseMaskGenerator, RandomMaskGenerator])
@@ -197,12 +196,6 @@ def test_a_single_patch_is_masked_every_time():
     generator = BlockwiseMaskGenerator(14, num_mask_patches=1)
     rng = np.random.default_rng(0)
     assert {int(generator(rng).sum()) for _ in range(50)} == {1}
-
-
-def test_a_next_to_impossible_block_still_ends():
-    # 1 x 1 is proposed only for areas below 2.25 of 1 … 5,000,000: the redraws run out and a block is placed.
-    generator = BlockwiseMaskGenerator(14, num_mask_patches=1, min_num_patches=5_000_000)
-    assert generator(np.random.default_rng(0)).sum() == 1
 
 
 @settings(max_examples=60, deadline=None)
