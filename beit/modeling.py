@@ -14,7 +14,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from einops import rearrange
-from timm.layers import DropPath, trunc_normal_
+from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -83,27 +83,6 @@ class PatchEmbed(nn.Module):
         return rearrange(self.proj(images), "b d h w -> b (h w) d")
 
 
-class Mlp(nn.Module):
-    """Two linear layers with a GELU in between; dropout after the second only, as in the official code.
-
-    Args:
-        dim: Token channels.
-        hidden_dim: Channels between the layers.
-        drop: Dropout of the output.
-    """
-
-    def __init__(self, dim: int, *, hidden_dim: int, drop: float = 0.0) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden_dim, dim)
-        self.drop = nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Transforms each token of ``(B, N + 1, D)`` independently."""
-        return self.drop(self.fc2(self.act(self.fc1(x))))
-
-
 class Block(nn.Module):
     """A pre-norm transformer block, its branches scaled by LayerScale and dropped by stochastic depth.
 
@@ -142,7 +121,8 @@ class Block(nn.Module):
         )
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.norm2 = norm_layer(dim)
-        self.mlp = Mlp(dim, hidden_dim=int(dim * mlp_ratio), drop=drop)
+        # Dropout after the second layer only, as in the official code.
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=(0.0, drop))
 
     def forward(self, x: Tensor, index: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """Transforms tokens ``(B, N + 1, D)``; for ``index`` and ``bias`` see :class:`Attention`."""

@@ -628,7 +628,7 @@ def test_dropout_stands_where_the_reference_has_it():
     # Breaks when the MLP drops between its layers, or evaluation still drops.
     model = randomize(classifier(drop_rate=0.1, attn_drop_rate=0.2, drop_path_rate=0.3))
     block = model.blocks[1]
-    assert [block.attn.attn_drop.p, block.attn.proj_drop.p, block.mlp.drop.p, model.pos_drop.p] == [0.2, 0.1, 0.1, 0.1]
+    assert [block.attn.attn_drop.p, block.attn.proj_drop.p, block.mlp.drop2.p, model.pos_drop.p] == [0.2, 0.1, 0.1, 0.1]
     hidden = []
     block.mlp.fc2.register_forward_hook(lambda module, args, output: hidden.append(args[0]))
     x = images(model)
