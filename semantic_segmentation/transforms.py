@@ -21,7 +21,6 @@ from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import Image, Mask, wrap
 
 from beit.data.transforms import Box, Size, size_pair
-from beit.errors import InputError
 from semantic_segmentation.metrics import IGNORED
 
 CROP_TRIES = 10
@@ -47,9 +46,6 @@ class TrainTransform:
 
     The recipe pads after normalising, so that padding is 0 there, not black. Here images are normalised on the device,
     and ``size`` marks where the padding begins.
-
-    Raises:
-        InputError: An argument is out of range.
     """
 
     image_scale: Size = (2048, 512)  # limits of the long and the short side at ratio 1, in pixels
@@ -61,12 +57,6 @@ class TrainTransform:
 
     def __post_init__(self) -> None:
         self.scale, self.crop = size_pair(self.image_scale), size_pair(self.crop_size)
-        if len(self.ratio_range) != 2 or not 0 < self.ratio_range[0] <= self.ratio_range[1]:
-            raise InputError(f"ratio_range is the lowest and the highest ratio, both above 0, got {self.ratio_range}")
-        if not 0 < self.cat_max_ratio <= 1:
-            raise InputError(f"cat_max_ratio must be above 0 and at most 1, got {self.cat_max_ratio}")
-        if not 0 <= self.flip <= 1:
-            raise InputError(f"flip is a probability from 0 to 1, got {self.flip}")
 
     def __call__(self, image: Image, label: Mask, rng: np.random.Generator) -> dict[str, Tensor]:
         """Transforms an image uint8 ``(3, h, w)`` and its label map uint8 ``(h, w)``.

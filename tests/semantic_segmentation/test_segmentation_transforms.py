@@ -372,10 +372,6 @@ def test_only_the_samples_generator_decides():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"ratio_range": (2.0, 0.5)}, r"ratio_range .* got \(2\.0, 0\.5\)"),
-        ({"ratio_range": (0.0, 2.0)}, "above 0"),
-        ({"cat_max_ratio": 75}, "cat_max_ratio must be above 0 and at most 1, got 75"),
-        ({"flip": 50}, "flip is a probability from 0 to 1, got 50"),
         ({"crop_size": 0}, "positive"),
         ({"image_scale": (1, 2, 3)}, "image size"),
     ],
