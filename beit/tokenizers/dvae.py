@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit.errors import InputError
-from beit.storage import atomic_write, load_checkpoint, read_json, require_file, save_checkpoint
+from beit.storage import atomic_write, differences, load_checkpoint, read_json, require_file, save_checkpoint
 from beit.tokenizers import codebook
 from beit.tokenizers.base import LogitTokenizer
 
@@ -463,7 +463,8 @@ def load_dvae(path: str | os.PathLike[str]) -> DiscreteVAE:
     checkpoint = load_checkpoint(file)
     if isinstance(checkpoint, Mapping) and "quantizer" in checkpoint:
         return _average_of_run(checkpoint, file).requires_grad_(True)
-    weights = checkpoint.get("weights", checkpoint) if isinstance(checkpoint, dict) else {}
+    content = checkpoint.get("weights", checkpoint) if isinstance(checkpoint, dict) else {}
+    weights = {name: value for name, value in content.items() if isinstance(value, Tensor)}
     if "codebook.weight" not in weights:
         raise InputError(f"{file} holds no discrete VAE: it has no codebook.weight")
     config = file.with_name("config.json")
@@ -471,15 +472,11 @@ def load_dvae(path: str | os.PathLike[str]) -> DiscreteVAE:
         model = DiscreteVAE(**_read_sizes(config))
     except (TypeError, ValueError) as error:
         raise InputError(f"{config} does not describe a discrete VAE: {error}") from error
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    shapes = {name: tuple(getattr(value, "shape", ())) for name, value in weights.items()}
-    for name in [*expected, *shapes]:
-        if expected.get(name) != shapes.get(name):
-            source = str(config) if config.exists() else "the official sizes (there is no config.json beside it)"
-            raise InputError(
-                f"{file} does not fit {source}: {name} is {shapes.get(name, 'missing')}, "
-                f"where {expected.get(name, 'nothing')} is expected; write the sizes of the model into config.json"
-            )
+    own = model.state_dict()
+    if odd := [n for n in {**own, **weights} if n not in own or n not in weights or own[n].shape != weights[n].shape]:
+        source = str(config) if config.exists() else "the official sizes (there is no config.json beside it)"
+        shapes = differences(odd, weights, own)
+        raise InputError(f"{file} does not fit {source}: {shapes}; write the sizes of the model into config.json")
     model.load_state_dict({name: value.float() for name, value in weights.items()}, assign=True)
     return model.requires_grad_(True)
 
