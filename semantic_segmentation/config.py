@@ -20,7 +20,6 @@ from semantic_segmentation.official_keys import KEYS, KEYS_WITHOUT_EFFECT, MODEL
 
 logger = logging.getLogger(f"beit.{__name__}")
 
-METRICS = ("mIoU",)
 MULTI_SCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 EVAL_OPTIONS = ("imgfile_prefix", "to_label_id", "efficient_test")
 SETTINGS = SettingsFiles(
@@ -163,7 +162,7 @@ class TestConfig(SegmentationConfig):
     config: str = option("", "settings file: a path, or the name of one of the package's", positional=True)
     checkpoint: str = option("", f"segmentor: {ANY_MODEL}", positional=True)
     aug_test: bool = option(False, "average over six scales, 0.5 to 1.75, and the mirrored image")
-    eval: tuple[str, ...] = option((), "metrics; they are measured too where nothing else is asked for")
+    eval: tuple[str, ...] = option((), "measured too where nothing else is asked for", choices=("mIoU",))
     out: str = option("", "file for the scores and the confusion matrix, as JSON")
     format_only: bool = option(False, "write label maps for the ADE20K server, and measure nothing")
     show: bool = option(False, "show the results", no_effect="no window is opened; --show_dir writes the pictures")
@@ -275,30 +274,18 @@ def check(config: SegmentationConfig) -> None:
         "between the windows would be left out": stride[0] > crop[0] or stride[1] > crop[1],
     }
     if isinstance(config, TestConfig):
-        mistakes |= _test_mistakes(config)
+        options = config.eval_options or {}
+        odd, to_label_id = sorted({*options} - {*EVAL_OPTIONS}), options.get("to_label_id", True)
+        mistakes |= {
+            "--eval and --format_only: choose one; --format_only measures nothing": config.eval and config.format_only,
+            f"--eval_options {_spaced(odd)}: no such option, there are {', '.join(EVAL_OPTIONS)}": odd,
+            f"--eval_options to_label_id={to_label_id}: must be True or False": not isinstance(to_label_id, bool),
+        }
+        if "efficient_test" in options:
+            logger.warning("--eval_options efficient_test has no effect: no results are kept but counts")
     for message, applies in mistakes.items():
         if applies:
             raise InputError(message)
-
-
-def _test_mistakes(config: TestConfig) -> dict[str, object]:
-    options = config.eval_options or {}
-    if "efficient_test" in options:
-        logger.warning("--eval_options efficient_test has no effect: no results are kept but counts")
-    return {
-        "--eval and --format_only: choose one; --format_only measures nothing": config.eval and config.format_only,
-        **{
-            f"--eval {name}: no such metric{did_you_mean(name, METRICS)}; there is {METRICS[0]}": name not in METRICS
-            for name in config.eval
-        },
-        **{
-            f"--eval_options {name}: no such option{did_you_mean(name, EVAL_OPTIONS)}": name not in EVAL_OPTIONS
-            for name in options
-        },
-        f"--eval_options to_label_id={options.get('to_label_id')}: must be True or False": (
-            not isinstance(options.get("to_label_id", True), bool)
-        ),
-    }
 
 
 def _pair(size: Size) -> tuple[int, int]:
