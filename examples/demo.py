@@ -46,11 +46,7 @@ FEATURES = ("pretrained", "untrained")
 
 
 def main(config: DemoConfig) -> None:
-    """Runs the demo.
-
-    Raises:
-        InputError: The folder belongs to something else, or a library is missing.
-    """
+    """Runs the demo; raises InputError if the folder belongs to something else, or a library is missing."""
     demo = Demo(config)
     logger.info("1/7 images: scenes, crops of photographs, handwritten digits")
     demo.make_images()
@@ -83,9 +79,7 @@ def main(config: DemoConfig) -> None:
 def summarize(folder: Path, neighbours: dict[str, dict[str, float]]) -> dict[str, Any]:
     """Returns the main results, from the logs' last lines, and whether they meet the requirements.
 
-    Args:
-        folder: The demo's folder.
-        neighbours: Data set -> features -> k-NN accuracy in percent.
+    ``neighbours`` are data set -> features -> k-NN accuracy in percent.
     """
     tokenizer, pretrained = read_log(folder / "dvae")[-1], read_log(folder / "pretrain")[-1]
     learnt = pretrained["test_unigram_entropy"] - pretrained["test_loss"]

@@ -49,30 +49,18 @@ class DemoConfig:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is made and trained.
-
-    Args:
-        scenes: Training scenes and held-out scenes.
-        crops: Training crops and held-out crops of photographs.
-        digits_per_class: Digits of each class, training and held-out; all by default.
-        labelled_scenes: Training scenes and validation scenes for segmentation.
-        dvae: Epochs and batch size of the tokenizer.
-        pretraining: Epochs and batch size of pre-training.
-        finetuning_epochs: Epochs of each fine-tuning on the digits.
-        segmentation_steps: Steps of each segmentation training.
-    """
+    """How much is made and trained: training and held-out images; epochs, or steps, and batch sizes."""
 
     scenes: tuple[int, int] = (1800, 320)
-    crops: tuple[int, int] = (600, 160)
-    digits_per_class: int | None = None
-    labelled_scenes: tuple[int, int] = (800, 100)
-    dvae: tuple[int, int] = (5, 16)
+    crops: tuple[int, int] = (600, 160)  # of photographs
+    digits_per_class: int | None = None  # training and held-out; None for all
+    labelled_scenes: tuple[int, int] = (800, 100)  # for segmentation
+    dvae: tuple[int, int] = (5, 16)  # epochs and batch size, as for pre-training
     pretraining: tuple[int, int] = (15, 64)
-    finetuning_epochs: int = 8
+    finetuning_epochs: int = 8  # on the digits
     segmentation_steps: int = 200
 
 
-FULL = Budget()
 QUICK = Budget(
     scenes=(48, 16),
     crops=(16, 8),
@@ -87,11 +75,7 @@ QUICK = Budget(
 
 @dataclass(frozen=True)
 class Demo:
-    """The demo's images and runs.
-
-    Args:
-        config: The flags.
-    """
+    """The demo's images and runs."""
 
     config: DemoConfig
 
@@ -108,7 +92,7 @@ class Demo:
     @property
     def budget(self) -> Budget:
         """How much is made and trained."""
-        return QUICK if self.config.quick else FULL
+        return QUICK if self.config.quick else Budget()
 
     @property
     def checkpoint(self) -> Path:
@@ -120,11 +104,7 @@ class Demo:
         return self.folder / "segmentation" / start
 
     def make_images(self) -> None:
-        """Makes all images, unless they already exist.
-
-        Raises:
-            InputError: A folder holds something else, or cannot be created; or scikit-image or scikit-learn is missing.
-        """
+        """Makes all images, unless they already exist; raises as :func:`make_once` and the functions that draw do."""
         recipe = {"budget": json.loads(json.dumps(asdict(self.budget))), "seed": self.config.seed}
         make_once(self.images, recipe, self._write_images)
         make_once(self.folder / "segmentation" / "scenes", recipe, self._write_labelled_scenes)
@@ -263,24 +243,14 @@ class Demo:
 
     def _machine(self) -> dict[str, Any]:
         config = self.config
-        return {
-            "device": config.device,
-            "num_workers": config.num_workers,
-            "seed": config.seed,
-            "pin_mem": False,
-        }
+        return {"device": config.device, "num_workers": config.num_workers, "seed": config.seed, "pin_mem": False}
 
 
 def make_once(folder: Path, recipe: dict[str, object], write: Callable[[Path], None]) -> None:
     """Makes a folder completely or not at all, unless it already exists and was made with the same recipe.
 
-    Args:
-        folder: The folder to make.
-        recipe: What its contents depend on, as plain JSON; stored in the folder.
-        write: Fills the folder it is given.
-
-    Raises:
-        InputError: The folder holds something else, was made with another recipe or cannot be created.
+    The recipe, which is stored in it, is what its contents depend on; ``write`` fills the folder that it is given.
+    Raises :class:`InputError` if the folder holds something else, has another recipe or cannot be created.
     """
     if folder.exists():
         marker = folder / MARKER

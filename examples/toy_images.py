@@ -2,7 +2,7 @@
 
 They are small, free and identical on every machine for the same seed, and structured enough that a model which sees
 half of an image can infer the rest. The demo, the tests and the benchmarks use them. Sizes are in pixels, ``(H, W)`` or
-one number for a square.
+one number for a square. Folders are created if missing, and nothing is downloaded.
 """
 
 import importlib.util
@@ -155,17 +155,11 @@ BACKGROUND_TEXTURES = ("plain", "stripes", "checks", "gradient", "gradient", "no
 def draw_scene(
     size: Size, rng: np.random.Generator, dominant: str, coloured: bool = False
 ) -> tuple[Image.Image, NDArray[np.uint8]]:
-    """Draws one large textured shape and up to three smaller ones, which may overlap.
+    """Draws one large textured shape, the ``dominant`` one, and up to three smaller ones, which may overlap.
 
-    Args:
-        size: Size of the scene.
-        rng: Source of all randomness.
-        dominant: The shape that covers more pixels than any other.
-        coloured: Give each kind of shape its own pair of colours, as objects have in photographs. Otherwise, as for the
-            background, colours are random.
-
-    Returns:
-        The RGB image, and its label map, uint8 ``(H, W)``: 0 is background, ``k + 1`` is ``SHAPES[k]``.
+    If ``coloured``, each kind of shape has its own pair of colours, as objects have in photographs; otherwise, as for
+    the background, colours are random. Returns the RGB image, and its label map, uint8 ``(H, W)``: 0 is background,
+    ``k + 1`` is ``SHAPES[k]``.
     """
     height, width = size_pair(size)
     for _ in range(MAX_DRAWS):
@@ -250,12 +244,6 @@ def write_scenes(folder: Folder, count: int, size: Size = 64, seed: int = 0) -> 
     """Writes scenes as JPEG files in class folders, ``folder/<shape>/<number>.jpg``.
 
     The class of a scene is its dominant shape; classes take turns. A scene depends only on the seed and its number.
-
-    Args:
-        folder: Created if missing.
-        count: Number of scenes.
-        size: Size of a scene.
-        seed: Seed of the scenes.
     """
     for number in range(count):
         image, _ = _scene(number, size, seed)
@@ -275,15 +263,8 @@ def write_segmentation_scenes(
     The labels of ``images/training/ADE_train_00000001.jpg`` are in ``annotations/training/ADE_train_00000001.png``;
     ``validation`` (``ADE_val_…``) is laid out likewise. Labels are 8-bit grey levels as in ADE20K: ``k`` from 1 on is
     ``SHAPES[k - 1]``, and 0, the background, is ignored by training and metrics. ``classes.txt`` lists the names, one
-    per line. Unless coloured, the training scenes are those of :func:`write_scenes`.
-
-    Args:
-        folder: Created if missing.
-        count: Number of training scenes.
-        size: Size of a scene.
-        seed: Seed of the scenes.
-        validation_count: Number of validation scenes.
-        coloured: As for :func:`draw_scene`; coloured shapes are far easier to segment.
+    per line. Unless coloured, the training scenes are those of :func:`write_scenes`; coloured shapes are far easier to
+    segment.
     """
     for split, short, first, scenes in (
         ("training", "train", 0, count),
@@ -306,17 +287,9 @@ def write_photograph_crops(folder: Folder, count: int, size: Size = 64, seed: in
     """Writes crops of the photographs in scikit-image's wheel as JPEG files, ``folder/<photograph>_<number>.jpg``.
 
     Crops come at many scales and are rarely dull. The outer third of each photograph is reserved for held-out crops,
-    which therefore share no pixel with training crops. Nothing is downloaded.
+    which therefore share no pixel with training crops. The photographs take turns.
 
-    Args:
-        folder: Created if missing.
-        count: Number of crops; the photographs take turns.
-        size: Size of a crop.
-        seed: Seed of the crops.
-        held_out: Crop the held-out parts.
-
-    Raises:
-        InputError: scikit-image is not installed, or has none of the photographs.
+    Raises :class:`InputError` if scikit-image is not installed, or has none of the photographs.
     """
     photographs = _photographs(held_out)
     for number in range(count):
@@ -342,13 +315,7 @@ def _photographs(held_out: bool) -> list[tuple[str, Image.Image, Region]]:
 
 
 def photograph_region(size: tuple[int, int], side: str, held_out: bool) -> Region:
-    """Returns the held-out third of a photograph, or the rest of it.
-
-    Args:
-        size: ``(width, height)`` of the photograph.
-        side: Side of the held-out part: left, right or bottom.
-        held_out: Return the held-out part instead of the rest.
-    """
+    """Returns the third at the ``side`` (left, right or bottom) of a photograph ``(width, height)``, or the rest."""
     width, height = size
     if side == "bottom":
         border = round(height * (1 - HELD_OUT_SHARE))
@@ -376,17 +343,10 @@ def _crop(photograph: Image.Image, region: Region, size: tuple[int, int], rng: n
 def write_digits(folder: Folder, size: Size = 32, seed: int = 0, per_class: int | None = None) -> None:
     """Writes the 1797 handwritten digits in scikit-learn's wheel as ``folder/<split>/<digit>/<number>.png``.
 
-    A quarter of each class goes to ``val``, the rest to ``train``. The originals have 8 x 8 pixels and 17 grey levels.
-    Nothing is downloaded.
+    A quarter of each class goes to ``val``, the rest to ``train``; the seed decides which. The originals have 8 x 8
+    pixels and 17 grey levels. ``per_class`` is the number of digits of each class, all by default.
 
-    Args:
-        folder: Created if missing.
-        size: Size of a picture.
-        seed: Seed of the split.
-        per_class: Number of digits of each class; all by default.
-
-    Raises:
-        InputError: scikit-learn is not installed.
+    Raises :class:`InputError` if scikit-learn is not installed.
 
     Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI repository, 1998.
     """
