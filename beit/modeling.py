@@ -28,11 +28,7 @@ Biases = Sequence[Tensor | None]  # of each block's attention, (H, N + 1, N + 1)
 
 LAYER_NORM: NormLayer = partial(nn.LayerNorm, eps=1e-6)
 
-WITHOUT_MEANING = {  # official keywords accepted at None only -> what to use instead
-    "qk_scale": "queries are scaled by the square root of the head width, which num_heads sets",
-    "attn_head_dim": "the head width is embed_dim / num_heads",
-    "drop_block_rate": "use drop_path_rate",
-}
+WITHOUT_MEANING = ("qk_scale", "attn_head_dim", "drop_block_rate")  # official keywords, which are None
 
 
 class PatchEmbed(nn.Module):
@@ -245,7 +241,7 @@ class Backbone(nn.Module):
             if keyword not in WITHOUT_MEANING:
                 raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {keyword!r}")
             if value is not None:
-                raise InputError(f"{keyword}={value} has no meaning here: {WITHOUT_MEANING[keyword]}")
+                raise InputError(f"{keyword}={value} has no meaning here: leave it out")
         for name, size in sizes.items():
             if min(size if isinstance(size, Sequence) else [size]) <= 0:
                 raise InputError(f"{name} {size}: must be above 0")

@@ -544,14 +544,11 @@ def test_wrong_inputs_are_named():
         VisionTransformer(embed_dim=100, num_heads=3, depth=1)
 
 
-@pytest.mark.parametrize(
-    ("keyword", "value", "replacement"),
-    [("qk_scale", 0.1, "num_heads"), ("attn_head_dim", 64, "embed_dim"), ("drop_block_rate", 0.1, "drop_path_rate")],
-)
-def test_official_keywords_without_a_meaning(keyword, value, replacement):
+@pytest.mark.parametrize(("keyword", "value"), [("qk_scale", 0.1), ("attn_head_dim", 64), ("drop_block_rate", 0.1)])
+def test_official_keywords_without_a_meaning(keyword, value):
     # Breaks official code that passes them at their default, or drops silently what a user asked for.
     assert isinstance(classifier(**{keyword: None}), VisionTransformer)
-    with pytest.raises(InputError, match=f"{keyword}={value}.*{replacement}"):
+    with pytest.raises(InputError, match=f"{keyword}={value} has no meaning"):
         classifier(**{keyword: value})
 
 

@@ -51,19 +51,12 @@ NO_PART = ("loss", "teacher", "scaling")  # beginnings of names that are no part
 
 
 class Quantized(NamedTuple):
-    """What :class:`Quantizer` makes of vectors ``(B, N, d)``.
+    """What :class:`Quantizer` makes of vectors ``(B, N, d)``."""
 
-    Attributes:
-        codes: The nearest codes ``(B, N, d)``; their gradient passes to the vectors as it is.
-        commitment: Mean squared distance of the unit vectors from their codes, over all numbers; a scalar.
-        ids: Int64 ``(B, N)``.
-        vectors: The vectors at length 1, without gradient.
-    """
-
-    codes: Tensor
-    commitment: Tensor
-    ids: Tensor
-    vectors: Tensor
+    codes: Tensor  # the nearest, (B, N, d); their gradient passes to the vectors as it is
+    commitment: Tensor  # mean squared distance of the unit vectors from their codes, over all numbers; a scalar
+    ids: Tensor  # int64 (B, N)
+    vectors: Tensor  # at length 1, without gradient
 
 
 class Quantizer(nn.Module):

@@ -212,10 +212,7 @@ def test_two_images_for_one_label_map(folders):
 def test_folders_that_are_missing_or_empty(folders):
     with pytest.raises(InputError) as error:
         find_pairs(folders / "images", folders / "label")
-    assert one_line(error) == f"no such folder or list of images: {folders / 'label'} (did you mean 'labels'?)"
-    with pytest.raises(InputError, match=r"no such folder .*/images \(.*nowhere does not exist either\)") as error:
-        find_pairs(folders / "nowhere" / "images")
-    one_line(error)
+    assert one_line(error) == f"no such folder or list of images: {folders / 'label'}"
     for images, labels in (("images", "labels/a.png"), ("images", "a-*.tar"), ("a-*.tar", "labels")):
         with pytest.raises(
             InputError, match=r"(a\.png|a-\*\.tar) is not a folder: images with label maps are"
