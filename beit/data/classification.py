@@ -190,8 +190,6 @@ class ClassificationTransform:
     def __post_init__(self) -> None:
         self.size = size_pair(self.input_size)
         known_interpolation(self.interpolation)
-        if self.color_jitter < 0:
-            raise InputError(f"color_jitter must be 0 or more, got {self.color_jitter}")
         self.augment = build_policy(self.auto_augment, self.size, self.mean, self.interpolation)
         if self.augment is None and self.color_jitter:
             self.augment = v2.ColorJitter(*[self.color_jitter] * 3)
@@ -199,7 +197,10 @@ class ClassificationTransform:
         if self.augment is not None and self.in_chans != COLOURS:
             logger.warning("no augmentation policy and colour jitter: they are for 3 channels, not %d", self.in_chans)
             self.augment = None
-        self.erase = build_erasing(self.erasing, self.erasing_mode, self.erasing_count)
+        if self.erasing_mode not in ERASING_MODES:
+            raise InputError(f"random erasing knows the modes {', '.join(ERASING_MODES)}, not {self.erasing_mode!r}")
+        erase = RandomErasing(self.erasing, mode=self.erasing_mode, max_count=self.erasing_count, device="cpu")
+        self.erase = erase if self.erasing else None
 
     def __call__(self, image: Image.Image | Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
         """Returns ``image``: uint8 ``(3, H, W)``, or float32 and normalised where parts may be erased with noise.
@@ -329,13 +330,3 @@ def posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Im
     if bits_to_keep < 1:
         return Image.new(image.mode, image.size)
     return timm_posterize(image, bits_to_keep, **options)
-
-
-def build_erasing(probability: float, mode: str, count: int) -> RandomErasing | None:
-    """Builds timm's random erasing, None at probability 0; raises :class:`InputError` for a setting out of range."""
-    if not 0 <= probability <= 1 or count < 1 or mode not in ERASING_MODES:
-        raise InputError(
-            "random erasing takes a probability between 0 and 1, a count of at least 1 and a mode of "
-            f"{', '.join(ERASING_MODES)}; got {probability}, {count} and {mode!r}"
-        )
-    return RandomErasing(probability, mode=mode, max_count=count, device="cpu") if probability else None

@@ -9,6 +9,7 @@ The plain order is jitter, flip, crop, resize. Here the crop is cut out and resi
 views are jittered and flipped.
 """
 
+import contextlib
 import functools
 import logging
 import math
@@ -86,8 +87,6 @@ class RandomCropTransform(_Views):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.color_jitter < 0:
-            raise InputError(f"color_jitter must be 0 or more, got {self.color_jitter}")
         if self.color_jitter and self.in_chans != COLOURS:
             logger.warning("no colour jitter: it is for images of 3 channels, and these have %d", self.in_chans)
         self._jitter = ViewJitter(self.color_jitter) if self.color_jitter and self.in_chans == COLOURS else None
@@ -193,20 +192,11 @@ def resized(pixels: Tensor, size: tuple[int, int], interpolation: str, rng: np.r
         # By Pillow, channel by channel: PyTorch does not have every filter for them. They overshoot at edges.
         bands = [F.resize(Image.fromarray(band.numpy()), list(size), INTERPOLATIONS[interpolation]) for band in pixels]
         return torch.cat([F.pil_to_tensor(band) for band in bands]).clamp(pixels.min(), pixels.max())
-    if interpolation in ("bicubic", "bilinear") or (interpolation == "lanczos" and _torch_has_lanczos()):
-        # Not torchvision's function, which returns channels last: batches are contiguous, as PyTorch's results are.
-        return interpolate(pixels[None], size, mode=interpolation, antialias=True)[0].contiguous()
+    if interpolation != "nearest":
+        with contextlib.suppress(ValueError, NotImplementedError, RuntimeError):  # older versions have no lanczos
+            # Not torchvision's function, which returns channels last: batches are contiguous, as PyTorch's results are.
+            return interpolate(pixels[None], size, mode=interpolation, antialias=True)[0].contiguous()
     return F.pil_to_tensor(F.resize(F.to_pil_image(pixels), list(size), INTERPOLATIONS[interpolation])).contiguous()
-
-
-@functools.cache
-def _torch_has_lanczos() -> bool:
-    # Newer versions only.
-    try:
-        interpolate(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), (2, 2), mode="lanczos", antialias=True)
-    except (ValueError, NotImplementedError, RuntimeError):
-        return False
-    return True
 
 
 def drawn_interpolation(name: str, rng: np.random.Generator) -> str:

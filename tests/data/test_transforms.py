@@ -196,7 +196,6 @@ def test_random_interpolation_chooses_per_image(image):
     [
         ({"interpolation": "bicubik"}, "did you mean 'bicubic'"),
         ({"second_interpolation": "area"}, "unknown interpolation 'area'"),
-        ({"color_jitter": -0.1}, "color_jitter"),
         ({"input_size": 0}, "image size"),
         ({"second_input_size": (1, 2, 3)}, "image size"),
     ],
