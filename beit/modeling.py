@@ -32,13 +32,7 @@ WITHOUT_MEANING = ("qk_scale", "attn_head_dim", "drop_block_rate")  # official k
 
 
 class PatchEmbed(nn.Module):
-    """Splits images into patches and projects each to a token.
-
-    Args:
-        img_size: Image height and width, in pixels.
-        patch_size: Patch height and width, in pixels.
-        in_chans: Image channels.
-        embed_dim: Token channels.
+    """Splits images into patches and projects each to a token; for the sizes see :class:`Backbone`.
 
     Raises:
         InputError: The image size is not a multiple of the patch size.

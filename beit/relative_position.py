@@ -115,14 +115,11 @@ def resize_table(table: Tensor, source_window: tuple[int, int], target_window: t
         A tensor ``(num_table_rows(target_window), H)`` of the table's dtype, on its device, without gradient.
 
     Raises:
-        InputError: The table's shape is not that of ``source_window``, or a window is empty.
+        InputError: The table's shape is not that of ``source_window``.
 
     Deviation: The official code supports square windows only. Here each axis has its own ratio, one of unchanged length
         keeps its values, and one of two patches (one patch) uses a spline of degree two (a constant).
     """
-    for window in (source_window, target_window):
-        if len(window) != 2 or min(window) < 1:
-            raise InputError(f"a window is (height, width) in patches, both at least 1, not {window}")
     expected = num_table_rows(source_window)
     if table.ndim != 2 or len(table) != expected:
         raise InputError(
@@ -140,15 +137,10 @@ def resize_table(table: Tensor, source_window: tuple[int, int], target_window: t
 
 
 def resize_position_embedding(pos_embed: Tensor, source_grid: tuple[int, int], target_grid: tuple[int, int]) -> Tensor:
-    """Returns a position embedding for another patch grid, ``(1, 1 + h' * w', D)``: bicubic, the class token's kept.
+    """Returns a position embedding for another patch grid: bicubic, the class token's kept.
 
-    Args:
-        pos_embed: ``(1, 1 + h * w, D)``.
-        source_grid: ``(h, w)``, that it was trained with.
-        target_grid: ``(h', w')``.
-
-    Raises:
-        InputError: The embedding does not have the shape of ``source_grid``.
+    From ``(1, 1 + h * w, D)`` for ``source_grid``, ``(h, w)``, to ``(1, 1 + h' * w', D)`` for ``target_grid``. Raises
+    :class:`InputError` if the embedding does not have the shape of ``source_grid``.
     """
     height, width = source_grid
     if pos_embed.ndim != 3 or pos_embed.shape[1] != 1 + height * width:

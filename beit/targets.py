@@ -340,14 +340,9 @@ def _explained(tally: Mapping[str, Tensor]) -> Tensor:
 def with_patch_index(batch: Batch, predict: str = "masked", room: int = 0) -> dict[str, Tensor]:
     """Adds the positions of the patches to predict, computed on the host so that the GPU need not wait.
 
-    Args:
-        batch: Holds ``mask``, bool ``(B, h, w)``.
-        predict: ``masked`` or ``all``.
-        room: Most masked patches that a batch can have, to give a compiled model the same shapes every time.
-
-    Returns:
-        The batch with ``patch_index``, int64 ``(M,)``, in the ``B * h * w`` patches; if masked, with ``room`` also
-        ``padded_index``, int64 ``(room,)``, padded with the first patch.
+    They are ``patch_index``, int64 ``(M,)``, in the ``B * h * w`` patches: of those in ``mask``, bool ``(B, h, w)``, or
+    of all. With ``room``, the most masked patches that a batch can have, there is ``padded_index``, int64 ``(room,)``,
+    too, padded with the first patch: it gives a compiled model the same shapes every time.
     """
     mask = batch["mask"].flatten()
     if predict != "masked":

@@ -77,7 +77,7 @@ def read_classes(path: PathLike) -> SegmentationClasses:
     distinct colours. Names may contain spaces. Empty lines and lines that begin with ``#`` are skipped.
 
     Raises:
-        InputError: The file cannot be read, has no class, a duplicate or more than 255, or a line is not valid.
+        InputError: The file cannot be read, has no class or a duplicate, or a line is not valid.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
@@ -103,8 +103,6 @@ def read_classes(path: PathLike) -> SegmentationClasses:
         colours.append(colour)
     if not line_of:
         raise InputError(f"the list of classes {path} is empty; it needs one name a line, in the order of the labels")
-    if len(line_of) > IGNORED:
-        raise InputError(f"{path} has {len(line_of)} classes; labels of 8 bits have room for {IGNORED}")
     return SegmentationClasses(tuple(line_of), _complete(colours))
 
 

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from beit.errors import InputError
-
 IGNORED = 255  # label of pixels that no loss and no metric counts
 
 
@@ -25,19 +23,10 @@ class Confusion:
         return self._counts[:-1].view(self.num_classes, self.num_classes)
 
     def update(self, prediction: Tensor, label: Tensor) -> None:
-        """Adds an image's pixels, integers ``(H, W)``: predicted classes in [0, K), and labels; label 255 is ignored.
+        """Adds an image's pixels, integers ``(H, W)``: predicted classes in [0, K), and labels, ignored from K on.
 
-        Raises:
-            InputError: The two differ in size, or a label in host memory is no class. On a GPU such a label is ignored,
-                since checking would wait; data sets check their labels when they read them.
+        Data sets check their labels when they read them.
         """
-        if prediction.shape != label.shape:
-            raise InputError(f"the prediction is {_size(prediction)} pixels and its label map {_size(label)}")
-        if label.device.type == "cpu" and len(wrong := label[(label >= self.num_classes) & (label != IGNORED)]):
-            raise InputError(
-                f"a label map has the label {int(wrong[0])}, but there are {self.num_classes} classes (0 to "
-                f"{self.num_classes - 1}; {IGNORED} is ignored): check classes and reduce_zero_label"
-            )
         device = self._counts.device
         # Moved as they are: int64 made in host memory is not pinned, and copying it makes the host wait.
         right, found = (
@@ -97,7 +86,3 @@ def scores(matrix: Tensor) -> SegmentationScores:
         iou=tuple(iou.tolist()),
         accuracy=tuple(accuracy.tolist()),
     )
-
-
-def _size(map_: Tensor) -> str:
-    return "x".join(map(str, map_.shape))

@@ -178,12 +178,7 @@ def relaxed_codes(logits: Tensor, temperature: float, generator: torch.Generator
 
     Source: arXiv 1611.01144; DALL-E anneals the temperature from 1 to 1/16. As there, training uses the relaxed sample
     in both passes; the arg-max is for inference. Towards a temperature of 0 the sample becomes one-hot.
-
-    Raises:
-        ValueError: The temperature is not positive.
     """
-    if temperature <= 0:
-        raise ValueError(f"the temperature must be above 0, not {temperature}")
     with torch.autocast(logits.device.type, enabled=False):
         # -log(Exponential(1)) is Gumbel noise; exponential_ never draws 0, so it is finite.
         # In one layout whatever the logits', so that the same seed gives every cell and code the same noise.
