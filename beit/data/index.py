@@ -34,6 +34,8 @@ EXTENSIONS = (
     *(".ppm", ".pgm", ".pbm", ".pnm"),
 )
 ARRAYS = ".npy"
+_IN_TABLES = f"a folder of Parquet or Arrow files is given as {PREFIX}FOLDER"
+_OTHER_SOURCES = {".parquet": _IN_TABLES, ".arrow": _IN_TABLES, SUFFIX: f"tar shards are given as 'FOLDER/*{SUFFIX}'"}
 
 _INDEX_VERSION = 4
 # What changes with a file or folder; copies and archives set the modification time back, so it alone is not enough.
@@ -313,12 +315,7 @@ def _left_out(images: int, where: str, others: Counter[str], skipped: Sequence[s
     words += [f"{count:,} {extension or 'no extension'}" for extension, count in others.most_common()]
     if not images:
         found = listed(words, 8) or "no files at all"
-        hint = f"; tar shards are given as 'FOLDER/*{SUFFIX}'" if SUFFIX in others else ""
-        hint = (
-            f"; a folder of Parquet or Arrow files is given as {PREFIX}FOLDER"
-            if {".parquet", ".arrow"} & {*others}
-            else hint
-        )
+        hint = next((f"; {how}" for extension, how in _OTHER_SOURCES.items() if extension in others), "")
         raise InputError(f"no images in {where}: looked for {' '.join(EXTENSIONS)}, found {found}{hint}")
     return tuple(words)
 

@@ -101,8 +101,6 @@ class EpochLoader:
             raise InputError(
                 f"batch_size must be at least 1 and num_workers at least 0, got {self.batch_size}, {self.num_workers}"
             )
-        if not 0 <= self.rank < ranks:
-            raise ValueError(f"rank {self.rank} is not below {ranks}, the number of ranks")
         if self.drop_last and size < self.batch_size * ranks:
             advice = f"lower --batch_size to at most {size // ranks}" if size >= ranks else "use fewer processes"
             batch = f"batch size {self.batch_size} on {counted(ranks, 'process')}"
