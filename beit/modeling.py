@@ -28,7 +28,11 @@ Biases = Sequence[Tensor | None]  # of each block's attention, (H, N + 1, N + 1)
 
 LAYER_NORM: NormLayer = partial(nn.LayerNorm, eps=1e-6)
 
-WITHOUT_MEANING = ("qk_scale", "attn_head_dim", "drop_block_rate")  # official keywords, which are None
+WITHOUT_MEANING = {  # official keywords, None in every published model, and what to use instead
+    "qk_scale": "num_heads",
+    "attn_head_dim": "num_heads",
+    "drop_block_rate": "drop_path_rate",
+}
 
 
 class PatchEmbed(nn.Module):
@@ -235,7 +239,7 @@ class Backbone(nn.Module):
             if keyword not in WITHOUT_MEANING:
                 raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {keyword!r}")
             if value is not None:
-                raise InputError(f"{keyword}={value} has no meaning here: leave it out")
+                raise InputError(f"{keyword}={value} has no meaning here: use {WITHOUT_MEANING[keyword]}")
         for name, size in sizes.items():
             if min(size if isinstance(size, Sequence) else [size]) <= 0:
                 raise InputError(f"{name} {size}: must be above 0")
