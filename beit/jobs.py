@@ -44,7 +44,7 @@ def as_function(command: Command, name: str) -> Callable[..., "Result"]:
         try:
             return main(config)
         except Stopped as stop:  # ends a script, or a notebook's cell, as Ctrl-C does anywhere else
-            raise KeyboardInterrupt(str(stop)) from None
+            raise KeyboardInterrupt(str(stop).replace("the same command", "the same call")) from None
 
     job.__name__ = job.__qualname__ = name
     job.__doc__ = DOCUMENTATION.format(help=f"{command.help[0].upper()}{command.help[1:]}", lines=lines)

@@ -63,8 +63,6 @@ class DvaeTraining(Task[DvaeConfig]):
 
     def check(self) -> None:
         config = self.config
-        if not config.data_path:
-            raise InputError("--data_path is missing: give a folder of images, or a text file of paths")
         if config.temperature_end > config.temperature_start:
             first, last = config.temperature_start, config.temperature_end
             raise InputError(f"--temperature_end {last:g}: must be at most --temperature_start {first:g}")
