@@ -16,8 +16,8 @@ def resolve_amp_dtype(name: str, device: torch.device, *, bf16_cpu: bool = False
     """Turns ``auto``, ``bf16``, ``fp16`` or ``fp32`` into the dtype of the forward pass on a device.
 
     ``auto`` is bf16 on GPUs that compute in it, float16 on older ones (V100), float32 elsewhere; with ``bf16_cpu`` bf16
-    on CPUs that multiply in it (AMX, AVX-512 BF16) too. Raises :class:`InputError` for float16 where gradients cannot be
-    scaled.
+    on CPUs that multiply in it (AMX, AVX-512 BF16) too. Raises :class:`InputError` for float16 where gradients cannot
+    be scaled.
     """
     if name != "auto":
         if name == "fp16" and device.type != "cuda":

@@ -60,8 +60,8 @@ class TensorBoard(Tracker):
 class WandB(Tracker):
     """A run of Weights & Biases in the project ``beit``, or in the one that ``WANDB_PROJECT`` names.
 
-    Its name, which ends in its id, is kept in the run folder, so that a resumed run goes on in it. Steps that an attempt
-    told before it was killed are not told again.
+    Its name, which ends in its id, is kept in the run folder, so that a resumed run goes on in it, after the steps that
+    it has.
     """
 
     package = "wandb"
