@@ -22,8 +22,8 @@ from PIL import Image
 
 from beit.data.compact import Strings, as_array, map_arrays, save_arrays
 from beit.data.hub import PREFIX, HubImages, names_hub, open_hub
-from beit.data.shards import SUFFIX, Members, ShardReader, class_names, did_you_mean_file, expand, names_shards, scan
-from beit.errors import InputError, counted, listed
+from beit.data.shards import SUFFIX, Members, ShardReader, class_names, expand, names_shards, scan
+from beit.errors import InputError, counted, did_you_mean_file, listed
 from beit.storage import beit_home
 
 logger = logging.getLogger(__name__)

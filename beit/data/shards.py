@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from beit.data.compact import Strings, as_array
-from beit.errors import InputError, did_you_mean
+from beit.errors import InputError, did_you_mean_file
 
 SUFFIX = ".tar"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
@@ -90,15 +90,6 @@ def _braces_expanded(pattern: str) -> Iterator[str]:
         choices = (f"{number:0{width}d}" for number in range(first, last + 1))
     for choice in choices:
         yield from _braces_expanded(pattern[: braces.start()] + choice + pattern[braces.end() :])
-
-
-def did_you_mean_file(path: str | os.PathLike[str]) -> str:
-    """Returns `` (did you mean ...?)`` for the names beside a missing file, or that its folder is missing too."""
-    folder, name = os.path.split(path)
-    try:
-        return did_you_mean(name, os.listdir(folder))
-    except (OSError, ValueError):
-        return f" ({folder} does not exist either)"
 
 
 @dataclass(frozen=True)
