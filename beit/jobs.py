@@ -9,7 +9,7 @@ from beit.commands.dispatch import Command
 from beit.config import keywords_of, read_keywords
 from beit.registry import locate
 from beit.training.console import configure_console
-from beit.training.placement import find_placement
+from beit.training.placement import leads
 
 if TYPE_CHECKING:
     from beit.tasks.base import Result
@@ -36,7 +36,7 @@ def as_function(command: Command, name: str) -> Callable[..., "Result"]:
     parameters, lines = keywords_of(config_class)
 
     def job(**settings: object) -> "Result":
-        configure_console(find_placement().rank == 0)
+        configure_console(leads())
         config = read_keywords(config_class, settings)
         main = locate(command.main)
         from beit.training.loop import Stopped

@@ -83,6 +83,13 @@ def _slurm_placement(env: Mapping[str, str]) -> Placement:
     return Placement(rank, size, local_rank, f"tcp://{host}:{port}", bound=True)
 
 
+def leads(environment: Mapping[str, str] | None = None) -> bool:
+    """Whether this process is the first of its run, by whatever a launcher has set; before any flag is read."""
+    env = os.environ if environment is None else environment
+    ranks = (env.get(name, "") for name in ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"))
+    return next((not rank.lstrip("0") for rank in ranks if rank.isdecimal()), True)
+
+
 def first_slurm_host(node_list: str) -> str:
     """Returns the first machine of a SLURM list such as ``gpu[03-07,11],login1``."""
     match = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\]([^,]*))?", node_list)
