@@ -78,7 +78,6 @@ class Trainer(TrainingState):
         model, total, period = self._distribute(), self.settings.total_steps, self.settings.period
         name = period.name
         periods_done = (self.first_step - self._period_open) // period.steps
-        self._best_kept = self._best_exists()
         self.stop_wish.saves = distributed.on_main(lambda: self._makes_checkpoints)
         log = EpochLog(self.folder.path / "log.txt" if self.folder else None, name, periods_done, self._fresh)
         scalars = self._open_trackers()
@@ -339,8 +338,6 @@ class Trainer(TrainingState):
     def _keep_best(self, metric: str, step: int, entry: Mapping[str, float]) -> None:
         """Writes what is the best so far, before the numbered checkpoint, so that a killed run does it again."""
         of_average = f"ema_{metric}"
-        if self._best_kept and not self._best_exists():  # it has been deleted, with the folder or alone
-            self._best = {}
         scores = {name: entry[f"test_{name}"] for name in (metric, of_average) if f"test_{name}" in entry}
         better = {name: score for name, score in scores.items() if score > self._best.get(name, -math.inf)}
         self._best.update(better)
@@ -355,10 +352,6 @@ class Trainer(TrainingState):
                 training = ("optimizer", "scaler", "averages", "progress", "model_ema")
                 kept = {key: value for key, value in state.items() if key not in training}
                 self._write(BEST_EMA, {**kept, "model": state["model_ema"]})
-        self._best_kept = self._best_exists()
-
-    def _best_exists(self) -> bool:
-        return distributed.on_main(lambda: self.folder is not None and (self.folder.path / BEST).exists())
 
     def _save(self, name: str, step: int, period_open: bool = False) -> None:
         if self._makes_checkpoints:
