@@ -28,6 +28,7 @@ from beit.errors import InputError, did_you_mean, did_you_mean_file
 logger = logging.getLogger(__name__)
 
 ConfigT = TypeVar("ConfigT")
+FunctionT = TypeVar("FunctionT", bound=Callable)
 Size = int | tuple[int, int]
 Values = dict[str, Any]  # settings by name; a value's type is its field's
 
@@ -467,14 +468,17 @@ def _add_flag(
         parser.add_argument(f"--{alias}", help=f"--{name} in batches, of which --update_freq make a step")
 
 
-@functools.cache
+_cached: Callable[[FunctionT], FunctionT] = functools.cache  # type: ignore[assignment]  # which takes more
+
+
+@_cached
 def _fields(config_class: type) -> dict[str, tuple[dataclasses.Field, Callable]]:
     """Returns each field of a configuration with the function that reads its value from a text or from YAML."""
     hints = typing.get_type_hints(config_class)
     return {field.name: (field, _reader(hints[field.name])) for field in dataclasses.fields(config_class)}
 
 
-@functools.cache
+@_cached
 def _names(config_class: type) -> dict[str, str]:
     """Returns every name of every setting -> its field."""
     fields: dict[str, Mapping] = {name: field.metadata for name, (field, _) in _fields(config_class).items()}

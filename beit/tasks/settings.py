@@ -148,8 +148,11 @@ def check_job(config: RunOptions) -> None:
         raise InputError(f"--model_kwargs {taken}: {NO_MODEL_KWARGS[taken]}; leave it out")
     if isinstance(config, ShardingOptions):
         check_sharding(config, getattr(config, "opt", ""))
-    given = not isinstance(config, DataOptions) or config.data_path != type(config).data_path
-    if not given and not os.path.exists(config.data_path):  # the default is where the official authors have it
+    if (
+        isinstance(config, DataOptions)
+        and config.data_path == type(config).data_path  # where the official authors have it
+        and not os.path.exists(config.data_path)
+    ):
         raise InputError("--data_path is missing: give the folder of your images, or what else --help names")
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ def resolve_amp_dtype(name: str, device: torch.device, *, bf16_cpu: bool = False
 
 def _cpu_multiplies_in_bf16() -> bool:
     """Whether the CPU has instructions for products in bf16, if this version of torch can tell."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(unit) for unit in ("amx_bf16", "avx512_bf16"))
 
 

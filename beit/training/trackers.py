@@ -7,6 +7,7 @@ import os
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -119,7 +120,7 @@ class Trackio(WandB):
         self._run.finish()
 
 
-class Trackers:
+class Trackers(AbstractContextManager):
     """All trackers of a run, TensorBoard wherever there is a ``log_dir``; none but on the main process.
 
     Args:
@@ -155,9 +156,6 @@ class Trackers:
         """Writes a picture, ``(3, H, W)`` in [0, 1], drawn after the epoch of this number."""
         for tracker in self._opened:
             tracker.log({tag: image}, number if tracker.by_period else self._done)
-
-    def __enter__(self) -> "Trackers":
-        return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         for tracker in self._opened:
