@@ -360,6 +360,8 @@ def _find_setting(config_class: type, key: str, where: str) -> tuple[str, str, t
     names = {key: name for key, name in _names(config_class).items() if name in fields}
     name, _, item = (key, "", "") if key in names else files.keys.get(key, key).partition(".")
     name = names.get(name, name)
+    if key in (removed := _removed(config_class)):
+        raise InputError(f"{where}: {key} is gone: {removed[key][1]}")
     if name not in fields or (item and fields[name][1] is not _read_dict):
         hint = did_you_mean(key, {*names, *files.keys, *files.without_effect})
         raise InputError(f"{where}: unknown key {key!r}{hint}")
