@@ -23,7 +23,7 @@ from typing import Any, NoReturn, TypeVar
 
 import yaml
 
-from beit.errors import InputError, did_you_mean
+from beit.errors import InputError, did_you_mean, did_you_mean_file
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +49,7 @@ class SettingsFiles:
     folder: Path = Path(str(resources.files("beit"))) / "recipes"  # in it, _*.yaml are there to build on
     overrides: tuple[str, ...] = ()  # flags, without dashes, that take assignments KEY=VALUE, which override a file
     keys: Mapping[str, str] = dataclasses.field(default_factory=dict)  # aliases of a mapping's keys -> field.key
-    without_effect: Mapping[str, str] = dataclasses.field(
-        default_factory=dict
-    )  # assignable keys -> why they do nothing
+    without_effect: Mapping[str, str] = dataclasses.field(default_factory=dict)  # other keys -> why they do nothing
     shared_with: type | None = None  # another job's configuration, whose keys in a file are ignored
 
 
@@ -156,7 +154,7 @@ def read_yaml(config_class: type, name: str) -> Values:
 def read_facts(name: str) -> Values:
     """Reads a recipe's facts (``recipe``) over those of the files it builds on, whose ``note`` is not inherited."""
     facts: Values = {}
-    for path, content in _read_layers(name, SettingsFiles().folder):
+    for path, content in _read_layers(name, SettingsFiles.folder):
         own = content.get("recipe") or {}
         if not isinstance(own, dict):
             raise InputError(f"{path}: recipe must hold 'key: value' lines, one for each fact")
@@ -165,9 +163,9 @@ def read_facts(name: str) -> Values:
     return facts
 
 
-def recipe_names() -> list[str]:
-    """Returns the names of the recipes that come with the package, sorted."""
-    return sorted(path.stem for path in SettingsFiles().folder.glob("[!_]*.yaml"))
+def recipe_names(folder: Path = SettingsFiles.folder) -> list[str]:
+    """Returns the names of the recipes that come with the package, or of another folder's settings files, sorted."""
+    return sorted(path.stem for path in folder.glob("[!_]*.yaml"))
 
 
 def read_run_settings(path: Path) -> tuple[Values, set[str] | None]:
@@ -220,10 +218,7 @@ def _items(value: object) -> Sequence:
 def _check_exists(name: str, value: str) -> None:
     # What stands for several files, such as shards-{000..127}.tar, or a data set: its reader checks.
     if value and not set("{*?[") & set(value) and not value.startswith("hf:") and not os.path.exists(value):
-        folder, missing = os.path.split(os.path.abspath(value))
-        beside = os.listdir(folder) if os.path.isdir(folder) and os.access(folder, os.R_OK) else ()
-        hint = did_you_mean(missing, beside)
-        raise InputError(f"{name.replace('_', ' ')} {value}: no such file or folder{hint}")
+        raise InputError(f"{name.replace('_', ' ')} {value}: no such file or folder{did_you_mean_file(value)}")
 
 
 def _is_within(number: float, interval: str) -> bool:
@@ -399,18 +394,14 @@ def _yaml_value(text: str) -> object:
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are :class:`InputError`, with near matches for unknown flags."""
 
-    removed: Mapping[str, tuple[object, str]] = {}
-
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see --help)")
 
     def parse_args(self, args: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
         parsed, unknown = self.parse_known_args(args)
         if unknown:
-            flag = unknown[0].split("=")[0]
-            if (name := flag.removeprefix("--").removeprefix("no_")) in self.removed:
-                raise InputError(f"{flag} is gone: {self.removed[name][1]}")
-            self.error(f"unknown argument {unknown[0]}{did_you_mean(flag, self._option_string_actions)}")
+            hint = did_you_mean(unknown[0].split("=")[0], self._option_string_actions)
+            self.error(f"unknown argument {unknown[0]}{hint}")
         return parsed
 
 
@@ -425,7 +416,8 @@ def _build_parser(config_class: type, prog: str, description: str) -> argparse.A
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.removed = _removed(config_class)
+    for name in _removed(config_class):
+        parser.add_argument(f"--{name}", nargs="?", help=argparse.SUPPRESS)  # refused with the values
     overrides = _files_of(config_class).overrides
     if "config" not in fields:
         parser.add_argument("--config", metavar="YAML", help="settings file or recipe name; flags override it")
@@ -478,8 +470,7 @@ def _add_flag(
         parser.add_argument(f"--{alias}", help=f"--{name} in batches, of which --update_freq make a step")
 
 
-def _cached(function: FunctionT) -> FunctionT:
-    return functools.cache(function)  # type: ignore[return-value]  # which takes more than the function does
+_cached: Callable[[FunctionT], FunctionT] = functools.cache  # type: ignore[assignment]  # which takes more
 
 
 @_cached
@@ -648,6 +639,6 @@ def _find_yaml(name: str, folder: Path, where: str = "") -> Path:
         return packaged
     if os.path.isfile(name):
         raise InputError(f"{where}{name} is Python, which is not run: write its settings as 'key: value' in {path}")
-    shipped = sorted(file.stem for file in folder.glob("*.yaml") if not file.name.startswith("_"))
+    shipped = recipe_names(folder)
     hint = did_you_mean(stem, {*shipped, *(file.stem for file in path.parent.glob("*.yaml"))})
     raise InputError(f"{where}no settings file {name}{hint or '; the package has ' + ', '.join(shipped)}")

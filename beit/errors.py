@@ -1,5 +1,6 @@
 """The exception for mistakes in what the user gave, and suggestions for misspelt names."""
 
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -23,6 +24,15 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Returns `` (did you mean 'a' or 'b'?)`` for the closest of ``choices``, or an empty string if none is close."""
     matches = get_close_matches(word, list(dict.fromkeys(choices)), n=3, cutoff=0.6)
     return f" (did you mean {' or '.join(repr(match) for match in matches)}?)" if matches else ""
+
+
+def did_you_mean_file(path: str | os.PathLike[str]) -> str:
+    """Returns the same for the names beside a missing file, or that its folder is missing too."""
+    folder, name = os.path.split(os.path.abspath(path))
+    try:
+        return did_you_mean(name, os.listdir(folder))
+    except (OSError, ValueError):
+        return f" ({folder} does not exist either)"
 
 
 def printable(text: str) -> str:

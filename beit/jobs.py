@@ -9,7 +9,7 @@ from beit.commands.dispatch import Command
 from beit.config import keywords_of, read_keywords
 from beit.registry import locate
 from beit.training.console import configure_console
-from beit.training.placement import find_placement
+from beit.training.placement import leads
 
 if TYPE_CHECKING:
     from beit.tasks.base import Result
@@ -36,7 +36,7 @@ def as_function(command: Command, name: str) -> Callable[..., "Result"]:
     parameters, lines = keywords_of(config_class)
 
     def job(**settings: object) -> "Result":
-        configure_console(find_placement().rank == 0)
+        configure_console(leads())
         config = read_keywords(config_class, settings)
         main = locate(command.main)
         from beit.training.loop import Stopped
@@ -44,7 +44,7 @@ def as_function(command: Command, name: str) -> Callable[..., "Result"]:
         try:
             return main(config)
         except Stopped as stop:  # ends a script, or a notebook's cell, as Ctrl-C does anywhere else
-            raise KeyboardInterrupt(str(stop)) from None
+            raise KeyboardInterrupt(str(stop).replace("the same command", "the same call")) from None
 
     job.__name__ = job.__qualname__ = name
     job.__doc__ = DOCUMENTATION.format(help=f"{command.help[0].upper()}{command.help[1:]}", lines=lines)

@@ -3,7 +3,6 @@
 Imports no torch: flags are read, and mistakes in them reported, before anything heavy is loaded.
 """
 
-import contextlib
 import errno
 import io
 import logging
@@ -11,14 +10,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import TypeVar
 
 from beit.config import read_command_line
 from beit.errors import InputError, printable
 from beit.registry import locate
 from beit.training.console import configure_console
-from beit.training.placement import find_placement
+from beit.training.placement import leads
 
 logger = logging.getLogger(__name__)
 
@@ -58,17 +56,16 @@ def launch(
         not finite), 130 after Ctrl-C, 143 after SIGTERM and likewise 128 + its number after another signal.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    open_mpi = asks_for_open_mpi(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names that the console's encoding lacks
     name = prog or sys.argv[0].rpartition("/")[2]
 
     def run() -> None:
-        configure_console(find_placement(use_open_mpi=open_mpi).rank == 0, always=True)
+        configure_console(leads(), always=True)
         config = read_command_line(config_class, arguments, name, description or "")
         locate(main)(config)
 
-    status = run_and_report(run, open_mpi)
+    status = run_and_report(run)
     distributed = sys.modules.get("beit.training.distributed")  # not imported, no threads of gloo
     if (argv is None if owns_process is None else owns_process) and distributed and distributed.threads_left():
         end_at_once(status)
@@ -83,14 +80,7 @@ def end_at_once(status: int) -> None:
     os._exit(status)
 
 
-def asks_for_open_mpi(arguments: Sequence[str]) -> bool:
-    """Whether a command line says that ``mpirun`` started the process: ``--dist_on_itp``, or ``--launcher mpi``."""
-    return bool({"--dist_on_itp", "--dist-on-itp", "--launcher=mpi"} & set(arguments)) or (
-        ("--launcher", "mpi") in pairwise(arguments)
-    )
-
-
-def run_and_report(run: Callable[[], None], open_mpi: bool = False) -> int:
+def run_and_report(run: Callable[[], None]) -> int:
     """Runs a command and returns its exit status; an expected error becomes one line on standard error."""
     try:
         run()
@@ -114,10 +104,7 @@ def run_and_report(run: Callable[[], None], open_mpi: bool = False) -> int:
         message, status = _end_of_training(error)
     if not message:
         return status
-    leads = True
-    with contextlib.suppress(InputError):  # the launcher's variables may be what is wrong
-        leads = find_placement(use_open_mpi=open_mpi).rank == 0
-    if not leads:
+    if not leads():
         # Mistakes strike all processes alike. The first one's exit makes the launcher end the others, so that a
         # mistake is reported once; what only this process has met is still reported.
         time.sleep(5)

@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from beit.errors import InputError, did_you_mean, listed
+from beit.errors import InputError, did_you_mean_file, listed
 
 try:
     import fcntl
@@ -369,9 +369,7 @@ def require_file(path: Path) -> None:
     if not path.is_file():
         if os.path.lexists(path):
             raise InputError(f"{path} is no regular file, but a pipe, a device or a broken link")
-        if not path.parent.is_dir():
-            raise InputError(f"there is no file {path}: the folder {path.parent} does not exist")
-        raise InputError(f"there is no file {path}{did_you_mean(path.name, os.listdir(path.parent))}")
+        raise InputError(f"there is no file {path}{did_you_mean_file(path)}")
 
 
 def _forbidden_content(message: str) -> str:

@@ -91,7 +91,7 @@ def test_a_stop_signal_saves_and_the_same_call_continues(images, tmp_path, monke
 
     monkeypatch.setattr(Trainer, "_update", update)
     call = {**SMALL, "data_path": images, "output_dir": tmp_path}
-    with pytest.raises(KeyboardInterrupt, match="stopped at epoch 0, step 1; the same command resumes from there"):
+    with pytest.raises(KeyboardInterrupt, match="stopped at epoch 0, step 1; the same call resumes from there"):
         beit.pretrain(**call)
     assert (tmp_path / "checkpoint-last.pth").exists()
     assert [entry["epoch"] for entry in beit.pretrain(**call).log] == [0, 1]
@@ -108,6 +108,7 @@ def test_a_stop_signal_saves_and_the_same_call_continues(images, tmp_path, monke
         ({"batch_size": 0}, "--batch_size 0: must be at least 1"),
         ({"config": "pretrain_base_800"}, "no settings file pretrain_base_800"),
         ({**SMALL, "data_path": "nowhere"}, "nowhere"),
+        ({}, "^--data_path is missing"),
         ({"no_lr": True}, "unknown key 'no_lr'"),
     ],
 )

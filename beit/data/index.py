@@ -23,7 +23,7 @@ from PIL import Image
 from beit.data.compact import Strings, as_array, map_arrays, save_arrays
 from beit.data.hub import PREFIX, HubImages, names_hub, open_hub
 from beit.data.shards import SUFFIX, Members, ShardReader, class_names, expand, names_shards, scan
-from beit.errors import InputError, counted, listed
+from beit.errors import InputError, counted, did_you_mean_file, listed
 from beit.storage import beit_home
 
 logger = logging.getLogger(__name__)
@@ -200,7 +200,7 @@ def index_images(path: str | os.PathLike[str], cache_dir: str | os.PathLike[str]
     shards = expand(str(source)) if names_shards(source) else []
     is_folder = os.path.isdir(source)
     if not (shards or is_folder or os.path.isfile(source)):
-        raise InputError(f"no such folder or list of images: {source}")
+        raise InputError(f"no such folder or list of images: {source}{did_you_mean_file(source)}")
     folders = [os.path.dirname(path) for path in shards or [str(source)]]
     root = str(source) if is_folder else os.path.commonpath(folders)
     folder = beit_home() / "index" if cache_dir is None else Path(cache_dir)

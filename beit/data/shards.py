@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from beit.data.compact import Strings, as_array
-from beit.errors import InputError
+from beit.errors import InputError, did_you_mean_file
 
 SUFFIX = ".tar"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
@@ -72,7 +72,7 @@ def expand(pattern: str) -> list[str]:
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         what = "no file matches" if glob.has_magic(missing[0].removeprefix(folder)) else "no such file:"
-        raise InputError(f"{pattern}: {what} {missing[0]}{more}")
+        raise InputError(f"{pattern}: {what} {missing[0]}{more}{did_you_mean_file(missing[0])}")
     return paths
 
 

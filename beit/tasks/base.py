@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -283,7 +284,7 @@ def run(task: Task[Any]) -> Result:
             evaluate=task.build_evaluation(),
             on_epoch_end=task.build_epoch_end(),
         )
-        task.loader.while_waiting = trainer.look_up
+        task.loader.while_waiting = trainer.stop_wish.obey
         start_epoch = task.config.start_epoch if isinstance(task.config, EpochOptions) else 0
         path = str(resolve(task.config.resume)) if task.config.resume else ""
         session.resume(trainer, path=path, auto=task.config.auto_resume, start_epoch=start_epoch)
@@ -435,6 +436,12 @@ def find_labelled(
     """
 
     def find(train: bool) -> Images:
+        name, where = "train" if train else "val", config.data_path
+        if config.data_set == "IMNET" and os.path.isdir(where) and not os.path.exists(os.path.join(where, name)):
+            raise InputError(
+                f"--data_path {where}: has no folder {name}; give the folder that holds train and val, or with "
+                "--data_set image_folder one folder of classes as --data_path and another as --eval_data_path"
+            )
         return find_images(config.data_set, config.data_path, config.eval_data_path, train=train, download=download)
 
     if download:

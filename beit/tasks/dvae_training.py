@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from beit.data.datasets import ImageDataset
@@ -63,8 +62,6 @@ class DvaeTraining(Task[DvaeConfig]):
 
     def check(self) -> None:
         config = self.config
-        if not config.data_path:
-            raise InputError("--data_path is missing: give a folder of images, or a text file of paths")
         if config.temperature_end > config.temperature_start:
             first, last = config.temperature_start, config.temperature_end
             raise InputError(f"--temperature_end {last:g}: must be at most --temperature_start {first:g}")
@@ -96,7 +93,7 @@ class DvaeTraining(Task[DvaeConfig]):
         return Reconstruction(schedule_of(self.config, self.loop_settings()), self.config.reconstruction)
 
     def build_average(self) -> Average:
-        self.average = ModelEmaV3(self.model, decay=self.config.ema_decay, use_warmup=True)
+        self.average = Average(self.model, decay=self.config.ema_decay, use_warmup=True)
         return self.average
 
     def build_evaluation(self) -> Evaluation:

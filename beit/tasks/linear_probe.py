@@ -41,7 +41,6 @@ from beit.training.state import Batch, LoopSettings, StepFunction
 logger = logging.getLogger(__name__)
 
 BASE_BATCH = 256  # images per step that --base_lr is for
-WEIGHT_DECAY = {"sgd": 0.0, "adamw": 1e-4}
 HEAD_STD = 0.01
 
 
@@ -104,7 +103,7 @@ class LinearProbe(Task[LinearProbeConfig]):
         """Creates the optimizer; all of a head has weight decay, its bias as well, as official."""
         config, decay = self.config, self.config.weight_decay
         if decay is None:
-            decay = WEIGHT_DECAY.get(config.opt.lower(), WEIGHT_DECAY["adamw"])
+            decay = 0.0 if config.opt.lower() == "sgd" else 1e-4
         group = {"params": list(self.model.parameters()), "lr_scale": 1.0, "weight_decay": decay, "decays": True}
         return create_optimizer(config.opt, [group], lr=self.peak_lr())
 

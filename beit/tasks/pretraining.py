@@ -185,7 +185,7 @@ class Pretraining(Task[PretrainingConfig]):
         if isinstance(config, PretrainingV2Config) and not class_token_arguments(config):
             logger.warning("--model %s does not train the class token: BEiT v2's is %s_cls_pt", *[config.model] * 2)
         yield describe_masks(self.masks)
-        batch = config.batch_size * config.update_freq * self.session.world_size
+        batch = self.images_per_step()
         ratio = (config.lr / batch) / (PUBLISHED_LR / PUBLISHED_BATCH)
         if not 0.5 <= ratio <= 2:
             logger.warning(

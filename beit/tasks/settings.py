@@ -1,5 +1,6 @@
 """The settings of every training job: flags, YAML keys and defaults, in groups that jobs share. Imports no torch."""
 
+import os
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -147,6 +148,12 @@ def check_job(config: RunOptions) -> None:
         raise InputError(f"--model_kwargs {taken}: {NO_MODEL_KWARGS[taken]}; leave it out")
     if isinstance(config, ShardingOptions):
         check_sharding(config, getattr(config, "opt", ""))
+    if (
+        isinstance(config, DataOptions)
+        and config.data_path == type(config).data_path  # where the official authors have it
+        and not os.path.exists(config.data_path)
+    ):
+        raise InputError("--data_path is missing: give the folder of your images, or what else --help names")
 
 
 @dataclass(frozen=True)

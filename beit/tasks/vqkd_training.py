@@ -234,11 +234,7 @@ class PixelDecoding(ImageTask):
         return nn.Sequential(self.vae.codebook, Rearrange("b h w d -> b d h w"), self.vae.decoder)
 
     def build_objective(self) -> StepFunction:
-
-        def step(model: nn.Module, batch: Batch, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
-            return self.error(model, batch), {}
-
-        return step
+        return lambda model, batch, _step: (self.error(model, batch), {})
 
     def error(self, model: nn.Module, batch: Batch) -> Tensor:
         """Returns the mean squared error of a batch."""

@@ -1,5 +1,6 @@
 """What a run's numbers rest on besides its settings: versions, device, command. Never the host's name."""
 
+import contextlib
 import platform
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,10 @@ LIBRARIES = ("beit", "torch", "torchvision", "timm", "numpy")
 
 def describe_environment(device: torch.device, processes: int) -> dict[str, object]:
     """Returns versions, device, number of processes (on all machines) and the command line, as plain values."""
-    content: dict[str, object] = {name: found for name in LIBRARIES if (found := _version_of(name))}
+    content: dict[str, object] = {}
+    for name in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):  # of beit in a clone that is not installed
+            content[name] = version(name)
     content["torch"] = torch.__version__  # with the build, such as +cpu
     content |= {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
     content["device"] = f"CPU {_processor()}".strip() if device.type == "cpu" else device.type.upper()
@@ -33,13 +37,6 @@ def _processor() -> str:
     except (OSError, UnicodeDecodeError):
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-
-
-def _version_of(library: str) -> str | None:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return None
 
 
 def command_line(argv: Sequence[str]) -> list[str]:

@@ -95,8 +95,7 @@ class Throughput:
         self._images_per_step = images_per_step
         self._seconds = self._waited = 0.0
         self._steps = 0
-        self._window_start = time.perf_counter()
-        self._window_waited = 0.0
+        self.restart_window()
 
     def waited(self, seconds: float) -> None:
         """Counts time spent waiting for the data loader."""

@@ -66,11 +66,7 @@ class Trainer(TrainingState):
         self._window: list[Tensor] = []  # one row of metrics per step, on the device
         self._window_limit = 1  # steps until the next look at them; grows once their pace is known
         self._overflows = 0  # in a row
-        self._stop_wish = StopWish()
-
-    def look_up(self) -> None:
-        """Obeys a signal while data do not come, by raising :class:`Stopped`; data loaders call it now and then."""
-        self._stop_wish.obey()
+        self.stop_wish = StopWish()  # data loaders look at it while data do not come
 
     def fit(self) -> list[dict[str, Any]]:
         """Trains from the current position to the last step; returns the run's log, as it is in ``log.txt``.
@@ -82,12 +78,11 @@ class Trainer(TrainingState):
         model, total, period = self._distribute(), self.settings.total_steps, self.settings.period
         name = period.name
         periods_done = (self.first_step - self._period_open) // period.steps
-        self._best_kept = self._best_exists()
-        self._stop_wish.saves = distributed.on_main(lambda: self._makes_checkpoints)
+        self.stop_wish.saves = distributed.on_main(lambda: self._makes_checkpoints)
         log = EpochLog(self.folder.path / "log.txt" if self.folder else None, name, periods_done, self._fresh)
         scalars = self._open_trackers()
         step, is_open = self.first_step, self._period_open
-        with scalars, self._stop_wish:
+        with scalars, self.stop_wish:
             if self.is_done:
                 logger.info("all %d %ss are done: nothing left to train", total // period.steps, name)
             with contextlib.closing(self._batches(step * self.settings.update_freq)) as batches:
@@ -98,12 +93,12 @@ class Trainer(TrainingState):
                     if not is_open and self.settings.save_last_every and self._evaluates_at(end):
                         self._save(LAST, end, period_open=True)  # the evaluation may take long
                         saved = True
-                    with self._stop_wish.at_once(self._place(end)) if saved else contextlib.nullcontext():
+                    with self.stop_wish.at_once(self._place(end)) if saved else contextlib.nullcontext():
                         entry = self._log_entry(end, scalars)
                     self._averages = Averages()
                     self._finish_period(end, entry, log, scalars)
                     step, is_open = end, False
-                    wish = torch.tensor([float(self._stop_wish.is_set)], device=self._device)
+                    wish = torch.tensor([float(self.stop_wish.is_set)], device=self._device)
                     if step < total and distributed.sum_over_ranks(wish).item():
                         self._stop(step)
         return log.entries
@@ -160,7 +155,7 @@ class Trainer(TrainingState):
                         self._save(LAST, done - 1)
                     raise
                 save = self._saves_last_at(done) and done != end
-                if done == end or save or len(self._window) >= self._window_limit or (alone and self._stop_wish.is_set):
+                if done == end or save or len(self._window) >= self._window_limit or (alone and self.stop_wish.is_set):
                     if self._close_window(done, scalars, progress):
                         self._stop(done, period_open=done == end)
                     if save:
@@ -179,7 +174,7 @@ class Trainer(TrainingState):
     def _stop(self, step: int, period_open: bool = False) -> NoReturn:
         self._save(LAST, step, period_open)
         distributed.barrier()  # a launcher ends the others when one is gone: not before the checkpoint is written
-        raise Stopped(f"stopped at {self._place(step)}", self._stop_wish.signal, saved=self._stop_wish.saves)
+        raise Stopped(f"stopped at {self._place(step)}", self.stop_wish.signal, saved=self.stop_wish.saves)
 
     def _saves_last_at(self, step: int) -> bool:
         return self.settings.save_last_every > 0 and step % self.settings.save_last_every == 0
@@ -219,11 +214,11 @@ class Trainer(TrainingState):
         return self.precision.loss_scale
 
     def _next_batch(self, batches: Iterator[Batch]) -> Batch:
-        start = self._stop_wish.waiting_since = time.perf_counter()
+        start = self.stop_wish.waiting_since = time.perf_counter()
         try:
             batch = next(batches)
         finally:  # what was trained may be saved now, which no signal may cut off
-            self._stop_wish.waiting_since = math.inf
+            self.stop_wish.waiting_since = math.inf
         batch = batch if self.prepare is None else self.prepare(batch)
         self._throughput.waited(time.perf_counter() - start)
         return to_device(batch, self._device)
@@ -234,7 +229,7 @@ class Trainer(TrainingState):
         self._window = []
         if rows.is_cuda:  # the host is ahead of the device, and a window lasts until its steps are done
             torch.cuda.current_stream(rows.device).synchronize()
-        wish = torch.tensor([float(self._stop_wish.is_set), self._throughput.window_seconds()])
+        wish = torch.tensor([float(self.stop_wish.is_set), self._throughput.window_seconds()])
         sums = torch.cat([rows.flatten(), wish.to(self._device)])
         together = distributed.sum_over_ranks(sums).cpu().double() / distributed.world_size()
         table, (stop, seconds) = together[:-2].reshape(rows.shape), together[-2:].tolist()
@@ -343,8 +338,6 @@ class Trainer(TrainingState):
     def _keep_best(self, metric: str, step: int, entry: Mapping[str, float]) -> None:
         """Writes what is the best so far, before the numbered checkpoint, so that a killed run does it again."""
         of_average = f"ema_{metric}"
-        if self._best_kept and not self._best_exists():  # it has been deleted, with the folder or alone
-            self._best = {}
         scores = {name: entry[f"test_{name}"] for name in (metric, of_average) if f"test_{name}" in entry}
         better = {name: score for name, score in scores.items() if score > self._best.get(name, -math.inf)}
         self._best.update(better)
@@ -359,10 +352,6 @@ class Trainer(TrainingState):
                 training = ("optimizer", "scaler", "averages", "progress", "model_ema")
                 kept = {key: value for key, value in state.items() if key not in training}
                 self._write(BEST_EMA, {**kept, "model": state["model_ema"]})
-        self._best_kept = self._best_exists()
-
-    def _best_exists(self) -> bool:
-        return distributed.on_main(lambda: self.folder is not None and (self.folder.path / BEST).exists())
 
     def _save(self, name: str, step: int, period_open: bool = False) -> None:
         if self._makes_checkpoints:

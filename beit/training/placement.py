@@ -23,7 +23,7 @@ class Placement:
 
 
 def find_placement(
-    environment: Mapping[str, str] | None = None,
+    env: Mapping[str, str] = os.environ,
     *,
     local_rank: int = -1,
     init_method: str = "env://",
@@ -39,7 +39,6 @@ def find_placement(
     Raises:
         InputError: A variable that the launcher should have set is missing, or is not what it should be.
     """
-    env = os.environ if environment is None else environment
     try:
         if use_open_mpi:
             return _open_mpi_placement(env)
@@ -83,6 +82,12 @@ def _slurm_placement(env: Mapping[str, str]) -> Placement:
     return Placement(rank, size, local_rank, f"tcp://{host}:{port}", bound=True)
 
 
+def leads(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is the first of its run, by whatever a launcher has set; before any flag is read."""
+    ranks = (env.get(name, "") for name in ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"))
+    return next((not rank.lstrip("0") for rank in ranks if rank.isdecimal()), True)
+
+
 def first_slurm_host(node_list: str) -> str:
     """Returns the first machine of a SLURM list such as ``gpu[03-07,11],login1``."""
     match = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\]([^,]*))?", node_list)
@@ -92,9 +97,8 @@ def first_slurm_host(node_list: str) -> str:
     return prefix + (number or "") + (suffix or "")
 
 
-def may_follow_another(environment: Mapping[str, str] | None = None) -> bool:
+def may_follow_another(env: Mapping[str, str] = os.environ) -> bool:
     """Whether torchrun or SLURM may have restarted this run, so that its old lock may be released a little later."""
-    env = os.environ if environment is None else environment
     counts = (env.get(name, "") for name in ("TORCHELASTIC_MAX_RESTARTS", "SLURM_RESTART_COUNT"))
     return any(count.lstrip("0").isdecimal() for count in counts)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +25,10 @@ def resolve_amp_dtype(name: str, device: torch.device, *, bf16_cpu: bool = False
             raise InputError(f"--amp_dtype fp16 needs a CUDA device, this run is on {device.type}: use bf16 or fp32")
         return AMP_DTYPES[name]
     if device.type != "cuda":
-        multiplies = bf16_cpu and device.type == "cpu" and _cpu_multiplies_in_bf16()
-        return torch.bfloat16 if multiplies else torch.float32
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # if this torch can tell
+        multiplies = any(capabilities.get(unit) for unit in ("amx_bf16", "avx512_bf16"))
+        return torch.bfloat16 if bf16_cpu and device.type == "cpu" and multiplies else torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-
-
-def _cpu_multiplies_in_bf16() -> bool:
-    """Whether the CPU has instructions for products in bf16, if this version of torch can tell."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(unit) for unit in ("amx_bf16", "avx512_bf16"))
 
 
 class Precision:

@@ -7,6 +7,7 @@ import os
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -60,12 +61,15 @@ class TensorBoard(Tracker):
 class WandB(Tracker):
     """A run of Weights & Biases in the project ``beit``, or in the one that ``WANDB_PROJECT`` names.
 
-    Its name, which ends in its id, is kept in the run folder, so that a resumed run goes on in it.
+    Its name, which ends in its id, is kept in the run folder, so that a resumed run goes on in it, after the steps that
+    it has.
     """
 
     package = "wandb"
 
-    def __init__(self, *, folder: RunFolder | None, fresh: bool, config: dict[str, object], **_: object) -> None:
+    def __init__(
+        self, *, folder: RunFolder | None, fresh: bool, first_step: int, config: dict[str, object], **_: object
+    ) -> None:
         project = os.environ.get(f"{self.package.upper()}_PROJECT") or "beit"
         try:
             self._module: Any = import_module(self.package)
@@ -73,7 +77,7 @@ class WandB(Tracker):
             self._run = self._module.init(project=project, resume="allow", config=config, **named)
         except Exception as error:  # of the package, the network or the server
             raise InputError(f"--report_to {self.package}: {error}") from error
-        self._told = int(getattr(self._run, "step", 0))  # by an attempt that was killed; a server refuses them twice
+        self._told = self.steps_told(first_step)
 
     def _name(self, folder: RunFolder | None, fresh: bool) -> str:
         if folder is None:
@@ -86,6 +90,10 @@ class WandB(Tracker):
     def identity(self, name: str) -> dict[str, str]:
         """Returns the arguments by which the package knows the run."""
         return {"name": name, "id": name.rpartition("-")[2]}
+
+    def steps_told(self, first_step: int) -> int:  # noqa: ARG002
+        """Returns the first step that the package has not been told of, by a run that goes on at ``first_step``."""
+        return int(self._run.step)  # a server refuses those before
 
     def log(self, values: Mapping[str, float | Tensor], step: int) -> None:
         if step >= self._told:
@@ -104,11 +112,15 @@ class Trackio(WandB):
     def identity(self, name: str) -> dict[str, str]:
         return {"name": name}
 
+    def steps_told(self, first_step: int) -> int:
+        told = int(getattr(self._run, "_next_step", 0))  # which it does not publish
+        return told if told > first_step + 1 else first_step  # the line of log.txt before it has its number
+
     def close(self, failed: bool) -> None:  # noqa: ARG002
         self._run.finish()
 
 
-class Trackers:
+class Trackers(AbstractContextManager):
     """All trackers of a run, TensorBoard wherever there is a ``log_dir``; none but on the main process.
 
     Args:
@@ -144,9 +156,6 @@ class Trackers:
         """Writes a picture, ``(3, H, W)`` in [0, 1], drawn after the epoch of this number."""
         for tracker in self._opened:
             tracker.log({tag: image}, number if tracker.by_period else self._done)
-
-    def __enter__(self) -> "Trackers":
-        return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         for tracker in self._opened:

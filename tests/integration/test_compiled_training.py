@@ -37,6 +37,30 @@ def test_compiled_pretraining_learns_as_plain(tmp_path, pretraining_flags, proce
     assert same_losses(tmp_path)
 
 
+COUNTED = """
+import json, sys
+from beit.__main__ import main
+assert main(sys.argv[1:]) == 0
+from torch._dynamo.utils import counters
+print(json.dumps({"graphs": counters["stats"]["unique_graphs"], **counters["inductor"]}))
+"""
+
+
+def test_a_resumed_run_takes_its_graph_from_torchs_cache(tmp_path, pretraining_flags, images):
+    # Masks of many sizes and an evaluation with a smaller last batch. Breaks if a shape or a constant depends on the
+    # data or the step: then there are more graphs, or others after a resume.
+    flags = ("-c", COUNTED, "pretrain", *pretraining_flags, *FLAGS, "--compile", "--output_dir", tmp_path / "run")
+    flags += ("--eval_data_path", images, "--batch_size", "7", "--min_mask_patches_per_block", "4")
+    for epochs in (1, 2):
+        done = run(*flags, "--epochs", epochs, timeout=500, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+        counts = json.loads(done.stdout.splitlines()[-1])
+        assert counts["graphs"] == 1
+        assert 1 <= done.stderr.count("compiled in ") <= 2  # forward, and backward where torch leaves it for later
+        assert "epoch 1, step 0" in done.stderr or epochs == 1
+    assert counts["fxgraph_cache_hit"] == 2
+    assert "fxgraph_cache_miss" not in counts
+
+
 @pytest.fixture
 def two_classes(tmp_path, images) -> Path:
     for number, path in enumerate(sorted(images.rglob("*.jpg"))[:10]):

@@ -486,6 +486,7 @@ def test_official_flags_without_effect_are_accepted_and_said_once(caplog):
 
 MISTAKES = {
     "missing folder": ({"--data_path": "nowhere"}, ["nowhere/train"]),
+    "the training images alone": ({"--data_path": "TRAIN"}, ["--data_path TRAIN: has no folder train", "image_folder"]),
     "wrong class count": ({"--nb_classes": 10}, ["--nb_classes 10", "6 classes", "class00", "--nb_classes 6"]),
     "negative class count": ({"--nb_classes": -1}, ["--nb_classes -1"]),
     "no validation images": ({"--data_set": "image_folder"}, ["--eval_data_path is missing"]),

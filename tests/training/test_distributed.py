@@ -13,7 +13,7 @@ from beit.errors import InputError
 from beit.relative_position import resize_table
 from beit.tokenizers.dvae import codebook_statistics
 from beit.training.distributed import is_loss_of_another, on_main, select_device, threads_left
-from beit.training.placement import Placement, find_placement, first_slurm_host, may_follow_another
+from beit.training.placement import Placement, find_placement, first_slurm_host, leads, may_follow_another
 from beit.visualization.attention import mean_distances, patch_distances
 from tests.shell import ROOT, run
 
@@ -62,6 +62,13 @@ def test_open_mpi_only_when_asked_for():
     assert find_placement(env) == Placement(0, 1, 0)
     with pytest.raises(InputError, match="OMPI_COMM_WORLD_RANK"):
         find_placement({"MASTER_ADDR": "head", "MASTER_PORT": "99"}, use_open_mpi=True)
+
+
+def test_one_process_tells_of_mistakes_whatever_started_it():
+    # Breaks if each process of mpirun prints a misspelt flag, or the first one of a node where torchrun counts.
+    first = {}, {"RANK": "x"}, {"OMPI_COMM_WORLD_RANK": "00"}, {"RANK": "0", "SLURM_PROCID": "1"}
+    assert all(leads(env) for env in first)
+    assert not any(leads(env) for env in ({"RANK": "8", "SLURM_PROCID": "0"}, {"OMPI_COMM_WORLD_RANK": "9" * 5000}))
 
 
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "head", "MASTER_PORT": "99"}

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 import signal
 from itertools import islice
 
@@ -545,15 +544,6 @@ def test_scores_on_other_images_do_not_compete_with_those_of_before(tmp_path, ca
     third = trainer_on("newest", 10.0)
     third.resume(load_checkpoint(tmp_path / f"checkpoint-{EPOCHS - 1}.pth"), LAST)  # nothing is left to train
     assert load_checkpoint(tmp_path / BEST)["best"] == {"score": 50.0}
-
-
-def test_a_best_file_that_has_gone_comes_back(tmp_path):
-    # Breaks if the score of a file that was deleted with its folder is never beaten.
-    trainer = make_trainer(tmp_path / "run", best_metric="score")
-    trainer.evaluate = lambda *_: {"score": 100.0}
-    trainer.on_epoch_end = lambda epoch, _scalars: epoch or shutil.rmtree(tmp_path / "run")
-    trainer.fit()
-    assert load_checkpoint(tmp_path / "run" / BEST)["epoch"] == 1
 
 
 def test_a_share_of_an_epoch_is_one_of_other_data_too(tmp_path):

@@ -16,10 +16,10 @@ from beit.tasks import base
 from beit.tasks.base import trackers_of
 from beit.tasks.settings import RunOptions
 from beit.training import trackers
-from beit.training.trackers import WandB
+from beit.training.trackers import Trackio, WandB
 from tests.integration.conftest import images, pretraining_flags, tokenizer  # noqa: F401  (fixtures)
 from tests.integration.job_losses import commands, write_images
-from tests.training.test_loop import make_trainer, network
+from tests.training.test_loop import continued, make_trainer, network, step
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,8 +46,21 @@ class Package:
         assert step >= self.step - 1, "a server drops this"
         self.rows.append((step, values))
 
-    def finish(self, exit_code):
+    def finish(self, exit_code=None):
         self.ended.append(exit_code)
+
+
+class TrackioPackage(Package):
+    """Stands for trackio, which takes any step, as often as it is told."""
+
+    step = None
+
+    @property
+    def _next_step(self):
+        return max((step + 1 for step, _ in self.rows), default=0)
+
+    def log(self, values, step):
+        self.rows.append((step, values))
 
 
 @pytest.fixture
@@ -91,6 +104,28 @@ def test_a_run_is_told_as_log_txt_has_it_and_resumed_as_one(tmp_path, package):
     entries = [(step, values) for step, values in package.rows if "epoch" in values]
     assert [step for step, _ in entries] == [10, 20, 30]
     assert [values for _, values in entries] == log_of(tmp_path)
+    assert [step for step, values in package.rows if "loss/loss" in values] == list(range(30))
+
+
+@pytest.mark.parametrize("killed", [17, 20])
+def test_trackio_is_told_of_no_step_twice(tmp_path, monkeypatch, killed):
+    # Killed within an epoch, after the checkpoint of step 14 or where the epoch is saved.
+    monkeypatch.setitem(sys.modules, "trackio", package := TrackioPackage())
+
+    def failing(model, batch, number):
+        if number == killed:
+            raise RuntimeError("killed")
+        return step(model, batch, number)
+
+    trainer = make_trainer(tmp_path, step=failing, save_last_every=7)
+    trainer.report_to = [Trackio]
+    with pytest.raises(RuntimeError, match="killed"):
+        trainer.fit()
+    trainer.folder.close()
+    resumed = continued(tmp_path, save_last_every=7)
+    resumed.report_to = [Trackio]
+    resumed.fit()
+    assert [step for step, values in package.rows if "epoch" in values] == [10, 20, 30]
     assert [step for step, values in package.rows if "loss/loss" in values] == list(range(30))
 
 
@@ -221,4 +256,5 @@ def test_the_packages_offline(pretraining_flags, tmp_path):  # noqa: F811
     told = [row for row in logs if "train_loss" in row]
     assert [{key: row[key] for key in entries[0]} for row in told] == entries
     assert [row["step"] for row in logs if "reconstructions" in row] == [5, 10, 15]
+    assert [row["step"] for row in logs if "loss/loss" in row] == list(range(15))
     assert len(list((tmp_path / "trackio").rglob("*.png"))) == 3
