@@ -568,6 +568,8 @@ def _read_dict(value: object) -> Values:
     """Reads settings by name, or texts ``key=value``: ``depth=6`` is a number, ``qkv_bias=false`` a truth value."""
     if not isinstance(value, Mapping):
         parts = [str(text).partition("=") for text in _listed(value)]
+        if any("=" in word.partition(" ")[2] for *_, word in parts):
+            raise ValueError("give each KEY=VALUE by itself, not several in one text")
         value = {key if equals else "": _yaml_value(word) for key, equals, word in parts}
     if not all(isinstance(key, str) and key for key in value):
         raise ValueError("expected KEY=VALUE, with finite numbers")

@@ -6,6 +6,8 @@ beit.extract_feat(model, ["cat.jpg", "dog.jpg"], layer=8)  # (2, 768)
 """
 
 import contextlib
+import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +33,8 @@ from beit.errors import InputError, did_you_mean, listed
 from beit.modeling import Backbone, VisionTransformer
 from beit.zoo import open_model
 
+logger = logging.getLogger(__name__)
+
 AnyModel = Backbone | str | Path
 OneImage = str | os.PathLike[str] | IndexedImage | Image.Image | NDArray | Tensor
 Prediction = dict[str, Any]
@@ -38,6 +42,7 @@ Prediction = dict[str, Any]
 POOLS = ("mean", "cls", "cls_mean", "map")
 TOKENS_AT_ONCE = 32 * 197  # in a batch, however large the images are: of 32 in 224 pixels
 MOST_WORKERS = 10
+NOT_FINITE = "the model's output is NaN or infinite; give images whose values are as large as those of its training"
 
 
 @overload
@@ -66,13 +71,16 @@ def inference_model(
         (its probability) and ``top5`` (named after ``topk``), pairs of name and score in descending order.
 
     Raises:
-        InputError: The model is no classifier, or an image cannot be read.
+        InputError: The model is no classifier, or an image cannot be read or has values that it cannot take.
     """
     opened, known = _opened(model)
     classify = Classifier(opened, known if metadata is None else metadata, topk)
     images, several = images_of(image_or_paths)
     batches = _batches(opened, images, classify.preprocessing.transform)
     predictions = [prediction for batch in batches for prediction in classify(batch)]
+    for number, prediction in enumerate(predictions):
+        if not math.isfinite(prediction["score"]):
+            raise InputError(f"image {number}: {NOT_FINITE}")
     return predictions if several else predictions[0]
 
 
@@ -217,6 +225,12 @@ def require_all_read(loader: EpochLoader) -> None:
     """Raises :class:`InputError` if some of a loader's images could not be read."""
     if found := [loader.dataset.name(number) for number in loader.unreadable]:
         raise InputError(f"{len(found)} of {len(loader.dataset)} images could not be read: {listed(found)}")
+
+
+def leave_out(loader: EpochLoader, number: int) -> None:
+    """Counts an image whose output is NaN or infinite among a loader's unreadable ones."""
+    loader.unreadable[number] = NOT_FINITE
+    logger.error("%s: %s", loader.dataset.name(number), NOT_FINITE)
 
 
 def _batches(model: Backbone, images: Sequence[OneImage], transform: ClassificationEvalTransform) -> Iterator[Tensor]:

@@ -25,6 +25,7 @@ try:
     import jax
     import jax.numpy as jnp
     from flax import nnx
+    from jax import Array
 except ImportError as error:
     raise InputError(f"beit.jax needs jax and flax: pip install jax flax ({error})") from error
 
@@ -59,6 +60,8 @@ def from_torch(model: modeling.Backbone, seed: int = 0) -> "Backbone":
 
 def save_checkpoint(model: "Backbone", path: str | Path, to: str = "unilm") -> None:
     """Writes a model, with what its source recorded, as :func:`beit.checkpoints.export.convert`: an official file."""
+    if not isinstance(model, Backbone):
+        raise InputError(f"a {type(model).__name__} is no model of beit.jax: see from_torch")
     patches, first = model.patch_embed, model.blocks[0]
     known = {"source": "the model", **model.metadata, "image_size": patches.img_size, "window": patches.grid_size}
     known |= {"num_heads": first.attn.num_heads, "layer_norm_eps": first.norm1.epsilon}
@@ -94,8 +97,10 @@ class PatchEmbed(nnx.Module):
         self.patch_size, self.img_size, self.grid_size = like.patch_size, like.img_size, like.grid_size
         self.proj = _layer(like.proj)
 
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: Array) -> Array:
         """Embeds images ``(B, C, H, W)`` as tokens ``(B, N, D)``, row by row."""
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise InputError(f"images are {images.dtype}: give floating point numbers, normalised as in training")
         wanted = (*images.shape[:1], self.proj.in_features, *self.img_size)
         if images.shape != wanted:
             raise InputError(f"images have shape {images.shape}, not {wanted}: see model.set_input_size((H, W))")
@@ -108,7 +113,7 @@ class RelativePositionBias(nnx.Module):
     def __init__(self, like: modeling.RelativePositionBias | modeling.Attention) -> None:
         self.relative_position_bias_table = _parameter(like.relative_position_bias_table)
 
-    def position_bias(self, window: tuple[int, int]) -> jax.Array:
+    def position_bias(self, window: tuple[int, int]) -> Array:
         """Looks up the table; zero without one."""
         if self.relative_position_bias_table is None:
             return jnp.zeros(())
@@ -124,7 +129,7 @@ class Attention(RelativePositionBias):
         self.num_heads, self.q_bias, self.v_bias = like.num_heads, _parameter(like.q_bias), _parameter(like.v_bias)
         self.qkv, self.proj = _layer(like.qkv), _layer(like.proj)
 
-    def __call__(self, x: jax.Array, window: tuple[int, int], bias: jax.Array) -> jax.Array:
+    def __call__(self, x: Array, window: tuple[int, int], bias: Array) -> Array:
         """Returns the tokens ``(B, N + 1, D)`` after attention; ``bias`` is added to that of this layer's own table."""
         qkv = self.qkv(x)
         if self.q_bias is not None and self.v_bias is not None:
@@ -141,7 +146,7 @@ class Mlp(nnx.Module):
     def __init__(self, like: modeling.Mlp) -> None:
         self.fc1, self.fc2 = _layer(like.fc1), _layer(like.fc2)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Array) -> Array:
         """Transforms each token of ``(B, N + 1, D)`` independently."""
         return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
 
@@ -156,12 +161,12 @@ class Block(nnx.Module):
         rate = getattr(like.drop_path, "drop_prob", 0.0)
         self.drop_path = nnx.Dropout(rate, broadcast_dims=(1, 2), rngs=rngs) if rate else None
 
-    def __call__(self, x: jax.Array, window: tuple[int, int], bias: jax.Array) -> jax.Array:
+    def __call__(self, x: Array, window: tuple[int, int], bias: Array) -> Array:
         """Transforms tokens ``(B, N + 1, D)``; for ``window`` and ``bias`` see :class:`Attention`."""
         x = x + self._branch(self.attn(self.norm1(x), window, bias), self.gamma_1)
         return x + self._branch(self.mlp(self.norm2(x)), self.gamma_2)
 
-    def _branch(self, x: jax.Array, gamma: nnx.Param | None) -> jax.Array:
+    def _branch(self, x: Array, gamma: nnx.Param | None) -> Array:
         x = x if gamma is None else gamma[...] * x
         return x if self.drop_path is None else self.drop_path(x)
 
@@ -177,7 +182,7 @@ class Backbone(nnx.Module):
         self.rel_pos_bias = RelativePositionBias(like.rel_pos_bias) if like.rel_pos_bias else None
         self.blocks = _blocks(like.blocks, rngs)
 
-    def embed(self, images: jax.Array, bool_masked_pos: jax.Array | None = None) -> jax.Array:
+    def embed(self, images: Array, bool_masked_pos: Array | None = None) -> Array:
         """Embeds images ``(B, C, H, W)`` as tokens ``(B, N + 1, D)``; masked patches become the mask token."""
         tokens = self.patch_embed(images)
         if bool_masked_pos is not None:
@@ -187,7 +192,7 @@ class Backbone(nnx.Module):
         tokens = jnp.concatenate([jnp.tile(self.cls_token[...], (len(images), 1, 1)), tokens], axis=1)
         return tokens if self.pos_embed is None else tokens + self.pos_embed[...]
 
-    def forward_blocks(self, x: jax.Array, blocks: Iterable[Block] | None = None) -> list[jax.Array]:
+    def forward_blocks(self, x: Array, blocks: Iterable[Block] | None = None) -> list[Array]:
         """Runs tokens through the blocks, or others; returns the output of each, before any norm."""
         window, outputs = self.patch_embed.grid_size, [x]
         bias = self.rel_pos_bias.position_bias(window) if self.rel_pos_bias else jnp.zeros(())
@@ -207,7 +212,7 @@ class Backbone(nnx.Module):
                 setattr(module, name, _parameter(resize(old, patches.grid_size, new.grid_size)))
         patches.img_size, patches.grid_size = new.img_size, new.grid_size
 
-    def _flat(self, bool_masked_pos: jax.Array) -> jax.Array:
+    def _flat(self, bool_masked_pos: Array) -> Array:
         """Returns a mask ``(B, N)`` or ``(B, h, w)`` as ``(B, N)``."""
         height, width = self.patch_embed.grid_size
         if bool_masked_pos.shape[1:] not in ((height * width,), (height, width)):
@@ -222,12 +227,12 @@ class VisionTransformer(Backbone):
         super().__init__(like, rngs)
         self.norm, self.fc_norm, self.head = _layer(like.norm), _layer(like.fc_norm), _layer(like.head)
 
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: Array) -> Array:
         """Classifies images ``(B, C, H, W)``: logits ``(B, num_classes)``, or the features without a head."""
         features = self.forward_features(images)
         return features if self.head is None else self.head(features)
 
-    def forward_features(self, images: jax.Array) -> jax.Array:
+    def forward_features(self, images: Array) -> Array:
         """Returns the pooled features ``(B, D)`` that enter the head."""
         tokens = self.forward_blocks(self.embed(images))[-1]
         return self.norm(tokens[:, 0]) if self.fc_norm is None else self.fc_norm(tokens[:, 1:].mean(axis=1))
@@ -243,12 +248,8 @@ class VisionTransformerForMaskedImageModeling(Backbone):
         self.cls_pt_norm, self.cls_pt_lm_head = _layer(like.cls_pt_norm), _layer(like.cls_pt_lm_head)
 
     def __call__(
-        self,
-        images: jax.Array,
-        bool_masked_pos: jax.Array,
-        return_all_tokens: bool = False,
-        masked_index: jax.Array | None = None,
-    ) -> jax.Array | list[jax.Array]:
+        self, images: Array, bool_masked_pos: Array, return_all_tokens: bool = False, masked_index: Array | None = None
+    ) -> Array | list[Array]:
         """Returns what the torch model does, ``(M, vocab_size)`` for the ``M`` masked patches or a list of two.
 
         In a compiled function, where nobody knows ``M`` from the mask, give ``masked_index`` or ``return_all_tokens``.
@@ -267,7 +268,7 @@ class VisionTransformerForMaskedImageModeling(Backbone):
         return [logits, head(norm(_patches_of(self.forward_blocks(mixed, self.cls_pt_layers)[-1], index)))]
 
 
-def _patches_of(tokens: jax.Array, index: jax.Array | None) -> jax.Array:
+def _patches_of(tokens: Array, index: Array | None) -> Array:
     return tokens[:, 1:] if index is None else rearrange(tokens[:, 1:], "b n d -> (b n) d")[index]
 
 
@@ -284,10 +285,9 @@ def _parameter(tensor: torch.Tensor | None, order: tuple[int, ...] | None = None
 
 def _layer(like: nn.Module | None) -> Any:
     """Returns Flax's layer for torch's, with its weights; None for none, or for one that does nothing."""
-    layer: nnx.Linear | nnx.Conv | nnx.LayerNorm
     empty: Any = {"kernel_init": nnx.initializers.zeros_init(), "rngs": nnx.Rngs(0)}
     if isinstance(like, nn.Linear):
-        layer = nnx.Linear(like.in_features, like.out_features, use_bias=like.bias is not None, **empty)
+        layer: Any = nnx.Linear(like.in_features, like.out_features, use_bias=like.bias is not None, **empty)
     elif isinstance(like, nn.Conv2d):
         empty |= {"kernel_size": like.kernel_size, "strides": like.stride, "padding": "VALID"}
         layer = nnx.Conv(like.in_channels, like.out_channels, **empty)

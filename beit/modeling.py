@@ -9,6 +9,7 @@ Source: BEiT: BERT Pre-Training of Image Transformers (arXiv 2106.08254).
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from inspect import signature
 from itertools import islice
 from typing import Any, ClassVar, cast
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from beit.attention import Attention, RelativePositionBias, ready_for_kernels
-from beit.errors import InputError
+from beit.errors import InputError, did_you_mean
 from beit.relative_position import relative_position_index, resize_position_embedding, resize_table
 
 Size = int | tuple[int, int]
@@ -237,7 +238,9 @@ class Backbone(nn.Module):
     def _refuse(self, official: Mapping[str, object], sizes: Mapping[str, float | Size]) -> None:
         for keyword, value in official.items():
             if keyword not in WITHOUT_MEANING:
-                raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {keyword!r}")
+                known = {**signature(Backbone).parameters, **signature(type(self)).parameters}
+                problem = f"got an unexpected keyword argument {keyword!r}{did_you_mean(keyword, known)}"
+                raise TypeError(f"{type(self).__name__}() {problem}")
             if value is not None:
                 raise InputError(f"{keyword}={value} has no meaning here: use {WITHOUT_MEANING[keyword]}")
         for name, size in sizes.items():
@@ -600,7 +603,10 @@ def _patches_of(tokens: Tensor, index: Tensor | None) -> Tensor:
 
 
 def _pair(size: Size) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    try:
+        return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    except (TypeError, ValueError, IndexError) as error:
+        raise InputError(f"{size!r} is no size: give a number of pixels, or (height, width)") from error
 
 
 def _drop_relative_position_index(_module: nn.Module, state_dict: dict[str, Tensor], *_unused: object) -> None:

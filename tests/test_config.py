@@ -135,6 +135,7 @@ def test_dumped_settings_begin_with_those_that_differ(tmp_path):
         (["--input_size", "0"], "cannot use '0': a size is one number, or HEIGHTxWIDTH"),
         (["--model_kwargs", "depth"], "cannot use ['depth']: expected KEY=VALUE"),
         (["--model_kwargs", "depth=["], "'[' is no value"),
+        (["--model_kwargs", "depth=6 embed_dim=8"], "give each KEY=VALUE by itself"),
         (["--model_kwargs", "depth=2024-13-45"], "'2024-13-45' is no value: month must be in 1..12"),
         (["--lr", "inf"], "--lr: cannot use 'inf': expected a finite number"),
         (["--epochs", "1" * 5000], "expected a whole number of at most 15 digits"),

@@ -13,7 +13,8 @@ from beit.__main__ import main
 from beit.commands.settings import BiasConfig, ConvertConfig, PredictConfig
 from beit.commands.shards import write_shards
 from beit.data.classification import ClassificationEvalTransform
-from beit.data.index import index_images
+from beit.data.datasets import ImageDataset
+from beit.data.index import index_files, index_images
 from beit.errors import InputError
 from beit.inference import batch_size_of, decoded, extract_feat, inference_model
 from beit.modeling import VisionTransformer, VisionTransformerForMaskedImageModeling
@@ -268,6 +269,26 @@ def test_predict_takes_folders_and_leaves_out_what_cannot_be_read(checkpoint, pi
     assert [Path(json.loads(line)["image"]).name for line in told.out.splitlines()] == ["a.png", "c.png"]
     assert "1 of 3 images could not be read" in told.err.splitlines()[-1]
     assert "b.png" in told.err.splitlines()[-1]
+
+
+def test_an_image_whose_output_is_no_number_is_named_and_costs_no_other(tmp_path, capsys):
+    # Breaks when NaN is written as a score, which is no JSON.
+    save_checkpoint(tmp_path / "a.pth", {"model": make_classifier(in_chans=5).state_dict(), "num_heads": 2})
+    for name, scale in (("good", 1.0), ("huge", 1e30)):
+        np.save(tmp_path / f"{name}.npy", np.full((32, 48, 5), scale, dtype=np.float32))
+    images = [str(tmp_path / f"{name}.npy") for name in ("good", "huge")]
+    assert main(["predict", *images, "--checkpoint", str(tmp_path / "a.pth"), "--json"]) == 2
+    told = capsys.readouterr()
+    assert [json.loads(line)["image"] for line in told.out.splitlines()] == images[:1]
+    assert "huge.npy: the model's output is NaN or infinite" in told.err
+    (tmp_path / "list.txt").write_text("good.npy\nhuge.npy\n")
+    words = [str(tmp_path / "list.txt"), "--checkpoint", str(tmp_path / "a.pth"), "-o", str(tmp_path / "a.npz")]
+    assert main(["features", *words]) == 2
+    assert np.load(tmp_path / "a.npz")["paths"].tolist() == images[:1]
+    with pytest.raises(InputError, match="image 1: the model's output is NaN"):
+        inference_model(tmp_path / "a.pth", images)
+    with pytest.raises(InputError, match="is an array, and the model is for 8-bit RGB"):
+        ImageDataset(index_files(images), ClassificationEvalTransform(32))
 
 
 def test_predict_finds_the_same_however_it_reads(checkpoint, picture, tmp_path, capsys, monkeypatch):

@@ -181,6 +181,9 @@ def test_mistakes_are_one_line():
     for call, message in (
         (lambda: classifier(images[..., :40]), r"images have shape \(2, 3, 32, 40\), not \(2, 3, 32, 48\)"),
         (lambda: classifier(images[0]), r"images have shape"),
+        (lambda: classifier(images.astype("uint8")), "images are uint8: give floating point numbers"),
+        (lambda: classifier.set_input_size("x"), "'x' is no size"),
+        (lambda: save_in_jax(random_model("classifier"), "a.pth"), "VisionTransformer is no model of beit.jax"),
         (lambda: masked(images, jnp.ones((2, 6, 4))), r"bool_masked_pos is \(2, 6, 4\): give \(B, 4, 6\)"),
         (lambda: classifier.embed(images, jnp.ones((2, 24))), "a classifier has no mask token"),
         (lambda: from_torch(random_model("classifier", drop_rate=0.1)), "no dropout: build the model with drop_rate=0"),

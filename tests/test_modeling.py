@@ -555,8 +555,12 @@ def test_official_keywords_without_a_meaning(keyword, value):
 @pytest.mark.parametrize("model", [VisionTransformer, VisionTransformerForMaskedImageModeling])
 def test_constructors_take_keywords_and_no_others(model):
     # Breaks when **kwargs swallow a typo, or a keyword of the official constructors is lost.
-    with pytest.raises(TypeError, match=rf"{model.__name__}\(\) .* 'use_rel_pos_bais'"):
+    with pytest.raises(
+        TypeError, match=rf"{model.__name__}\(\) .* 'use_rel_pos_bais' \(did you mean 'use_rel_pos_bias'"
+    ):
         model(use_rel_pos_bais=True)
+    with pytest.raises(InputError, match="'x' is no size"):
+        model(img_size="x")
     with pytest.raises(TypeError):
         model(224)
     official = """img_size patch_size in_chans embed_dim depth num_heads mlp_ratio qkv_bias drop_rate attn_drop_rate

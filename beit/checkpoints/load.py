@@ -21,7 +21,7 @@ from beit.checkpoints.heads import match_classes
 from beit.checkpoints.read import Metadata, architecture_of, read_weights, window_of
 from beit.errors import InputError, counted, listed
 from beit.modeling import Backbone
-from beit.relative_position import resize_position_embedding, resize_table
+from beit.relative_position import relative_position_index, resize_position_embedding, resize_table
 from beit.storage import differences
 
 logger = logging.getLogger(__name__)
@@ -125,8 +125,16 @@ def open_checkpoint(
     weights, metadata = read_weights(source, model_key, prefix, num_heads=num_heads)
     if metadata.get("segmentation"):
         logger.info("%s is a segmentor: only its backbone is loaded, without the heads", metadata["source"])
-    model = architecture_of(weights, metadata, images=True).build(metadata.get("layer_norm_eps"))
+    architecture, eps = architecture_of(weights, metadata, images=True), metadata.get("layer_norm_eps")
+    with torch.device("meta"):  # to draw initial values would take longer than to read a checkpoint
+        model = architecture.build(eps)
+    model.to_empty(device="cpu")
+    if model.relative_position_index is not None:
+        model.relative_position_index.copy_(relative_position_index(model.patch_embed.grid_size))
     report = load_weights(model, weights, metadata)
+    if report.missing:  # what no checkpoint replaces keeps its initial values
+        model = architecture.build(eps)
+        report = load_weights(model, weights, metadata)
     (logger.warning if report.missing or report.unexpected else logger.info)("%s", report.summary())
     return model.eval(), metadata
 

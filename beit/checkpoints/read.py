@@ -33,7 +33,15 @@ from beit.checkpoints.formats.relatives import EVA_WIDTH
 from beit.checkpoints.formats.segmentation import PARTS, PUBLISHED_TAPS, depth_of, is_segmentor
 from beit.checkpoints.formats.unilm import INDEX, SHARED_TABLE, TABLE, one_model
 from beit.checkpoints.formats.vit import PLAIN_VIT
-from beit.checkpoints.released import CONFIG, FOLDER_WEIGHTS, PREPROCESSOR, released_at, resolve, shards_of
+from beit.checkpoints.released import (
+    CONFIG,
+    FOLDER_WEIGHTS,
+    PIECES_INDEX,
+    PREPROCESSOR,
+    released_at,
+    resolve,
+    shards_of,
+)
 from beit.data.preprocessing import COLOURS, default_crop_pct, normalization
 from beit.errors import InputError, counted, listed
 from beit.modeling import Backbone, VisionTransformer, VisionTransformerForMaskedImageModeling
@@ -57,7 +65,6 @@ RECORDED_BY_A_RUN = (  # also among its settings; the second row by segmentation
     *("labels", "mean", "std", "crop_pct", "crop_mode", "interpolation"),
     *("out_indices", "pool_scales", "auxiliary_index", "reduce_zero_label"),
 )
-PIECES_INDEX = ".metadata"  # in a folder written with --shard fsdp; see beit/checkpoints/pieces.py
 FILE_METADATA = "beit"  # under which a safetensors file, which holds only tensors and strings, has the rest as JSON
 
 Metadata = Content
@@ -78,6 +85,7 @@ def read_weights(
         InputError: There is no such checkpoint, it cannot be read, or it is of another kind of model.
     """
     path = resolve(source)
+    source = path if path.parent == Path(source).expanduser() else source  # the file that was found in a run folder
     raw = _read(path)
     state = _find_state(raw.content, model_key, prefix, str(source))
     _refuse_relative(recognise(state), source)  # before its parts are taken for several models
@@ -133,10 +141,10 @@ def _check_tensors(weights: Weights, source: str) -> list[str]:
             raise InputError(f"{source} cannot be used: its {name} is of {tensor.dtype}, not of floating point numbers")
         if tensor.ndim != axes or not tensor.numel():
             raise InputError(f"{source} is not a BEiT: it has a {name} of shape {tuple(tensor.shape)}")
-        values = tensor.float() if tensor.element_size() < 4 else tensor
-        if name.startswith(("patch_embed.", "blocks.")) and name.endswith(".weight") and not values.any():
+        low, high = (tensor.float() if tensor.element_size() < 4 else tensor).aminmax()  # one pass; NaN if any is
+        if name.startswith(("patch_embed.", "blocks.")) and name.endswith(".weight") and low == high == 0:
             blank.append(name)
-        if not values.isfinite().all():
+        if not (low.isfinite() and high.isfinite()):
             raise InputError(f"{source} cannot be used: its {name} has values that are NaN or infinite; take another")
     blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
     if odd := blocks ^ {str(number) for number in range(len(blocks) or 1)}:

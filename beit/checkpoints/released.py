@@ -22,6 +22,7 @@ FOLDER_WEIGHTS = tuple(
     f"{name}{index}" for name in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")
 )
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"  # beside them
+PIECES_INDEX = ".metadata"  # in a folder written with --shard fsdp; see beit/checkpoints/pieces.py
 
 # Parts of a query that sign an address (Azure, S3, Google, CloudFront): they change while the file does not.
 ACCESS_TOKEN = re.compile(r"(?i)s[vepr]|st|spr|sig|token|expires|signature|policy|key-pair-id|x-(amz|goog)-.*")
@@ -104,9 +105,9 @@ def resolve(source: str | os.PathLike[str]) -> Path:
     """Returns the file or folder a source stands for, downloading it if necessary.
 
     Args:
-        source: A file; a folder; the name of a released checkpoint, with or without ``.pth``; an address (old dead ones
-            still work); or a model on the Hugging Face hub, ``owner/name`` or ``hf-hub:owner/name``, of a
-            branch, tag or commit after ``@``.
+        source: A file; a folder, such as a run's, for its best checkpoint or, without one, the newest; the name of a
+            released checkpoint, with or without ``.pth``; an address (old dead ones still work); or a model on the
+            Hugging Face hub, ``owner/name`` or ``hf-hub:owner/name``, of a branch, tag or commit after ``@``.
 
     Raises:
         InputError: There is no such source, or it cannot be downloaded (``BEIT_OFFLINE=1`` may be set).
@@ -118,15 +119,27 @@ def resolve(source: str | os.PathLike[str]) -> Path:
         return _fetch(text)
     path = Path(text).expanduser()
     if path.exists():
-        return path
+        return _checkpoint_in(path) or path
     if (row := released_at(text)) is not None and path.parent == Path():
         return download(row.urls, beit_home() / "checkpoints" / f"{row.name}.pth", verify=check_form)
     is_path = path.suffix in CHECKPOINT_SUFFIXES or path.parent.is_dir()
     if (match := _HUB_ID.fullmatch(text)) and (":" in text or not is_path):
         return _fetch_from_hub(match[1], match[2])
-    near = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    near = [entry.name for entry in beside if entry.suffix in CHECKPOINT_SUFFIXES or _checkpoint_in(entry)]
     hint = did_you_mean(path.name, [*near, *RELEASED])
     raise InputError(f"there is no checkpoint {text}{hint}; `beit models` lists the released names")
+
+
+def _checkpoint_in(folder: Path) -> Path | None:
+    """Returns the folder itself if it is a checkpoint, or the checkpoint that stands for a run; None without any."""
+    if not os.path.isdir(folder):
+        return None
+    if any(os.path.isfile(folder / name) for name in (*FOLDER_WEIGHTS, PIECES_INDEX)):
+        return folder
+    if os.path.isfile(best := folder / "checkpoint-best.pth"):
+        return best
+    return max(folder.glob("checkpoint-*.pth"), key=lambda file: file.stat().st_mtime, default=None)
 
 
 def _fetch(url: str) -> Path:

@@ -47,23 +47,24 @@ STYLE = """
 
 def main(config: AppConfig) -> None:
     """Serves the page until it is interrupted; raises InputError without Gradio, checkpoints or a free port."""
+    page = Page(config)  # a wrong path is told before Gradio's long import
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
     try:
         import gradio  # noqa: F401
     except ImportError as error:
         raise InputError("beit app needs Gradio: pip install gradio") from error
-    page = build_page(config)
-    address = serve(page, config.port)
+    blocks = build_page(page, find_examples(config))
+    address = serve(blocks, config.port)
     logger.info("open %s in a browser; Ctrl-C ends it", address)
-    page.block_thread()
+    blocks.block_thread()
 
 
-def serve(page: "Blocks", port: int | None) -> str:
+def serve(blocks: "Blocks", port: int | None) -> str:
     """Starts a server for this machine alone, in a thread, and returns its address."""
     import gradio
 
     try:
-        _, address, _ = page.launch(
+        _, address, _ = blocks.launch(
             server_name="127.0.0.1",
             server_port=port,
             share=False,
@@ -185,11 +186,10 @@ def inline(picture: Image.Image) -> str:
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
 
-def build_page(config: AppConfig) -> "Blocks":
-    """Lays the page out and connects its controls; raises InputError without checkpoints."""
+def build_page(page: Page, examples: Sequence[str]) -> "Blocks":
+    """Lays the page out and connects its controls."""
     import gradio as gr
 
-    page, examples = Page(config), find_examples(config)
     names, on = list(page.checkpoints), SimpleNamespace()
     first = next((name for name in names if name.endswith(PRETRAINED)), names[0])
     plain: dict[str, Any] = {"interactive": False, "show_label": False, "buttons": []}

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from beit.checkpoints.formats import UNKNOWN, recognise
-from beit.checkpoints.read import STATE_KEYS
+from beit.checkpoints.read import STATE_KEYS, read_weights
 from beit.checkpoints.released import resolve
 from beit.commands.settings import ViewerOptions
 from beit.commands.visualize import open_pretrained
@@ -47,10 +47,12 @@ Mask = NDArray[np.bool_]  # (h, w)
 def find_checkpoints(given: str) -> dict[str, str]:
     """Returns the models' checkpoints in and below a folder, by path in it and kind; or the one that is given.
 
-    What a link leads to outside the folder is left out. Raises :class:`InputError` if there is none.
+    What a link leads to outside the folder is left out. Raises :class:`InputError` if there is none, or what is given
+    is of no model.
     """
     root = Path(given)
     if not root.is_dir() or (root / "config.json").is_file():
+        read_weights(given)
         return {given: str(resolve(given))}
     files = sorted(file for file in root.rglob("*") if file.suffix in SUFFIXES and file.is_file())
     inside = [file for file in files if file.resolve().is_relative_to(root.resolve())]

@@ -12,7 +12,7 @@ from beit.data.index import EncodedImages, index_images
 from beit.data.loaders import EpochDataset, EpochLoader, EvenlySpread
 from beit.errors import InputError
 from beit.features import FrozenFeatures
-from beit.inference import reader, require_all_read
+from beit.inference import leave_out, reader, require_all_read
 from beit.outputs import MARK, check_outputs
 from beit.storage import atomic_write
 from beit.training.precision import Precision, resolve_amp_dtype
@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 
 def main(config: FeaturesConfig) -> None:
     """Writes the features of the images that can be read; raises InputError at the end if some could not be."""
-    if not config.output:
-        raise InputError("-o is missing: give the file to write, such as features.npz")
+    if not config.output.endswith(".npz"):
+        raise InputError(f"-o {config.output or 'is missing'}: give the file to write, ending in .npz as features.npz")
     (output,) = check_outputs("--output", [config.output], config.overwrite)
     images = index_images(config.data_path)
     features, labels, numbers, loader = compute(config, images, open_viewer(config, config.device, whole=False))
@@ -59,7 +59,10 @@ def compute(
         dataset = EvenlySpread(dataset, limit)
     loader = reader(dataset, viewer.model, config.batch_size, config.num_workers, max_unreadable=len(images))
     share = frozen.of(loader)
-    readable = share.labels >= 0
+    features, finite = share.features[feature.name], share.features[feature.name].isfinite().all(dim=1)
+    for number in share.positions[~finite].tolist():
+        leave_out(loader, number)
+    readable = (share.labels >= 0) & finite
     if not readable.any():
         raise InputError(f"none of the {len(loader.dataset)} images of {images.root} can be read")
-    return share.features[feature.name][readable], share.labels[readable], share.positions[readable], loader
+    return features[readable], share.labels[readable], share.positions[readable], loader

@@ -1,13 +1,14 @@
 """``beit predict``: classifies images on the console."""
 
 import json
+import math
 import sys
 
 from beit.commands.settings import PredictConfig
 from beit.data.datasets import ImageDataset
 from beit.data.index import index_files
 from beit.errors import printable
-from beit.inference import Classifier, reader, require_all_read
+from beit.inference import Classifier, leave_out, reader, require_all_read
 from beit.training.distributed import select_device
 from beit.training.precision import Precision, resolve_amp_dtype
 from beit.zoo import open_model
@@ -25,6 +26,8 @@ def main(config: PredictConfig) -> None:
         with precision.autocast():
             predictions = classify(batch["image"])
         for number, prediction in zip(numbers.tolist(), predictions, strict=True):
+            if not math.isfinite(prediction["score"]):
+                leave_out(loader, number)
             if number in loader.unreadable:
                 continue
             if config.json:

@@ -17,12 +17,12 @@ from torch import Tensor
 from beit.checkpoints.export import convert
 from beit.checkpoints.load import describe
 from beit.checkpoints.read import Metadata, read_weights
-from beit.checkpoints.released import CONFIG, PREPROCESSOR
+from beit.checkpoints.released import CONFIG, PREPROCESSOR, resolve
 from beit.commands.report import MAIN_CURVES, Run, as_text, read_run, results_of
 from beit.commands.settings import PushConfig
 from beit.errors import InputError, counted
+from beit.inference import decoded
 from beit.storage import atomic_write, load_checkpoint, offline, read_json
-from beit.training.checkpoint import BEST, newest_checkpoint
 from beit.visualization.curves import overlaid
 from beit.visualization.plots import draw_curves
 
@@ -84,7 +84,10 @@ def _hub() -> Any:
 
 def write_folder(config: PushConfig, folder: Path) -> Any:
     """Writes weights, configs, pictures and the card, which is returned as huggingface_hub's ``ModelCard``."""
-    source = checkpoint_of(config.checkpoint)
+    for picture in config.pictures:
+        if not picture.endswith(".svg"):
+            decoded(picture)  # a damaged one raises InputError
+    source = str(resolve(config.checkpoint))
     weights, metadata = read_weights(source, **config.weights)
     convert(source, folder, "huggingface", **config.weights)
     run, pictures = run_of(source), []
@@ -106,22 +109,10 @@ def write_folder(config: PushConfig, folder: Path) -> Any:
     return card
 
 
-def checkpoint_of(source: str) -> str:
-    """Returns the checkpoint that a source names: of a run folder the best one or, without one, the newest."""
-    folder = Path(source).expanduser()
-    if not (folder / "log.txt").is_file():
-        return source
-    found = folder / BEST if (folder / BEST).is_file() else newest_checkpoint(folder)
-    if found is None:
-        raise InputError(f"{folder} is a run without checkpoints")
-    logger.info("pushing %s", found)
-    return str(found)
-
-
 def run_of(source: str) -> Run | None:
     """Returns the run that wrote a checkpoint, with its log up to there; None if no log lies beside it."""
-    path = Path(source).expanduser()
-    if not path.exists() or not (path.parent / "log.txt").is_file():
+    path = Path(source)
+    if not (path.parent / "log.txt").is_file():
         return None
     run = read_run(path.parent, path.resolve().parent.name)
     epoch = load_checkpoint(path, mmap=True).get("epoch") if path.is_file() else None
@@ -158,7 +149,7 @@ def model_card(
         model_name=config.repo.partition("/")[2],
         eval_results=results or None,
     )
-    rows = results_of(run) if run else []
+    rows = [row for row in results_of(run) if row[0] != "parameters"] if run else []  # which are among the facts
     trained_on = ", ".join(config.datasets) or public((run.settings if run else settings).get("data_path"))
     classes = metadata.get("labels") or ()
     facts = {
@@ -177,7 +168,9 @@ def model_card(
         card_data=header.to_yaml(),
         repo=config.repo,
         what=describe(weights, metadata),
-        size=f"{size} x {size}",
+        channels=theirs["num_channels"],
+        image="image.jpg" if theirs["num_channels"] == 3 else "image.npy",
+        size=f"{size}, {size}",
         patches=(size // patch) ** 2,
         outputs=theirs.get("vocab_size"),
         head=head,

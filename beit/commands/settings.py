@@ -100,9 +100,7 @@ class ConvertConfig(CheckpointOptions):
 class PushConfig(CheckpointOptions):
     """The settings of ``beit push``."""
 
-    checkpoint: str = option(
-        "", f"run folder, whose best or newest checkpoint is taken, or {ANY_MODEL}", positional=True
-    )
+    checkpoint: str = option("", f"checkpoint to upload: {ANY_MODEL}", positional=True)
     repo: str = option("", "repository on the Hugging Face hub, owner/name; created if it is new", positional=True)
     dry_run: str = option("", "folder to write what would be uploaded into; nothing is uploaded")
     private: bool = option(False, "only you and your organisation may see the repository")
@@ -170,7 +168,7 @@ class FeaturesConfig(FeatureOptions):
     """The settings of ``beit features``."""
 
     data_path: str = option("", IMAGE_LIST, positional=True, must_exist=True)
-    output: str = option("", "NumPy file to write, such as features.npz", short="-o")
+    output: str = option("", "NumPy archive to write, such as features.npz", short="-o")
 
 
 @dataclass(frozen=True)

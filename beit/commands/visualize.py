@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from beit.checkpoints.released import resolve
 from beit.commands.features import compute
 from beit.commands.settings import CurvesConfig, EmbeddingsConfig, ReconstructConfig
 from beit.commands.visualize_inputs import open_viewer
@@ -72,7 +73,8 @@ def open_pretrained(
     settings is taken for one of visual tokens, in any format. Raises :class:`InputError` for other checkpoints, or if
     target or tokenizer cannot be built.
     """
-    checkpoint: Any = load_checkpoint(Path(checkpoint_path)) if Path(checkpoint_path).is_file() else None
+    found = resolve(checkpoint_path)
+    checkpoint: Any = load_checkpoint(found) if found.is_file() else None
     settings = settings_in(checkpoint) if isinstance(checkpoint, Mapping) else {}
     if not settings or "lm_head.weight" not in checkpoint.get("model", ()):
         return _open_of_elsewhere(str(checkpoint_path), tokenizer_path, device)

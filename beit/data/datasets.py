@@ -78,7 +78,9 @@ class ImageDataset(Dataset[dict[str, Any]]):
         if self.fast_decode and not (hasattr(transform, "reduction") and getattr(transform, "takes_pixels", False)):
             raise ValueError(f"fast_decode needs a transform with a method reduction, not {type(transform).__name__}")
         if len(self.index) and self.index.path(0).endswith(ARRAYS) and getattr(transform, "in_chans", 3) == COLOURS:
-            raise InputError(f"{self.index.path(0)} is an array, not 8-bit RGB: give --in_chans, not 3")
+            raise InputError(
+                f"{self.index.path(0)} is an array, and the model is for 8-bit RGB: train one with --in_chans"
+            )
 
     def __len__(self) -> int:
         return len(self.index)

@@ -15,7 +15,7 @@ VARIANTS = ("imagenet_r", "imagenet_a")  # as timm names the lists of their clas
 IMAGENET_FOLDER = "/datasets01/imagenet_full_size/061417/"  # the official default
 AUTO = "auto"
 IMAGES = "folder of images, text file of paths, shards-{000..127}.tar, or hf:NAME_OR_FOLDER[:SPLIT]"
-ANY_MODEL = "file, folder, released name, URL or hub id"
+ANY_MODEL = "file, folder (such as a run's), released name, URL or hub id"
 OFFICIAL_NUM_LABELS = 1000  # the official default of the probe, which stands for "as many as there are"
 
 # Optimizers whose step treats each number alone, so that it can be taken on any part of a tensor, or of many at once;

@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import logging
+import os
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -203,10 +204,32 @@ def test_folders_are_read_whole_or_in_shards(tmp_path):
     (tmp_path / "old").mkdir()
     torch.save(names, tmp_path / "old/pytorch_model.bin")
     assert same(get_model(tmp_path / "old"), source.state_dict())
-    (tmp_path / "run").mkdir()
-    save(tmp_path / "run", source, "checkpoint-3.pth")
-    with pytest.raises(InputError, match=r"give one of its files: checkpoint-3.pth"):
-        get_model(tmp_path / "run")
+    (tmp_path / "other").mkdir()
+    save(tmp_path / "other", source, "vqkd.pth")
+    with pytest.raises(InputError, match=r"give one of its files: vqkd.pth"):
+        get_model(tmp_path / "other")
+
+
+def test_a_run_folder_stands_for_its_best_checkpoint_or_the_newest(tmp_path):
+    for name, time in (("checkpoint-9.pth", 1), ("checkpoint-10.pth", 3), ("checkpoint-last.pth", 2)):
+        save(tmp_path / "run", classifier(num_classes=time), name)
+        os.utime(tmp_path / "run" / name, (time, time))
+    model = get_model(tmp_path / "run")
+    assert (model.num_classes, model.metadata["source"]) == (3, str(tmp_path / "run" / "checkpoint-10.pth"))
+    save(tmp_path / "run", classifier(num_classes=7), "checkpoint-best.pth")
+    convert(tmp_path / "run", tmp_path / "hf", "huggingface")
+    assert get_model(tmp_path / "hf").num_classes == 7
+    (tmp_path / "rums").mkdir()  # of images
+    with pytest.raises(InputError, match=r"did you mean 'run'\?"):
+        get_model(tmp_path / "rum")
+
+
+def test_opening_a_whole_checkpoint_draws_no_random_numbers(tmp_path):
+    path = save(tmp_path, classifier())
+    before = torch.get_rng_state()
+    opened = get_model(path)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(opened.relative_position_index, classifier().relative_position_index)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float64])

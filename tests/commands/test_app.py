@@ -70,6 +70,8 @@ def test_only_models_inside_the_folder_are_listed(folder, site, tmp_path):  # no
     assert list(find_checkpoints(str(folder / "segmentor.pth")).values()) == [str(folder / "segmentor.pth")]
     with pytest.raises(InputError, match="no checkpoint of a model"):
         find_checkpoints(str(tmp_path))
+    with pytest.raises(InputError, match="dvae is a discrete VAE, not BEiT: a tokenizer"):
+        find_checkpoints(str(folder / "dvae"))
     with pytest.raises(InputError, match="did you mean 'segmentor"):  # did you mean
         find_checkpoints(str(folder / "segmentr.pth"))
     page = Page(AppConfig(path=str(folder)))
@@ -249,8 +251,8 @@ def test_pictures_become_html():
 
 
 def test_what_is_missing_is_one_line(folder, monkeypatch, capsys):
-    assert beit(["app", str(folder / "nowhere")]) == 2
-    assert capsys.readouterr().err.startswith("error: ")
     monkeypatch.setitem(sys.modules, "gradio", None)
+    assert beit(["app", str(folder / "nowhere")]) == 2  # before Gradio is imported
+    assert capsys.readouterr().err.startswith("error: there is no checkpoint ")
     assert beit(["app", str(folder)]) == 2
     assert "error: beit app needs Gradio: pip install gradio" in capsys.readouterr().err

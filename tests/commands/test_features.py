@@ -98,6 +98,7 @@ def test_a_file_of_others_is_not_replaced_and_an_own_one_is(site, tmp_path, caps
     ("flags", "part"),
     [
         ((), "-o is missing"),
+        (("-o", "features.txt"), "-o features.txt: give the file to write, ending in .npz"),
         (("-o", "OUT", "--block", "3"), "3 blocks, numbered from 0"),
         (("-o", "OUT", "--pool", "maen"), "did you mean 'mean'"),
         (("-o", "OUT", "--input_size", "33"), "33 x 33 pixels"),

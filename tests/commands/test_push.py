@@ -132,6 +132,7 @@ def test_the_card_states_what_the_run_measured_beside_what_was_quoted_and_no_pat
     assert "| `lr` | 0.003 |" in text
     assert "a&#124;b&lt;c" in text
     assert "pets (3 classes)" in text
+    assert text.count("| parameters |") == 1
     assert not re.search("alice|secret|pw@|sig=|/home", str(card))
     for picture in re.findall(r"!\[.*?\]\(<(.*?)>\)", card.text):
         with Image.open(tmp_path / "folder" / picture) as image:
@@ -218,6 +219,18 @@ def test_a_pushed_model_opens_by_its_hub_id(hub, run, capfd):
     assert TOKEN not in "".join(capfd.readouterr())
 
 
+def test_the_code_for_other_channels_than_colours_runs(tmp_path, monkeypatch):
+    model = random_(VisionTransformer(use_abs_pos_emb=False, use_rel_pos_bias=True, num_classes=3, in_chans=5, **SIZES))
+    source = saved(model, tmp_path / "x.pth", mean=[0.5] * 5, std=[0.5] * 5)
+    assert push(source, "me/my-model", "--dry_run", tmp_path / "folder") == 0
+    np.save(tmp_path / "image.npy", np.zeros((32, 32, 5), dtype=np.uint8))
+    monkeypatch.chdir(tmp_path)
+    for library in ("BEiT", "transformers"):
+        code = code_of(card_of(tmp_path / "folder"), library)
+        exec(code.replace("me/my-model", str(tmp_path / "folder")), found := {})
+    assert found["logits"].shape == (1, 3)
+
+
 def test_what_the_hub_refuses_is_one_line_and_a_public_repository_gets_nothing_private(hub, run, capfd):
     hub.public.add("pets")
     assert push(run, "me/pets", "--private") == 2
@@ -242,6 +255,9 @@ def test_mistakes_are_one_line_and_write_nothing(run, tmp_path, monkeypatch, cap
     assert "owner" in refused(run, "pets", "--dry_run", tmp_path / "new")
     assert "no name of a repository" in refused(run, "me/a b", "--dry_run", tmp_path / "new")
     assert "empty folder" in refused(run, "me/pets", "--dry_run", run)
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n")
+    damaged = ("--pictures", tmp_path / "cut.png")
+    assert "cut.png" in refused(run, "me/pets", "--dry_run", tmp_path / "new", *damaged)
     monkeypatch.setenv("BEIT_OFFLINE", "1")
     assert "BEIT_OFFLINE" in refused(run, "me/pets")
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)

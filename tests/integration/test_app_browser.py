@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from beit.commands.app import build_page, serve
+from beit.commands.app import Page, build_page, find_examples, serve
 from beit.commands.settings import AppConfig
 from tests.commands.test_app import CLASSIFIER, folder, image  # noqa: F401  (fixtures)
 from tests.commands.test_visualize import site  # noqa: F401  (a fixture)
@@ -28,7 +28,7 @@ ROWS, COLUMNS = 4, 6
 
 @pytest.fixture(scope="module")
 def address(folder):  # noqa: F811
-    page = build_page(AppConfig(path=str(folder)))
+    page = build_page(Page(config := AppConfig(path=str(folder))), find_examples(config))
     yield serve(page, None)
     page.close()
 
