@@ -273,7 +273,8 @@ def test_predict_takes_folders_and_leaves_out_what_cannot_be_read(checkpoint, pi
 
 def test_an_image_whose_output_is_no_number_is_named_and_costs_no_other(tmp_path, capsys):
     # Breaks when NaN is written as a score, which is no JSON.
-    save_checkpoint(tmp_path / "a.pth", {"model": make_classifier(in_chans=5).state_dict(), "num_heads": 2})
+    content = {"model": make_classifier(in_chans=5).state_dict(), "image_size": [32, 48]}
+    save_checkpoint(tmp_path / "a.pth", content)
     for name, scale in (("good", 1.0), ("huge", 1e30)):
         np.save(tmp_path / f"{name}.npy", np.full((32, 48, 5), scale, dtype=np.float32))
     images = [str(tmp_path / f"{name}.npy") for name in ("good", "huge")]
