@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from beit import __version__
-from beit.commands import COMMANDS, REMOVED
+from beit.commands import COMMANDS
 from beit.commands.dispatch import dispatch
 
 
@@ -13,7 +13,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if list(sys.argv[1:] if argv is None else argv) == ["--version"]:
         sys.stdout.write(f"beit {__version__}\n")
         return 0
-    return dispatch("beit", COMMANDS, argv, REMOVED)
+    return dispatch("beit", COMMANDS, argv)
 
 
 if __name__ == "__main__":

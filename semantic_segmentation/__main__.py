@@ -16,12 +16,11 @@ COMMANDS = {
         "semantic_segmentation.config:PredictConfig", "semantic_segmentation.predict:main", "segment images: IMAGE ..."
     ),
 }
-REMOVED = {"demo": "`make demo` in a clone of the repository"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit status: 0, or 2 for a mistake in the input."""
-    return dispatch("semantic_segmentation", COMMANDS, argv, REMOVED)
+    return dispatch("semantic_segmentation", COMMANDS, argv)
 
 
 if __name__ == "__main__":

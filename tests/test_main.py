@@ -41,7 +41,7 @@ LIGHT = """
 import contextlib, os, sys
 from beit.__main__ import COMMANDS, main
 
-words = [["--version"], [], ["visualize", "--help"], ["pretrian"], ["demo"], ["models", "--patern", "x"]]
+words = [["--version"], [], ["visualize", "--help"], ["pretrian"], ["models", "--patern", "x"]]
 words += [["visualize", "curves", "nowhere"], ["predict", "nowhere.jpg"], ["knn", "--data_path", "nowhere"]]
 words += [[*name.split(), "--help"] for name in COMMANDS]
 with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
@@ -87,9 +87,6 @@ def test_every_command_exists_and_explains_itself(name, capsys):
             "images a.png: no such file or folder",
         ),
         (["dvae"], "--data_path is missing"),
-        (["demo", "--quick"], "make demo"),
-        (["recipes", "command", "in1k_base", "--gpus", "4"], "beit recipes show NAME --gpus N"),
-        (["recipes", "document"], "docs/write_reproducing.py"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, hint, capsys):

@@ -125,15 +125,15 @@ def open_checkpoint(
     weights, metadata = read_weights(source, model_key, prefix, num_heads=num_heads)
     if metadata.get("segmentation"):
         logger.info("%s is a segmentor: only its backbone is loaded, without the heads", metadata["source"])
-    architecture, eps = architecture_of(weights, metadata, images=True), metadata.get("layer_norm_eps")
+    architecture = architecture_of(weights, metadata, images=True)
     with torch.device("meta"):  # to draw initial values would take longer than to read a checkpoint
-        model = architecture.build(eps)
+        model = architecture.build()
     model.to_empty(device="cpu")
     if model.relative_position_index is not None:
         model.relative_position_index.copy_(relative_position_index(model.patch_embed.grid_size))
     report = load_weights(model, weights, metadata)
     if report.missing:  # what no checkpoint replaces keeps its initial values
-        model = architecture.build(eps)
+        model = architecture.build()
         report = load_weights(model, weights, metadata)
     (logger.warning if report.missing or report.unexpected else logger.info)("%s", report.summary())
     return model.eval(), metadata

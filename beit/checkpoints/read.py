@@ -19,12 +19,11 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from beit.checkpoints.formats import UNKNOWN, huggingface, mmseg, recognise, relative, timm, to_official
 from beit.checkpoints.formats.dialect import Content, Weights
@@ -86,8 +85,8 @@ def read_weights(
     """
     path = resolve(source)
     source = path if path.parent == Path(source).expanduser() else source  # the file that was found in a run folder
-    raw = _read(path)
-    state = _find_state(raw.content, model_key, prefix, str(source))
+    content, config, preprocessor = _read(path)
+    state = _find_state(content, model_key, prefix, str(source))
     _refuse_relative(recognise(state), source)  # before its parts are taken for several models
     state = one_model(state, str(source))
     dialect = recognise(state)
@@ -107,19 +106,21 @@ def read_weights(
     if (released := released_at(path)) is not None:
         metadata |= {key: getattr(released, key) for key in ("mean", "std", "crop_pct", "interpolation")}
         metadata["image_size"] = (released.input_size, released.input_size)
-    if "architecture" in raw.config:
-        metadata |= timm.read_config(raw.config)
+    if "architecture" in config:
+        metadata |= timm.read_config(config)
     else:
-        metadata |= huggingface.read_config(raw.config, raw.preprocessor)
-    metadata |= mmseg.read_meta(raw.content)
+        metadata |= huggingface.read_config(config, preprocessor)
+    metadata |= mmseg.read_meta(content)
     if (window := _window_of_index(state)) is not None:
         metadata["window"] = window
     if is_segmentor(weights):
-        weights, described = _segmentor(weights, dialect, raw)
-        metadata |= described
+        metadata["segmentation"] = True
+        if dialect == "huggingface":
+            metadata |= huggingface.read_segmentation(config, preprocessor)
+            weights = _segmentor_of_huggingface(weights, metadata["out_indices"])
     if blank := [name for name in blank if name in weights]:
         logger.warning("%s is probably damaged: all zeros in %s; fetch or copy it again", source, listed(blank))
-    return weights, metadata | _recorded(raw.content) | ({} if num_heads is None else {"num_heads": num_heads})
+    return weights, metadata | _recorded(content) | ({} if num_heads is None else {"num_heads": num_heads})
 
 
 def _refuse_relative(dialect: str, source: str | Path) -> None:
@@ -152,20 +153,12 @@ def _check_tensors(weights: Weights, source: str) -> list[str]:
     return blank
 
 
-@dataclass(frozen=True)
-class _Raw:
-    """What is in a file, and in the two JSON files that may lie beside it."""
-
-    content: Mapping
-    config: Content
-    preprocessor: Content
-
-
-def _read(path: Path) -> _Raw:
+def _read(path: Path) -> tuple[Mapping, Content, Content]:
+    """Returns what is in a file, and in the two JSON files that may lie beside it."""
     if (path / PIECES_INDEX).is_file():
         from beit.checkpoints.pieces import read_whole  # torch.distributed.checkpoint is slow to import, seldom needed
 
-        return _Raw(read_whole(path, optimizer=False), {}, {})
+        return read_whole(path, optimizer=False), {}, {}
     if path.is_dir():
         found = [path / name for name in FOLDER_WEIGHTS if (path / name).is_file()]
         if not found:
@@ -180,9 +173,11 @@ def _read(path: Path) -> _Raw:
             raise InputError(f"{file} is of type {type(part).__name__}, not a dict of weights")
         content |= _file_metadata(file) | dict(part)
     if path.name not in FOLDER_WEIGHTS:
-        return _Raw(content, {}, {})
-    beside = (path.with_name(name) for name in (CONFIG, PREPROCESSOR))
-    return _Raw(content, *(read_json(file) if file.is_file() else {} for file in beside))
+        return content, {}, {}
+    config, preprocessor = (
+        read_json(file) if file.is_file() else {} for file in map(path.with_name, (CONFIG, PREPROCESSOR))
+    )
+    return content, config, preprocessor
 
 
 def _file_metadata(path: Path) -> Content:
@@ -229,20 +224,16 @@ def _tensors(content: Mapping) -> dict[str, Tensor]:
     return {name: t for name, t in content.items() if isinstance(name, str) and isinstance(t, Tensor)}
 
 
-def _segmentor(weights: dict[str, Tensor], dialect: str, raw: _Raw) -> tuple[dict[str, Tensor], Metadata]:
-    """Returns a segmentor's weights without a layer that only an export needed, and what its format records."""
-    described: Metadata = {}
-    if dialect == "huggingface":
-        described = huggingface.read_segmentation(raw.config, raw.preprocessor)
-        weights = huggingface.without_inert_layer(weights, taps := described["out_indices"])
-        shift = huggingface.TAP_SHIFT
-        if (published := PUBLISHED_TAPS.get(depth_of(weights))) == tuple(tap + shift for tap in taps):
-            logger.warning(
-                "taking blocks %s, which is what transformers computes for out_indices %s; if the weights were "
-                "converted from an official file learnt with blocks %s: %s in config.json",
-                *(taps, published, published, [tap + shift for tap in published]),
-            )
-    return weights, described | {"segmentation": True}
+def _segmentor_of_huggingface(weights: Weights, taps: tuple[int, ...]) -> dict[str, Tensor]:
+    """Returns a segmentor's weights without a layer that only an export needed; a warning where its taps look wrong."""
+    weights, shift = huggingface.without_inert_layer(weights, taps), huggingface.TAP_SHIFT
+    if (published := PUBLISHED_TAPS.get(depth_of(weights))) == tuple(tap + shift for tap in taps):
+        logger.warning(
+            "taking blocks %s, which is what transformers computes for out_indices %s; if the weights were "
+            "converted from an official file learnt with blocks %s: %s in config.json",
+            *(taps, published, published, [tap + shift for tap in published]),
+        )
+    return weights
 
 
 def _recorded(content: Mapping) -> Metadata:
@@ -280,11 +271,9 @@ class Architecture:
     masked: bool  # whether it predicts visual tokens (VisionTransformerForMaskedImageModeling) or classes
     arguments: Content  # of its constructor
 
-    def build(self, layer_norm_eps: float | None = None) -> Backbone:
-        """Builds the model; ``layer_norm_eps`` is only needed if it is not 1e-6, as in some other libraries' files."""
-        model = VisionTransformerForMaskedImageModeling if self.masked else VisionTransformer
-        norm_layer = partial(nn.LayerNorm, eps=layer_norm_eps) if layer_norm_eps else None
-        return model(norm_layer=norm_layer, **self.arguments)
+    def build(self) -> Backbone:
+        """Builds the model, of layer norms with an eps of 1e-6: loading weights sets another one."""
+        return (VisionTransformerForMaskedImageModeling if self.masked else VisionTransformer)(**self.arguments)
 
 
 def window_of(weights: Weights, metadata: Metadata, fallback: tuple[int, int] | None = None) -> tuple[int, int] | None:

@@ -29,8 +29,8 @@ COMMANDS = {
     "report": _command("ReportConfig", "report:main", "write an HTML page about runs"),
     "convert": _command("ConvertConfig", "convert:main", "convert a checkpoint to another library's format"),
     "push": _command("PushConfig", "push:main", "upload a checkpoint to the Hugging Face hub, with a model card"),
-    "download tokenizer": _command("DownloadTokenizerConfig", "download:download", "download OpenAI's tokenizer"),
-    "index": _command("IndexConfig", "download:print_index", "list a folder's images once, before many runs"),
+    "download tokenizer": _command("DownloadTokenizerConfig", "models:download", "download OpenAI's tokenizer"),
+    "index": _command("IndexConfig", "shards:print_index", "list a folder's images once, before many runs"),
     "shards": _command("ShardsConfig", "shards:main", "pack images into tar shards (WebDataset)"),
     "visualize reconstruct": _command("ReconstructConfig", "visualize:reconstruct", "draw what masked patches become"),
     "visualize attention": _command("AttentionConfig", "visualize_attention:attention", "draw attention maps"),
@@ -38,10 +38,4 @@ COMMANDS = {
     "visualize bias": _command("BiasConfig", "visualize_attention:bias", "draw relative position biases"),
     "visualize embeddings": _command("EmbeddingsConfig", "visualize:embeddings", "draw features in 2D, by class"),
     "visualize curves": _command("CurvesConfig", "visualize:curves", "draw the curves of training logs"),
-}
-
-REMOVED = {
-    "demo": "`make demo` in a clone of the repository",
-    "recipes command": "`beit recipes show NAME --gpus N`",
-    "recipes document": "docs/write_reproducing.py in a clone of the repository",
 }

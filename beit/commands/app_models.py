@@ -187,6 +187,6 @@ def open_exhibit(source: str, device: str, tokenizer: str = "") -> Exhibit:
             transform.crop_fraction = 1.0
             look = image_statistics(run)
             return Exhibit(model.eval().requires_grad_(False), transform, *look, target)
-    viewer = open_viewer(ViewerOptions(checkpoint=source), device)
+    viewer = open_viewer(ViewerOptions(checkpoint=source, device=device))
     segment = locate(SEGMENTATION)(source, device) if kind == SEGMENTOR else None
     return Exhibit(viewer.model, viewer.transform, viewer.mean, viewer.std, None, segment, missing)

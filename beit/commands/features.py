@@ -26,7 +26,7 @@ def main(config: FeaturesConfig) -> None:
         raise InputError(f"-o {config.output or 'is missing'}: give the file to write, ending in .npz as features.npz")
     (output,) = check_outputs("--output", [config.output], config.overwrite)
     images = index_images(config.data_path)
-    features, labels, numbers, loader = compute(config, images, open_viewer(config, config.device, whole=False))
+    features, labels, numbers, loader = compute(config, images, open_viewer(config, whole=False))
     found = {
         "software": np.asarray(MARK.encode()),
         "paths": np.asarray([images.path(number) for number in numbers.tolist()]),

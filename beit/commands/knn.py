@@ -103,7 +103,7 @@ def build_model(config: KnnConfig) -> tuple[Backbone, Preprocessing]:
     metadata: Metadata = {}
     if config.untrained:
         weights, metadata = read_weights(config.checkpoint, **config.weights)
-        model = architecture_of(weights, metadata, images=True).build(metadata.get("layer_norm_eps"))
+        model = architecture_of(weights, metadata, images=True).build()
     elif config.checkpoint:
         model, metadata = open_model(config.checkpoint, **config.weights)
     else:

@@ -1,4 +1,4 @@
-"""``beit models``: the models with their sizes, and the released checkpoints; ``beit inspect``: what a file holds."""
+"""``beit models``: models with sizes, released checkpoints; ``inspect``: what a file holds; ``download tokenizer``."""
 
 import sys
 from collections.abc import Mapping
@@ -14,10 +14,11 @@ from beit.checkpoints.formats.segmentation import PARTS
 from beit.checkpoints.load import describe
 from beit.checkpoints.read import Metadata, architecture_of, read_weights
 from beit.checkpoints.released import RELEASED
-from beit.commands.settings import InspectConfig, ModelsConfig
+from beit.commands.settings import DownloadTokenizerConfig, InspectConfig, ModelsConfig
 from beit.errors import InputError, counted, did_you_mean, listed
 from beit.modeling import Backbone
 from beit.tokenizers.base import VisualTokenizer, detect_kind, load_tokenizer
+from beit.tokenizers.dalle import download_tokenizer
 from beit.tokenizers.vqkd import DOWNLOADS, VqkdTokenizer
 from beit.zoo import create_model, list_models
 
@@ -42,6 +43,11 @@ def main(config: ModelsConfig) -> None:
     if tokenizers:
         head = "\nreleased tokenizers (for --tokenizer_weight, load_tokenizer):"
         sys.stdout.write("\n".join((head, *tokenizers, "")))
+
+
+def download(config: DownloadTokenizerConfig) -> None:
+    """Downloads OpenAI's tokenizer into a folder that serves as ``--discrete_vae_weight_path``."""
+    download_tokenizer(config.output_dir)
 
 
 def measure(name: str) -> tuple[int, int]:

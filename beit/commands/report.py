@@ -151,12 +151,11 @@ def render(runs: Sequence[Run], title: str, pictures: Sequence[str] = (), result
         runs=[(run, results_of(run)) for run in runs],
         curves={kind: _curves(same) for kind, same in kinds.items()},
         pictures=list(_pictures(runs, pictures)),
-        results={name: _in_units(flat(content)) for name, content in files.items()},
+        results={
+            name: {key: _shown(value, key) if _is_number(value) else value for key, value in flat(content).items()}
+            for name, content in files.items()
+        },
     )
-
-
-def _in_units(results: Mapping[str, object]) -> dict[str, object]:
-    return {key: _shown(value, key) if _is_number(value) else value for key, value in results.items()}
 
 
 def results_of(run: Run) -> list[tuple[str, str, str, str]]:

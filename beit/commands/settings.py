@@ -1,7 +1,7 @@
 """The settings of every ``beit`` command that is not a training job, one dataclass per command; imports no torch."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from beit.config import ReadWhenMade, Size, option
 from beit.registry import FORMATS
@@ -16,15 +16,8 @@ PICTURE = "picture to write, .png or .svg"
 POOLS = ("mean", "cls", "cls_mean")
 PROJECTIONS = ("pca", "tsne")
 RECIPE_TASKS = (
-    *(
-        "pre-training",
-        "tokenizer training",
-        "BEiT v2 pre-training",
-        "intermediate fine-tuning",
-        "fine-tuning",
-        "linear probe",
-    ),
-    *("segmentation", "segmentation test"),
+    *("pre-training", "tokenizer training", "BEiT v2 pre-training", "intermediate fine-tuning", "fine-tuning"),
+    *("linear probe", "segmentation", "segmentation test"),
 )
 
 
@@ -66,6 +59,7 @@ class ViewerOptions(CheckpointOptions, OutputOptions):
     """A model to look into."""
 
     input_size: Size | None = option(None, IMAGE_SIZE, aliases=("size",))
+    device: str = option("cpu", DEVICE)
 
 
 @dataclass(frozen=True)
@@ -83,7 +77,6 @@ class FeatureOptions(ViewerOptions, ForwardOptions):
 
     block: int = option(-1, "block to take features from, counted from 0, or from the end if negative")
     pool: str = option("mean", "how the block's tokens become a feature", choices=POOLS)
-    device: str = option("cpu", DEVICE)
 
 
 @dataclass(frozen=True)
@@ -186,18 +179,12 @@ class PredictConfig(CheckpointOptions, ForwardOptions):
 class ListConfig(ReadWhenMade):
     """The settings of ``beit recipes list``."""
 
-    task: str = option("", f"only recipes of this task: {', '.join(RECIPE_TASKS)}")
+    task: str = option("", "only recipes of this task", choices=RECIPE_TASKS)
 
 
 @dataclass(frozen=True)
 class ShowConfig(ReadWhenMade):
     """The settings of ``beit recipes show``."""
-
-    REMOVED: ClassVar[dict[str, tuple[object, str]]] = {
-        "gpu_memory": (0.0, "--batch_size of the job caps the images per GPU, and accumulation follows"),
-        "nnodes": (1, "--gpus counts all GPUs; docs/clusters.md has launch files for several machines"),
-        "precision": ("amp", "--amp_dtype of the job sets the number format"),
-    }
 
     name: str = option("", "recipe name, or the path of your own .yaml", positional=True)
     gpus: int | None = option(None, "GPUs of the command, in all; as published by default", within="[1, inf)")
@@ -259,7 +246,6 @@ class AttentionConfig(ViewerOptions):
     limit: int = option(4, "maximum number of images to draw", within="[1, inf)")
     seed: int = option(0, "seed of the masks")
     output: str = option("attention.png", PICTURE, short="-o")
-    device: str = option("cpu", DEVICE)
 
 
 @dataclass(frozen=True)
@@ -269,7 +255,6 @@ class DistanceConfig(ViewerOptions):
     images: tuple[str, ...] = option((), ANY_IMAGES, positional=True, must_exist=True)
     limit: int = option(32, "maximum number of images to average over", within="[1, inf)")
     output: str = option("distance.png", PICTURE, short="-o")
-    device: str = option("cpu", DEVICE)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""``beit shards``: packs images into tar files in WebDataset's format."""
+"""``beit shards``: packs images into tar files in WebDataset's format; ``beit index``: lists them before many runs."""
 
 import logging
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from beit.commands.settings import ShardsConfig
+from beit.commands.settings import IndexConfig, ShardsConfig
 from beit.data.index import EXTENSIONS, EncodedImages, index_images
 from beit.data.shards import CLASS_NAMES_FILE, LABEL_EXTENSION, add_member
 from beit.errors import InputError
@@ -26,6 +26,11 @@ def main(config: ShardsConfig) -> None:
     check_outputs("OUTPUT_DIR", [Path(config.output_dir, ".shards-000000.tar")], overwrite=True)
     pattern = write_shards(index_images(config.data_path), config.output_dir, config.images_per_shard)
     sys.stdout.write(f"--data_path {shlex.quote(pattern)}\n")
+
+
+def print_index(config: IndexConfig) -> None:
+    """Lists images and caches the list, so that later runs start at once; raises InputError if there are none."""
+    sys.stdout.write(f"{len(index_images(config.data_path)):,} images in {config.data_path}; runs start at once now\n")
 
 
 def write_shards(index: EncodedImages, destination: str | os.PathLike[str], images_per_shard: int = 10_000) -> str:

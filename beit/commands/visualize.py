@@ -150,7 +150,7 @@ def embeddings(config: EmbeddingsConfig) -> None:
         needed = "a folder for the images of each class (in shards, a .cls for each image)"
         raise InputError(f"{config.data_path} has no classes: needed is {needed}")
     check_embedding(min(len(index), config.limit), config.method)
-    viewer = open_viewer(config, config.device)
+    viewer = open_viewer(config)
     features, labels, *_ = compute(config, index, viewer, config.limit)
     points, axes = embed(features, config.method, config.seed)
     groups = [(name, points[where]) for name, where in group_by_class(labels, index.class_names)]

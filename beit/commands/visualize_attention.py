@@ -51,7 +51,7 @@ def attention(config: AttentionConfig) -> None:
     check_picture(config.output, config.overwrite)
     asked = [parse_query(text) for text in config.query]
     paths = image_files(config.images, config.limit)
-    viewer = open_viewer(config, config.device)
+    viewer = open_viewer(config)
     model, grid = viewer.model, viewer.model.patch_embed.grid_size
     block, heads = block_number(model, config.block), parse_heads(config.heads, model.num_heads)
     check_queries(asked, grid)
@@ -132,7 +132,7 @@ def distance(config: DistanceConfig) -> None:
     """Draws the mean attention distance of each head of each block, and writes the numbers to standard output."""
     check_picture(config.output, config.overwrite)
     paths = image_files(config.images, config.limit)
-    viewer = open_viewer(config, config.device)
+    viewer = open_viewer(config)
     found = distances_of(viewer, paths)
     for number, heads in enumerate(found.tolist()):
         listed = " ".join(f"{head:6.1f}" for head in heads)
@@ -160,7 +160,7 @@ def distances_of(viewer: Viewer, images: Sequence[OneImage]) -> Tensor:
 def bias(config: BiasConfig) -> None:
     """Draws the relative position bias of each head; raises InputError if the checkpoint has none, or is missing."""
     check_picture(config.output, config.overwrite)
-    tables = bias_images_of(open_viewer(config, "cpu").model)
+    tables = bias_images_of(open_viewer(config).model)
     if not tables:
         raise InputError(f"{config.checkpoint} has no relative position bias, but absolute position embeddings")
     most = max(max(table.grids.abs().max().item() for table in tables), 1e-6)

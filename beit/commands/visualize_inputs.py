@@ -29,12 +29,12 @@ class Viewer(Preprocessing):
         return self.transform(as_input(image, self.transform.in_chans))["image"][None].to(self.device)
 
 
-def open_viewer(config: ViewerOptions, device: str, *, whole: bool = True) -> Viewer:
+def open_viewer(config: ViewerOptions, *, whole: bool = True) -> Viewer:
     """Opens a checkpoint of any format; raises InputError if it is no BEiT, or for a size that patches do not fill.
 
     With ``whole`` images keep all of their shorter side, as a picture should show, where evaluation crops its border.
     """
-    place = select_device(device, 0)
+    place = select_device(config.device, 0)
     model, metadata = open_model(config.checkpoint, **config.weights)
     if config.input_size is not None:
         model.set_input_size(config.input_size)

@@ -42,7 +42,7 @@ from beit.training.precision import Precision, resolve_amp_dtype
 from beit.training.schedules import WarmupCosine
 from beit.training.state import Average, Batch, LoopSettings, StepFunction
 from beit.training.trackers import Trackers
-from beit.visualization.image_log import side_by_side
+from beit.visualization.reconstructions import side_by_side
 
 logger = logging.getLogger(__name__)
 

@@ -147,7 +147,7 @@ def build_backbone(config: LinearProbeConfig) -> Backbone:
         raise InputError("--model auto takes the architecture of a checkpoint: give --checkpoint as well")
     weights, metadata = read_weights(source, config.model_key, config.model_prefix) if source else ({}, {})
     if auto:
-        backbone = architecture_of(weights, metadata).build(metadata.get("layer_norm_eps"))
+        backbone = architecture_of(weights, metadata).build()
         if (channels := backbone.patch_embed.proj.in_channels) != config.in_chans:
             raise InputError(f"--in_chans {config.in_chans}: {source} is for {counted(channels, 'channel')}")
     else:

@@ -54,7 +54,7 @@ from beit.training.optim import parameter_groups
 from beit.training.precision import AMP_DTYPES, Precision, resolve_amp_dtype
 from beit.training.state import Batch, LoopSettings, StepFunction
 from beit.training.trackers import Trackers
-from beit.visualization.image_log import reconstruction_picture, spread_samples
+from beit.visualization.reconstructions import reconstruction_picture, spread_samples
 from beit.zoo import MODELS
 
 logger = logging.getLogger(__name__)

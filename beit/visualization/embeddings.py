@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from beit.errors import InputError
@@ -40,7 +39,7 @@ def pca(features: Tensor, _seed: int = 0) -> Embedding:
 
     A component's sign is arbitrary; here its largest entry is positive, so that the picture is reproducible.
     """
-    centred = _at_least_two(features - features.mean(dim=0))
+    centred = features - features.mean(dim=0)
     _, lengths, directions = torch.linalg.svd(centred, full_matrices=False)  # directions: (min(N, D), D)
     signs = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True)).sign()
     points = centred @ (directions * signs)[:2].T
@@ -55,16 +54,11 @@ def tsne(features: Tensor, seed: int = 0) -> Embedding:
     from sklearn.manifold import TSNE
 
     # 50 principal components keep what distances depend on, at a fraction of the time of 768.
-    left, lengths, _ = torch.linalg.svd(_at_least_two(features - features.mean(dim=0)), full_matrices=False)
+    left, lengths, _ = torch.linalg.svd(features - features.mean(dim=0), full_matrices=False)
     reduced = (left * lengths)[:, :50].numpy()
     perplexity = min(PERPLEXITY, (len(features) - 1) / 3)
     points = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(reduced)
     return torch.from_numpy(np.asarray(points, dtype=np.float64)), ("t-SNE 1", "t-SNE 2")
-
-
-def _at_least_two(features: Tensor) -> Tensor:
-    """Pads a single feature ``(N, 1)`` to ``(N, 2)`` with zeros."""
-    return F.pad(features, (0, max(0, 2 - features.shape[1])))
 
 
 METHODS: dict[str, Callable[[Tensor, int], Embedding]] = {"pca": pca, "tsne": tsne}

@@ -167,10 +167,5 @@ class TestCommand:
             assert "batch norm" not in output_of(capsys, "show", name, "--gpus", str(gpus))
 
 
-@pytest.mark.parametrize(("gone", "instead"), [("command", "recipes show"), ("document", "write_reproducing.py")])
-def test_what_is_gone_names_what_to_use(gone, instead, capsys):
-    assert instead in refused(capsys, gone, "pretrain_base_22k")
-
-
 def test_a_name_that_is_there_twice_is_suggested_once():
     assert did_you_mean("visualise", ["visualize", "demo", "visualize"]) == " (did you mean 'visualize'?)"

@@ -87,7 +87,7 @@ def test_the_pictures_are_the_models_attention(site, drawn, checkpoint, size):
             images=(image,), checkpoint=source, block=1, heads=("mean", "1"), query=("2,3", "0,1"), input_size=size
         )
     )
-    viewer = open_viewer(ViewerOptions(checkpoint=source, input_size=size), "cpu")
+    viewer = open_viewer(ViewerOptions(checkpoint=source, input_size=size))
     height, width = viewer.model.patch_embed.grid_size
     pixels = viewer.view(image)[0].float() / 255
     maps = viewer.model.get_attention_maps((pixels[None] - 0.5) / 0.5, 1)[0]  # (heads, N+1, N+1)
@@ -211,7 +211,7 @@ def test_of_a_segmentor_the_backbone_is_drawn(site, tmp_path, drawn):
 
 
 def test_the_distance_is_the_mean_over_images(site):
-    viewer = open_viewer(ViewerOptions(checkpoint=str(site / "classifier.pth"), input_size=(32, 48)), "cpu")
+    viewer = open_viewer(ViewerOptions(checkpoint=str(site / "classifier.pth"), input_size=(32, 48)))
     paths = [str(site / "images" / f"{number}.png") for number in range(3)]
     found = distances_of(viewer, paths)
     distances = patch_distances((4, 6), (8, 8))
@@ -233,7 +233,7 @@ def test_images_in_shards_are_looked_at_too(site, drawn, tmp_path):
         torch.equal(a.image, b.image) for pair in zip(files, members, strict=True) for a, b in zip(*pair, strict=True)
     )
     assert list(options["headings"].values()) == ["shards-000000.tar/00000000.png", "shards-000000.tar/00000001.png"]
-    viewer = open_viewer(ViewerOptions(checkpoint=checkpoint), "cpu")
+    viewer = open_viewer(ViewerOptions(checkpoint=checkpoint))
     found = [distances_of(viewer, image_files([images], 9)) for images in (str(site / "images"), pattern)]
     assert torch.equal(*found)
 
@@ -259,7 +259,7 @@ def test_a_row_a_table_and_a_column_a_head(site, drawn, checkpoint, names):
     pictures = [picture for row in rows for picture in row]
     most = max(picture.heat.abs().max().item() for picture in pictures)
     assert all(picture.limits == (-most, most) for picture in pictures)  # of all rows alike: they share the bar
-    model = open_viewer(ViewerOptions(checkpoint=str(site / f"{checkpoint}.pth")), "cpu").model
+    model = open_viewer(ViewerOptions(checkpoint=str(site / f"{checkpoint}.pth"))).model
     table = (model.rel_pos_bias or model.blocks[0].attn).relative_position_bias_table
     named, numbers = pictures[1].caption.split("\n")
     assert named.split() == ["c→p", "p→c", "c→c"]

@@ -41,7 +41,7 @@ from beit.tokenizers.base import load_tokenizer
 from beit.tokenizers.dvae import DiscreteVAE, save_dvae
 from beit.training.meaning import compare
 from beit.training.precision import Precision
-from beit.visualization.image_log import reconstruction_picture, spread_samples
+from beit.visualization.reconstructions import reconstruction_picture, spread_samples
 from beit.zoo import create_model
 
 CPU = torch.device("cpu")

@@ -35,14 +35,6 @@ def test_features_that_are_all_alike_make_a_picture_all_the_same():
     assert torch.equal(embed(torch.ones(5, 3), "pca")[0], torch.zeros(5, 2, dtype=torch.float64))
 
 
-def test_one_feature_makes_a_line_in_the_plane():
-    features = torch.tensor([[1.0], [2.0], [4.0], [9.0]])
-    points, axes = embed(features, "pca")
-    torch.testing.assert_close(points, torch.tensor([[-3.0, 0], [-2, 0], [0, 0], [5, 0]], dtype=torch.float64))
-    assert axes == ("component 1: 100% of the variance", "component 2: 0% of the variance")
-    assert embed(torch.randn(12, 1), "tsne")[0].shape == (12, 2)
-
-
 def test_tsne_keeps_groups_together():
     centres = 20 * torch.eye(3, 60)
     labels = torch.arange(60) % 3
