@@ -14,9 +14,9 @@ from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
 from beit.checkpoints.formats.dialect import Weights
+from beit.checkpoints.formats.relatives import PLAIN_VIT
 from beit.checkpoints.formats.segmentation import is_segmentor
 from beit.checkpoints.formats.unilm import SHARED_TABLE, TABLE
-from beit.checkpoints.formats.vit import PLAIN_VIT
 from beit.checkpoints.heads import match_classes
 from beit.checkpoints.read import Metadata, architecture_of, read_weights, window_of
 from beit.errors import InputError, counted, listed

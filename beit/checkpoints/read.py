@@ -28,10 +28,9 @@ from torch import Tensor
 from beit.checkpoints.formats import UNKNOWN, huggingface, mmseg, recognise, relative, timm, to_official
 from beit.checkpoints.formats.dialect import Content, Weights
 from beit.checkpoints.formats.recorded import RECORDED, whole
-from beit.checkpoints.formats.relatives import EVA_WIDTH
+from beit.checkpoints.formats.relatives import EVA_WIDTH, PLAIN_VIT
 from beit.checkpoints.formats.segmentation import PARTS, PUBLISHED_TAPS, depth_of, is_segmentor
 from beit.checkpoints.formats.unilm import INDEX, SHARED_TABLE, TABLE, one_model
-from beit.checkpoints.formats.vit import PLAIN_VIT
 from beit.checkpoints.released import (
     CONFIG,
     FOLDER_WEIGHTS,

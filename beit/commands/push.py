@@ -84,9 +84,9 @@ def _hub() -> Any:
 
 def write_folder(config: PushConfig, folder: Path) -> Any:
     """Writes weights, configs, pictures and the card, which is returned as huggingface_hub's ``ModelCard``."""
-    for picture in config.pictures:
-        if not picture.endswith(".svg"):
-            decoded(picture)  # a damaged one raises InputError
+    for path in config.pictures:
+        if not path.endswith(".svg"):
+            decoded(path)  # a damaged one raises InputError
     source = str(resolve(config.checkpoint))
     weights, metadata = read_weights(source, **config.weights)
     convert(source, folder, "huggingface", **config.weights)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from beit.checkpoints.formats.dialect import LAYER_NORM_EPS
-from beit.checkpoints.formats.vit import PLAIN_VIT
+from beit.checkpoints.formats.relatives import PLAIN_VIT
 from beit.checkpoints.read import read_weights
 from beit.checkpoints.released import resolve
 from beit.config import dump_yaml, read_settings, to_plain

@@ -14,15 +14,15 @@ from beit.relative_position import CLASS_TOKEN_ROWS
 Query = tuple[int, int]  # row and column of a patch, from 0
 
 
-def attention_by_block(model: Backbone, images: Tensor, bool_masked_pos: Tensor | None = None) -> Iterator[Tensor]:
+def attention_by_block(model: Backbone, images: Tensor) -> Iterator[Tensor]:
     """Yields the attention probabilities of each block, ``(B, heads, N + 1, N + 1)``, by query and key.
 
-    The model runs once, in evaluation mode, on normalised images ``(B, 3, H, W)``, with the patches in the bool
-    ``bool_masked_pos``, ``(B, h, w)``, masked; only one block's probabilities are in memory at a time.
+    The model runs once, in evaluation mode, on normalised images ``(B, 3, H, W)``; only one block's probabilities are
+    in memory at a time.
     """
     index = model.relative_position_index
     shared = None if model.rel_pos_bias is None else model.rel_pos_bias(index)
-    tokens = model.embed(images, bool_masked_pos)  # (B, N+1, D)
+    tokens = model.embed(images)  # (B, N+1, D)
     for block in model.blocks:
         yield block.attn.attention_map(block.norm1(tokens), index, shared)
         tokens = block(tokens, index, shared)

@@ -29,17 +29,10 @@ def reconstruct(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Lets a model, in evaluation mode from then on, fill in the masked patches of some images.
 
-    Tokens are decoded jointly, so a predicted token also affects the borders of the patches around it.
-
-    Args:
-        model: A pre-trained model.
-        outputs_of_all: Returns the model's outputs for all patches of a batch, ``(B, N, output_size)``.
-        target: What the model was trained to predict.
-        batch: Views and masks, as described in :mod:`beit.targets`, on the model's device.
-        steps: Passes; see :func:`fill_in`.
-
-    Returns:
-        Versions of the images, and a caption for each image, as :func:`versions` does.
+    ``outputs_of_all`` returns the model's outputs for all patches of a batch, ``(B, N, output_size)``; the views and
+    masks of the batch, on the model's device, are described in :mod:`beit.targets`. Tokens are decoded jointly, so a
+    predicted token also affects the borders of the patches around it. For ``steps`` see :func:`fill_in`, for what is
+    returned :func:`versions`.
 
     Source: BEiT (arXiv 2106.08254), figure 1.
     """

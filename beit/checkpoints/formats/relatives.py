@@ -1,15 +1,25 @@
-"""Other models whose files are mistaken for BEiT's, recognised by names and shapes of their parameters."""
+"""Other models whose files are mistaken for BEiT's, recognised by names and shapes of their parameters.
 
+Plain ViTs of timm and Hugging Face (ViT, DeiT, MAE, DINO, DINOv2) are read as BEiTs without bias tables. Their keys
+have a bias. It adds the same number to all logits of a query, so it cancels in the softmax: it is translated to a name
+of its own, ``attn.k_bias``, which no model has.
+"""
+
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from beit.checkpoints.formats import unilm, vit
+from beit.checkpoints.formats import huggingface, unilm
 from beit.checkpoints.formats.dialect import Weights
 
 EVA_WIDTH, EVA02_ENORMOUS_WIDTH = 1408, 1792
+PLAIN_VIT = "a plain vision transformer (ViT, DeiT, MAE, DINO)"
+
+_LAYER_SCALE = re.compile(r"(?:ls|layer_scale)([12])\.(?:gamma|lambda1)$")
 
 Names = frozenset[str]
 
@@ -54,6 +64,29 @@ def _is_odd_vit(names: Names, tensors: Mapping[str, Tensor]) -> bool:
     return _is_vit(names, tensors) and (not whole or _has(r"(^|\.)dist(illation)?_token$")(names, tensors))
 
 
+def _from_plain_vit(state_dict: Weights) -> dict[str, Tensor]:
+    """Translates timm's names or those of a Hugging Face file; what no BEiT has keeps a name that no BEiT has."""
+    weights: dict[str, Tensor] = {}
+    decodes = "decoder_pos_embed" in state_dict  # MAE, whose mask token enters the decoder
+    for name, tensor in huggingface.to_official(state_dict).items():
+        own = _LAYER_SCALE.sub(r"gamma_\1", re.sub(r"^encoder\.layer\.", "blocks.", name))
+        if own.endswith("attn.qkv.bias"):
+            biases = zip("qkv", tensor.chunk(3), strict=False)
+            weights |= {own.replace("qkv.bias", f"{part}_bias"): bias for part, bias in biases}
+        elif own == "mask_token":
+            weights["decoder_mask_token" if decodes else own] = tensor.reshape(1, 1, -1)
+        else:
+            weights[own] = tensor
+    positions, head = weights.get("pos_embed"), weights.get("head.weight")
+    if positions is None or positions.ndim != 3:
+        return weights
+    if math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]:  # DeiT III has no position for the class token
+        weights["pos_embed"] = torch.cat((torch.zeros_like(positions[:, :1]), positions), dim=1)
+    if head is not None and head.shape[-1] != positions.shape[-1]:  # DINOv2's sees the class token and the mean
+        weights |= {f"pooler.{name}": weights.pop(name) for name in list(weights) if name.startswith("head.")}
+    return weights
+
+
 _is_vit = _has(r"(^blocks\.0\.attn\.qkv\.bias|attention\.attention\.key\.bias)$")
 _OTHER = "another architecture"
 
@@ -92,7 +125,7 @@ RELATIVES = (
     Relative("DiT", _has(r"^roi_heads\.", r"^blocks\.0\.attn\.q_bias"), unilm.to_official, "the backbone is BEiT's"),
     Relative("data2vec-vision", _has(r"^data2vec_vision\."), None, "another model of the same shape"),
     Relative("a ViT without class token or positions, or with a distillation token", _is_odd_vit, None, _OTHER),
-    Relative(vit.PLAIN_VIT, _is_vit, vit.to_official, "positions are absolute, and keys have no bias"),
+    Relative(PLAIN_VIT, _is_vit, _from_plain_vit, "positions are absolute, and keys have no bias"),
     Relative(
         "torchvision's ViT", _has(r"^encoder\.layers\.encoder_layer_0\."), None, "take timm's of the same weights"
     ),
