@@ -180,16 +180,13 @@ def _quoted(value: object, key: str) -> str:
     return _shown(value / 100 if key.removeprefix("test_") in FRACTIONS and value > 1 else value, key)
 
 
-def read_runs(paths: Sequence[str], recipes: Sequence[str] = ()) -> list[Run]:
-    """Reads run folders, each named by its path below their common parent; see :func:`read_run` for ``recipes``."""
+def read_runs(paths: Sequence[str], recipe: str = "") -> list[Run]:
+    """Reads run folders, each named by its path below their common parent; see :func:`read_run` for ``recipe``."""
     folders = [Path(os.path.abspath(path)) for path in paths]
     if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
         raise InputError(f"{twice} is given twice")
-    if len(recipes) not in (0, 1, len(folders)):
-        raise InputError(f"--recipe: {len(recipes)} names for {len(folders)} runs: give one for all, or one per run")
     common = os.path.commonpath([folder.parent for folder in folders])
-    compared = list(recipes) * len(folders) if len(recipes) == 1 else list(recipes) or [""] * len(folders)
-    return [read_run(folder, str(folder.relative_to(common)), it) for folder, it in zip(folders, compared, strict=True)]
+    return [read_run(folder, str(folder.relative_to(common)), recipe) for folder in folders]
 
 
 def read_run(path: Path, name: str, recipe: str = "") -> Run:

@@ -124,7 +124,7 @@ class InspectConfig(CheckpointOptions):
 
 
 @dataclass(frozen=True)
-class KnnConfig(CheckpointOptions, OutputOptions):
+class KnnConfig(CheckpointOptions, ForwardOptions, OutputOptions):
     """The settings of ``beit knn``."""
 
     checkpoint: str = option("", f"model to score: {ANY_MODEL}; empty for --model, untrained")
@@ -139,11 +139,8 @@ class KnnConfig(CheckpointOptions, OutputOptions):
     pool: tuple[str, ...] = option(("mean", "cls"), f"how a block's tokens become features: {', '.join(POOLS)}")
     k: tuple[int, ...] = option((10, 20), "numbers of neighbours that vote", within="[1, inf)")
     temperature: float = option(0.07, "votes are weighted by exp(cosine similarity / temperature)", within="(0, inf)")
-    batch_size: int = option(64, "images per process", within="[1, inf)")
-    num_workers: int = option(10, "data-loading workers per process", within="[0, inf)")
     output: str = option("", "JSON file for the results", short="-o")
     device: str = option("cuda", f"{DEVICE}; falls back to the CPU without CUDA")
-    amp_dtype: str = option("auto", "number format of the forward pass", choices=AMP_CHOICES)
     seed: int = option(0, "seed of an untrained model's weights")
     local_rank: int = option(-1, "GPU of this process, as passed by old launchers; LOCAL_RANK takes precedence")
     dist_url: str = option("env://", "URL for setting up the process group")
@@ -197,7 +194,7 @@ class ReportConfig(OutputOptions):
     runs: tuple[str, ...] = option((), "run folders, each with a log.txt", positional=True, must_exist=True)
     output: str = option("", "page to write, such as report.html", short="-o")
     title: str = option("Training report", "title of the page")
-    recipe: tuple[str, ...] = option((), "recipe of all runs, or one per run (- for none); as started by default")
+    recipe: str = option("", "recipe to compare all runs with, - for none; by default the one each was started with")
     pictures: tuple[str, ...] = option((), "further pictures to include, PNG", must_exist=True)
     results: tuple[str, ...] = option((), "further results, JSON as `beit knn --output` writes it", must_exist=True)
 

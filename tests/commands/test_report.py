@@ -249,7 +249,8 @@ def test_accuracies_are_percentages_on_both_sides(pretraining):
 
 def test_without_a_recipe_there_is_no_quoted_column(pretraining, finetuning):
     assert "uoted" not in texts(page_of(finetuning))
-    with_recipe = render(read_runs([str(pretraining), str(finetuning)], ["pretrain_base_1k_300ep", "-"]), "Title")
+    runs = [read_run(pretraining, "a", "pretrain_base_1k_300ep"), read_run(finetuning, "b", "-")]
+    with_recipe = render(runs, "Title")
     assert rows_of(with_recipe)["top-1 accuracy"][2] == ""
     assert "Quoted from recipe pretrain_base_1k_300ep" in texts(with_recipe)
 
@@ -319,7 +320,6 @@ def test_mistakes_are_one_line(pretraining, tmp_path, capsys):
     (tmp_path / "empty" / "log.txt").write_text("half a li")
     assert "has no finished epoch" in refused(capsys, tmp_path / "empty", *output)
     assert "no recipe 'pretrain_base'" in refused(capsys, pretraining, "--recipe", "pretrain_base", *output)
-    assert "2 names for 1 runs" in refused(capsys, pretraining, "--recipe", "a", "b", *output)
     assert "no.png: no such file" in refused(capsys, pretraining, "--pictures", "no.png", *output)
     assert "no.json: no such file" in refused(capsys, pretraining, "--results", "no.json", *output)
     (pretraining / "config.yaml").write_text("a: [")
