@@ -24,7 +24,7 @@ def listed(path, tmp_path):
 
 
 QUICK = settings(
-    max_examples=150, deadline=2000, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 PIECES = [b"a.jpg", b"\n", b"\r\n", b"\0", b"#", b"/", b"..", b"~", b"\xff\xfe", b"\xed\xa0\x80", b"\xef\xbb\xbf"]
 PIECES += [b" ", b"\t", b"\x1c", b".tar", b"\x85", "\u2028".encode(), b"x" * 5000, b"a,b", b"."]
