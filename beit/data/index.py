@@ -211,6 +211,8 @@ def index_images(path: str | os.PathLike[str], cache_dir: str | os.PathLike[str]
         if _save_index(cache, index, watched, began):
             # Use the mapped copy: the listing is in this process's memory.
             index = _load_index(cache, root, shards) or index
+    if not (shards or is_folder):
+        _require_some_exist(index, source)
     _announce(index, source)
     return index
 
@@ -361,6 +363,16 @@ def _list_shards(root: str, shards: list[str]) -> tuple[ImageIndex, Stamps]:
     classes = class_names(root, members.labels)
     index = ImageIndex(root, classes, relative, no_classes, names, shard_of, members, left_out)
     return index, watched
+
+
+def _require_some_exist(index: ImageIndex, source: Path) -> None:
+    # A few are enough to notice a list made for another place; single missing files are found when they are read.
+    sample = {i * (len(index) - 1) // 15 for i in range(16)}
+    if not any(os.path.exists(index.path(i)) for i in sample):
+        raise InputError(
+            f"none of the files in the list {source} exists, for example {index.path(0)}; "
+            "paths are absolute or relative to the list"
+        )
 
 
 def _save_index(cache: Path, index: ImageIndex, watched: Stamps, began: int) -> bool:

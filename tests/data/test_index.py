@@ -117,7 +117,8 @@ def test_a_list_keeps_its_order_and_takes_both_kinds_of_paths(tmp_path):
 @pytest.mark.parametrize(
     ("make", "path", "message"),
     [
-        (lambda root: touch(root, "images/1.jpg"), "imagse", "no such folder or list of images: "),
+        (lambda root: touch(root, "images/1.jpg"), "imagse", "did you mean 'images'"),
+        (lambda root: None, "a/b/c", "does not exist either"),
         (lambda root: None, "x" * 5000, "no such folder"),
         (lambda root: None, "x" * 5000 + "/y.txt", "no such folder"),
         (lambda root: None, "a\0/b", "no such folder"),
@@ -126,6 +127,7 @@ def test_a_list_keeps_its_order_and_takes_both_kinds_of_paths(tmp_path):
         (lambda root: touch(root, "d/x.npz", "d/y.NPZ", "d/z"), "d", r"2 \.npz, 1 no extension"),
         (lambda root: (root / "d").mkdir(), "d", "no files at all"),
         (lambda root: touch(root, "list.txt"), "list.txt", "is empty"),
+        (lambda root: (root / "list.txt").write_text("gone/1.jpg\n"), "list.txt", "none of the files"),
         (lambda root: touch(root, "one.jpg"), "one.jpg", "is one image"),
         (lambda root: (root / "data.bin").write_bytes(b"PK\0\0"), "data.bin", "not a text file"),
     ],
