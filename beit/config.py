@@ -417,7 +417,8 @@ def _build_parser(config_class: type, prog: str, description: str) -> argparse.A
         allow_abbrev=False,
     )
     for name in _removed(config_class):
-        parser.add_argument(f"--{name}", nargs="?", help=argparse.SUPPRESS)  # refused with the values
+        # refused with the values
+        parser.add_argument(f"--{name}", f"--no_{name}", dest=name, nargs="?", help=argparse.SUPPRESS)
     overrides = _files_of(config_class).overrides
     if "config" not in fields:
         parser.add_argument("--config", metavar="YAML", help="settings file or recipe name; flags override it")

@@ -222,9 +222,10 @@ def reader(
 
 
 def require_all_read(loader: EpochLoader) -> None:
-    """Raises :class:`InputError` if some of a loader's images could not be read."""
+    """Raises :class:`InputError` if some of a loader's images could not be read, or their output was not finite."""
     if found := [loader.dataset.name(number) for number in loader.unreadable]:
-        raise InputError(f"{len(found)} of {len(loader.dataset)} images could not be read: {listed(found)}")
+        done = "used" if NOT_FINITE in loader.unreadable.values() else "read"
+        raise InputError(f"{len(found)} of {len(loader.dataset)} images could not be {done}: {listed(found)}")
 
 
 def leave_out(loader: EpochLoader, number: int) -> None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from beit.errors import InputError
+
 IGNORED = 255  # label of pixels that no loss and no metric counts
 
 
@@ -25,8 +27,10 @@ class Confusion:
     def update(self, prediction: Tensor, label: Tensor) -> None:
         """Adds an image's pixels, integers ``(H, W)``: predicted classes in [0, K), and labels, ignored from K on.
 
-        Data sets check their labels when they read them.
+        Data sets check their labels when they read them. Raises :class:`InputError` if the two differ in size.
         """
+        if prediction.shape != label.shape:
+            raise InputError(f"a prediction of {(*prediction.shape,)} pixels for a label map of {(*label.shape,)}")
         device = self._counts.device
         # Moved as they are: int64 made in host memory is not pinned, and copying it makes the host wait.
         right, found = (

@@ -548,7 +548,7 @@ def test_wrong_inputs_are_named():
 def test_official_keywords_without_a_meaning(keyword, value):
     # Breaks official code that passes them at their default, or drops silently what a user asked for.
     assert isinstance(classifier(**{keyword: None}), VisionTransformer)
-    with pytest.raises(InputError, match=f"{keyword}={value} has no meaning"):
+    with pytest.raises(InputError, match=f"{keyword}={value} has no meaning here: use (num_heads|drop_path_rate)"):
         classifier(**{keyword: value})
 
 

@@ -128,7 +128,7 @@ def open_checkpoint(
     architecture = architecture_of(weights, metadata, images=True)
     with torch.device("meta"):  # to draw initial values would take longer than to read a checkpoint
         model = architecture.build()
-    model.to_empty(device="cpu")
+    model.to_empty(device=torch.get_default_device())
     if model.relative_position_index is not None:
         model.relative_position_index.copy_(relative_position_index(model.patch_embed.grid_size))
     report = load_weights(model, weights, metadata)

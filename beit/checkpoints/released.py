@@ -1,9 +1,10 @@
 """The officially released checkpoints, and how a name, an address or a hub id becomes a file on this machine."""
 
 import hashlib
+import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 from beit.data.preprocessing import default_crop_pct, normalization
 from beit.errors import InputError, did_you_mean
-from beit.storage import beit_home, check_form, download, offline, read_json
+from beit.storage import beit_home, check_form, download, load_checkpoint, offline, read_json
+
+logger = logging.getLogger(__name__)
 
 RELEASES = "https://github.com/addf400/files/releases/download"
 # Where the files used to be: many command lines still have these addresses, with or without an access token.
@@ -119,27 +122,40 @@ def resolve(source: str | os.PathLike[str]) -> Path:
         return _fetch(text)
     path = Path(text).expanduser()
     if path.exists():
-        return _checkpoint_in(path) or path
+        return max(_checkpoints_in(path), key=_progress, default=path)
     if (row := released_at(text)) is not None and path.parent == Path():
         return download(row.urls, beit_home() / "checkpoints" / f"{row.name}.pth", verify=check_form)
     is_path = path.suffix in CHECKPOINT_SUFFIXES or path.parent.is_dir()
     if (match := _HUB_ID.fullmatch(text)) and (":" in text or not is_path):
         return _fetch_from_hub(match[1], match[2])
     beside = path.parent.iterdir() if path.parent.is_dir() else ()
-    near = [entry.name for entry in beside if entry.suffix in CHECKPOINT_SUFFIXES or _checkpoint_in(entry)]
+    near = [entry.name for entry in beside if entry.suffix in CHECKPOINT_SUFFIXES or _checkpoints_in(entry)]
     hint = did_you_mean(path.name, [*near, *RELEASED])
     raise InputError(f"there is no checkpoint {text}{hint}; `beit models` lists the released names")
 
 
-def _checkpoint_in(folder: Path) -> Path | None:
-    """Returns the folder itself if it is a checkpoint, or the checkpoint that stands for a run; None without any."""
+def _checkpoints_in(folder: Path) -> Sequence[Path]:
+    """Returns the folder itself if it is a checkpoint, or those that may stand for a run: the best one, else all."""
     if not os.path.isdir(folder):
-        return None
+        return ()
     if any(os.path.isfile(folder / name) for name in (*FOLDER_WEIGHTS, PIECES_INDEX)):
-        return folder
+        return (folder,)
     if os.path.isfile(best := folder / "checkpoint-best.pth"):
-        return best
-    return max(folder.glob("checkpoint-*.pth"), key=lambda file: file.stat().st_mtime, default=None)
+        return (best,)
+    return [file for file in sorted(folder.glob("checkpoint-*.pth")) if os.path.isfile(file)]
+
+
+def _progress(path: Path) -> tuple[int, int]:
+    """Returns the epoch and the step at which a checkpoint was written, the first if it is damaged."""
+    if path.name == "checkpoint-best.pth" or path.is_dir():
+        return 0, 0  # the only one
+    try:
+        checkpoint = load_checkpoint(path, mmap=True)
+        progress = checkpoint.get("progress") or {"epoch": checkpoint.get("epoch", -1) + 1, "step": 0}
+        return progress["epoch"], progress["step"]
+    except (InputError, AttributeError, KeyError, TypeError) as error:
+        logger.warning("%s is passed over: %s", path.name, error)
+        return -1, 0
 
 
 def _fetch(url: str) -> Path:

@@ -52,4 +52,6 @@ def _refuse(words: Sequence[str], commands: Mapping[str, Command]) -> None:
     siblings = [name for name in commands if name.split()[0] == words[0]]
     given = " ".join(words[:2]) if siblings else words[0]
     hint = did_you_mean(given, siblings or [*commands, *(name.split()[0] for name in commands)])
-    raise InputError(f"unknown command {given!r}{hint}: choose {', '.join(siblings or commands)}")
+    problem = "incomplete command" if given in {name.split()[0] for name in siblings} else "unknown command"
+    hint = hint if problem.startswith("unknown") else ""
+    raise InputError(f"{problem} {given!r}{hint}: choose {', '.join(siblings or commands)}")

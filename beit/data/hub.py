@@ -128,7 +128,8 @@ def open_hub(source: str, splits: Sequence[str] = TRAINING, masks: bool = False)
     rows = rows.cast_column(image, datasets.Image(decode=False)) if image in pictures else rows
     where = f", {counted(len(names), 'class')} in column {label}" if names else ""
     logger.info("%s: %s in column %s of %s%s", source, counted(len(rows), "image"), image, split, where)
-    root = source if found["split"] else source.replace(found["place"], f"{found['place']}:{split}", 1)
+    end = len(PREFIX + found["place"])
+    root = source if found["split"] else f"{source[:end]}:{split}{source[end:]}"
     return HubImages(root, names, rows, image, labels)
 
 

@@ -286,7 +286,9 @@ def run(task: Task[Any]) -> Result:
         )
         task.loader.while_waiting = trainer.stop_wish.obey
         start_epoch = task.config.start_epoch if isinstance(task.config, EpochOptions) else 0
-        path = str(resolve(task.config.resume)) if task.config.resume else ""
+        path = task.config.resume
+        if path:
+            path = str((os.path.isdir(path) and newest_checkpoint(Path(path))) or resolve(path))
         session.resume(trainer, path=path, auto=task.config.auto_resume, start_epoch=start_epoch)
         for line in (*task.summary(), plan(task.config, trainer)):
             logger.info("%s", line)

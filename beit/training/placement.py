@@ -84,7 +84,8 @@ def _slurm_placement(env: Mapping[str, str]) -> Placement:
 
 def leads(env: Mapping[str, str] = os.environ) -> bool:
     """Whether this process is the first of its run, by whatever a launcher has set; before any flag is read."""
-    ranks = (env.get(name, "") for name in ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"))
+    open_mpi = ("OMPI_COMM_WORLD_RANK",) if "MASTER_ADDR" in env else ()  # else its processes are runs of their own
+    ranks = (env.get(name, "") for name in ("RANK", *open_mpi, "SLURM_PROCID"))
     return next((not rank.lstrip("0") for rank in ranks if rank.isdecimal()), True)
 
 

@@ -211,7 +211,8 @@ def test_two_images_for_one_label_map(folders):
 def test_folders_that_are_missing_or_empty(folders):
     with pytest.raises(InputError) as error:
         find_pairs(folders / "images", folders / "label")
-    assert one_line(error) == f"no such folder or list of images: {folders / 'label'}"
+    missing = f"no such folder or list of images: {folders / 'label'}"
+    assert one_line(error) == f"{missing} (did you mean 'labels'?)"
     for images, labels in (("images", "labels/a.png"), ("images", "a-*.tar"), ("a-*.tar", "labels")):
         with pytest.raises(
             InputError, match=r"(a\.png|a-\*\.tar) is not a folder: images with label maps are"

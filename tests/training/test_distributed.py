@@ -66,9 +66,10 @@ def test_open_mpi_only_when_asked_for():
 
 def test_one_process_tells_of_mistakes_whatever_started_it():
     # Breaks if each process of mpirun prints a misspelt flag, or the first one of a node where torchrun counts.
-    first = {}, {"RANK": "x"}, {"OMPI_COMM_WORLD_RANK": "00"}, {"RANK": "0", "SLURM_PROCID": "1"}
-    assert all(leads(env) for env in first)
-    assert not any(leads(env) for env in ({"RANK": "8", "SLURM_PROCID": "0"}, {"OMPI_COMM_WORLD_RANK": "9" * 5000}))
+    mpi = {"OMPI_COMM_WORLD_RANK": "9" * 5000}
+    first = {}, {"RANK": "x"}, mpi, {**mpi, "OMPI_COMM_WORLD_RANK": "00"}, {"RANK": "0", "SLURM_PROCID": "1"}
+    assert all(leads(env) for env in first)  # without an address to meet at, mpirun's processes are runs of their own
+    assert not any(leads(env) for env in ({"RANK": "8", "SLURM_PROCID": "0"}, {**mpi, "MASTER_ADDR": "head"}))
 
 
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "head", "MASTER_PORT": "99"}
