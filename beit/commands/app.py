@@ -76,7 +76,9 @@ def serve(blocks: "Blocks", port: int | None) -> str:
             css=STYLE,
         )
     except OSError as error:
-        raise InputError(f"--port {port or 'of 7860 and the next hundred'}: {error}") from error
+        raise InputError(
+            f"--port {port or 'of 7860 and the next hundred'} is taken or refused: give another"
+        ) from error
     return str(address)
 
 

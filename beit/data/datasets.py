@@ -26,7 +26,7 @@ from beit.data.preprocessing import COLOURS
 from beit.errors import InputError, counted
 
 logger = logging.getLogger(__name__)
-_warned = set[str]()  # modes of images, once per process
+_warned = set[str]()  # kinds of images
 
 LABEL = "label"  # key of a sample's class id
 UNREADABLE = "unreadable"  # key of a sample for the images that it had to replace
@@ -316,7 +316,17 @@ def _decoded(image: ImageFile.ImageFile) -> Image.Image:
     image.load()
     if 0 in image.size:
         raise UnreadableImageError("it has no pixels")
+    if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
+        text = "%s has %d pages, and only the first is read: with --in_chans, pages are channels"
+        _warn_once("pages", text, image, image.n_frames)
     return to_rgb(upright(image))
+
+
+def _warn_once(kind: str, text: str, image: Image.Image, *args: object) -> None:
+    """Warns of the first image of a kind in a process, by the name of its file."""
+    if kind not in _warned:
+        _warned.add(kind)
+        logger.warning(text, getattr(image, "filename", "") or "an image", *args)  # in a shard it has no file
 
 
 def _plain_jpeg(image: ImageFile.ImageFile) -> Tensor | None:
@@ -372,7 +382,10 @@ def _from_deep_grey(image: Image.Image) -> Image.Image:
     For 16 bits that is 65535, else the first of 1 (for floats), 255 and 65535 that is exceeded by a tenth at most, as
     resampling may; what lies outside is clipped. Where that leaves nearly nothing of an image, a warning says so.
     """
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0)
+    values = np.asarray(image, dtype=np.float64)
+    if not np.isfinite(values).any():
+        raise UnreadableImageError("none of its values is finite")
+    values = np.nan_to_num(values, posinf=0.0, neginf=0.0)
     largest = float(values.max())
     if image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):
         full = 65535.0
@@ -380,12 +393,9 @@ def _from_deep_grey(image: Image.Image) -> Image.Image:
         ranges = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
         full = next((full for full in ranges if largest <= 1.1 * full), largest)
     if 0 < largest < full / 16 or values.min() < -0.1 * full or largest > 1.1 * 65535:
-        name = getattr(image, "filename", "") or "an image"  # in a shard or a data set it has no file
         text = (
             "%s has more than 8 bits (mode %s) and is black or cut off with 8: convert all such images to 8 bits alike"
         )
-        if image.mode not in _warned:
-            _warned.add(image.mode)
-            logger.warning(text, name, image.mode)
+        _warn_once(image.mode, text, image, image.mode)
     grey = np.clip(values / full * 255, 0, 255).round().astype(np.uint8)
     return Image.fromarray(grey).convert("RGB")

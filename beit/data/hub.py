@@ -123,6 +123,8 @@ def open_hub(source: str, splits: Sequence[str] = TRAINING, masks: bool = False)
     if not image:
         what = "label maps" if masks else "images"
         raise InputError(f"{source} has no column of {what} that its type tells: it has {listed(every, 9)}")
+    if not types[image].startswith(("binary", "large_binary", "struct<", "string", "large_string")):
+        raise InputError(f"{source}: column {image} holds {types[image]}, not images; it has {listed(every, 9)}")
     names, labels = _classes(source, rows, label)
     rows = rows.with_format(None).select_columns([image])
     rows = rows.cast_column(image, datasets.Image(decode=False)) if image in pictures else rows
@@ -150,7 +152,8 @@ def _split(
                 import_module("huggingface_hub").constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
             found = datasets.load_dataset(place, name, split=split, cache_dir=cache)
     except Exception as error:  # the library's own, pyarrow's and those of its HTTP client
-        raise InputError(f"{source} cannot be opened: {' '.join(str(error).split())[:300]}") from error
+        here = "" if os.path.isdir(place) else f"; there is no folder {place} here"
+        raise InputError(f"{source} cannot be opened: {' '.join(str(error).split())[:300]}{here}") from error
     if isinstance(found, datasets.Dataset):
         found = {split or "train": found}
     chosen = split or next((name for name in splits if name in found), "")

@@ -450,3 +450,18 @@ def test_greys_of_another_range_are_warned_of_once(tmp_path, values, grey_warnin
         read_back(tmp_path / name, Image.fromarray(values.reshape(5, 10)))
     (warning,) = grey_warnings()
     assert warning.startswith(f"{tmp_path / 'x.tif'} has more than 8 bits")
+
+
+def test_an_image_without_a_finite_value_is_unreadable(tmp_path):
+    Image.fromarray(np.full((5, 10), np.nan, np.float32)).save(tmp_path / "x.tif")
+    with pytest.raises(UnreadableImageError, match="none of its values is finite"):
+        read_image(tmp_path / "x.tif")
+
+
+def test_pages_that_are_not_read_are_warned_of_once(tmp_path, grey_warnings):
+    pages = [Image.new("L", (10, 5), 100 + page) for page in range(3)]
+    pages[0].save(tmp_path / "x.tif", save_all=True, append_images=pages[1:])
+    for _ in range(2):
+        assert np.asarray(read_image(tmp_path / "x.tif")).max() == 100
+    (warning,) = grey_warnings()
+    assert warning.startswith(f"{tmp_path / 'x.tif'} has 3 pages")

@@ -165,6 +165,7 @@ def test_other_classes_in_validation_name_both_splits(site, tmp_path):
         ("hf:{site}/saved:test", "has no split test: it has train, validation"),
         ("hf:{site}/typed?picture=x", r"\?picture: known are image"),
         ("hf:{site}/typed?image=photo", "no column 'photo'.*it has image, label"),
+        ("hf:{site}/typed?image=label", "column label holds int64, not images"),
         ("hf:{site}/nothing", "cannot be opened: "),
     ],
 )
