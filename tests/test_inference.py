@@ -320,7 +320,7 @@ def test_predict_finds_the_same_however_it_reads(checkpoint, picture, tmp_path, 
 def test_larger_images_come_in_smaller_batches(model):
     assert batch_size_of(make_classifier(img_size=224, patch_size=16)) == 32
     assert batch_size_of(make_classifier(img_size=640, patch_size=16)) == 3
-    assert batch_size_of(make_classifier(img_size=2048, patch_size=16)) == 1
+    assert batch_size_of(make_classifier(img_size=1024, patch_size=16)) == 1
 
 
 def test_a_name_cannot_act_on_the_terminal(checkpoint, picture, tmp_path, capsys):
