@@ -392,7 +392,8 @@ def run_script(body):
         print(*[process.pid for process in multiprocessing.active_children()], flush=True)
         {body}
     """
-    return run("-c", textwrap.dedent(script), check=False, timeout=60)
+    # Without the warning of torch that two workers are many for one core.
+    return run("-W", "ignore::UserWarning", "-c", textwrap.dedent(script), check=False, timeout=60)
 
 
 @pytest.mark.slow
