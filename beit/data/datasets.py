@@ -316,9 +316,9 @@ def _decoded(image: ImageFile.ImageFile) -> Image.Image:
     image.load()
     if 0 in image.size:
         raise UnreadableImageError("it has no pixels")
-    if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
+    if image.format == "TIFF" and (pages := getattr(image, "n_frames", 1)) > 1:
         text = "%s has %d pages, and only the first is read: with --in_chans, pages are channels"
-        _warn_once("pages", text, image, image.n_frames)
+        _warn_once("pages", text, image, pages)
     return to_rgb(upright(image))
 
 
