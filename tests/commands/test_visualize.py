@@ -63,7 +63,7 @@ def site(tmp_path_factory):
     save_run(folder / "hog.pth", replace(SETTINGS), 192, target="HOG of 9 directions")
     registered = {"args": {**to_plain(pixels), "target": "hog"}, "target": "HOG of 9 directions"}
     save_checkpoint(folder / "registered.pth", {**load_checkpoint(folder / "hog.pth"), **registered})
-    moved = replace(SETTINGS, discrete_vae_weight_path="demo/dvae")
+    moved = replace(SETTINGS, discrete_vae_weight_path="elsewhere/dvae")
     save_run(folder / "moved.pth", moved, TOKENS, target="visual tokens")
     save_run(folder / "elsewhere.pth", SETTINGS, TOKENS)
     classifier = create_model("beit_tiny_patch16_224", img_size=32, num_classes=3, **TINY)
@@ -117,7 +117,7 @@ def test_a_tokenizer_elsewhere_is_given_by_hand(site):
         ("features.pth", "was trained to predict a teacher's features, which this command cannot draw"),
         ("hog.pth", "was trained to predict HOG of 9 directions, which this command cannot draw"),
         ("registered.pth", "was trained to predict HOG of 9 directions, which this command cannot draw"),
-        ("moved.pth", "--tokenizer is missing: the folder of the tokenizer the model was trained with; demo/dvae, "),
+        ("moved.pth", "--tokenizer is missing: the folder of the tokenizer the model was trained with; elsewhere/dvae, "),
         ("classifier.pth", "has nothing to reconstruct: needed is"),
         ("bare.pth", "80 rows, no square, and no image size"),
         ("nowhere.pth", "nowhere.pth"),
