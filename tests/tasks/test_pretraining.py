@@ -262,7 +262,8 @@ def test_a_run_starts_from_a_vit_with_its_mask_token(good_flags, tmp_path):
     assert not [name for name in weights if "relative" in name]
 
 
-def test_a_run_learns_from_a_teacher_and_goes_on_with_no_other(good_flags, tmp_path, capsys, caplog):
+def test_a_run_learns_from_a_teacher_and_goes_on_with_no_other(good_flags, tmp_path, capsys, caplog, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # nobody is asked for timm's weights
     for name, seed in (("teacher", 0), ("other", 1)):
         torch.manual_seed(seed)
         model = create_model("beit_tiny_patch16_224", img_size=32, num_classes=0, **TINY)
