@@ -353,6 +353,17 @@ def settings_in(checkpoint: Mapping[str, Any]) -> Mapping[str, object]:
     return args if isinstance(args, Mapping) else {}
 
 
+def position_of(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Returns where a run continues from a checkpoint: the epoch, and the optimizer steps already done in it."""
+    progress = checkpoint.get("progress")
+    try:
+        if progress is not None:
+            return int(progress["epoch"]), int(progress["step"])
+        return int(checkpoint.get("epoch", -1)) + 1, 0  # an official file, written at the end of an epoch
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"the checkpoint does not say where its run was: {error!r}") from error
+
+
 def differences(names: Sequence[str], given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
     """Shows the shapes in a file (``given``) and a model (``own``) of the first two of the ``names`` that differ."""
 

@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 from beit.data.preprocessing import default_crop_pct, normalization
 from beit.errors import InputError, did_you_mean
-from beit.storage import beit_home, check_form, download, load_checkpoint, offline, read_json
+from beit.storage import beit_home, check_form, download, load_checkpoint, offline, position_of, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -150,10 +150,8 @@ def _progress(path: Path) -> tuple[int, int]:
     if path.name == "checkpoint-best.pth" or path.is_dir():
         return 0, 0  # the only one
     try:
-        checkpoint = load_checkpoint(path, mmap=True)
-        progress = checkpoint.get("progress") or {"epoch": checkpoint.get("epoch", -1) + 1, "step": 0}
-        return progress["epoch"], progress["step"]
-    except (InputError, AttributeError, KeyError, TypeError) as error:
+        return position_of(load_checkpoint(path, mmap=True))
+    except (InputError, AttributeError) as error:
         logger.warning("%s is passed over: %s", path.name, error)
         return -1, 0
 

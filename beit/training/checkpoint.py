@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from beit.errors import InputError, listed
-from beit.storage import Checkpoint, atomic_write, differences, load_checkpoint, save_checkpoint
+from beit.storage import Checkpoint, atomic_write, differences, load_checkpoint, position_of, save_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -215,17 +215,6 @@ def _check_folder(checkpoint: Checkpoint, path: Path) -> Path | None:
     if PIECES in checkpoint and not (folder / _PIECES_INDEX).is_file():
         raise InputError(f"{path} needs the folder {folder}, which lacks {_PIECES_INDEX}; choose another checkpoint")
     return folder
-
-
-def position_of(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Returns where a run continues from a checkpoint: the epoch, and the optimizer steps already done in it."""
-    progress = checkpoint.get("progress")
-    try:
-        if progress is not None:
-            return int(progress["epoch"]), int(progress["step"])
-        return int(checkpoint.get("epoch", -1)) + 1, 0  # an official file, written at the end of an epoch
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"the checkpoint does not say where its run was: {error!r}") from error
 
 
 def folder_beside(source: str, name: str) -> Path:

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from beit.errors import InputError
-from beit.storage import load_checkpoint
+from beit.storage import load_checkpoint, position_of
 from beit.training import distributed
-from beit.training.checkpoint import RunFolder, newest_checkpoint, position_of
+from beit.training.checkpoint import RunFolder, newest_checkpoint
 from beit.training.console import configure_console
 from beit.training.environment import ENVIRONMENT, describe_environment
 from beit.training.loop import Trainer

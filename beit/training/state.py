@@ -10,9 +10,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from beit.errors import InputError
-from beit.storage import Checkpoint, settings_in
+from beit.storage import Checkpoint, position_of, settings_in
 from beit.training import distributed
-from beit.training.checkpoint import PIECES, RunFolder, folder_beside, load_exactly, position_of, to_cpu
+from beit.training.checkpoint import PIECES, RunFolder, folder_beside, load_exactly, to_cpu
 from beit.training.logging import Averages
 from beit.training.meaning import SCORES, compare, plain
 from beit.training.optim import load_optimizer

@@ -117,7 +117,10 @@ def test_a_tokenizer_elsewhere_is_given_by_hand(site):
         ("features.pth", "was trained to predict a teacher's features, which this command cannot draw"),
         ("hog.pth", "was trained to predict HOG of 9 directions, which this command cannot draw"),
         ("registered.pth", "was trained to predict HOG of 9 directions, which this command cannot draw"),
-        ("moved.pth", "--tokenizer is missing: the folder of the tokenizer the model was trained with; elsewhere/dvae, "),
+        (
+            "moved.pth",
+            "--tokenizer is missing: the folder of the tokenizer the model was trained with; elsewhere/dvae, ",
+        ),
         ("classifier.pth", "has nothing to reconstruct: needed is"),
         ("bare.pth", "80 rows, no square, and no image size"),
         ("nowhere.pth", "nowhere.pth"),

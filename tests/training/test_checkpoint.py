@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from beit.errors import InputError
-from beit.storage import save_checkpoint
-from beit.training.checkpoint import BEST, LAST, RunFolder, load_exactly, newest_checkpoint, numbered_file, position_of
+from beit.storage import position_of, save_checkpoint
+from beit.training.checkpoint import BEST, LAST, RunFolder, load_exactly, newest_checkpoint, numbered_file
 
 
 def hold(folder, with_child=False):
