@@ -1149,3 +1149,14 @@ def test_weights_under_the_only_key_that_has_any_are_found(key, tmp_path):
     torch.save({key: weights, "other": weights}, tmp_path / "b.pth")
     with pytest.raises(InputError, match=f"it has {key}, other"):
         read_weights(tmp_path / "b.pth")
+
+
+def test_a_run_folder_without_a_best_checkpoint_is_its_most_advanced_whole_one(tmp_path):
+    # Breaks if file times decide, which copies do not keep, or if a damaged file or a broken link ends the search.
+    for name, epoch in (("checkpoint-4.pth", 5), ("checkpoint-0.pth", 1)):
+        save_checkpoint(tmp_path / name, {"model": {}, "progress": {"epoch": epoch, "step": 0}})
+    (tmp_path / "checkpoint-9.pth").write_bytes(b"PK\3\4cut")
+    (tmp_path / "checkpoint-7.pth").symlink_to("nowhere")
+    assert resolve(tmp_path) == tmp_path / "checkpoint-4.pth"
+    save_checkpoint(tmp_path / "checkpoint-best.pth", {"model": {}, "epoch": 0})
+    assert resolve(tmp_path) == tmp_path / "checkpoint-best.pth"
