@@ -101,8 +101,9 @@ class PatchEmbed(nnx.Module):
         """Embeds images ``(B, C, H, W)`` as tokens ``(B, N, D)``, row by row."""
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise InputError(f"images are {images.dtype}: give floating point numbers, normalised as in training")
-        wanted = (*images.shape[:1], self.proj.in_features, *self.img_size)
-        if images.shape != wanted:
+        channels, (height, width) = self.proj.in_features, self.img_size
+        if images.ndim != 4 or images.shape[1:] != (channels, height, width):
+            wanted = f"(B, {channels}, {height}, {width})"
             raise InputError(f"images have shape {images.shape}, not {wanted}: see model.set_input_size((H, W))")
         return rearrange(self.proj(rearrange(images, "b c h w -> b h w c")), "b h w d -> b (h w) d")
 

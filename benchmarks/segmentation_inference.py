@@ -11,7 +11,6 @@ Weights are random, so that classes lie closer together than those of a trained 
 import argparse
 import logging
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -285,4 +284,4 @@ def _sizes(args: argparse.Namespace) -> Mapping[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -179,8 +179,8 @@ def test_mistakes_are_one_line():
     classifier, masked = (from_torch(random_model(kind)) for kind in ("classifier", "pre-training"))
     images = jnp.zeros((2, 3, 32, 48))
     for call, message in (
-        (lambda: classifier(images[..., :40]), r"images have shape \(2, 3, 32, 40\), not \(2, 3, 32, 48\)"),
-        (lambda: classifier(images[0]), r"images have shape"),
+        (lambda: classifier(images[..., :40]), r"images have shape \(2, 3, 32, 40\), not \(B, 3, 32, 48\)"),
+        (lambda: classifier(images[0]), r"images have shape \(3, 32, 48\), not \(B, 3, 32, 48\)"),
         (lambda: classifier(images.astype("uint8")), "images are uint8: give floating point numbers"),
         (lambda: classifier.set_input_size("x"), "'x' is no size"),
         (lambda: save_in_jax(random_model("classifier"), "a.pth"), "VisionTransformer is no model of beit.jax"),

@@ -139,6 +139,8 @@ def score(
     similarities, indices = nearest(queries.features[feature.name].to(device), train, max(config.k))
     own = queries.labels.to(device)
     readable = distributed.sum_over_ranks((own >= 0).sum()).item()
+    if not readable:
+        raise InputError("none of the validation images can be read")
     results = []
     for k in config.k:
         votes = vote(similarities[:, :k], labels[indices[:, :k]], config.temperature, num_classes)

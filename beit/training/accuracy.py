@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from beit.errors import InputError
+
 TOP_K = 5
 
 
@@ -27,6 +29,11 @@ def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def rates(counts: Tensor) -> Mapping[str, float]:
-    """Returns ``loss`` (mean cross-entropy), ``acc1`` and ``acc5`` (percent) of sums over all processes, ``(4,)``."""
+    """Returns ``loss`` (mean cross-entropy), ``acc1`` and ``acc5`` (percent) of sums over all processes, ``(4,)``.
+
+    Raises :class:`InputError` if no image was counted.
+    """
     loss, first, among_first, images = counts.tolist()
+    if not images:
+        raise InputError("none of the validation images can be read")
     return {"loss": loss / images, "acc1": 100 * first / images, "acc5": 100 * among_first / images}

@@ -165,6 +165,10 @@ def test_a_query_that_cannot_be_read_is_left_out(images, checkpoint, tmp_path):
     ]
     assert scores[0] == scores[1]
     assert all((score * 7 / 100) == pytest.approx(round(score * 7 / 100)) for score in scores[0])
+    for picture in (damaged / "val").rglob("*.png"):
+        picture.write_bytes(b"no image")
+    with pytest.raises(InputError, match="none of the validation images can be read"):
+        knn.evaluate(settings(damaged, checkpoint=str(checkpoint)))
 
 
 def test_a_table_and_a_file_are_written(images, checkpoint, tmp_path, capsys):

@@ -44,7 +44,10 @@ def test_the_whole_chain(site, capsys):
     small = ("--codebook_size", "16", "--codebook_dim", "8", "--hidden_dim", "8", "--input_size", "32")
     assert beit(["dvae", *run, *small, "--quantizer", "gumbel", "--output_dir", str(folder / "dvae")]) == 0
     tokenizer = load_tokenizer(folder / "dvae")
-    assert tokenizer.decode(tokenizer.encode(torch.rand(1, channels, 32, 32))).shape == (1, channels, 32, 32)
+    images = torch.rand(1, channels, 32, 32)
+    assert tokenizer.decode(tokenizer.encode(images)).shape == (1, channels, 32, 32)
+    of_run = load_tokenizer(folder / "dvae" / "checkpoint-0.pth")
+    assert torch.equal(of_run.encode(images), tokenizer.encode(images))
     with Image.open(folder / "dvae" / "reconstructions.png") as picture:
         assert picture.mode == "RGB"
     pretrain = ["pretrain", *run, *TINY, *MASKS, "--warmup_epochs", "0", *STATISTICS[channels]]

@@ -587,6 +587,21 @@ def test_an_image_that_cannot_be_read_is_left_out_of_the_evaluation(good_flags, 
     without = evaluate_checkpoint(parse("--eval", "--resume", tmp_path / "model.pth", *flags))
     assert damaged == pytest.approx(without)
     assert "unreadable image" in caplog.text
+    for picture in pictures[1:]:
+        picture.write_bytes(b"no image")
+    with pytest.raises(InputError, match="none of the validation images can be read"):
+        evaluate_checkpoint(parse("--eval", "--max_unreadable", 99, "--resume", tmp_path / "model.pth", *flags))
+
+
+def test_a_folder_to_resume_is_its_newest_checkpoint(good_flags, tmp_path, caplog):
+    # Breaks if it is the best one, as where a checkpoint is only read: trained epochs would be lost.
+    caplog.set_level(logging.INFO, "beit")
+    assert call(good_flags, save_ckpt_freq=1) == 0
+    run = good_flags["--output_dir"]
+    shutil.copy(run / "checkpoint-0.pth", run / "checkpoint-best.pth")
+    assert call(good_flags, output_dir=tmp_path / "longer", resume=run, epochs=3) == 0
+    assert f"resuming {run / 'checkpoint-1.pth'} at epoch 2, step 0" in caplog.text
+    assert [entry["epoch"] for entry in log_of(tmp_path / "longer")] == [2]
 
 
 def test_a_run_does_not_go_on_with_other_classes(good_flags, tmp_path, capsys):
