@@ -292,6 +292,7 @@ def test_an_image_whose_output_is_no_number_is_named_and_costs_no_other(tmp_path
         ImageDataset(index_files(images), ClassificationEvalTransform(32))
 
 
+@pytest.mark.slow
 def test_predict_finds_the_same_however_it_reads(checkpoint, picture, tmp_path, capsys, monkeypatch):
     # Broken by answers under other images' names, where batches come from several processes or some are left out.
     monkeypatch.setattr("beit.inference.TOKENS_AT_ONCE", 60)

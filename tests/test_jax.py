@@ -18,6 +18,7 @@ from beit.modeling import VisionTransformer, VisionTransformerForMaskedImageMode
 from beit.storage import load_checkpoint, save_checkpoint
 from beit.zoo import create_model, get_model
 
+pytestmark = pytest.mark.slow  # each shape is compiled
 jax.config.update("jax_disable_most_optimizations", True)  # what is compiled here runs once
 
 SIZES = {"img_size": (32, 48), "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "init_values": 0.1}

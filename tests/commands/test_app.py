@@ -204,6 +204,7 @@ ODD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ODD)
 def test_odd_images_are_shown(folder, tmp_path, name):
     ODD[name]().save(tmp_path / name)

@@ -276,6 +276,7 @@ def test_a_users_mistake_in_a_worker_stays_one_line(workers):
     loader.close()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_one_clear_error_and_the_loader_lives_on():
     loader = EpochLoader(Numbers(20, die_at_9), 2, num_workers=2, shuffle=False)
     start = time.monotonic()
@@ -287,6 +288,7 @@ def test_a_killed_worker_is_one_clear_error_and_the_loader_lives_on():
     loader.close()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_does_not_interrupt_what_the_main_process_does():
     # PyTorch's handler of SIGCHLD raises at any line of the main program, such as in the middle of a save.
     loader = EpochLoader(Numbers(20), 2, num_workers=2)
@@ -337,6 +339,7 @@ def test_a_signal_to_all_processes_does_not_take_the_workers():
     loader.close()
 
 
+@pytest.mark.slow
 def test_a_signal_to_workers_that_have_just_started_waits_until_they_are_ready(monkeypatch):
     # Breaks if signals are not held back while workers start: they would end the ones that have no handler yet.
     ready = _start_worker
@@ -423,6 +426,7 @@ def alive(pid):
         return False
 
 
+@pytest.mark.slow
 def test_workers_that_hang_are_told_and_do_not_outlive_a_wish_to_stop(caplog, monkeypatch):
     # Breaks if the loader waits without a look at the clock: no signal could end such a run.
     class Wish(Exception):
@@ -448,6 +452,7 @@ def test_workers_that_hang_are_told_and_do_not_outlive_a_wish_to_stop(caplog, mo
     assert worker.exitcode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_workers_that_are_stopped_between_two_epochs_are_told(caplog, monkeypatch):
     # Breaks if the loader waits for what workers answer at the start of an epoch without a look at the clock.
     class Wish(Exception):
@@ -469,6 +474,7 @@ def test_workers_that_are_stopped_between_two_epochs_are_told(caplog, monkeypatc
     assert worker.exitcode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_an_epoch_begins_when_workers_are_done_with_the_one_before(monkeypatch):
     # Breaks if the reset of workers that stay times out: a batch that nobody waits for may take long.
     monkeypatch.setattr(loaders, "LOOK_EVERY", 1)
@@ -478,6 +484,7 @@ def test_an_epoch_begins_when_workers_are_done_with_the_one_before(monkeypatch):
     loader.close()
 
 
+@pytest.mark.slow
 def test_no_shared_memory_is_one_line():
     def fail(_index):
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
