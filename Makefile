@@ -11,10 +11,12 @@ DEMO_RUNS := dvae pretrain finetune-pretrained finetune-scratch segmentation/pre
 REQUIREMENTS := pyproject.toml requirements.txt setup.py
 
 # Tests of a file stay in one process: they share expensive fixtures. TEST_PROCESSES=0 runs everything in one process.
+# In the order of the folders: else files of a single test, which are those that wait longest, would come last.
 # A crashed worker ends the run, since xdist would wait forever for a restarted one. What is compiled is kept, whatever
 # the environment says: pytest rewrites every test, and whole commands import the library again and again.
 PYTEST = PYTHONDONTWRITEBYTECODE= \
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --max-worker-restart=0 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --max-worker-restart=0 \
+	$(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

@@ -400,7 +400,8 @@ class _Parser(argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
         parsed, unknown = self.parse_known_args(args)
         if unknown:
-            hint = did_you_mean(unknown[0].split("=")[0], self._option_string_actions)
+            shown = [name for name, it in self._option_string_actions.items() if it.help is not argparse.SUPPRESS]
+            hint = did_you_mean(unknown[0].split("=")[0], shown)
             self.error(f"unknown argument {unknown[0]}{hint}")
         return parsed
 

@@ -114,7 +114,7 @@ def open_hub(source: str, splits: Sequence[str] = TRAINING, masks: bool = False)
     every = list(types)
     packed = [name for name, kind in types.items() if kind.startswith(("binary", "large_binary", "struct<bytes"))]
     classes = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
-    classes = classes or [name for name in LABEL if name in types and name not in packed][:1]
+    classes = classes or [name for name in LABEL if name in types and name not in packed]
     image, label = _column(source, every, "image", given, pictures or packed, IMAGE), ""
     if masks:
         image = _column(source, every, "label", given, [name for name in pictures if name != image], MASK)
@@ -128,6 +128,8 @@ def open_hub(source: str, splits: Sequence[str] = TRAINING, masks: bool = False)
     names, labels = _classes(source, rows, label)
     rows = rows.with_format(None).select_columns([image])
     rows = rows.cast_column(image, datasets.Image(decode=False)) if image in pictures else rows
+    if isinstance(first := rows[0][image], str) and not os.path.isfile(first):
+        raise InputError(f"{source}: column {image} begins with {first[:40]!r}, no image file; give ?image=COLUMN")
     where = f", {counted(len(names), 'class')} in column {label}" if names else ""
     logger.info("%s: %s in column %s of %s%s", source, counted(len(rows), "image"), image, split, where)
     end = len(PREFIX + found["place"])

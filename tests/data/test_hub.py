@@ -135,6 +135,12 @@ def test_columns_are_named_where_types_do_not_tell(tmp_path, site, caplog):
     assert open_hub(f"hf:{tmp_path / 'test set'}").class_names == ()
 
 
+def test_which_of_several_columns_has_the_labels_is_told(tmp_path, caplog):
+    pq.write_table(pa.table({"image": [b"x"] * 2, "fine_label": [1, 0], "cls": ["b", "c"]}), tmp_path / "train.parquet")
+    assert open_hub(f"hf:{tmp_path}?image=image").class_names == ("b", "c")
+    assert "column cls is taken, of cls, fine_label; ?label=COLUMN names another" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("labels", "first"),
     [([0, 1, -1, 1], 2), ([0, None, 1, None], 1), (["a", "b", "c", ""], 3), ([None, "b", "c", "d"], 0)],
@@ -166,6 +172,7 @@ def test_other_classes_in_validation_name_both_splits(site, tmp_path):
         ("hf:{site}/typed?picture=x", r"\?picture: known are image"),
         ("hf:{site}/typed?image=photo", "no column 'photo'.*it has image, label"),
         ("hf:{site}/typed?image=label", "column label holds int64, not images"),
+        ("hf:{site}/plain?image=cls", "column cls begins with 'ant', no image file; give"),
         ("hf:{site}/nothing", "cannot be opened: "),
     ],
 )

@@ -195,6 +195,8 @@ def test_a_removed_flag_names_its_replacement(tmp_path):
     with pytest.raises(InputError, match="--tokenizer_compile") as caught:
         read_command_line(PretrainingConfig, ["--tokenizer_stream"], "prog", "")
     assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="did you mean '--tokenizer_dtype'"):  # and not the one that is gone
+        read_command_line(PretrainingConfig, ["--tokenizer_strem"], "prog", "")
     for value in ("true", "false"):
         (tmp_path / f"{value}.yaml").write_text(f"epochs: 3\ntokenizer_stream: {value}\n")
     with pytest.raises(InputError, match="--tokenizer_compile"):
