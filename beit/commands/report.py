@@ -149,7 +149,7 @@ def render(runs: Sequence[Run], title: str, pictures: Sequence[str] = (), result
         title=title,
         now=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
         runs=[(run, results_of(run)) for run in runs],
-        curves={kind: _curves(same) for kind, same in kinds.items()},
+        curves={kind: drawn for kind, same in kinds.items() if any(drawn := _curves(same))},
         pictures=list(_pictures(runs, pictures)),
         results={
             name: {key: _shown(value, key) if _is_number(value) else value for key, value in flat(content).items()}

@@ -138,17 +138,19 @@ def draw_pictures(path: str | Path, rows: Sequence[Sequence[Picture]], title: st
     save_figure(pictures_figure(rows, title, **layout), path)
 
 
-def draw_panels(path: str | Path, panels: Mapping[str, Tensor], captions: Sequence[str] = (), title: str = "") -> None:
+def draw_panels(
+    path: str | Path, panels: Mapping[str, Tensor], captions: Sequence[str] = (), title: str = "", **layout: Any
+) -> None:
     """Draws a table with one row per image and one column per version of the images, to a PNG or SVG file.
 
     ``panels`` maps the title of a column to images ``(B, 3, H, W)`` in [0, 1], whose sizes may differ between columns;
-    ``captions`` stand under the last image of each row.
+    ``captions`` stand under the last image of each row; ``layout`` are more arguments of :func:`pictures_figure`.
     """
     rows = [list(map(Picture, versions)) for versions in zip(*panels.values(), strict=True)]
     rows[0] = [replace(picture, title=name) for picture, name in zip(rows[0], panels, strict=True)]
     for row, caption in zip(rows, captions, strict=False):
         row[-1] = replace(row[-1], caption=caption)
-    draw_pictures(path, rows, title)
+    draw_pictures(path, rows, title, **layout)
 
 
 def segmentation_figure(panels: Mapping[str, Tensor], legend: Legend, title: str = "") -> "Figure":

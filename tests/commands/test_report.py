@@ -168,6 +168,8 @@ def test_curves_of_a_kind_share_a_diagram_and_kinds_do_not(pretraining, finetuni
 def test_a_single_epoch_has_results_and_no_curve(tmp_path):
     page = page_of(make_run(tmp_path / "run", FinetuningConfig(), [finetuning_entry(0)]))
     assert "<img" not in page
+    assert "<h2>Curves" not in page
+    assert "<h3>Fine-tuning" not in page
     assert rows_of(page)["top-1 accuracy"] == ["80.00 %"]  # neither a best nor a quoted column
 
 
