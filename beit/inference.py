@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from beit.checkpoints.formats.recorded import RECORDED
 from beit.checkpoints.read import Metadata, class_names, preparation_of
 from beit.data.classification import ClassificationEvalTransform
 from beit.data.datasets import UnreadableImageError, read_channels, read_image, to_rgb, upright
@@ -64,17 +65,18 @@ def inference_model(
         image_or_paths: One or more images: paths, Pillow images, arrays ``(H, W, 3)`` or tensors ``(3, H, W)``, uint8
             or floating point in [0, 1]; an array or tensor with one more axis holds several.
         topk: Number of classes to return per image.
-        metadata: From :func:`beit.zoo.open_model`; by default the model's own.
+        metadata: From :func:`beit.zoo.open_model`, or what differs from the model's own, such as ``mean`` and ``std``.
 
     Returns:
         A dict for one image, a list of dicts for several: ``class`` (index of the top class), ``name``, ``score``
         (its probability) and ``top5`` (named after ``topk``), pairs of name and score in descending order.
 
     Raises:
-        InputError: The model is no classifier, or an image cannot be read or has values that it cannot take.
+        InputError: The model is no classifier, the metadata do not fit it, or an image cannot be read or has values
+            that it cannot take.
     """
     opened, known = _opened(model)
-    classify = Classifier(opened, known if metadata is None else metadata, topk)
+    classify = Classifier(opened, _completed(metadata or {}, known, opened), topk)
     images, several = images_of(image_or_paths)
     batches = _batches(opened, images, classify.preprocessing.transform)
     predictions = [prediction for batch in batches for prediction in classify(batch)]
@@ -306,7 +308,21 @@ def images_of(images: OneImage | Sequence[OneImage]) -> tuple[Sequence[OneImage]
 def _opened(model: AnyModel) -> tuple[Backbone, Metadata]:
     if isinstance(model, Backbone):
         return model, getattr(model, "metadata", None) or {}
+    if not isinstance(model, (str, os.PathLike)):
+        raise InputError(f"a {type(model).__name__} is no model of this library, nor the name of a checkpoint")
     return open_model(model)
+
+
+def _completed(given: Metadata, known: Metadata, model: Backbone) -> Metadata:
+    """Returns what a model records with what is given instead; raises :class:`InputError` if that does not fit it."""
+    lengths = dict.fromkeys(("mean", "std"), model.patch_embed.proj.in_channels)
+    lengths["labels"] = getattr(model, "num_classes", 0)
+    found = {**known, **given}
+    for key in [key for key in given if key in RECORDED and given[key] != known.get(key)]:
+        value = found[key] = RECORDED[key](given[key])
+        if value is None or (key in lengths and len(value) != lengths[key]):
+            raise InputError(f"metadata: {key} {given[key]!r:.60} does not fit the model")
+    return found
 
 
 def _classifier(model: Backbone) -> VisionTransformer:

@@ -113,12 +113,13 @@ def show_result_pyplot(
 ) -> "Figure":
     """Returns a matplotlib figure of an image, its segmentation and a legend; notebooks show it, no window is opened.
 
-    The result is that of :func:`inference_model`; ``out_file`` is a PNG or SVG file to write as well.
+    The result is that of :func:`inference_model`, perhaps as an array; ``out_file`` is a PNG or SVG file to write.
 
     Raises:
         InputError: Image and result differ in size, or the file cannot be written.
     """
-    figure = result_figure(F.pil_to_tensor(decoded(image)), result, classes_of(model), opacity=opacity, title=title)
+    shown, classes = F.pil_to_tensor(decoded(image)), classes_of(model)
+    figure = result_figure(shown, torch.as_tensor(result), classes, opacity=opacity, title=title)
     if out_file is not None:
         save_figure(figure, Path(out_file))
     return figure

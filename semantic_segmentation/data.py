@@ -261,10 +261,9 @@ def read_labels(path: ImageSource) -> NDArray[np.uint8]:
     except UnreadableImageError as error:
         raise InputError(f"cannot read the label map {path}: {error}") from error
     if mode not in ("1", "L", "P") and not mode.startswith("I"):
-        raise InputError(
-            f"{path} is a picture in colours ({mode}), not a label map: that has one number per pixel, as greys or as "
-            "a palette of 8 bits"
-        )
+        what = "of floating-point numbers" if mode == "F" else f"a picture in colours ({mode})"
+        needed = "that has a whole number per pixel, as greys or as a palette of 8 bits"
+        raise InputError(f"{path} is {what}, not a label map: {needed}")
     if isinstance(packed, str) and packed in GREYS_SPREAD_BY:
         labels = labels // GREYS_SPREAD_BY[packed]
     if mode.startswith("I") and not 0 <= labels.min() <= labels.max() <= IGNORED:

@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "beit.checkpoints.formats.*": ("beit.checkpoints.formats.*", "beit.registry"),
     "beit.checkpoints.*": (
         *("beit.checkpoints.*", "beit.storage", "beit.registry", "beit.relative_position", "beit.modeling"),
-        "beit.data.preprocessing",
+        *("beit.outputs", "beit.data.preprocessing"),
     ),
     "beit.zoo": ("beit.modeling", "beit.checkpoints.*", "beit.registry"),
     "beit.jax": ("beit.modeling", "beit.relative_position", "beit.checkpoints.*", "beit.zoo"),

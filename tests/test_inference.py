@@ -89,6 +89,20 @@ def test_what_the_checkpoint_records_is_used(checkpoint, model, picture):
     opened = make_classifier()
     opened.metadata = {**RECORDED, "labels": LABELS}
     assert inference_model(opened, picture) == found
+    other = inference_model(opened, picture, metadata={"mean": (0.5,) * 3, "std": (0.5,) * 3})
+    expected = naive_logits(model, picture, **kept).softmax(0)  # all else stays as recorded
+    assert (other["score"], other["name"]) == (
+        pytest.approx(expected.max().item(), rel=1e-5),
+        LABELS[expected.argmax()],
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("mean", "x"), ("mean", (1, 2)), ("std", (0, 0, 0)), ("std", 0), ("labels", ["a"])]
+)
+def test_metadata_that_do_not_fit_are_one_line(checkpoint, picture, key, value):
+    with pytest.raises(InputError, match=f"metadata: {key} .* does not fit the model"):
+        inference_model(checkpoint, picture, metadata={key: value})
 
 
 def test_imagenets_names_are_known(picture):

@@ -22,10 +22,11 @@ from beit.checkpoints.read import (
     preparation_of,
     read_weights,
 )
-from beit.checkpoints.released import CHECKPOINT_SUFFIXES, FOLDER_WEIGHTS
+from beit.checkpoints.released import CHECKPOINT_SUFFIXES, CONFIG, FOLDER_WEIGHTS, PREPROCESSOR
 from beit.checkpoints.released import resolve as resolve_source
 from beit.data.preprocessing import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from beit.errors import InputError, listed
+from beit.outputs import JSON_MARK, is_ours
 from beit.registry import resolve
 from beit.relative_position import relative_position_index
 from beit.storage import atomic_write, load_checkpoint, save_checkpoint
@@ -95,6 +96,12 @@ def _dialect_for(destination: Path, to: str) -> Dialect:
         raise InputError(f"--to {to} writes one file: name it {destination.with_suffix(dialect.suffixes[0])}")
     if not is_file and destination.is_file():
         raise InputError(f"{destination} is a file, and --to {to} writes a folder")
+    if destination.is_dir():
+        foreign = [file.name for file in destination.glob("checkpoint-*.pth")]
+        if not is_ours(destination / FOLDER_WEIGHTS[0]):
+            foreign += [name for name in (CONFIG, PREPROCESSOR, *FOLDER_WEIGHTS) if (destination / name).exists()]
+        if foreign:
+            raise InputError(f"{destination} holds {listed(foreign)}, which no export wrote: write to another name")
     if not destination.is_file() or not is_file:  # a graph is no checkpoint
         return dialect
     try:
@@ -171,6 +178,6 @@ def _recorded(model: WholeModel) -> Content:
 
 
 def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], recorded: Content) -> None:
-    metadata = {"format": "pt"} | ({FILE_METADATA: json.dumps(recorded)} if recorded else {})
+    metadata = {"format": "pt", **JSON_MARK} | ({FILE_METADATA: json.dumps(recorded)} if recorded else {})
     with atomic_write(path) as file:
         file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=metadata))

@@ -53,6 +53,8 @@ def match_classes(
             matched[name] = own[name].clone()
             matched[name][list(known)] = tensor[list(known.values())].to(own[name])
     rest = f"; from scratch: {listed(fresh)}" if fresh else ""
+    if unused := count - len(known):
+        rest += f"; {unused} of the {count} that it has learnt are none of the data's and do not compete"
     logger.warning("%s: %d of %d classes matched by name%s", source, len(known), len(wanted), rest)
     return {**weights, **matched}, {**metadata, "labels": tuple(classes)}, fresh
 

@@ -163,7 +163,7 @@ def _read(path: Path) -> tuple[Mapping, Content, Content]:
         if not found:
             checkpoints = sorted(entry.name for entry in path.glob("*.pth"))
             hint = f"; give one of its files: {', '.join(checkpoints[-3:])}" if checkpoints else ""
-            raise InputError(f"the folder {path} holds no {' or '.join(FOLDER_WEIGHTS[::2])}{hint}")
+            raise InputError(f"the folder {path} holds no {', '.join(FOLDER_WEIGHTS[::2])} or checkpoint-….pth{hint}")
         path = found[0]
     content: Content = {}
     for file in shards_of(path) if path.name.endswith(".index.json") else [path]:

@@ -194,9 +194,10 @@ def _classes(source: str, rows: Any, column: str) -> tuple[tuple[str, ...], NDAr
     labels = rows.data.column(column)
     without, values = np.array(labels.is_null()), labels.drop_null().to_numpy()
     words = values.dtype == object and all(isinstance(value, str) for value in values)
-    if not words and len(values) and (values.dtype.kind not in "iu" or values.max() >= MOST_CLASSES):
-        what = f"column {column} holds {labels.type}, not names or numbers of classes"
-        raise InputError(f"{source}: {what}; ?label=COLUMN names another")
+    if not words and len(values) and (values.dtype.kind not in "iub" or values.max() >= MOST_CLASSES):
+        what = f"{labels.type}, not names or numbers of classes"
+        what = f"the class {values.max()}, and numbers count from 0" if values.dtype.kind in "iu" else what
+        raise InputError(f"{source}: column {column} holds {what}; ?label=COLUMN names another")
     without[~without] = values == "" if words else values < 0
     if without.any():
         if not without.all():
@@ -206,5 +207,8 @@ def _classes(source: str, rows: Any, column: str) -> tuple[tuple[str, ...], NDAr
     if words:
         found, values = np.unique(values.astype(str), return_inverse=True)
         return tuple(found.tolist()), values
-    names = getattr(rows.features[column], "names", None) or map(str, range(int(values.max()) + 1))
-    return tuple(names), values.astype(np.int64)
+    values = values.astype(np.int64)
+    names = tuple(getattr(rows.features[column], "names", None) or map(str, range(int(values.max()) + 1)))
+    if empty := [names[number] for number in sorted({*range(len(names))} - {*values.tolist()})]:
+        logger.warning("%s: %s without images (%s)", source, counted(len(empty), "class"), listed(empty))
+    return names, values

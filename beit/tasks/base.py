@@ -288,7 +288,10 @@ def run(task: Task[Any]) -> Result:
         start_epoch = task.config.start_epoch if isinstance(task.config, EpochOptions) else 0
         path = task.config.resume
         if path:
-            path = str((os.path.isdir(path) and newest_checkpoint(Path(path))) or resolve(path))
+            found = newest_checkpoint(Path(path)) if os.path.isdir(path) else resolve(path)
+            if found is None:
+                raise InputError(f"--resume {path}: the folder holds no checkpoint of a run")
+            path = str(found)
         session.resume(trainer, path=path, auto=task.config.auto_resume, start_epoch=start_epoch)
         for line in (*task.summary(), plan(task.config, trainer)):
             logger.info("%s", line)

@@ -149,7 +149,7 @@ def build_backbone(config: LinearProbeConfig) -> Backbone:
     if auto:
         backbone = architecture_of(weights, metadata).build()
         if (channels := backbone.patch_embed.proj.in_channels) != config.in_chans:
-            raise InputError(f"--in_chans {config.in_chans}: {source} is for {counted(channels, 'channel')}")
+            raise InputError(f"{source} is for images of {counted(channels, 'channel')}: give --in_chans {channels}")
     else:
         arguments: dict[str, Any] = {} if config.input_size is None else {"img_size": config.input_size}
         arguments |= {"num_classes": 0, "patch_size": config.patch_size, "use_rel_pos_bias": config.rel_pos_bias}

@@ -132,10 +132,13 @@ class VisualTokenizer(nn.Module, ABC):
     def decode(self, ids: Tensor) -> Tensor:
         """Returns the images of tokens: int64 ``(B, h, w)`` → float32 ``(B, 3, H, W)`` in [0, 1].
 
-        Raises :class:`InputError` if the ids have another shape or type, or the tokenizer has no decoder.
+        Raises :class:`InputError` if the ids have another shape or type or are none, or the tokenizer has no decoder.
         """
         if ids.ndim != 3 or ids.is_floating_point():
             raise InputError(f"decode needs int64 ids (B, h, w), not {ids.dtype} of shape {tuple(ids.shape)}")
+        low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
+        if not 0 <= low <= high < self.vocab_size:
+            raise InputError(f"decode needs ids from 0 to {self.vocab_size - 1}, not {low} to {high}")
         with torch.autocast(ids.device.type, enabled=False):
             return self.reconstruct(ids.long())
 

@@ -285,6 +285,21 @@ def test_a_folder_is_not_converted_onto_itself(tmp_path):
     assert (tmp_path / "hf/config.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("to", ["huggingface", "timm"])
+def test_an_export_takes_the_place_of_no_other_folder(tmp_path, to):
+    source = tmp_path / "a.pth"
+    save_checkpoint(source, {"model": classifier(img_size=32).state_dict()})
+    for name in ("config.json", "checkpoint-3.pth", "pytorch_model.bin"):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_text("mine")
+        with pytest.raises(InputError, match=rf"{folder} holds {name}, which no export wrote: write to another name"):
+            convert(source, folder, to)
+        assert [path.name for path in folder.iterdir()] == [name]
+    for _ in range(2):  # an export may be made anew
+        convert(source, tmp_path / "new", to)
+
+
 def test_inspect_shows_what_is_recorded_and_what_is_assumed(tmp_path, capsys):
     weights = {f"net.{name}": tensor for name, tensor in classifier(img_size=32).half().state_dict().items()}
     del weights["net.head.bias"]

@@ -135,6 +135,18 @@ def test_columns_are_named_where_types_do_not_tell(tmp_path, site, caplog):
     assert open_hub(f"hf:{tmp_path / 'test set'}").class_names == ()
 
 
+def test_numbers_and_truth_values_are_classes(tmp_path, caplog):
+    for name, labels in {"from1": [1, 2], "binary": [True, False], "large": [0, 10**6]}.items():
+        (tmp_path / name).mkdir()
+        pq.write_table(pa.table({"image": [b"x"] * 2, "label": labels}), tmp_path / name / "train.parquet")
+    assert open_hub(f"hf:{tmp_path / 'from1'}?image=image").class_names == ("0", "1", "2")
+    assert "1 class without images (0)" in caplog.text
+    found = open_hub(f"hf:{tmp_path / 'binary'}?image=image")
+    assert (found.class_names, found.class_id(0), found.class_id(1)) == (("0", "1"), 1, 0)
+    with pytest.raises(InputError, match="column label holds the class 1000000, and numbers count from 0"):
+        open_hub(f"hf:{tmp_path / 'large'}?image=image")
+
+
 def test_which_of_several_columns_has_the_labels_is_told(tmp_path, caplog):
     pq.write_table(pa.table({"image": [b"x"] * 2, "fine_label": [1, 0], "cls": ["b", "c"]}), tmp_path / "train.parquet")
     assert open_hub(f"hf:{tmp_path}?image=image").class_names == ("b", "c")
@@ -264,7 +276,7 @@ def test_segmentation_reads_a_column_of_label_maps(tmp_path):
     assert not pairs_of(f"hf:{tmp_path / 'rows'}", "", None).labels
 
 
-@pytest.mark.parametrize("label", [[0, 1], b"\x89PNG", 0.5, True])
+@pytest.mark.parametrize("label", [[0, 1], b"\x89PNG", 0.5])
 def test_labels_of_another_type_are_one_line(tmp_path, label):
     pq.write_table(pa.table({"image": [b"a", b"b"], "label": [label] * 2}), tmp_path / "train.parquet")
     with pytest.raises(InputError, match=r"column label holds .*, not names or numbers of classes"):

@@ -126,7 +126,9 @@ def test_the_result_is_drawn_with_the_checkpoints_classes(tmp_path, model):
     image = picture(32, 48)
     result = torch.zeros(32, 48, dtype=torch.uint8)
     result[:, 20:] = 2
-    figure = show_result_pyplot(model, image, result, opacity=1.0, title="a scene", out_file=tmp_path / "new" / "a.png")
+    # As an array, which it was in mmsegmentation 0.x.
+    drawn = {"opacity": 1.0, "title": "a scene", "out_file": tmp_path / "new" / "a.png"}
+    figure = show_result_pyplot(model, image, result.numpy(), **drawn)
     assert [axes.get_title() for axes in figure.axes] == ["image", "prediction"]
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["tree", "sky"]  # the largest first

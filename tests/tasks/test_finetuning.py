@@ -593,7 +593,7 @@ def test_an_image_that_cannot_be_read_is_left_out_of_the_evaluation(good_flags, 
         evaluate_checkpoint(parse("--eval", "--max_unreadable", 99, "--resume", tmp_path / "model.pth", *flags))
 
 
-def test_a_folder_to_resume_is_its_newest_checkpoint(good_flags, tmp_path, caplog):
+def test_a_folder_to_resume_is_its_newest_checkpoint(good_flags, tmp_path, caplog, capsys):
     # Breaks if it is the best one, as where a checkpoint is only read: trained epochs would be lost.
     caplog.set_level(logging.INFO, "beit")
     assert call(good_flags, save_ckpt_freq=1) == 0
@@ -602,6 +602,9 @@ def test_a_folder_to_resume_is_its_newest_checkpoint(good_flags, tmp_path, caplo
     assert call(good_flags, output_dir=tmp_path / "longer", resume=run, epochs=3) == 0
     assert f"resuming {run / 'checkpoint-1.pth'} at epoch 2, step 0" in caplog.text
     assert [entry["epoch"] for entry in log_of(tmp_path / "longer")] == [2]
+    (tmp_path / "empty").mkdir()
+    assert call(good_flags, output_dir=tmp_path / "other", resume=tmp_path / "empty") == 2
+    assert f"--resume {tmp_path / 'empty'}: the folder holds no checkpoint of a run" in capsys.readouterr().err
 
 
 def test_a_run_does_not_go_on_with_other_classes(good_flags, tmp_path, capsys):
@@ -632,7 +635,9 @@ def test_heads_are_matched_by_name(good_flags, tmp_path, caplog):
     head = task.build_model().head.weight
     assert torch.equal(head[1:], weights["head.weight"][1:6].flip(0))
     assert not torch.equal(head[0], weights["head.weight"][6])  # of the zebra
-    assert "5 of 6 classes matched by name; from scratch: class00" in caplog.text
+    assert (
+        "5 of 6 classes matched by name; from scratch: class00; 1 of the 6 that it has learnt are none" in caplog.text
+    )
     ordered = {**weights, **{f"head.{key}": weights[f"head.{key}"][1:7].flip(0) for key in ("weight", "bias")}}
     save_checkpoint(tmp_path / "exact.pth", {"model": ordered, "labels": names})
     scores = [

@@ -192,6 +192,9 @@ def test_decoded_images_are_in_range(tokenizer):
     assert images.shape == (2, 3, 24, 40)
     assert images.min() >= 0
     assert images.max() <= 1
+    for odd in (-1, tokenizer.vocab_size):
+        with pytest.raises(InputError, match=f"ids from 0 to {tokenizer.vocab_size - 1}, not"):
+            tokenizer.decode(torch.full((1, 2, 2), odd))
 
 
 @pytest.mark.gpu
