@@ -479,7 +479,7 @@ def _average_of_run(checkpoint: Mapping[str, Any], file: Path) -> DiscreteVAE:
         args = checkpoint["args"]
         size = args["input_size"]
         sizes = (args[name] for name in ("codebook_size", "codebook_dim", "num_layers", "hidden_dim"))
-        vae = DiscreteVAE(tuple(size) if isinstance(size, list) else size, *sizes, args.get("in_chans", 3))
+        vae = DiscreteVAE(tuple(size) if isinstance(size, list) else size, *sizes, in_chans=args.get("in_chans", 3))
         average = RelaxedAutoencoder(vae) if checkpoint["quantizer"] == "gumbel" else QuantizedAutoencoder(vae)
         average.load_state_dict(checkpoint["model_ema"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
