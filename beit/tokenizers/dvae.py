@@ -478,8 +478,9 @@ def _average_of_run(checkpoint: Mapping[str, Any], file: Path) -> DiscreteVAE:
     try:
         args = checkpoint["args"]
         size = args["input_size"]
-        sizes = (args[name] for name in ("codebook_size", "codebook_dim", "num_layers", "hidden_dim"))
-        vae = DiscreteVAE(tuple(size) if isinstance(size, list) else size, *sizes, in_chans=args.get("in_chans", 3))
+        sizes: dict[str, Any] = {name: args[name] for name in ("codebook_dim", "num_layers", "hidden_dim")}
+        sizes |= {"num_tokens": args["codebook_size"], "in_chans": args.get("in_chans", 3)}
+        vae = DiscreteVAE(tuple(size) if isinstance(size, list) else size, **sizes)
         average = RelaxedAutoencoder(vae) if checkpoint["quantizer"] == "gumbel" else QuantizedAutoencoder(vae)
         average.load_state_dict(checkpoint["model_ema"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
