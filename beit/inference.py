@@ -318,7 +318,7 @@ def _completed(given: Metadata, known: Metadata, model: Backbone) -> Metadata:
     lengths = dict.fromkeys(("mean", "std"), model.patch_embed.proj.in_channels)
     lengths["labels"] = getattr(model, "num_classes", 0)
     found = {**known, **given}
-    for key in [key for key in given if key in RECORDED and given[key] != known.get(key)]:
+    for key in [key for key in given if key in RECORDED and given[key] is not known.get(key)]:
         value = found[key] = RECORDED[key](given[key])
         if value is None or (key in lengths and len(value) != lengths[key]):
             raise InputError(f"metadata: {key} {given[key]!r:.60} does not fit the model")
