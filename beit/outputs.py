@@ -10,7 +10,9 @@ from beit.errors import InputError, listed
 if TYPE_CHECKING:
     from PIL.PngImagePlugin import PngInfo
 
-MARK = "written by beit"  # in the first bytes of what the library writes: a PNG's or SVG's text, an HTML or JSON key
+MARK = (
+    "written by beit"  # in the first bytes of what the library writes: as text of a PNG or SVG file, as a key elsewhere
+)
 MARKS = (MARK, 'content="beit report"')  # the latter on pages of version 0.1
 MARK_WITHIN = 8192  # bytes
 JSON_MARK = {"software": MARK}  # the first entry of a JSON file

@@ -101,7 +101,7 @@ def _dialect_for(destination: Path, to: str) -> Dialect:
         if not is_ours(destination / FOLDER_WEIGHTS[0]):
             foreign += [name for name in (CONFIG, PREPROCESSOR, *FOLDER_WEIGHTS) if (destination / name).exists()]
         if foreign:
-            raise InputError(f"{destination} holds {listed(foreign)}, which no export wrote: write to another name")
+            raise InputError(f"{destination} holds {listed(foreign)}, which no export replaces: write to another name")
     if not destination.is_file() or not is_file:  # a graph is no checkpoint
         return dialect
     try:

@@ -54,7 +54,7 @@ def match_classes(
             matched[name][list(known)] = tensor[list(known.values())].to(own[name])
     rest = f"; from scratch: {listed(fresh)}" if fresh else ""
     if unused := count - len(known):
-        rest += f"; {unused} of the {count} that it has learnt are none of the data's and do not compete"
+        rest += f"; {unused} of its {count} classes are not in the data and cannot be predicted"
     logger.warning("%s: %d of %d classes matched by name%s", source, len(known), len(wanted), rest)
     return {**weights, **matched}, {**metadata, "labels": tuple(classes)}, fresh
 

@@ -129,7 +129,8 @@ def open_hub(source: str, splits: Sequence[str] = TRAINING, masks: bool = False)
     rows = rows.with_format(None).select_columns([image])
     rows = rows.cast_column(image, datasets.Image(decode=False)) if image in pictures else rows
     if isinstance(first := rows[0][image], str) and not os.path.isfile(first):
-        raise InputError(f"{source}: column {image} begins with {first[:40]!r}, no image file; give ?image=COLUMN")
+        what = f"begins with {first[:40]!r}, no image file"
+        raise InputError(f"{source}: column {image} {what}; ?image=COLUMN names another")
     where = f", {counted(len(names), 'class')} in column {label}" if names else ""
     logger.info("%s: %s in column %s of %s%s", source, counted(len(rows), "image"), image, split, where)
     end = len(PREFIX + found["place"])
@@ -196,7 +197,8 @@ def _classes(source: str, rows: Any, column: str) -> tuple[tuple[str, ...], NDAr
     words = values.dtype == object and all(isinstance(value, str) for value in values)
     if not words and len(values) and (values.dtype.kind not in "iub" or values.max() >= MOST_CLASSES):
         what = f"{labels.type}, not names or numbers of classes"
-        what = f"the class {values.max()}, and numbers count from 0" if values.dtype.kind in "iu" else what
+        if values.dtype.kind in "iu":
+            what = f"class numbers up to {values.max()}, of {MOST_CLASSES - 1} at most"
         raise InputError(f"{source}: column {column} holds {what}; ?label=COLUMN names another")
     without[~without] = values == "" if words else values < 0
     if without.any():

@@ -132,7 +132,7 @@ class VisualTokenizer(nn.Module, ABC):
     def decode(self, ids: Tensor) -> Tensor:
         """Returns the images of tokens: int64 ``(B, h, w)`` → float32 ``(B, 3, H, W)`` in [0, 1].
 
-        Raises :class:`InputError` if the ids have another shape or type or are none, or the tokenizer has no decoder.
+        Raises :class:`InputError` if the ids have another shape or type or are out of range, or there is no decoder.
         """
         if ids.ndim != 3 or ids.is_floating_point():
             raise InputError(f"decode needs int64 ids (B, h, w), not {ids.dtype} of shape {tuple(ids.shape)}")

@@ -293,7 +293,9 @@ def test_an_export_takes_the_place_of_no_other_folder(tmp_path, to):
         folder = tmp_path / name.partition(".")[0]
         folder.mkdir()
         (folder / name).write_text("mine")
-        with pytest.raises(InputError, match=rf"{folder} holds {name}, which no export wrote: write to another name"):
+        with pytest.raises(
+            InputError, match=rf"{folder} holds {name}, which no export replaces: write to another name"
+        ):
             convert(source, folder, to)
         assert [path.name for path in folder.iterdir()] == [name]
     for _ in range(2):  # an export may be made anew

@@ -636,7 +636,7 @@ def test_heads_are_matched_by_name(good_flags, tmp_path, caplog):
     assert torch.equal(head[1:], weights["head.weight"][1:6].flip(0))
     assert not torch.equal(head[0], weights["head.weight"][6])  # of the zebra
     assert (
-        "5 of 6 classes matched by name; from scratch: class00; 1 of the 6 that it has learnt are none" in caplog.text
+        "5 of 6 classes matched by name; from scratch: class00; 1 of its 6 classes are not in the data" in caplog.text
     )
     ordered = {**weights, **{f"head.{key}": weights[f"head.{key}"][1:7].flip(0) for key in ("weight", "bias")}}
     save_checkpoint(tmp_path / "exact.pth", {"model": ordered, "labels": names})
