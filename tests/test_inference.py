@@ -105,6 +105,11 @@ def test_metadata_that_do_not_fit_are_one_line(checkpoint, picture, key, value):
         inference_model(checkpoint, picture, metadata={key: value})
 
 
+def test_a_model_of_another_library_is_one_line(picture):
+    with pytest.raises(InputError, match="a Linear is no model of this library"):
+        inference_model(nn.Linear(2, 2), picture)
+
+
 def test_imagenets_names_are_known(picture):
     found = inference_model(make_classifier(1000), picture)
     assert "class" not in found["name"]

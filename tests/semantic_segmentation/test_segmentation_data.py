@@ -318,6 +318,13 @@ def test_colours_are_no_labels(tmp_path, mode):
     one_line(error)
 
 
+def test_floating_point_numbers_are_no_labels(tmp_path):
+    Image.new("F", (4, 4)).save(tmp_path / "floats.tif")
+    with pytest.raises(InputError, match=r"floats\.tif is of floating-point numbers, not a label map") as error:
+        read_labels(tmp_path / "floats.tif")
+    one_line(error)
+
+
 # Samples
 
 
